@@ -1,0 +1,24 @@
+"""LLaVA with TRIM: a vision-language model that reads only the image tokens a question needs.
+
+Importing the package, or `llava.constants`, loads no deep-learning library: the exports below are looked up when
+they are first used.
+"""
+
+from importlib import import_module
+
+__version__ = "1.0.0"
+
+_EXPORTS = {
+    "LlavaConfig": "llava.model.language_model.llava_llama",
+    "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
+    "load_pretrained_model": "llava.model.builder",
+}
+
+__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "__version__", "load_pretrained_model"]
+
+
+def __getattr__(name: str) -> object:
+    """Import an export when it is first asked for."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'llava' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

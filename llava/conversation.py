@@ -1,0 +1,332 @@
+"""How a dialogue becomes the one string a language model reads: templates, and the object that holds the turns.
+
+The template texts and the rendered prompts are those every LLaVA checkpoint was trained with; a single changed
+character changes answers. The class keeps the published interface, because external evaluation harnesses copy the
+templates, append messages and read the fields. It knows nothing about models or tokenizers.
+"""
+
+import base64
+import dataclasses
+import html
+from collections.abc import Callable
+from enum import Enum, auto
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+
+# A message is None (the answer is still to come), a text, or (text, picture, how to show the picture).
+Message = None | str | tuple[str, Image.Image, str]
+
+SHOWN_LONGEST_SIDE = 1344
+SHOWN_SHORTEST_SIDE = 672
+SHOWN_SQUARE_SIDE = 336
+SHOWN_PAD_COLOR = (122, 116, 104)
+
+
+class SeparatorStyle(Enum):
+    """The ways of joining the turns into a prompt."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+
+
+@dataclasses.dataclass
+class Conversation:
+    """The turns of one dialogue and the template that renders them.
+
+    Attributes:
+        system: what the model is told before the first turn.
+        roles: names of the user and of the assistant, in this order.
+        messages: `[role, message]` pairs, user first.
+        offset: number of messages at the start that belong to the template, not to the dialogue.
+        sep_style: how turns are joined.
+        sep: what ends a turn (a user's turn where `sep2` is given).
+        sep2: what ends an assistant's turn; None where both are the same.
+        version: family of the template; training and image placement look at it.
+        skip_next: free for a caller's use.
+    """
+
+    system: str
+    roles: tuple[str, str]
+    messages: list[list[Any]]
+    offset: int = 0
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
+    sep2: str | None = None
+    version: str = "Unknown"
+    skip_next: bool = False
+
+    def copy(self) -> "Conversation":
+        """Return a conversation with its own list of turns; pictures are shared, not duplicated."""
+        return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
+
+    def append_message(self, role: str, message: Message) -> None:
+        """Add a turn; None as the message means the model is to speak."""
+        self.messages.append([role, message])
+
+    def get_prompt(self) -> str:
+        """Render all turns into the string the language model reads."""
+        return _RENDERERS[self.sep_style](self, self._list_turns())
+
+    def get_images(self, return_pil: bool = False) -> list[Any]:
+        """Collect the pictures of the user's turns, prepared for showing (not for the vision tower).
+
+        Args:
+            return_pil: give pictures; otherwise base64 text of PNG files.
+        """
+        shown = [
+            _fit_for_showing(message[1], message[2])
+            for _, message in self.messages[self.offset :]
+            if isinstance(message, tuple)
+        ]
+        return shown if return_pil else [_encode_png(image) for image in shown]
+
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """List the dialogue as `[user, assistant]` pairs; pictures become inline HTML before the user's text."""
+        pairs: list[list[str | None]] = []
+        for number, (_, message) in enumerate(self.messages[self.offset :]):
+            if number % 2 == 0:
+                pairs.append([_to_html(message), None])
+            else:
+                pairs[-1][1] = message
+        return pairs
+
+    def dict(self) -> dict[str, Any]:
+        """Return the fields as plain data, without the pictures."""
+        return {
+            "system": self.system,
+            "roles": self.roles,
+            "messages": [[role, _text_of(message)] for role, message in self.messages],
+            "offset": self.offset,
+            "sep": self.sep,
+            "sep2": self.sep2,
+        }
+
+    def _list_turns(self) -> list[tuple[str, str | None]]:
+        """List (role, text), with the image mark of a picture in the first message put where the template wants it."""
+        turns = [(role, _text_of(message)) for role, message in self.messages]
+        if self.messages and isinstance(self.messages[0][1], tuple):
+            role, text = turns[0]
+            question = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+            if "mmtag" in self.version:
+                shown = (self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
+                turns[:1] = [shown, (self.roles[1], "Received."), (role, question)]
+            else:
+                turns[0] = (role, f"{DEFAULT_IMAGE_TOKEN}\n{question}")
+        return turns
+
+
+def _text_of(message: Message) -> str | None:
+    return message[0] if isinstance(message, tuple) else message
+
+
+Turns = list[tuple[str, str | None]]
+
+
+def _render_alternating(conv: Conversation, turns: Turns) -> str:
+    """System sentence, then `ROLE: text` turns, each ended by the separator of its speaker."""
+    ends = (conv.sep, conv.sep if conv.sep2 is None else conv.sep2)
+    rendered = [
+        f"{role}: {text}{ends[number % 2]}" if text else f"{role}:" for number, (role, text) in enumerate(turns)
+    ]
+    return conv.system + conv.sep + "".join(rendered)
+
+
+def _render_marked(conv: Conversation, turns: Turns) -> str:
+    """Turns whose role strings are themselves the opening marks (ChatML)."""
+    rendered = [f"{role}{text}{conv.sep}" if text else role for role, text in turns]
+    return conv.system + conv.sep + "".join(rendered)
+
+
+def _render_bare(conv: Conversation, turns: Turns) -> str:
+    """Texts alone, each followed by its separator; the projector is pretrained on this."""
+    ends = (conv.sep, conv.sep if conv.sep2 is None else conv.sep2)
+    return conv.system + "".join(text + ends[number % 2] for number, (_, text) in enumerate(turns) if text)
+
+
+def _render_llama_2(conv: Conversation, turns: Turns) -> str:
+    """`[INST] ... [/INST]` around the user's texts, the system text inside the first of them."""
+    if not turns or turns[0][0] != conv.roles[0] or not turns[0][1]:
+        raise ValueError(f"a llama-2 conversation starts with a text of {conv.roles[0]}")
+    system = f"<<SYS>>\n{conv.system}\n<</SYS>>\n\n" if conv.system else ""
+    rendered = ""
+    for number, (_, text) in enumerate(turns):
+        if not text:
+            continue
+        if number % 2:
+            rendered += f" {text} {conv.sep2}"
+        else:
+            rendered += f"{conv.sep}[INST] {system if number == 0 else ''}{text} [/INST]"
+    # The tokenizer adds the sequence start itself, so the first one must not be spelled out.
+    return rendered.removeprefix(conv.sep)
+
+
+_RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], str]] = {
+    SeparatorStyle.SINGLE: _render_alternating,
+    SeparatorStyle.TWO: _render_alternating,
+    SeparatorStyle.MPT: _render_marked,
+    SeparatorStyle.PLAIN: _render_bare,
+    SeparatorStyle.LLAMA_2: _render_llama_2,
+}
+
+
+def _fit_for_showing(image: Image.Image, process_mode: str) -> Image.Image:
+    """Bring a picture to a size a web page can show; "Pad" and "Resize" show what the model would be given."""
+    if process_mode == "Pad":
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), SHOWN_PAD_COLOR)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    elif process_mode == "Resize":
+        image = image.resize((SHOWN_SQUARE_SIDE, SHOWN_SQUARE_SIDE))
+    elif process_mode not in ("Default", "Crop"):
+        raise ValueError(f"picture mode {process_mode!r}: expected Default, Crop, Pad or Resize")
+    longest, shortest = max(image.size), min(image.size)
+    if longest <= SHOWN_LONGEST_SIDE:
+        return image
+    scale = min(SHOWN_LONGEST_SIDE / longest, SHOWN_SHORTEST_SIDE / shortest)
+    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+
+
+def _encode_png(image: Image.Image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _to_html(message: Message) -> str | None:
+    if not isinstance(message, tuple):
+        return message
+    text = html.escape(message[0].replace(DEFAULT_IMAGE_TOKEN, "").strip(), quote=False)
+    picture = _encode_png(_fit_for_showing(message[1], message[2]))
+    return f'<img src="data:image/png;base64,{picture}" alt="picture of the user"/>{text}'
+
+
+_HUMAN_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+_USER_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_TAGGED_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAMA_2_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. "
+    "Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, "
+    "explain why instead of answering something not correct. "
+    "If you don't know the answer to a question, please don't share false information."
+)
+_LLAVA_LLAMA_2_SYSTEM = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_MPT_SYSTEM = (
+    "<|im_start|>system\n"
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
+_DIRECT_SYSTEM = "<|im_start|>system\nAnswer the questions."
+
+_V0_EXAMPLE_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
+_V0_EXAMPLE_ANSWER = (
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
+    "such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, "
+    "are finite and will eventually be depleted, such as coal, oil, and natural gas. "
+    "Here are some key differences between renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, "
+    "while non-renewable energy sources are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
+    "than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+    "and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, "
+    "but they typically have lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
+    "than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted "
+    "to different situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, "
+    "while non-renewable sources are not, and their depletion can lead to economic and social instability.\n"
+)
+
+
+def _single(system: str, version: str = "Unknown") -> Conversation:
+    return Conversation(system, ("Human", "Assistant"), [], sep="###", version=version)
+
+
+def _two(system: str, version: str = "v1") -> Conversation:
+    roles = ("USER", "ASSISTANT")
+    return Conversation(system, roles, [], sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>", version=version)
+
+
+def _chatml(system: str) -> Conversation:
+    roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+    return Conversation(system, roles, [], sep_style=SeparatorStyle.MPT, sep="<|im_end|>", version="mpt")
+
+
+def _llama_2(system: str, sep: str = "<s>") -> Conversation:
+    style = SeparatorStyle.LLAMA_2
+    return Conversation(system, ("USER", "ASSISTANT"), [], sep_style=style, sep=sep, sep2="</s>", version="llama_v2")
+
+
+_V0 = dataclasses.replace(
+    _single(_HUMAN_SYSTEM),
+    messages=[["Human", _V0_EXAMPLE_QUESTION], ["Assistant", _V0_EXAMPLE_ANSWER]],
+    offset=2,
+)
+_VICUNA_V1 = _two(_USER_SYSTEM)
+_PLAIN = Conversation("", ("", ""), [], sep_style=SeparatorStyle.PLAIN, sep="\n")
+
+conv_templates: dict[str, Conversation] = {
+    "default": _V0,
+    "v0": _V0,
+    "v1": _VICUNA_V1,
+    "vicuna_v1": _VICUNA_V1,
+    "llama_2": _llama_2(_LLAMA_2_SYSTEM),
+    "mistral_instruct": _llama_2("", sep=""),
+    "chatml_direct": _chatml(_DIRECT_SYSTEM),
+    "mistral_direct": _chatml(_DIRECT_SYSTEM),
+    "plain": _PLAIN,
+    "v0_plain": _PLAIN,
+    "llava_v0": _single(_HUMAN_SYSTEM),
+    "v0_mmtag": _single(_TAGGED_SYSTEM, version="v0_mmtag"),
+    "llava_v1": _two(_HUMAN_SYSTEM),
+    "v1_mmtag": _two(_TAGGED_SYSTEM, version="v1_mmtag"),
+    "llava_llama_2": _llama_2(_LLAVA_LLAMA_2_SYSTEM),
+    "mpt": _chatml(_MPT_SYSTEM),
+}
+default_conversation = _VICUNA_V1
+
+# First match wins. These are the published faces' choices for the published checkpoints.
+_NAME_HINTS = (
+    ("llama-2", "llava_llama_2"),
+    ("mistral", "mistral_instruct"),
+    ("v1.6-34b", "chatml_direct"),
+    ("v1", "llava_v1"),
+    ("mpt", "mpt"),
+    ("v0", "llava_v0"),
+)
+
+
+def conversation_name_for(model_name: str) -> str:
+    """Choose the template for a checkpoint from its name.
+
+    A name without any hint gets `vicuna_v1`, which this repository's recipes train with (parity: the published
+    faces fall back to the older `llava_v0`).
+    """
+    lowered = model_name.lower()
+    return next((template for hint, template in _NAME_HINTS if hint in lowered), "vicuna_v1")

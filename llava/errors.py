@@ -1,0 +1,33 @@
+"""A user's mistake, told in one line.
+
+Every check of user input (config strings, folders, images, question files) raises `InputError`; every command-line
+face runs its `main` through `run_command`, which prints that line instead of a traceback. Programming errors are
+not caught here: they keep their traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Wrong input: the message is one line that says what is wrong, where, and what would be right."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command-line `main`; on a user's mistake print one line and leave with exit code 2.
+
+    Args:
+        main: the command, without arguments (it reads `sys.argv` itself).
+
+    Raises:
+        SystemExit: with code 2 after an `InputError`, 130 after Ctrl-C.
+    """
+    try:
+        main()
+    except InputError as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {line}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from None

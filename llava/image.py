@@ -1,0 +1,140 @@
+"""Read a picture from a file or a URL, as RGB, whole, or say in one line why not.
+
+Everything a user may hand in arrives here: CMYK photographs, 16-bit scans, palettes, transparency, phone pictures
+that only an EXIF tag turns upright, half-downloaded and mislabelled files. Geometry (padding, cropping, crops of a
+larger picture) is not done here; see `llava.mm_utils`.
+"""
+
+import http.client
+import time
+import urllib.error
+import urllib.request
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llava.errors import InputError
+
+DOWNLOAD_SECONDS = 20.0
+DOWNLOAD_BYTES = 64 * 2**20
+_CHUNK_BYTES = 2**16
+
+# 65535 / 257 is 255: the exact ratio of the full scales of 16 and 8 bit.
+_SIXTEEN_TO_EIGHT_BIT = 257
+_SIXTEEN_BIT_MAX = 2**16 - 1
+
+
+def load_image(source: str | Path, upright: bool = False) -> Image.Image:
+    """Read one picture completely.
+
+    Args:
+        source: path of a file, or an http(s) address.
+        upright: turn the picture as its EXIF tag says, as a person sees it. False keeps the stored pixels, which is
+            what the published evaluation looks at.
+
+    Returns:
+        The first frame in mode RGB. Transparency is dropped, not blended (parity: `convert("RGB")`); 16-bit grey is
+        scaled to 8 bit (the published code clips it to white).
+
+    Raises:
+        InputError: nothing there, not a picture, damaged, too large, or the download failed.
+    """
+    address = str(source)
+    if address.lower().startswith(("http://", "https://")):
+        return _decode(BytesIO(_download(address)), address, upright)
+    return _decode(BytesIO(_read_file(Path(source))), address, upright)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except IsADirectoryError:
+        raise InputError(f"image {path}: this is a folder; a picture file is expected") from None
+    except FileNotFoundError:
+        raise InputError(f"image {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"image {path}: cannot be read ({error})") from error
+    if not content:
+        raise InputError(f"image {path}: the file is empty")
+    return content
+
+
+def _download(address: str) -> bytes:
+    """Fetch an address within the limits of time and size; the time limit also holds for a server that trickles."""
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    content = bytearray()
+    try:
+        request = urllib.request.Request(address, headers={"User-Agent": "llava"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+            while chunk := response.read1(_CHUNK_BYTES):
+                content += chunk
+                if len(content) > DOWNLOAD_BYTES:
+                    raise InputError(f"image {address}: larger than {DOWNLOAD_BYTES // 2**20} MiB")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"timed out after {DOWNLOAD_SECONDS:g} seconds")
+            expected = response.headers.get("Content-Length")
+    except InputError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        code = f"{error.code} " if isinstance(error, urllib.error.HTTPError) else ""
+        raise InputError(f"image {address}: download failed ({code}{reason})") from error
+    if expected is not None and expected.isdecimal() and len(content) < int(expected):
+        raise InputError(f"image {address}: download broke off at {len(content)} of {expected} bytes")
+    if not content:
+        raise InputError(f"image {address}: the answer is empty")
+    return bytes(content)
+
+
+def _decode(stream: BinaryIO, address: str, upright: bool) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Pictures between Pillow's warning and its error limit are large but fine.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(stream) as image:
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image) if upright else image, address)
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"image {address}: not a picture in a known format") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise InputError(f"image {address}: more than {limit:,} pixels, refused as a decompression bomb") from None
+    except Exception as error:
+        # On damaged bytes decoders raise nearly anything (OSError, SyntaxError, struct.error, IndexError, ...), and
+        # whatever it is, the file is at fault.
+        raise InputError(f"image {address}: damaged or truncated ({error})") from error
+
+
+def to_rgb(image: Image.Image, address: str = "given as an object") -> Image.Image:
+    """Bring a picture of any mode to RGB.
+
+    Args:
+        image: the picture; not changed.
+        address: how an error names it.
+
+    Raises:
+        InputError: pixel values without a known scale.
+    """
+    if image.mode == "F":
+        raise InputError(f"image {address}: floating-point pixels have no known scale; save it with 8 or 16 bit")
+    if image.mode.startswith("I"):
+        image = _scale_to_eight_bit(image, address)
+    if image.mode == "P" and "transparency" in image.info:
+        # The same colours as converting directly, without Pillow's warning about per-entry transparency.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _scale_to_eight_bit(image: Image.Image, address: str) -> Image.Image:
+    """Scale 16-bit grey ("I;16", or "I" as older formats give it) so that full white stays full white."""
+    values = np.asarray(image)
+    if values.size and (values.min() < 0 or values.max() > _SIXTEEN_BIT_MAX):
+        raise InputError(f"image {address}: grey values outside 0..{_SIXTEEN_BIT_MAX}; save it with 8 or 16 bit")
+    rounded = (values.astype(np.uint32) + _SIXTEEN_TO_EIGHT_BIT // 2) // _SIXTEEN_TO_EIGHT_BIT
+    return Image.fromarray(rounded.astype(np.uint8))

@@ -1,0 +1,269 @@
+"""Pictures into pixel values and prompts into ids: the functions external clients of LLaVA import by name.
+
+Names, argument orders and results are the published ones. Every function here is free of model state; the picture
+geometry (pad to a square, cut into crops) decides which part of the picture a patch shows.
+"""
+
+import ast
+import base64
+import math
+from collections.abc import Iterable
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlamaTokenizer, StoppingCriteria
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.errors import InputError
+from llava.image import to_rgb
+
+Size = tuple[int, int]
+
+
+# ---------------------------------------------------------------------------------------------- picture geometry
+def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
+    """Center a picture in the smallest square that holds it.
+
+    Args:
+        pil_img: the picture, mode RGB.
+        background_color: colour of the bars, 0..255 each.
+    """
+    side = max(pil_img.size)
+    if pil_img.width == pil_img.height:
+        return pil_img
+    square = Image.new(pil_img.mode, (side, side), background_color)
+    square.paste(pil_img, ((side - pil_img.width) // 2, (side - pil_img.height) // 2))
+    return square
+
+
+def select_best_resolution(original_size: Size, possible_resolutions: Iterable[Size]) -> Size:
+    """Choose the canvas that shows most of a picture's own pixels, and among equals wastes the least area.
+
+    Args:
+        original_size: (width, height) of the picture.
+        possible_resolutions: (width, height) of the allowed canvases; of equally good ones the first wins.
+    """
+    width, height = original_size
+
+    def worth(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[0] / width, canvas[1] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - canvas[0] * canvas[1]
+
+    return max(possible_resolutions, key=worth)
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """Scale a picture to fit into a canvas of (width, height), centered on black, keeping its aspect ratio."""
+    target_width, target_height = target_resolution
+    scale_width, scale_height = target_width / image.width, target_height / image.height
+    if scale_width < scale_height:
+        size = (target_width, min(math.ceil(image.height * scale_width), target_height))
+    else:
+        size = (min(math.ceil(image.width * scale_height), target_width), target_height)
+    canvas = Image.new("RGB", target_resolution, (0, 0, 0))
+    canvas.paste(image.resize(size), ((target_width - size[0]) // 2, (target_height - size[1]) // 2))
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Cut a picture into squares of `patch_size` pixels, in raster order."""
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, image.height, patch_size)
+        for left in range(0, image.width, patch_size)
+    ]
+
+
+def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Size], patch_size: int) -> tuple[int, int]:
+    """Return how many crops (columns, rows) a picture of (width, height) is cut into.
+
+    Args:
+        image_size: (width, height) of the picture.
+        grid_pinpoints: allowed canvases, as a list or as its text in config.json.
+        patch_size: side of one crop in pixels.
+    """
+    width, height = select_best_resolution(image_size, _read_canvases(grid_pinpoints))
+    return width // patch_size, height // patch_size
+
+
+def _read_canvases(grid_pinpoints: str | list[Size]) -> list[Size]:
+    canvases = grid_pinpoints
+    if isinstance(grid_pinpoints, str):
+        try:
+            canvases = ast.literal_eval(grid_pinpoints)
+        except (ValueError, SyntaxError):
+            canvases = None
+    if not canvases or not isinstance(canvases, list | tuple):
+        raise InputError(f"image_grid_pinpoints {grid_pinpoints!r}: expected a list like [[336, 672], [672, 336]]")
+    return [(int(width), int(height)) for width, height in canvases]
+
+
+# ---------------------------------------------------------------------------------------------------- pixel values
+def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
+    """Turn pictures into what the vision tower takes, as the checkpoint's `image_aspect_ratio` asks.
+
+    "pad" centers the picture in a square of the mean colour, "anyres" gives a small version and crops of a larger
+    one, anything else is the processor's own way (CLIP: shortest side scaled, center cropped).
+
+    Args:
+        images: pictures of any mode.
+        image_processor: a CLIP image processor; the Pillow-backed one reproduces published pixel values bit for bit.
+        model_cfg: anything with `image_aspect_ratio` (and `image_grid_pinpoints` for "anyres").
+
+    Returns:
+        float32[I, 3, S, S], or float32[I, C, 3, S, S] for "anyres" with equal crop counts C; a list of I tensors
+        where the counts differ.
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    pictures = [to_rgb(image) for image in images]
+    if aspect_ratio == "pad":
+        color = tuple(int(mean * 255) for mean in image_processor.image_mean)
+        values = [_preprocess(expand2square(picture, color), image_processor) for picture in pictures]
+    elif aspect_ratio == "anyres":
+        canvases = model_cfg.image_grid_pinpoints
+        values = [process_anyres_image(picture, image_processor, canvases) for picture in pictures]
+    else:
+        values = [_preprocess(picture, image_processor) for picture in pictures]
+    if values and all(value.shape == values[0].shape for value in values):
+        return torch.stack(values)
+    return values
+
+
+def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str | list[Size]) -> Tensor:
+    """Turn a picture into a whole view followed by the crops of its best canvas.
+
+    Args:
+        image: the picture.
+        processor: a CLIP image processor.
+        grid_pinpoints: allowed canvases, (width, height), as a list or as its text in config.json.
+
+    Returns:
+        float32[C, 3, S, S]; the whole picture (squeezed into a square) first, then the crops in raster order.
+    """
+    picture = to_rgb(image)
+    canvas = select_best_resolution(picture.size, _read_canvases(grid_pinpoints))
+    crops = divide_to_patches(resize_and_pad_image(picture, canvas), processor.crop_size["height"])
+    side = processor.size["shortest_edge"]
+    whole = picture.resize((side, side))
+    return torch.stack([_preprocess(view, processor) for view in (whole, *crops)])
+
+
+def _preprocess(picture: Image.Image, image_processor: Any) -> Tensor:
+    # Saying where the channels are keeps pictures that are 1 or 3 pixels high from being read as channels-first.
+    values = image_processor.preprocess(picture, return_tensors="pt", input_data_format="channels_last")
+    return values["pixel_values"][0]
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """Read a picture from base64 text, as web clients send it."""
+    return Image.open(BytesIO(base64.b64decode(image)))
+
+
+# ------------------------------------------------------------------------------------------------------------- ids
+def tokenize_text(text: str, tokenizer: Any) -> list[int]:
+    """Tokenize as the published code did, sequence start included.
+
+    The sentencepiece tokenizer of transformers 4 put its word mark before a text that starts with a space; the one
+    of transformers 5 takes that space for the mark and so loses one token. One more space restores it.
+    """
+    if isinstance(tokenizer, LlamaTokenizer) and text.startswith((" ", "▁")):
+        text = " " + text
+    return tokenizer(text).input_ids
+
+
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+) -> list[int] | Tensor:
+    """Tokenize a prompt, with one sentinel id in the place of every `<image>`.
+
+    Args:
+        prompt: text with any number of `<image>` marks.
+        tokenizer: the language model's tokenizer.
+        image_token_index: the sentinel.
+        return_tensors: None or "pt".
+
+    Returns:
+        A list of ids, or int64[T] for "pt". The sequence start appears once, at the front.
+
+    Raises:
+        ValueError: another value of `return_tensors`.
+    """
+    chunks = [tokenize_text(chunk, tokenizer) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    starts = int(bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id)
+    input_ids = list(chunks[0])
+    for chunk in chunks[1:]:
+        input_ids += [image_token_index, *chunk[starts:]]
+    if return_tensors is None:
+        return input_ids
+    if return_tensors == "pt":
+        return torch.tensor(input_ids, dtype=torch.long)
+    raise ValueError(f"return_tensors {return_tensors!r}: expected None or 'pt'")
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Name a checkpoint after its folder; `run/checkpoint-500` becomes `run_checkpoint-500`."""
+    parts = model_path.strip("/").split("/")
+    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stop a row of `generate` once one of the keywords ends what it has written.
+
+    It works whether `generate` hands over the prompt and the answer or, as it does for a prompt given as embeddings,
+    the answer alone (the published one counts from the prompt's length and so never fires in that case).
+    """
+
+    def __init__(self, keywords: list[str], tokenizer: Any, input_ids: Tensor):
+        """Prepare the keywords.
+
+        Args:
+            keywords: texts, or special tokens such as `</s>`; an empty one stops nothing.
+            tokenizer: the language model's tokenizer.
+            input_ids: int64[S, T], the prompt; image sentinels may be in it.
+        """
+        self.keywords = [keyword for keyword in keywords if keyword]
+        self.tokenizer = tokenizer
+        self.input_ids = input_ids
+        self.keyword_ids = [torch.tensor(self._spell(keyword), dtype=torch.long) for keyword in self.keywords]
+        # A token spells at least one byte, so this many tokens hold any spelling of any keyword.
+        self.tail_length = max((len(keyword.encode()) for keyword in self.keywords), default=0) + 1
+
+    def __call__(self, output_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Tell which rows are finished.
+
+        Args:
+            output_ids: int64[S, L], with or without the prompt at the front.
+            scores: not used.
+            **kwargs: not used.
+
+        Returns:
+            bool[S].
+        """
+        finished = [self._is_finished(row) for row in output_ids[:, self._prompt_length(output_ids) :].cpu()]
+        return torch.tensor(finished, dtype=torch.bool, device=output_ids.device)
+
+    def _spell(self, keyword: str) -> list[int]:
+        token_ids = self.tokenizer(keyword).input_ids
+        has_start = len(token_ids) > 1 and token_ids[0] == self.tokenizer.bos_token_id
+        return token_ids[1:] if has_start else token_ids
+
+    def _prompt_length(self, output_ids: Tensor) -> int:
+        """Return T where the rows begin with the prompt, 0 where they hold new tokens only."""
+        rows, length = self.input_ids.shape
+        if output_ids.shape[1] < length or output_ids.shape[0] % rows:
+            return 0
+        prompts = self.input_ids.repeat_interleave(output_ids.shape[0] // rows, dim=0)
+        return length if torch.equal(prompts.to(output_ids.device), output_ids[:, :length]) else 0
+
+    def _is_finished(self, answer: Tensor) -> bool:
+        for keyword_ids in self.keyword_ids:
+            if len(keyword_ids) and torch.equal(answer[-len(keyword_ids) :], keyword_ids):
+                return True
+        tail = self.tokenizer.decode(answer[-self.tail_length :], skip_special_tokens=True)
+        return any(keyword in tail for keyword in self.keywords)

@@ -1,0 +1,1 @@
+"""The model: towers, token reduction, projector, splice, language model, loading."""

@@ -1,0 +1,171 @@
+"""From one picture's patches to the tokens that the LLM reads: reduce, project, merge crops.
+
+Shape letters: `C` crops of one picture (1 in LLaVA-1.5), `N` patches of a crop, `D` vision width, `M` tokens of the
+picture, `E` LLM width, `P` joint width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import InputError
+from llava.model.crops import MERGE_TYPES, layout_tiles, merge_crops
+from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.token_reduction.base import NEEDS_TEXT, ReducedTokens, TokenReducer, VisualTokens
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What one picture becomes for one question.
+
+    Attributes:
+        features: `[M, E]` projected tokens, ready to be spliced.
+        num_patches: patches before reduction, over all crops.
+        kept: `bool[C, N]` patches copied verbatim (all of them without reduction); None where tokens are synthesised.
+        scores: `float32[C, N]` the reducer's probabilities, or None.
+    """
+
+    features: Tensor
+    num_patches: int
+    kept: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """M: what the LLM reads for this picture, mean and newline tokens included."""
+        return self.features.shape[0]
+
+
+@dataclass(frozen=True)
+class CropMerge:
+    """How the crops of a picture are merged (`mm_patch_merge_type`, see `llava.model.crops`).
+
+    Attributes:
+        kind: "flat", "spatial" or "spatial_unpad".
+        tile_grid: from a picture's (width, height) to its rows and columns of tiles; None for single-crop models.
+        newline: `[E]` parameter that "spatial_unpad" puts after each row.
+    """
+
+    kind: str = "flat"
+    tile_grid: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    newline: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the kind.
+
+        Raises:
+            InputError: for an unknown one.
+        """
+        if self.kind not in MERGE_TYPES:
+            raise InputError(f'mm_patch_merge_type "{self.kind}" is unknown: use {", ".join(MERGE_TYPES)}')
+
+    def __call__(
+        self, crops: list[Tensor], kept: Tensor | None, grid: tuple[int, int], image_size: tuple[int, int] | None
+    ) -> Tensor:
+        """Merge one picture's projected crops, C times `[M_c, E]`, into `[M, E]`.
+
+        Raises:
+            InputError: when a spatial merge has no picture size to go by.
+        """
+        newline = self.newline if self.kind == "spatial_unpad" else None
+        if self.kind == "flat" or len(crops) == 1:
+            return merge_crops(crops, kept, newline=newline)
+        if self.tile_grid is None or image_size is None:
+            raise InputError(
+                f"mm_patch_merge_type {self.kind} needs image_aspect_ratio anyres and image_sizes=[(width, height), ...]"
+            )
+        tile_grid = self.tile_grid(image_size)
+        if tile_grid[0] * tile_grid[1] + 1 != len(crops):
+            raise InputError(
+                f"{len(crops)} crops do not make a {tile_grid[0]} x {tile_grid[1]} grid of tiles and a base view: "
+                f"is {image_size} the picture's (width, height)?"
+            )
+        unpad_size = image_size if self.kind == "spatial_unpad" else None
+        return merge_crops(crops, kept, layout_tiles(grid, tile_grid, unpad_size), newline)
+
+
+def embed_distinct(tower: VisionTower, texts: list[str]) -> Tensor:
+    """Embed texts, each distinct one once: S strings to `float32[S, P]`."""
+    distinct = list(dict.fromkeys(texts))
+    embedded = tower.embed_text(distinct)
+    place = {text: row for row, text in enumerate(distinct)}
+    return embedded[[place[text] for text in texts]]
+
+
+def reduce_patches(
+    reducer: TokenReducer, tower: VisionTower, patches: list[Tensor], texts: list[str]
+) -> list[ReducedTokens]:
+    """Reduce each crop of each picture on its own.
+
+    Args:
+        reducer: the method.
+        tower: where the joint space comes from.
+        patches: one `[C, N, D]` per picture.
+        texts: one query per picture.
+
+    Returns:
+        One record per picture, over its crops.
+    """
+    num_crops = [picture.shape[0] for picture in patches]
+    stacked = torch.cat(patches)
+    joint = text = None
+    if NEEDS_TEXT in reducer.needs:
+        joint = tower.project_to_joint(stacked)
+        text = embed_distinct(tower, texts).repeat_interleave(torch.tensor(num_crops, device=joint.device), dim=0)
+    reduced = reducer(VisualTokens(patches=stacked, grid=tower.grid, joint=joint, text=text))
+
+    def split(field: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * len(patches) if field is None else field.split(num_crops)
+
+    rows = zip(*map(split, (reduced.features, reduced.lengths, reduced.kept, reduced.scores)), strict=True)
+    return [ReducedTokens(*row) for row in rows]
+
+
+def project_tokens(
+    reduced: list[ReducedTokens],
+    projector: nn.Module,
+    merge: CropMerge,
+    grid: tuple[int, int],
+    image_sizes: list | None,
+) -> list[ImageTokens]:
+    """Project the tokens that are left (and no others) to LLM width and merge each picture's crops.
+
+    Args:
+        reduced: one record per picture.
+        projector: `[..., D]` to `[..., E]`.
+        merge: how crops are merged.
+        grid: rows and columns of patches of a crop.
+        image_sizes: (width, height) of each picture, needed for spatial merges only.
+
+    Returns:
+        One record per picture.
+    """
+    lengths = [length for picture in reduced for length in picture.lengths.tolist()]
+    rows = [crop for picture in reduced for crop in picture.features]
+    valid = torch.cat([crop[:length] for crop, length in zip(rows, lengths, strict=True)])
+    parameter = next(projector.parameters(), None)
+    if parameter is not None:
+        valid = valid.to(device=parameter.device, dtype=parameter.dtype)
+    projected = iter(projector(valid).split(lengths))
+    tokens = []
+    for index, picture in enumerate(reduced):
+        crops = [next(projected) for _ in range(picture.lengths.shape[0])]
+        size = tuple(image_sizes[index]) if image_sizes is not None else None
+        features = merge(crops, picture.kept, grid, size)
+        num_patches = picture.lengths.shape[0] * grid[0] * grid[1]
+        tokens.append(ImageTokens(features, num_patches, picture.kept, picture.scores))
+    return tokens
+
+
+def keep_everything(patches: list[Tensor]) -> list[ReducedTokens]:
+    """The record of no reduction: all tokens of each picture `[C, N, D]`, in their places."""
+    return [
+        ReducedTokens(
+            features=picture,
+            lengths=torch.full((picture.shape[0],), picture.shape[1]),
+            kept=torch.ones(picture.shape[:2], dtype=torch.bool),
+        )
+        for picture in patches
+    ]

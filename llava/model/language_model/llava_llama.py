@@ -1,0 +1,176 @@
+"""LLaVA on Llama (Vicuna): the one file that knows transformers' language model API."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.errors import InputError
+from llava.model.image_tokens import ImageTokens
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.splice import strip_padding
+from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+
+TOWER_PREFIX = "model.vision_tower."
+SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
+
+
+class LlavaConfig(LlamaConfig):
+    """A Llama config with LLaVA's `mm_*` keys, which pass through as they are in config.json."""
+
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """The decoder with a vision tower and a projector beside it."""
+
+    config_class = LlavaConfig
+
+
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+    """LLaVA-1.5 with token reduction; the reducer is parsed here, once, before any weight is read."""
+
+    config_class = LlavaConfig
+    # Mean over micro-batches, as in the published training (transformers 5 would weight by tokens).
+    accepts_loss_kwargs = False
+    # Towers come from mm_vision_tower, whatever a checkpoint holds of them; inv_freq is computed.
+    _keys_to_ignore_on_load_unexpected = (r"model\.vision_tower\..*", r".*rotary_emb\.inv_freq")
+
+    def __init__(self, config: LlavaConfig):
+        """Build the model; vision weights follow by `get_vision_tower().load_model()`.
+
+        Raises:
+            InputError: for a config that does not hold together.
+        """
+        self_reducer = parse_reducer(getattr(config, CONFIG_KEY, None))
+        super(LlamaForCausalLM, self).__init__(config)
+        self.token_reducer = self_reducer
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> LlavaLlamaModel:
+        """The inner model with the vision parts."""
+        return self.model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        newline = getattr(module, "image_newline", None)
+        if newline is not None and not getattr(newline, "_is_hf_initialized", False):
+            nn.init.normal_(newline, std=self.config.hidden_size**-0.5)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: object | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        texts: str | list[str] | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """One pass over prompts with pictures; arguments as in `prepare_inputs_labels_for_multimodal`.
+
+        Returns:
+            Loss (mean over labelled tokens, with labels) and logits `[S, L, V]` over the spliced positions.
+        """
+        if inputs_embeds is None and past_key_values is None:
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes, texts
+                )
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        texts: str | list[str] | None = None,
+        image_tokens: list[ImageTokens] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Answer prompts about pictures.
+
+        Args:
+            inputs: `int64[S, T]` with `<image>` marks (also as `input_ids=`), padded on either side.
+            images: pictures, one per mark; see `encode_patches`. None for text-only prompts.
+            image_sizes: (width, height) per picture.
+            texts: the query of each sample for the CLIP text tower; None: recovered from the ids.
+            image_tokens: instead of `images`: records from `encode_images`.
+            **kwargs: transformers' generation arguments, `attention_mask` among them.
+
+        Returns:
+            `int64[S, new tokens]`: the answer alone, without the prompt.
+
+        Raises:
+            InputError: when images, marks and texts do not fit, or the prompt is longer than the model's positions.
+        """
+        if "inputs_embeds" in kwargs:
+            raise ValueError("generate builds inputs_embeds itself: pass input ids with images or image_tokens")
+        input_ids = kwargs.pop("input_ids", inputs)
+        kwargs.pop("position_ids", None)
+        pad_token_id = kwargs.pop("pad_token_id", None)
+        if pad_token_id is None:
+            pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else 0
+        device = self.get_input_embeddings().weight.device
+        input_ids = input_ids.to(device)
+        mask = strip_padding(input_ids, kwargs.pop("attention_mask", None), pad_token_id)
+        _, _, attention_mask, _, inputs_embeds, _ = self.prepare_inputs_labels_for_multimodal(
+            input_ids, None, mask, None, None, images, image_sizes, texts,
+            image_tokens=image_tokens, padding_side="left",
+        )  # fmt: skip
+        self._check_length(inputs_embeds.shape[1])
+        if not kwargs.get("do_sample"):
+            # Published callers pass temperature=0 with greedy decoding; transformers would warn about it.
+            kwargs = {key: value for key, value in kwargs.items() if key not in SAMPLING_ARGUMENTS}
+        if kwargs.get("max_new_tokens") is not None:
+            kwargs.setdefault(
+                "max_length", None
+            )  # published generation configs set it too; the call's own limit counts
+        return super().generate(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, pad_token_id=pad_token_id, **kwargs
+        )
+
+    def _check_length(self, num_positions: int) -> None:
+        limit = self.config.max_position_embeddings
+        if num_positions >= limit:
+            raise InputError(
+                f"the prompt takes {num_positions} positions with its image tokens, the model has {limit}: "
+                "shorten the question or give fewer images"
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save in the published layout: LLM and projector; frozen towers stay where `mm_vision_tower` says.
+
+        Args:
+            save_directory: the folder.
+            **kwargs: as in transformers.
+        """
+        state_dict = kwargs.pop("state_dict", None)
+        if state_dict is None:
+            state_dict = self.state_dict()
+        own = {key: value for key, value in state_dict.items() if not key.startswith(TOWER_PREFIX)}
+        super().save_pretrained(save_directory, state_dict=own, **kwargs)
+
+
+AutoConfig.register("llava_llama", LlavaConfig)
+AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

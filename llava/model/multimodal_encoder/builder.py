@@ -1,0 +1,67 @@
+"""Build the vision tower that `mm_vision_tower` names: a Hugging Face CLIP, or `open_clip:<model>`."""
+
+from pathlib import Path
+
+import torch
+
+from llava.errors import InputError
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.loading import resolve_name
+from llava.model.multimodal_encoder.tower import VisionTower
+
+OPEN_CLIP_PREFIX = "open_clip:"
+
+
+def build_vision_tower(
+    name: str,
+    *,
+    folder: str | Path | None = None,
+    select_layer: int = -2,
+    select_feature: str = "patch",
+    needs_text: bool = False,
+) -> VisionTower:
+    """Build a tower without loading its weights.
+
+    Args:
+        name: `mm_vision_tower`: hub id or path of a Hugging Face CLIP, or `open_clip:<model>[,pretrained=FILE]`.
+        folder: the checkpoint folder, against which relative paths are tried as well.
+        select_layer: `mm_vision_select_layer`.
+        select_feature: `mm_vision_select_feature`.
+        needs_text: whether the reducer scores with text.
+
+    Returns:
+        The tower, empty until `load_model`.
+
+    Raises:
+        InputError: for a path that is not there, or settings that don't exist.
+    """
+    settings = {"select_layer": select_layer, "select_feature": select_feature, "needs_text": needs_text}
+    if name.startswith(OPEN_CLIP_PREFIX):
+        from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
+
+        return OpenClipVisionTower(name.removeprefix(OPEN_CLIP_PREFIX), folder=folder, **settings)
+    return CLIPVisionTower(resolve_name(name, folder), **settings)
+
+
+def load_tower(
+    name: str, *, needs_text: bool = False, device: object = None, dtype: torch.dtype = torch.float32
+) -> VisionTower:
+    """Build and load a tower on its own, outside any LLaVA checkpoint.
+
+    Args:
+        name: as in `build_vision_tower`.
+        needs_text: load the text half as well.
+        device: where to put it.
+        dtype: what to run it in.
+
+    Returns:
+        The tower, ready.
+
+    Raises:
+        InputError: when it can't be loaded.
+    """
+    if not name:
+        raise InputError("no vision tower given: name a folder, a hub id or open_clip:<model>")
+    tower = build_vision_tower(name, needs_text=needs_text)
+    tower.load_model(device=device, dtype=dtype)
+    return tower

@@ -1,0 +1,92 @@
+"""The vision tower of LLaVA-1.5: a CLIP in Hugging Face layout, run up to the selected layer and no further."""
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from llava.errors import InputError
+from llava.model.multimodal_encoder.clip_text import CLIPTextTower
+from llava.model.multimodal_encoder.loading import load_quietly
+from llava.model.multimodal_encoder.tower import VisionTower
+
+JOINT_WEIGHT = "visual_projection.weight"  # absent from vision-only checkpoints, and then not needed
+
+
+class CLIPVisionTower(VisionTower):
+    """CLIP's vision half and, for text-guided reducers, its text half; one copy of each weight.
+
+    Layers behind the selected one are dropped after loading: they would run for nothing.
+    """
+
+    vision_tower: CLIPVisionModelWithProjection
+    text_tower: CLIPTextTower
+    has_joint_head = False
+
+    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+        """See `VisionTower.load_model`.
+
+        Raises:
+            InputError: when the tower isn't there or is incomplete.
+        """
+        if self.is_loaded:
+            return
+        self.vision_tower, missing = load_quietly(
+            CLIPVisionModelWithProjection, self.name, dtype=dtype, what="vision tower", optional=(JOINT_WEIGHT,)
+        )
+        self.has_joint_head = not missing
+        encoder = self.vision_tower.vision_model.encoder
+        del encoder.layers[self.num_layers_to_run(len(encoder.layers)) :]
+        self.vision_tower.to(device)
+        try:
+            # The PIL backend gives the pixels of the published preprocessing bit for bit; the default one does not.
+            self.image_processor = CLIPImageProcessorPil.from_pretrained(self.name)
+        except (OSError, ValueError) as error:
+            raise InputError(f"vision tower {self.name}: no readable preprocessor_config.json: {error}") from None
+        self.is_loaded = True
+        if self.needs_text:
+            self.load_text_tower()
+        self.freeze()
+
+    def load_text_tower(self) -> None:
+        """See `VisionTower.load_text_tower`."""
+        if "text_tower" in self._modules:
+            return
+        if not self.has_joint_head:
+            raise InputError(
+                f"vision tower {self.name} has no {JOINT_WEIGHT}: text-guided token reduction needs a full CLIP"
+            )
+        self.text_tower = CLIPTextTower(self.name, device=self.device, dtype=self.dtype)
+        self.freeze()
+
+    def hidden_state(self, pixels: Tensor) -> Tensor:
+        """See `VisionTower.hidden_state`."""
+        return self.vision_tower.vision_model(pixel_values=pixels).last_hidden_state
+
+    def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
+        """See `VisionTower.joint_head`."""
+        return self.vision_tower.vision_model.post_layernorm, self.vision_tower.visual_projection.weight
+
+    def text_features(self, texts: list[str]) -> Tensor:
+        """See `VisionTower.text_features`."""
+        return self.text_tower(texts)
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        """The vision config, read from disk while the tower is not loaded."""
+        return self.vision_tower.config if self.is_loaded else CLIPVisionConfig.from_pretrained(self.name)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """See `VisionTower.grid`."""
+        side = self.config.image_size // self.config.patch_size
+        return side, side
+
+    @property
+    def hidden_size(self) -> int:
+        """See `VisionTower.hidden_size`."""
+        return self.config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """See `VisionTower.image_size`."""
+        return self.config.image_size

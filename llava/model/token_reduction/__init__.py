@@ -1,0 +1,6 @@
+"""Token reduction: which of a picture's tokens reach the projector and the LLM."""
+
+from llava.model.token_reduction.base import Budget, ReducedTokens, TokenReducer, VisualTokens
+from llava.model.token_reduction.registry import CONFIG_KEY, REDUCERS, parse_reducer
+
+__all__ = ["CONFIG_KEY", "REDUCERS", "Budget", "ReducedTokens", "TokenReducer", "VisualTokens", "parse_reducer"]

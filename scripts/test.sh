@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# All that CI runs: lint, unit tests, then the slow tier that runs the real scripts.
+#   bash scripts/test.sh            everything
+#   bash scripts/test.sh -m "not slow" -k splice     arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/lib/environment.sh
+source scripts/lib/environment.sh
+use_environment
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+git ls-files -z '*.sh' .ci/run | xargs -0 "$(dirname "$PYTHON")/shellcheck" -x
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+"$PYTHON" -m pytest "$@"

@@ -1,0 +1,225 @@
+"""Pictures of every kind are read as RGB or refused in one line. All files here are really written and read."""
+
+import http.server
+import threading
+import time
+from functools import partial
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import llava.image
+from llava.errors import InputError
+from llava.image import load_image
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def noise():
+    """A picture whose files are long enough to be cut."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+
+
+def refusal(source):
+    """Return the one line that `load_image` refuses a source with."""
+    with pytest.raises(InputError) as caught:
+        load_image(source)
+    line = str(caught.value)
+    assert str(source) in line and "\n" not in line
+    return line
+
+
+def test_rgb_pixels_arrive_unchanged(tmp_path, noise):
+    noise.save(tmp_path / "a.png")
+    image = load_image(str(tmp_path / "a.png"))
+    assert image.mode == "RGB" and image.tobytes() == noise.tobytes()
+
+
+def test_cmyk_jpeg_keeps_its_colours(tmp_path):
+    Image.new("RGB", (32, 32), RED).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert Image.open(tmp_path / "a.jpg").mode == "CMYK"
+    red, green, blue = load_image(tmp_path / "a.jpg").getpixel((16, 16))
+    assert red > 230 and green < 25 and blue < 25
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 257, 1000, 32768, 65535]], dtype=np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        pixels = np.asarray(load_image(tmp_path / name))
+        assert pixels[0, :, 0].tolist() == [0, 1, 4, 128, 255]
+        assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
+
+
+def test_integers_beyond_sixteen_bit_and_floats_are_refused(tmp_path):
+    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "wide.tif")
+    assert "outside 0..65535" in refusal(tmp_path / "wide.tif")
+    Image.fromarray(np.array([[0.0, 0.5]], dtype=np.float32)).save(tmp_path / "float.tif")
+    assert "floating-point" in refusal(tmp_path / "float.tif")
+
+
+@pytest.mark.filterwarnings("error")
+def test_palette_with_transparency_gives_the_palette_colours(tmp_path):
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([*RED, *BLUE])
+    palette.putpixel((1, 0), 1)
+    for number, transparency in enumerate((0, b"\x00\x80")):
+        path = tmp_path / f"{number}.png"
+        palette.save(path, transparency=transparency)
+        image = load_image(path)
+        assert [image.getpixel((0, 0)), image.getpixel((1, 0))] == [RED, BLUE]
+
+
+def test_bilevel_pictures_are_read(tmp_path):
+    Image.new("1", (3, 2), 1).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").getpixel((2, 1)) == (255, 255, 255)
+
+
+def test_alpha_is_dropped_not_blended(tmp_path):
+    Image.new("RGBA", (2, 2), (10, 20, 30, 0)).save(tmp_path / "rgba.png")
+    Image.new("LA", (2, 2), (77, 0)).save(tmp_path / "la.png")
+    assert load_image(tmp_path / "rgba.png").getpixel((0, 0)) == (10, 20, 30)
+    assert load_image(tmp_path / "la.png").getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_exif_orientation_is_applied_only_when_asked(tmp_path):
+    image = Image.new("RGB", (64, 32), RED)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == (64, 32)
+    assert load_image(tmp_path / "a.jpg", upright=True).size == (32, 64)
+
+
+def test_animations_give_their_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), color) for color in (RED, BLUE)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
+def test_truncated_files_are_refused(tmp_path, noise, suffix):
+    path = tmp_path / f"a.{suffix}"
+    noise.save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "damaged or truncated" in refusal(path) or "not a picture" in refusal(path)
+
+
+def test_random_damage_is_either_read_or_refused(tmp_path, noise):
+    generator = np.random.default_rng(1)
+    outcomes = set()
+    for suffix in ("jpg", "png", "gif", "webp", "tif"):
+        path = tmp_path / f"a.{suffix}"
+        noise.save(path)
+        original = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        for _ in range(60):
+            damaged = original.copy()
+            damaged[generator.integers(0, len(damaged), 5)] = generator.integers(0, 256, 5)
+            path.write_bytes(damaged.tobytes())
+            try:
+                outcomes.add(load_image(path).mode)
+            except InputError:
+                outcomes.add("refused")
+    assert outcomes == {"RGB", "refused"}
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "text.png").write_text("I am a text")
+    (tmp_path / "empty.png").touch()
+    assert "not a picture" in refusal(tmp_path / "text.png")
+    assert "empty" in refusal(tmp_path / "empty.png")
+    assert "no such file" in refusal(tmp_path / "missing.png")
+    assert "folder" in refusal(tmp_path)
+    assert "cannot be read" in refusal("a\0b.png")
+
+
+def test_decompression_bombs_are_refused_and_large_pictures_are_not(tmp_path, monkeypatch):
+    Image.new("1", (100, 100)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    assert load_image(tmp_path / "a.png").size == (100, 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    assert "8,000 pixels" in refusal(tmp_path / "a.png")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves a picture, and every way in which a server can fail."""
+
+    def __init__(self, picture, *args):
+        """Keep the picture's bytes."""
+        self.picture = picture
+        super().__init__(*args)
+
+    def do_GET(self):
+        """Answer by path."""
+        if self.path == "/missing.png":
+            self.send_error(404, "Not Found")
+            return
+        if self.path == "/slow.png":
+            time.sleep(1.5)
+        if self.path == "/moved.png":
+            self.send_response(302)
+            self.send_header("Location", "/ok.png")
+            self.end_headers()
+            return
+        body = {"/empty.png": b"", "/page.html": b"<html>"}.get(self.path, self.picture)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) * (2 if self.path == "/short.png" else 1)))
+        self.end_headers()
+        if self.path == "/trickle.png":
+            for start in range(len(body)):
+                self.wfile.write(body[start : start + 1])
+                self.wfile.flush()
+                time.sleep(0.05)
+            return
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        """Stay silent."""
+
+
+@pytest.fixture
+def server(noise):
+    """The address of a local server."""
+    buffer = BytesIO()
+    noise.save(buffer, format="PNG")
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, buffer.getvalue()))
+    httpd.handle_error = lambda *args: None
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.mark.parametrize("page", ["ok.png", "moved.png"])
+def test_pictures_are_read_from_addresses(server, noise, page):
+    assert load_image(f"{server}/{page}").tobytes() == noise.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [("missing.png", "404"), ("empty.png", "empty"), ("page.html", "not a picture"), ("short.png", "broke off")],
+)
+def test_failed_downloads_are_refused(server, page, reason):
+    assert reason in refusal(f"{server}/{page}")
+
+
+@pytest.mark.parametrize("page", ["slow.png", "trickle.png"])
+def test_a_download_ends_after_its_time(server, page, monkeypatch):
+    monkeypatch.setattr(llava.image, "DOWNLOAD_SECONDS", 0.4)
+    begin = time.monotonic()
+    assert "timed out" in refusal(f"{server}/{page}")
+    assert time.monotonic() - begin < 1.4
+
+
+def test_a_download_ends_at_its_size(server, monkeypatch):
+    monkeypatch.setattr(llava.image, "DOWNLOAD_BYTES", 2000)
+    assert "larger than" in refusal(f"{server}/ok.png")
+
+
+def test_addresses_that_nobody_answers_are_refused(server):
+    assert "download failed" in refusal("http://127.0.0.1:9/a.png")
+    assert "download failed" in refusal("http://[half/a.png")
+    assert "download failed" in refusal("http://a b/c.png")
