@@ -13,6 +13,7 @@ from llava.model.token_reduction import CONFIG_KEY, parse_reducer
 
 DEFAULT_CONTEXT_LENGTH = 2048  # what the published loader reports for configs without max_sequence_length
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -97,7 +98,11 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: when there is none, or it can't be read.
     """
-    settings_file = Path(model_path) / "tokenizer_config.json"
+    folder = Path(model_path)
+    # transformers 5 would make up an empty vocabulary here.
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"checkpoint {model_path} has no tokenizer: expected {' or '.join(TOKENIZER_FILES)} there")
+    settings_file = folder / "tokenizer_config.json"
     try:
         settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
         is_llama = settings.get("tokenizer_class", "LlamaTokenizer").startswith("Llama")
@@ -132,11 +137,14 @@ def _read_config(model_path: str, customized_config: str | None, reduce: str | N
     try:
         # As a dictionary: published checkpoints say "llava", a model type that transformers took for its own class.
         values, _ = LlavaConfig.get_config_dict(customized_config or model_path)
+        values["dtype"] = values.pop("torch_dtype", values.get("dtype"))  # the name transformers 5 uses
         config = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
     except Exception as error:
         # OSError (not there, hub), broken JSON, and transformers' own validation of the values.
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"config of {customized_config or model_path} can't be read: {reason}") from error
+        raise InputError(
+            f"config of {customized_config or model_path} can't be read (no such folder here, nor on the hub?): {reason}"
+        ) from error
     config._name_or_path = model_path
     if reduce is not None:
         reducer = parse_reducer(reduce)

@@ -1,0 +1,226 @@
+"""The reducers: one contract for all of them, the mathematics of TRIM, and the parser of spec strings."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from llava.errors import InputError
+from llava.model.token_reduction import REDUCERS, Budget, VisualTokens, ops, parse_reducer
+
+SPECS = [
+    "TRIM:-1",
+    "TRIM:0.25",
+    "TRIM:7",
+    "TRIM:1.0",
+    "TRIM:-1,similarity=direct",
+    "TRIM:-1,metric=cosine,fence=0.5",
+    "TRIM:-1,min_keep=3,max_keep=5",
+    "TextSim:-1",
+    "TextSim:0.5",
+    "TextSim+:0.3",
+    "Random:0.2",
+    "Random:9,seed=3,mean=true",
+    "Pool:0.25",
+    "Pool:4",
+]
+
+
+def make_tokens(num_images: int = 5, side: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32) -> VisualTokens:
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randn(num_images, side * side, 16, generator=generator)
+    joint = torch.randn(num_images, side * side, 8, generator=generator) * 1.5
+    text = torch.randn(num_images, 8, generator=generator)
+    return VisualTokens(patches=patches.to(dtype), grid=(side, side), joint=joint, text=text)
+
+
+def rows_of(tokens: VisualTokens, rows: list[int]) -> VisualTokens:
+    return VisualTokens(tokens.patches[rows], tokens.grid, tokens.joint[rows], tokens.text[rows])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+class TestContract:
+    def test_spec_string_parses_back_to_the_same_reducer(self, spec):
+        reducer = parse_reducer(spec)
+        assert parse_reducer(reducer.spec()) == reducer
+
+    def test_shapes_lengths_and_dtype_hold(self, spec):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            tokens = make_tokens(dtype=dtype)
+            reduced = parse_reducer(spec)(tokens)
+            assert reduced.features.dtype == dtype
+            assert reduced.features.shape[0] == reduced.lengths.shape[0] == 5
+            assert reduced.features.shape[1] == int(reduced.lengths.max())
+            assert reduced.lengths.dtype == torch.int64
+
+    def test_rows_are_zero_behind_their_length(self, spec):
+        reduced = parse_reducer(spec)(make_tokens())
+        for features, length in zip(reduced.features, reduced.lengths, strict=True):
+            assert not features[length:].any()
+
+    def test_kept_patches_are_bit_equal_and_in_raster_order(self, spec):
+        tokens = make_tokens()
+        reduced = parse_reducer(spec)(tokens)
+        if reduced.kept is None:
+            assert spec.startswith("Pool")
+            return
+        for patches, kept, features in zip(tokens.patches, reduced.kept, reduced.features, strict=True):
+            assert torch.equal(features[: int(kept.sum())], patches[kept])
+
+    def test_inputs_are_left_as_they_were(self, spec):
+        tokens = make_tokens()
+        before = [field.clone() for field in (tokens.patches, tokens.joint, tokens.text)]
+        parse_reducer(spec)(tokens)
+        for old, new in zip(before, (tokens.patches, tokens.joint, tokens.text), strict=True):
+            assert torch.equal(old, new)
+
+    def test_an_image_never_feels_its_batch(self, spec):
+        tokens, reducer = make_tokens(num_images=7), parse_reducer(spec)
+        together = reducer(tokens)
+        for row in range(7):
+            alone = reducer(rows_of(tokens, [row]))
+            length = int(alone.lengths[0])
+            assert length == int(together.lengths[row])
+            # Sums may round in another order in another batch; choices may not change at all.
+            assert torch.allclose(alone.features[0, :length], together.features[row, :length], atol=1e-6)
+            assert (alone.kept is None) or torch.equal(alone.kept[0], together.kept[row])
+
+    def test_order_of_images_does_not_matter(self, spec):
+        tokens, reducer = make_tokens(num_images=4), parse_reducer(spec)
+        order = [2, 0, 3, 1]
+        lengths = reducer(tokens).lengths
+        assert torch.equal(reducer(rows_of(tokens, order)).lengths, lengths[order])
+
+
+def test_every_reducer_is_a_frozen_dataclass():
+    for reducer in REDUCERS.values():
+        assert dataclasses.is_dataclass(reducer)
+        assert reducer.__dataclass_params__.frozen
+
+
+def test_trim_keeps_the_outliers_of_the_negated_dot_product_and_appends_the_mean_of_the_others():
+    tokens = make_tokens(num_images=1)
+    similarity = (tokens.joint[0] @ tokens.text[0]).double()
+    probability = torch.softmax(-similarity, 0)
+    first, third = torch.quantile(probability, torch.tensor([0.25, 0.75], dtype=torch.float64))
+    outliers = probability > third + 1.5 * (third - first)
+    reduced = parse_reducer("TRIM:-1")(tokens)
+    assert 0 < int(outliers.sum()) < 36
+    assert torch.equal(reduced.kept[0], outliers)
+    assert torch.allclose(reduced.features[0, -1], tokens.patches[0][~outliers].mean(dim=0), atol=1e-6)
+
+
+def test_trim_with_zero_outliers_gives_the_mean_alone():
+    tokens = make_tokens(num_images=2)
+    flat = VisualTokens(tokens.patches, tokens.grid, torch.ones_like(tokens.joint), tokens.text)
+    reduced = parse_reducer("TRIM:-1")(flat)
+    assert reduced.lengths.tolist() == [1, 1]
+    assert torch.allclose(reduced.features[:, 0], tokens.patches.mean(dim=1), atol=1e-6)
+
+
+def test_textsim_with_zero_outliers_keeps_one_patch():
+    tokens = make_tokens(num_images=2)
+    flat = VisualTokens(tokens.patches, tokens.grid, torch.ones_like(tokens.joint), tokens.text)
+    assert parse_reducer("TextSim:-1")(flat).lengths.tolist() == [1, 1]
+
+
+def test_keeping_everything_adds_no_mean_token():
+    tokens = make_tokens()
+    reduced = parse_reducer("TRIM:1.0")(tokens)
+    assert torch.equal(reduced.features, tokens.patches)
+
+
+def test_the_opposite_sign_keeps_other_patches():
+    tokens = make_tokens(num_images=1)
+    negated = parse_reducer("TRIM:9")(tokens).kept
+    direct = parse_reducer("TRIM:9,similarity=direct")(tokens).kept
+    assert not (negated & direct).any()
+
+
+def test_min_and_max_keep_bound_the_automatic_count():
+    kept = parse_reducer("TRIM:-1,min_keep=3,max_keep=5")(make_tokens(num_images=20)).kept.sum(dim=1)
+    assert kept.min() >= 3
+    assert kept.max() <= 5
+
+
+def test_equal_scores_are_kept_from_the_first_patch_on():
+    kept = ops.select_top(torch.zeros(1, 6), torch.tensor([2]))
+    assert kept[0].tolist() == [True, True, False, False, False, False]
+
+
+def test_random_draws_differ_between_images_and_seeds():
+    tokens = make_tokens(num_images=2)
+    first, second = parse_reducer("Random:9")(tokens).kept, parse_reducer("Random:9,seed=1")(tokens).kept
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, second)
+
+
+def test_pool_averages_equal_cells():
+    tokens = make_tokens(num_images=1)
+    pooled = parse_reducer("Pool:0.25")(tokens).features[0]
+    corner = tokens.patches[0].view(6, 6, 16)[:2, :2].mean(dim=(0, 1))
+    assert pooled.shape == (9, 16)
+    assert torch.allclose(pooled[0], corner, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "num_patches", "count"),
+    [
+        (0.25, 576, 144),
+        (0.21, 576, 120),
+        (1.0, 576, 576),
+        (144, 576, 144),
+        (9999, 576, 576),
+        (0.29, 100, 29),
+        (0.001, 36, 0),
+    ],
+)
+def test_budget_counts_patches(value, num_patches, count):
+    assert Budget(value).count(num_patches) == count
+
+
+@pytest.mark.parametrize("num_patches", [36, 49, 196, 576, 729])
+def test_a_fraction_of_whole_patches_loses_none_to_float_rounding(num_patches):
+    assert all(Budget(k / num_patches).count(num_patches) == k for k in range(2, num_patches + 1))
+
+
+@pytest.mark.parametrize("spec", [None, "", "  ", "none", "None"])
+def test_no_spec_means_no_reduction(spec):
+    assert parse_reducer(spec) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("TRIMM:-1", 'did you mean "TRIM"?'),
+        ("trim:-1", 'did you mean "TRIM"?'),
+        ("PRUNE:0.5", "known: TRIM, TextSim, TextSim+, Random, Pool"),
+        ("TRIM:abc", '"abc" is no budget'),
+        ("TRIM:25%", '"25%" is no budget'),
+        ("TRIM:", '"" is no budget'),
+        ("TRIM:0", "out of range"),
+        ("TRIM:-0.5", "out of range"),
+        ("TRIM:1.5", "out of range"),
+        ("TRIM:nan", "out of range"),
+        ("TRIM:inf", "out of range"),
+        ("TRIM:-1,foo=2", "known: similarity, metric, fence, min_keep, max_keep"),
+        ("TRIM:-1,similarty=direct", 'did you mean "similarity"?'),
+        ("TRIM:-1,similarity=both", "use negated or direct"),
+        ("TRIM:-1,metric=l2", "use dot or cosine"),
+        ("TRIM:-1,fence=x", "fence must be a number"),
+        ("TRIM:-1,fence=-1", "fence=-1.0 must be"),
+        ("TRIM:-1,min_keep=1.5", "min_keep must be a whole number"),
+        ("TRIM:-1,min_keep=5,max_keep=3", "min_keep <= max_keep"),
+        ("TRIM:-1,fence=1,fence=2", "stands twice"),
+        ("Random:-1", "no automatic budget"),
+        ("Random:0.5,mean=perhaps", "mean must be true or false"),
+        ("Pool:-1", "no automatic budget"),
+        (0.25, "is not a string"),
+    ],
+)
+def test_wrong_spec_ends_in_one_line_that_says_what_is_right(spec, says):
+    with pytest.raises(InputError) as caught:
+        parse_reducer(spec)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "mm_vision_token_reduce_func" in str(caught.value)

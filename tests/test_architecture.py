@@ -1,0 +1,128 @@
+"""The rules of the house, read from the source: one-way imports, no heavy import where none is due, no CUDA calls."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llava"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import from its own layer and from lower ones only. First match wins.
+LAYERS = [
+    ("llava.constants", 0),
+    ("llava.errors", 0),
+    ("llava.conversation", 1),
+    ("llava.image", 1),
+    ("llava.model.token_reduction", 1),
+    ("llava.eval.metrics", 1),
+    ("llava.mm_utils", 2),
+    ("llava.model.splice", 2),
+    ("llava.model.crops", 2),
+    ("llava.model.query", 2),
+    ("llava.model.multimodal_encoder", 2),
+    ("llava.model.multimodal_projector", 2),
+    ("llava.model.image_tokens", 3),
+    ("llava.model.llava_arch", 4),
+    ("llava.model.language_model", 5),
+    ("llava.model.builder", 6),
+    ("llava.model", 0),
+    ("llava.chat", 7),
+    ("llava.command_line", 7),
+    ("llava.train", 8),
+    ("llava.eval", 8),
+    ("llava.serve", 8),
+    ("llava.visualize", 8),
+    ("llava.calibrate", 8),
+    ("llava", 0),
+]
+# Packages that know only torch, the standard library and the bottom layer.
+PURE = ("llava.model.token_reduction", "llava.model.splice", "llava.model.crops", "llava.eval.metrics")
+FACES = ("llava.train", "llava.eval", "llava.serve")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from llava.eval import runner` imports llava.eval.runner.
+            for alias in node.names:
+                candidate = f"{node.module}.{alias.name}"
+                is_module = (ROOT / (candidate.replace(".", "/") + ".py")).is_file()
+                found.add(candidate if is_module else node.module)
+    return found
+
+
+def is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def layer_of(name: str) -> int:
+    return next(layer for prefix, layer in LAYERS if is_in(name, prefix))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_run_one_way(path):
+    name = module_name(path)
+    upward = {
+        imported for imported in imports_of(path) if is_in(imported, "llava") and layer_of(imported) > layer_of(name)
+    }
+    assert not upward
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_train_eval_and_serve_never_import_each_other(path):
+    name = module_name(path)
+    own = next((face for face in FACES if is_in(name, face)), None)
+    others = {imported for imported in imports_of(path) for face in FACES if face != own and is_in(imported, face)}
+    assert own is None or not others
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if module_name(path).startswith(PURE)], ids=module_name)
+def test_pure_packages_know_only_torch_and_the_standard_library(path):
+    outside = set()
+    for imported in imports_of(path):
+        top = imported.split(".")[0]
+        allowed = top in sys.stdlib_module_names or top == "torch" or imported in ("llava.errors", "llava.constants")
+        if not allowed and not any(is_in(imported, package) for package in PURE):
+            outside.add(imported)
+    assert not outside
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_no_module_calls_cuda_directly(path):
+    calls = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "cuda"
+    ]
+    assert not calls
+
+
+@pytest.mark.parametrize("module", ["llava", "llava.constants", "llava.errors", "llava.conversation"])
+def test_light_modules_load_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_every_module_says_what_it_is():
+    silent = [module_name(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent
+
+
+def test_no_machine_path_or_unfinished_mark_in_the_sources():
+    marks = ("TO" + "DO", "FIX" + "ME", "XX" + "X ", "/ro" + "ot/", "/wo" + "rk/")
+    files = [*MODULES, *(ROOT / "scripts").rglob("*.sh"), *(ROOT / "playground").rglob("*.py")]
+    found = [f"{path}: {mark}" for path in files for mark in marks if mark in path.read_text()]
+    assert not found
