@@ -142,9 +142,8 @@ def _read_config(model_path: str, customized_config: str | None, reduce: str | N
     except Exception as error:
         # OSError (not there, hub), broken JSON, and transformers' own validation of the values.
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"config of {customized_config or model_path} can't be read (no such folder here, nor on the hub?): {reason}"
-        ) from error
+        source = customized_config or model_path
+        raise InputError(f"config of {source} can't be read (no such folder, nor on the hub?): {reason}") from error
     config._name_or_path = model_path
     if reduce is not None:
         reducer = parse_reducer(reduce)

@@ -74,7 +74,7 @@ class CropMerge:
             return merge_crops(crops, kept, newline=newline)
         if self.tile_grid is None or image_size is None:
             raise InputError(
-                f"mm_patch_merge_type {self.kind} needs image_aspect_ratio anyres and image_sizes=[(width, height), ...]"
+                f"mm_patch_merge_type {self.kind} needs image_aspect_ratio anyres and image_sizes=[(width, height)]"
             )
         tile_grid = self.tile_grid(image_size)
         if tile_grid[0] * tile_grid[1] + 1 != len(crops):

@@ -240,25 +240,19 @@ class LlavaMetaForCausalLM(ABC):
             raise InputError(f"{len(texts)} texts for {num_samples} prompts: give one query per prompt, or one string")
         return texts
 
-    def _tokens_of_batch(
-        self, input_ids: Tensor, real: Tensor, images, image_sizes, texts, image_tokens
-    ) -> list[list[ImageTokens]]:
-        """The image tokens of each sample, in the order of its marks."""
-        marks = count_image_marks(input_ids.masked_fill(~real, 0))
-        if images is None and image_tokens is None:
-            if any(marks):
-                raise InputError(f"{sum(marks)} <image> mark(s) in the prompt(s), but no image was given")
-            return [[] for _ in marks]
-        assigned = assign_images(marks, len(images if image_tokens is None else image_tokens))
-        if image_tokens is None:
-            owner = [(sample, index) for sample, indices in enumerate(assigned) for index in indices]
-            queries = self._sample_texts(texts, input_ids, real)
-            sizes = None if image_sizes is None else [image_sizes[index] for _, index in owner]
-            encoded = self.encode_images(
-                [images[index] for _, index in owner], [queries[sample] for sample, _ in owner], sizes
-            )
-            image_tokens = {index: tokens for (_, index), tokens in zip(owner, encoded, strict=True)}
-        return [[image_tokens[index] for index in indices] for indices in assigned]
+    def _tokens_of_images(
+        self, owners: list[list[int]], input_ids: Tensor, real: Tensor, images, image_sizes, texts
+    ) -> dict[int, ImageTokens]:
+        """Encode the images that marks ask for, each with its sample's query; keyed by the image's index."""
+        pairs = [(sample, index) for sample, indices in enumerate(owners) for index in indices]
+        if not pairs:
+            return {}
+        queries = self._sample_texts(texts, input_ids, real)
+        sizes = None if image_sizes is None else [image_sizes[index] for _, index in pairs]
+        encoded = self.encode_images(
+            [images[index] for _, index in pairs], [queries[sample] for sample, _ in pairs], sizes
+        )
+        return {index: tokens for (_, index), tokens in zip(pairs, encoded, strict=True)}
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -298,7 +292,12 @@ class LlavaMetaForCausalLM(ABC):
             InputError: when images, marks and texts do not fit together.
         """
         real = strip_padding(input_ids, attention_mask, pad_token_id)
-        tokens = self._tokens_of_batch(input_ids, real, images, image_sizes, texts, image_tokens)
+        given = images if image_tokens is None else image_tokens
+        marks = count_image_marks(input_ids.masked_fill(~real, 0))
+        owners = assign_images(marks, 0 if given is None else len(given), allow_dummies=labels is not None)
+        if image_tokens is None:
+            image_tokens = self._tokens_of_images(owners, input_ids, real, images, image_sizes, texts)
+        tokens = [[image_tokens[index] for index in indices] for indices in owners]
         token_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
         anchor = self._projector_anchor(tokens, token_embeds)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None

@@ -22,15 +22,14 @@ def count_image_marks(input_ids: Tensor) -> list[int]:
     return (input_ids == IMAGE_TOKEN_INDEX).sum(dim=1).tolist()
 
 
-def assign_images(num_marks: list[int], num_images: int) -> list[list[int]]:
-    """Say which image belongs to which mark.
-
-    Images come in the order of the marks. The published training code also passes one (ignored) image for each
-    text-only sample; that convention is recognised by its count.
+def assign_images(num_marks: list[int], num_images: int, *, allow_dummies: bool = False) -> list[list[int]]:
+    """Say which image belongs to which mark; images come in the order of the marks.
 
     Args:
         num_marks: `<image>` marks of each sample.
         num_images: images given with the batch.
+        allow_dummies: also accept one image, to be ignored, for each text-only sample, as the published training
+            code passes it. Not for answering: there an image without a mark is a mistake.
 
     Returns:
         For each sample the indices of its images.
@@ -39,7 +38,7 @@ def assign_images(num_marks: list[int], num_images: int) -> list[list[int]]:
         InputError: when neither reading fits.
     """
     total = sum(num_marks)
-    with_dummies = sum(max(1, marks) for marks in num_marks)
+    with_dummies = sum(max(1, marks) for marks in num_marks) if allow_dummies else total
     if num_images not in (total, with_dummies):
         relation = "more images than marks" if num_images > total else "fewer images than marks"
         raise InputError(

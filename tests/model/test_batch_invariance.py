@@ -9,26 +9,8 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
-WORDS = [
-    "what",
-    "is",
-    "the",
-    "color",
-    "of",
-    "the",
-    "big",
-    "red",
-    "circle",
-    "near",
-    "the",
-    "sign",
-    "and",
-    "how",
-    "many",
-    "dogs",
-    "are",
-    "there",
-]
+SENTENCE = "what is the color of the big red circle near the sign and how many dogs are there"
+WORDS = SENTENCE.split()
 NUM_SAMPLES, NEW_TOKENS = 64, 8
 
 

@@ -51,7 +51,12 @@ def test_images_are_assigned_in_the_order_of_marks():
 
 
 def test_the_published_dummy_image_of_text_only_samples_is_recognised_and_ignored():
-    assert assign_images([2, 0, 1], 4) == [[0, 1], [], [3]]
+    assert assign_images([2, 0, 1], 4, allow_dummies=True) == [[0, 1], [], [3]]
+
+
+def test_an_image_without_a_mark_is_a_mistake_when_answering():
+    with pytest.raises(InputError, match="more images than marks"):
+        assign_images([0], 1)
 
 
 @pytest.mark.parametrize(("num_images", "says"), [(1, "fewer images"), (4, "more images")])

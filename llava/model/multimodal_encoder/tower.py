@@ -17,11 +17,11 @@ from llava.errors import InputError
 
 
 class VisionTower(nn.Module, ABC):
-    """Base of the towers. A tower is empty until `load_model`; `needs_text` decides whether that loads a text tower.
+    """Base of the towers: empty until `load_model`, which loads a text tower too where `needs_text` says so.
 
     Attributes:
         name: folder, file or hub id, as resolved.
-        select_layer: which hidden state is taken: 0 is the embeddings, -1 the last layer, -2 (published) the one before.
+        select_layer: which hidden state is taken: 0 the embeddings, -1 the last layer, -2 (published) the one before.
         select_feature: "patch" (published), or "cls_patch" to pass the CLS row on as well.
         is_loaded: whether the weights are there.
         image_processor: turns PIL images into pixel values; set by `load_model`.
