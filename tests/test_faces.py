@@ -1,0 +1,187 @@
+"""The command-line faces answer, chat and draw, and tell a user's mistakes in one line with exit code 2."""
+
+import http.server
+import io
+import subprocess
+import sys
+import threading
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from llava.command_line import choose_template, list_image_sources
+from llava.errors import run_command
+from llava.eval import run_llava
+from llava.eval.run_llava import eval_model
+from llava.serve import cli
+from llava.visualize import main as visualize_main
+
+TRIM, PLAIN = "llava-v1.5-tiny84-TRIM", "llava-v1.5-tiny84"
+NOISE, SIGN, TALL = (f"../data/images/{name}.png" for name in ("noise", "sign", "tall_shapes"))
+BUS = "What is the color of the bus?"
+BRIEF = ["--max_new_tokens", "4", "--temperature", "0"]
+
+
+@pytest.fixture
+def command(checkpoints, monkeypatch, capsys):
+    """Run a face as a command; returns exit code, standard output and standard error."""
+
+    def run(main, *arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as left:
+            code = left.code
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def ask_command(command, *arguments, model=TRIM, image=NOISE, query=BUS):
+    return command(run_llava.main, "--model-path", model, "--image-file", image, "--query", query, *BRIEF, *arguments)
+
+
+def test_picture_lists_are_split_but_existing_files_are_not(tmp_path):
+    odd = tmp_path / "a,b.png"
+    odd.touch()
+    assert list_image_sources(["x.png,y.png", str(odd)], ",") == ["x.png", "y.png", str(odd)]
+    assert list_image_sources("x.png;y.png", ";") == ["x.png", "y.png"]
+    assert list_image_sources("x.png", "") == ["x.png"]
+
+
+def test_the_template_option_beats_the_checkpoint_name():
+    assert choose_template(SimpleNamespace(model_path="/a/llava-v1.5-7b")) == "llava_v1"
+    assert choose_template(SimpleNamespace(model_path="/a/llava-v1.5-7b", conv_mode="vicuna_v1")) == "vicuna_v1"
+
+
+def test_run_llava_prints_the_answer_and_tells_the_tokens_on_standard_error(command):
+    code, out, err = ask_command(command)
+    assert code == 0 and len(out.strip().splitlines()) == 1
+    assert err.splitlines()[-1].startswith("visual tokens: 7 of 36 kept")
+
+
+def test_run_llava_reduces_as_told(command):
+    assert "9 of 36" in ask_command(command, "--reduce", "TextSim:0.25")[2]
+    assert "36 of 36" in ask_command(command, "--reduce", "none")[2]
+    assert "36 of 36" in ask_command(command, model=PLAIN)[2]
+    assert "7 of 36" in ask_command(command, "--reduce", "TRIM:-1", model=PLAIN)[2]
+
+
+def test_run_llava_takes_several_pictures_joined_or_repeated(command):
+    joined = ask_command(command, image=f"{NOISE},{SIGN}")
+    repeated = ask_command(command, "--image-file", SIGN)
+    assert joined == repeated and "of 72 kept" in joined[2]
+
+
+def test_run_llava_takes_an_address(command, golden):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=golden / "data/images")
+    handler.func.log_message = lambda *arguments: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        answered = ask_command(command, image=f"http://127.0.0.1:{server.server_port}/noise.png")
+        server.shutdown()
+    assert answered == ask_command(command)
+
+
+def test_eval_model_takes_the_published_attributes(checkpoints, capsys):
+    args = type("Args", (), {
+        "model_path": TRIM, "model_base": None, "model_name": TRIM, "query": BUS, "conv_mode": None,
+        "image_file": NOISE, "sep": ",", "temperature": 0, "top_p": None, "num_beams": 1, "max_new_tokens": 4,
+    })()  # fmt: skip
+    answer = eval_model(args)
+    assert capsys.readouterr().out == f"{answer}\n"
+
+
+MISTAKES = [
+    ({"image": "missing.png"}, (), "missing.png: no such file"),
+    ({"image": "config.json"}, (), "no such file"),
+    ({"image": f"{TRIM}/config.json"}, (), "not a picture"),
+    ({"query": " "}, (), "--query is empty"),
+    ({"query": "<image> <image> which?"}, (), "2 <image> mark"),
+    ({"query": "word " * 5000}, (), "positions"),
+    ({"model": "./no-such-folder"}, (), "no-such-folder"),
+    ({"model": "../data/images"}, (), "config.json"),
+    ({}, ("--reduce", "TRIMM:-1"), 'did you mean "TRIM"'),
+    ({}, ("--conv-mode", "vicuna"), "vicuna_v1"),
+    ({}, ("--device", "gpu7"), "gpu7"),
+    ({}, ("--dtype", "float8"), "float8"),
+    ({}, ("--temperature", "-2"), "temperature -2.0"),
+    ({}, ("--num_beams", "0"), "num_beams 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "arguments", "reason"), MISTAKES, ids=[reason for _, _, reason in MISTAKES])
+def test_mistakes_end_in_one_line_and_code_two(command, changes, arguments, reason):
+    code, out, err = ask_command(command, *arguments, **changes)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and reason in err
+
+
+@pytest.mark.parametrize("query", ["这张图片里有什么？", "word " * 2000])
+def test_unusual_questions_are_answered(command, query):
+    code, _, err = ask_command(command, query=query)
+    assert code == 0 and "of 36 kept" in err
+
+
+def chat_command(command, stdin, *arguments):
+    return command(
+        cli.main, "--model-path", TRIM, "--image-file", NOISE, "--temperature", "0", "--max-new-tokens", "3",
+        *arguments, stdin=stdin,
+    )  # fmt: skip
+
+
+def test_cli_answers_each_piped_line_and_says_what_it_kept(command):
+    code, out, err = chat_command(command, f"{BUS}\nAnd the sign?\n")
+    lines = [line for line in out.splitlines() if line.startswith("[visual tokens: ")]
+    assert (code, err) == (0, "") and len(lines) == 2 and lines[0].startswith("[visual tokens: 7 of 36 kept")
+    assert out.endswith("exit...\n")
+
+
+def test_cli_ends_at_an_empty_line(command):
+    out = chat_command(command, f"{BUS}\n\nnever asked\n")[1]
+    assert out.count("[visual tokens") == 1 and out.endswith("exit...\n")
+
+
+def test_cli_ends_at_once_without_input(command):
+    code, out, _ = chat_command(command, "")
+    assert code == 0 and "[visual tokens" not in out
+
+
+def test_cli_reduces_as_told_and_shows_the_prompt_for_debugging(command):
+    out = chat_command(command, f"{BUS}\n", "--reduce", "none", "--debug")[1]
+    assert "36 of 36" in out and "USER: <image>\\nWhat is the color" in out
+
+
+def test_a_piped_question_that_cannot_be_answered_ends_the_chat_with_one_line(command):
+    code, _, err = chat_command(command, "word " * 5000 + "\n")
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_faces_run_as_modules_from_a_shell(checkpoints, golden):
+    root = golden.parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "llava.serve.cli", "--model-path", TRIM, "--image-file", NOISE, "--max-new-tokens", "2"],
+        input=b"What \xff is this?\n", capture_output=True, check=False, env={"PYTHONPATH": str(root), "LC_ALL": "C"},
+    )  # fmt: skip
+    assert done.returncode == 0 and b"of 36 kept" in done.stdout and b"Traceback" not in done.stderr
+
+
+def test_visualize_writes_a_picture(command, tmp_path):
+    out = tmp_path / "new folder" / "kept.png"
+    code, _, err = command(
+        visualize_main, "--model-path", TRIM, "--image-file", TALL, "--query", f"{BUS} 这张", "--out", out
+    )
+    assert (code, err) == (0, "") and Image.open(out).format == "PNG"
+    assert [path.name for path in out.parent.iterdir()] == ["kept.png"]
+
+
+def test_visualize_refuses_a_checkpoint_that_keeps_everything(command, tmp_path):
+    arguments = ("--model-path", PLAIN, "--image-file", TALL, "--query", BUS, "--out", tmp_path / "a.png")
+    code, _, err = command(visualize_main, *arguments)
+    assert code == 2 and "--reduce" in err and not (tmp_path / "a.png").exists()
+    assert command(visualize_main, *arguments, "--reduce", "Random:0.25")[0] == 0

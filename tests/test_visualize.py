@@ -1,0 +1,101 @@
+"""Kept patches are drawn where the vision tower saw them, on pictures of every shape."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.chat import ChatSession, Sampling
+from llava.errors import InputError
+from llava.image import load_image
+from llava.mm_utils import process_images
+from llava.model.builder import load_pretrained_model
+from llava.model.image_tokens import ImageTokens
+from llava.visualize import count_unseen, dim_dropped, draw_reduction, find_view_box, save_atomically, visualize
+
+TRIM, NOISE = "llava-v1.5-tiny84-TRIM", "../data/images/noise.png"
+BUS = "What is the color of the bus?"
+
+
+@pytest.fixture(scope="module")
+def loaded(golden):
+    """The tiny TRIM model, loaded once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(golden / "checkpoints")
+        return load_pretrained_model(TRIM, device="cpu")
+
+
+def test_view_boxes_follow_the_aspect_ratio():
+    assert find_view_box((160, 90), "pad") == (0, -35, 160, 125)
+    assert find_view_box((64, 151), "pad") == (-43, 0, 108, 151)
+    assert find_view_box((160, 90), None) == (35, 0, 125, 90)
+    assert find_view_box((160, 90), "anyres") == (0, 0, 160, 90)
+
+
+def test_dropped_patches_are_dimmed_where_the_vision_tower_saw_them():
+    kept = np.zeros((4, 4), dtype=bool)
+    kept[1, 2] = kept[0, 0] = True
+    light = np.asarray(dim_dropped(Image.new("RGB", (80, 40), (200, 200, 200)), kept, find_view_box((80, 40), "pad")))
+    bright = light[..., 0] == 200
+    assert bright[0:20, 40:60].all() and bright.sum() == 20 * 20 and set(light[~bright, 0]) == {50}
+    assert count_unseen(kept, (80, 40), find_view_box((80, 40), "pad")) == 1
+
+
+def test_what_the_crop_cut_off_is_dimmed():
+    kept = np.ones((2, 2), dtype=bool)
+    light = np.asarray(dim_dropped(Image.new("RGB", (80, 40), (200, 200, 200)), kept, find_view_box((80, 40), None)))
+    assert (light[:, 20:60, 0] == 200).all() and (light[:, :20, 0] == 50).all() and (light[:, 60:, 0] == 50).all()
+
+
+def test_a_kept_patch_covers_the_pixels_that_move_its_features(loaded, checkpoints):
+    """Geometry against the model itself: only pixels of a patch change its embedding before attention mixes them."""
+    tokenizer, model, image_processor, _ = loaded
+    del tokenizer
+    picture = Image.new("RGB", (120, 60), (90, 90, 90))
+    box = find_view_box(picture.size, model.config.image_aspect_ratio)
+    kept = np.zeros((6, 6), dtype=bool)
+    kept[2, 4] = True
+    shade = np.where(np.asarray(dim_dropped(picture, kept, box))[..., :1] == 90, 255, 90).astype(np.uint8)
+    changed = Image.fromarray(np.repeat(shade, 3, axis=2))
+    before, after = (process_images([image], image_processor, model.config)[0] for image in (picture, changed))
+    weight = (after - before).abs().sum(0).reshape(6, 14, 6, 14).sum((1, 3))
+    assert weight.argmax() == 2 * 6 + 4 and weight[2, 4] / weight.sum() > 0.9
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (2000, 9), (64, 64)])
+@pytest.mark.parametrize("aspect_ratio", ["pad", None, "anyres"])
+def test_pictures_of_any_shape_are_drawn(size, aspect_ratio):
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(1, 16, generator=generator) > 0.5
+    tokens = ImageTokens(torch.zeros(9, 4), 16, kept, torch.rand(1, 16, generator=generator))
+    drawing = draw_reduction(Image.new("RGB", size, (9, 9, 9)), tokens, (4, 4), aspect_ratio, "What is $x^2 \\frac?")
+    assert drawing.mode == "RGB" and min(drawing.size) > 100
+
+
+def test_methods_without_scores_are_drawn_without_a_map_and_blending_ones_refused():
+    tokens = ImageTokens(torch.zeros(9, 4), 16, torch.ones(1, 16, dtype=torch.bool), None)
+    scored = ImageTokens(torch.zeros(9, 4), 16, torch.ones(1, 16, dtype=torch.bool), torch.rand(1, 16))
+    picture = Image.new("RGB", (40, 40))
+    assert (
+        draw_reduction(picture, tokens, (4, 4), "pad", "?").width
+        < draw_reduction(picture, scored, (4, 4), "pad", "?").width
+    )
+    with pytest.raises(InputError, match="blends"):
+        draw_reduction(picture, ImageTokens(torch.zeros(4, 4), 16, None, None), (4, 4), "pad", "?")
+
+
+def test_visualize_refuses_places_it_cannot_write_to(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        save_atomically(Image.new("RGB", (2, 2)), tmp_path / "file" / "a.png")
+
+
+def test_visualize_shows_what_the_answer_was_given_from(loaded, checkpoints):
+    tokenizer, model, image_processor, _ = loaded
+    session = ChatSession(model, tokenizer, image_processor, "vicuna_v1")
+    session.show([load_image(NOISE)])
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llava.visualize.draw_reduction", lambda image, tokens, *rest: drawn.append(tokens) or image)
+        visualize(model, image_processor, load_image(NOISE), BUS)
+    assert drawn[0].num_tokens == session.ask(BUS, Sampling(max_new_tokens=1)).num_tokens
