@@ -114,7 +114,8 @@ def reduce_patches(
     if NEEDS_TEXT in reducer.needs:
         joint = tower.project_to_joint(stacked)
         text = embed_distinct(tower, texts).repeat_interleave(torch.tensor(num_crops, device=joint.device), dim=0)
-    reduced = reducer(VisualTokens(patches=stacked, grid=tower.grid, joint=joint, text=text))
+    with tower.own_precision():
+        reduced = reducer(VisualTokens(patches=stacked, grid=tower.grid, joint=joint, text=text))
 
     def split(field: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * len(patches) if field is None else field.split(num_crops)

@@ -182,3 +182,13 @@ def test_damaged_checkpoint_ends_in_one_line(copied, kind, says):
 def test_wrong_arguments_end_in_one_line(copied, arguments, says):
     with pytest.raises(InputError, match=says):
         load_pretrained_model(str(copied), **arguments)
+
+
+def test_autocast_of_a_training_loop_does_not_reach_the_scores(copied):
+    model = load_pretrained_model(str(copied))[1]
+    image = torch.linspace(-1, 1, 3 * 84 * 84).view(1, 3, 84, 84)
+    plain = model.encode_images(image, ["a bus"])[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model.encode_images(image, ["a bus"])[0]
+    assert torch.equal(plain.scores, mixed.scores)
+    assert torch.equal(plain.kept, mixed.kept)

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 import open_clip
+import torch
 from open_clip.pretrained import download_pretrained_from_hf
 
 from llava.errors import InputError
@@ -79,7 +80,8 @@ class OpenClipSource:
         path = self._find_weights()
         weights = read_weights(path, self.name)
         try:
-            model = open_clip.CLIP(**config)
+            with torch.device("meta"):  # drawing random weights would take longer than reading the real ones
+                model = open_clip.CLIP(**config)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise InputError(f"vision tower {self.name}: open_clip refuses its config: {first_line(error)}") from error
         fill_model(model, weights, f"vision tower {self.name}: weights {path}")
@@ -202,7 +204,9 @@ def _resolve_weights(name: str, model: str, pretrained: str | None, folder: str 
         close = [spelled[entry] for entry in difflib.get_close_matches(model.lower(), spelled, n=4, cutoff=0.5)]
         hint = f"did you mean {', '.join(close)}?" if close else "open_clip.list_models() lists them"
         raise InputError(f"vision tower {name}: open_clip knows no model {model}; {hint}")
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+    check_architecture(open_clip.get_model_config(model), name)
+    own_tags = open_clip.list_pretrained_tags_by_model(model)
+    tags = ", ".join(own_tags[:6] + ["..."] * (len(own_tags) > 6)) or "none"
     if pretrained is None:
         raise InputError(f"vision tower {name} has no weights: add ,pretrained=FILE or a tag of open_clip ({tags})")
     place, tried = _find_path(pretrained, folder)

@@ -70,7 +70,7 @@ def fill_model(model: CLIP, weights: dict[str, Tensor], what: str) -> None:
     """Put weights into a model, all of them and no others; position embeddings of another size are not stretched.
 
     Args:
-        model: changed in place.
+        model: on the meta device; changed in place, to float32 on the CPU.
         weights: by name.
         what: subject of the messages.
 
@@ -89,7 +89,11 @@ def fill_model(model: CLIP, weights: dict[str, Tensor], what: str) -> None:
     for key, value in own.items():
         if given[key].shape != value.shape:
             raise InputError(f"{what} do not fit: {key} is {list(given[key].shape)}, the model has {list(value.shape)}")
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict({key: value.float() for key, value in given.items()}, strict=False, assign=True)
+    # What no weights file holds: the scale of a loss that is not computed here, and the causal mask.
+    model.logit_scale = model.logit_bias = None
+    if model.attn_mask is not None:
+        model.attn_mask = torch.full(model.attn_mask.shape, float("-inf")).triu(1)
 
 
 def first_line(error: Exception) -> str:

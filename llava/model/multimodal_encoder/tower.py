@@ -114,7 +114,8 @@ class VisionTower(nn.Module, ABC):
                 f"images of shape {tuple(images.shape)} do not fit the vision tower {self.name}: "
                 f"it reads [images, 3, {self.image_size}, {self.image_size}]"
             )
-        hidden = self.hidden_state(images.to(device=self.device, dtype=self.dtype))
+        with self.own_precision():
+            hidden = self.hidden_state(images.to(device=self.device, dtype=self.dtype))
         return hidden if self.select_feature == "cls_patch" else hidden[:, 1:]
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -138,8 +139,9 @@ class VisionTower(nn.Module, ABC):
         """
         norm, projection = self.joint_head()
         bias = None if norm.bias is None else norm.bias.float()
-        normed = F.layer_norm(patches.float(), norm.normalized_shape, norm.weight.float(), bias, norm.eps)
-        return normed @ projection.float().T
+        with self.own_precision():
+            normed = F.layer_norm(patches.float(), norm.normalized_shape, norm.weight.float(), bias, norm.eps)
+            return normed @ projection.float().T
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]) -> Tensor:
@@ -152,7 +154,12 @@ class VisionTower(nn.Module, ABC):
             `float32[S, P]`, not normalised.
         """
         self.load_text_tower()
-        return self.text_features(texts).float()
+        with self.own_precision():
+            return self.text_features(texts).float()
+
+    def own_precision(self) -> torch.autocast:
+        """Keep a training loop's autocast out: the towers run, and score, in their own dtype."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def freeze(self) -> None:
         """Take the tower out of training for good."""

@@ -1,0 +1,1 @@
+"""Training: projector pretraining and finetuning of LLaVA with or without token reduction."""

@@ -1,0 +1,143 @@
+"""Training samples: records turned into ids, labels and pixel values when the loader asks for them.
+
+Pictures are opened here and nowhere before, so a training set may be larger than memory; the conversations themselves
+are kept as text and tokenized per item, which costs far less than decoding a picture.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import Conversation, SeparatorStyle
+from llava.errors import InputError
+from llava.image import load_image
+from llava.mm_utils import process_images
+from llava.train.records import Record, locate_image
+from llava.train.targets import build_targets, choose_query, render
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample.
+
+    Attributes:
+        input_ids: int64[T] with IMAGE_TOKEN_INDEX at the images.
+        labels: int64[T], IGNORE_INDEX where nothing is taught.
+        images: float32[3, S, S] each (float32[C, 3, S, S] for several crops), in order of the marks.
+        image_sizes: (width, height) of the pictures before any resizing.
+        query: the text token reduction chooses patches by.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    images: list[Tensor] = field(default_factory=list)
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    query: str = ""
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How conversations become text: the template, what marks an image, and what token reduction reads."""
+
+    template: Conversation
+    mark: str = DEFAULT_IMAGE_TOKEN
+    query_source: str = "questions"
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How pictures become pixel values; the two lower fields have the names `process_images` reads.
+
+    Attributes:
+        folder: where the records' image names start; None for names that stand on their own.
+        processor: the vision tower's image processor.
+        image_aspect_ratio: "square", "pad" or "anyres".
+        image_grid_pinpoints: canvases for "anyres".
+    """
+
+    folder: str | Path | None
+    processor: Any
+    image_aspect_ratio: str = "square"
+    image_grid_pinpoints: str | list | None = None
+
+
+def check_fit(records: Iterable[Record], template: Conversation, has_vision: bool) -> None:
+    """Check that records suit the template and the model, without reading a picture.
+
+    Raises:
+        InputError: a picture for a model without vision tower, or a conversation that the template cannot hold.
+    """
+    for record in records:
+        if record.images and not has_vision:
+            raise InputError(f"{record.name}: has an image, but there is no --vision_tower to see it with")
+        if template.sep_style is SeparatorStyle.PLAIN:
+            with _naming(record):
+                render(record.turns, template)
+
+
+@contextmanager
+def _naming(record: Record) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{record.name}: {error}") from error
+
+
+class ConversationDataset(Dataset):
+    """Lazily built training samples.
+
+    Args:
+        records: the conversations.
+        tokenizer: the language model's tokenizer.
+        text_format: template, mark and query source.
+        image_format: how to read pictures; None where no record has any.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: Any,
+        text_format: TextFormat,
+        image_format: ImageFormat | None = None,
+    ):
+        self.records = records
+        self.tokenizer = tokenizer
+        self.text_format = text_format
+        self.image_format = image_format
+
+    def __len__(self) -> int:
+        """Count the records."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Build one sample.
+
+        Raises:
+            InputError: a picture cannot be read, or the record does not suit the template; names the record.
+        """
+        record = self.records[index]
+        with _naming(record):
+            rendered = render(record.turns, self.text_format.template, self.text_format.mark)
+            targets = build_targets(rendered, self.tokenizer)
+            images, sizes = self._load_images(record.images)
+        return Sample(
+            input_ids=torch.tensor(targets.input_ids, dtype=torch.long),
+            labels=torch.tensor(targets.labels, dtype=torch.long),
+            images=images,
+            image_sizes=sizes,
+            query=choose_query(record.turns, rendered, self.text_format.query_source),
+        )
+
+    def _load_images(self, names: Sequence[str]) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        if not names:
+            return [], []
+        pictures = [load_image(locate_image(name, self.image_format.folder)) for name in names]
+        values = process_images(pictures, self.image_format.processor, self.image_format)
+        return list(values), [picture.size for picture in pictures]

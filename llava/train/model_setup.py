@@ -1,0 +1,208 @@
+"""The model to train: loaded, given eyes, and with the right parts trainable."""
+
+import logging
+from dataclasses import replace
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from llava.errors import InputError
+from llava.model.builder import load_tokenizer
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.loading import load_quietly
+from llava.model.token_reduction import CONFIG_KEY
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+LLAMA_TYPES = ("llama", "llava", "llava_llama")
+# What a flag that was not given means, for a language model that has no config value for it yet.
+VISION_DEFAULTS = {
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_patch_merge_type": "flat",
+    CONFIG_KEY: None,
+}
+IMAGE_DEFAULTS = {"image_aspect_ratio": "square", "image_grid_pinpoints": None}
+EMBEDDING_KEY = "model.embed_tokens.weight"
+
+
+def read_config(model_args: ModelArguments) -> LlavaConfig:
+    """Read the config of the model to start from, LLaVA or not.
+
+    Raises:
+        InputError: there is none, it cannot be read, or it describes another architecture.
+    """
+    path = model_args.model_name_or_path
+    try:
+        values, _ = LlavaConfig.get_config_dict(path, cache_dir=model_args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model_name_or_path {path}: no readable config.json ({str(error).splitlines()[0]})"
+        ) from None
+    if values.get("model_type") not in LLAMA_TYPES:
+        raise InputError(
+            f"--model_name_or_path {path}: a {values.get('model_type')} model; only Llama models are trained"
+        )
+    config = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
+    config._name_or_path = path
+    return config
+
+
+def complete_arguments(
+    model_args: ModelArguments, data_args: DataArguments, config: LlavaConfig
+) -> tuple[ModelArguments, DataArguments]:
+    """Fill flags that were not given from the starting checkpoint, else from LLaVA-1.5's settings.
+
+    Raises:
+        InputError: flags that need a vision tower, and none anywhere; a projector of another type than asked for.
+    """
+    tower = model_args.vision_tower or getattr(config, "mm_vision_tower", None)
+    if tower is None:
+        _refuse_vision_flags(model_args)
+        return model_args, data_args
+    known = getattr(config, "mm_projector_type", None) if hasattr(config, "mm_vision_tower") else None
+    if known and model_args.mm_projector_type not in (None, known):
+        raise InputError(
+            f"--mm_projector_type {model_args.mm_projector_type}: {model_args.model_name_or_path} already has a {known}"
+        )
+    chosen = _fill(model_args, config, VISION_DEFAULTS) | {"vision_tower": tower}
+    images = _fill(data_args, config, IMAGE_DEFAULTS)
+    if images["image_aspect_ratio"] == "anyres" and not images["image_grid_pinpoints"]:
+        raise InputError("--image_aspect_ratio anyres needs --image_grid_pinpoints, e.g. [[336,672],[672,336]]")
+    return replace(model_args, **chosen), replace(data_args, **images)
+
+
+def _fill(arguments: object, config: LlavaConfig, defaults: dict[str, object]) -> dict[str, object]:
+    given = {name: getattr(arguments, name) for name in defaults}
+    return {
+        name: getattr(config, name, default) if given[name] is None else given[name]
+        for name, default in defaults.items()
+    }
+
+
+def _refuse_vision_flags(model_args: ModelArguments) -> None:
+    for flag in ("pretrain_mm_mlp_adapter", "tune_mm_mlp_adapter", CONFIG_KEY):
+        if getattr(model_args, flag):
+            raise InputError(f"--{flag}: {model_args.model_name_or_path} has no vision tower; give --vision_tower")
+
+
+def load_training_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
+    """Load the language model's tokenizer, padding on the right with a token that is never taught."""
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    tokenizer.model_max_length = training_args.model_max_length
+    tokenizer.padding_side = "right"
+    if tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_language_model(
+    model_args: ModelArguments, training_args: TrainingArguments, config: LlavaConfig
+) -> PreTrainedModel:
+    """Load the weights to start from: LLaVA where there is a vision tower to use, else the plain language model.
+
+    Master weights are float32 whatever the run computes in: a 16-bit weight would swallow the small steps of a low
+    learning rate. (DeepSpeed keeps float32 masters of its own, and wants 16-bit weights.)
+
+    Raises:
+        InputError: no such checkpoint, or an incomplete one.
+    """
+    settings = {
+        "dtype": _choose_weight_dtype(training_args),
+        "cache_dir": model_args.cache_dir,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    path = model_args.model_name_or_path
+    if model_args.vision_tower is None:
+        model, _ = load_quietly(LlamaForCausalLM, path, what="language model", **settings)
+        model.accepts_loss_kwargs = False  # the loss of LlavaLlamaForCausalLM: a mean over micro-batches
+    else:
+        model, _ = load_quietly(LlavaLlamaForCausalLM, path, what="language model", config=config, **settings)
+    return model
+
+
+def _choose_weight_dtype(training_args: TrainingArguments) -> torch.dtype:
+    if not training_args.deepspeed:
+        return torch.float32
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+
+
+def add_vision(
+    model: LlavaLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Give the model its vision tower, projector and token reduction, and note the settings in its config.
+
+    Args:
+        model: as loaded.
+        tokenizer: gets the extra tokens that the flags ask for.
+        model_args: completed by `complete_arguments`.
+        data_args: completed likewise.
+        training_args: for the settings that config.json records.
+
+    Raises:
+        InputError: a tower or projector that cannot be loaded.
+    """
+    model.get_model().initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp)
+    # Also on a LLaVA checkpoint that had another reduction (parity: there the published code trains with the old one).
+    model.set_token_reduction(getattr(model_args, CONFIG_KEY))
+    model.tokenizer = tokenizer
+    config = model.config
+    config.image_aspect_ratio = data_args.image_aspect_ratio
+    if data_args.image_grid_pinpoints is not None:
+        config.image_grid_pinpoints = data_args.image_grid_pinpoints
+    config.tokenizer_padding_side = tokenizer.padding_side
+    config.tokenizer_model_max_length = tokenizer.model_max_length
+    for flag in ("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "mm_use_im_start_end", "mm_use_im_patch_token"):
+        setattr(config, flag, getattr(model_args, flag))
+    config.mm_projector_lr = training_args.mm_projector_lr
+    model.initialize_vision_tokenizer(model_args, tokenizer)
+    if model_args.mm_use_im_start_end and model_args.pretrain_mm_mlp_adapter:
+        load_token_embeddings(model, model_args.pretrain_mm_mlp_adapter)
+
+
+def load_token_embeddings(model: LlavaLlamaForCausalLM, path: str) -> None:
+    """Take the embeddings of the image start and end tokens from a stage-1 file that trained them.
+
+    Args:
+        model: with the two tokens added.
+        path: `mm_projector.bin`.
+
+    Raises:
+        InputError: the file has no embeddings, or of another width.
+    """
+    stored = torch.load(path, map_location="cpu", weights_only=True).get(EMBEDDING_KEY)
+    table = model.get_input_embeddings().weight
+    if stored is None or stored.shape[1] != table.shape[1]:
+        raise InputError(f"{path}: no {EMBEDDING_KEY} of width {table.shape[1]}, as --mm_use_im_start_end needs")
+    num_added = 2
+    table.data[-num_added:] = stored[-num_added:].to(table)
+
+
+def choose_trainable(model: PreTrainedModel, model_args: ModelArguments) -> None:
+    """Freeze and unfreeze the parts of the model for this stage; towers are always frozen.
+
+    Raises:
+        InputError: nothing is left to train.
+    """
+    if model_args.freeze_backbone:
+        model.model.requires_grad_(False)
+    if model_args.vision_tower is not None:
+        if model_args.tune_mm_mlp_adapter:
+            model.requires_grad_(False)
+            # The embeddings of image start and end are learned with the projector, as published.
+            model.get_input_embeddings().requires_grad_(model_args.mm_use_im_start_end)
+        model.get_model().mm_projector.requires_grad_(not model_args.freeze_mm_mlp_adapter)
+        model.get_vision_tower().freeze()
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if not trainable:
+        raise InputError("these flags freeze every part of the model: nothing to train")
+    logger.info("training %d of %d parameters", trainable, total)

@@ -1,0 +1,198 @@
+"""Training records: LLaVA's JSON (or JSON lines) read, checked and brought into one plain form.
+
+Everything that can be told before a model is loaded is told here, with the record's index and id. Nothing here knows
+tokens, tensors or templates.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+USER, ASSISTANT = "human", "gpt"
+SHOWN_FAULTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One training conversation.
+
+    Attributes:
+        name: where it stands, for messages: `record 7 (id 'c3')`.
+        images: file names relative to the image folder (or URLs), in order of the image marks.
+        turns: texts, user and assistant in turn, user first; every image has exactly one `<image>` mark.
+    """
+
+    name: str
+    images: tuple[str, ...]
+    turns: tuple[str, ...]
+
+    @property
+    def num_words(self) -> int:
+        """Words in all turns: the length by which batches are grouped."""
+        return sum(len(turn.split()) for turn in self.turns)
+
+
+def read_records(path: str | Path, skip_broken: bool = False) -> list[Record]:
+    """Read a training file: one JSON list, or one JSON object per line (`.jsonl`).
+
+    Args:
+        path: the file.
+        skip_broken: leave broken records out and log them, instead of refusing the file.
+
+    Raises:
+        InputError: no such file, no valid JSON, or (unless `skip_broken`) a broken record.
+    """
+    records, faults = [], []
+    for number, raw in enumerate(_read_json(Path(path))):
+        try:
+            records.append(parse_record(raw, number))
+        except InputError as error:
+            faults.append(str(error))
+    _report(faults, f"{path}", skip_broken)
+    if not records:
+        raise InputError(f"{path}: no training record in this file")
+    return records
+
+
+def parse_record(raw: Any, number: int) -> Record:
+    """Bring one JSON object into a `Record`.
+
+    Args:
+        raw: `{"id": ..., "image": name or [names], "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`.
+        number: its index in the file.
+
+    Raises:
+        InputError: the record cannot be trained on as it stands.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"record {number}: expected a JSON object, found {type(raw).__name__}")
+    name = f"record {number} (id {raw.get('id')!r})"
+    images = _list_images(raw.get("image"), name)
+    turns = _list_turns(raw.get("conversations"), name)
+    return Record(name, images, place_marks(turns, len(images), name))
+
+
+def place_marks(turns: Sequence[str], num_images: int, name: str) -> tuple[str, ...]:
+    """Put image marks where the published preprocessing puts them.
+
+    A turn with one mark gets it at its front, on a line of its own. Several marks in a turn stay where they are when
+    every mark has its image, and count as one when only the number of turns with marks fits (parity: the published
+    code always takes them for one).
+
+    Raises:
+        InputError: the marks fit the images in neither reading.
+    """
+    marks = [turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns]
+    merged = sum(marks) != num_images
+    if merged and sum(count > 0 for count in marks) != num_images:
+        raise InputError(f"{name}: {sum(marks)} {DEFAULT_IMAGE_TOKEN} marks for {num_images} images")
+    return tuple(
+        _mark_first(turn) if count == 1 or (merged and count) else turn.strip() if count else turn
+        for turn, count in zip(turns, marks, strict=True)
+    )
+
+
+def check_image_files(records: Iterable[Record], folder: str | Path | None, skip_broken: bool = False) -> list[Record]:
+    """Check that every record's image files are there.
+
+    Args:
+        records: what `read_records` gave.
+        folder: the image folder; None for names that stand on their own.
+        skip_broken: leave out the records whose file is missing and log them.
+
+    Returns:
+        The records that can be used.
+
+    Raises:
+        InputError: a file is missing (unless `skip_broken`).
+    """
+    known: dict[str, bool] = {}
+    usable, faults = [], []
+    for record in records:
+        missing = [image for image in record.images if not _is_there(image, folder, known)]
+        if missing:
+            faults.append(f"{record.name}: no image file {locate_image(missing[0], folder)}")
+        else:
+            usable.append(record)
+    _report(faults, "images", skip_broken)
+    if not usable:
+        raise InputError(f"no training record has its images in {folder}")
+    return usable
+
+
+def locate_image(name: str, folder: str | Path | None) -> str:
+    """Return the path of an image named in a record; URLs stay as they are."""
+    if "://" in name or folder is None:
+        return name
+    return str(Path(folder) / name)
+
+
+def _is_there(name: str, folder: str | Path | None, known: dict[str, bool]) -> bool:
+    if name not in known:
+        known[name] = "://" in name or Path(locate_image(name, folder)).is_file()
+    return known[name]
+
+
+def _mark_first(turn: str) -> str:
+    return f"{DEFAULT_IMAGE_TOKEN}\n{turn.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+
+
+def _read_json(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise InputError(f"--data_path {path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, list):
+        raise InputError(f"{path}: expected a JSON list of records, found {type(content).__name__}")
+    return content
+
+
+def _list_images(value: Any, name: str) -> tuple[str, ...]:
+    images = [] if value is None else value if isinstance(value, list) else [value]
+    for image in images:
+        if not isinstance(image, str) or not image:
+            raise InputError(f"{name}: 'image' must be a file name or a list of file names, found {image!r}")
+    return tuple(images)
+
+
+def _list_turns(value: Any, name: str) -> list[str]:
+    """List the turns' texts; leading assistant turns are dropped, as the published preprocessing does."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise InputError(f"{name}: 'conversations' must be a list of {{'from', 'value'}} objects")
+    if value and value[0].get("from") == ASSISTANT:
+        value = value[1:]
+    for position, turn in enumerate(value):
+        expected = (USER, ASSISTANT)[position % 2]
+        if turn.get("from") != expected:
+            raise InputError(f"{name}: turn {position} is from {turn.get('from')!r}, expected {expected!r}")
+        if not isinstance(turn.get("value"), str):
+            raise InputError(f"{name}: turn {position} has no text in 'value'")
+        if expected == USER and not turn["value"].strip():
+            raise InputError(f"{name}: turn {position}, the user's, is empty")
+    if len(value) < len((USER, ASSISTANT)):
+        raise InputError(f"{name}: a conversation needs a user's turn and an answer")
+    return [turn["value"] for turn in value]
+
+
+def _report(faults: list[str], subject: str, skip: bool) -> None:
+    if not faults:
+        return
+    shown = "; ".join(faults[:SHOWN_FAULTS]) + ("; ..." if len(faults) > SHOWN_FAULTS else "")
+    if not skip:
+        raise InputError(
+            f"{subject}: {len(faults)} broken records: {shown} (--skip_broken_records True trains without them)"
+        )
+    logger.warning("%s: left out %d broken records: %s", subject, len(faults), shown)

@@ -1,0 +1,68 @@
+"""The order of training samples when batches are to hold one modality and like lengths.
+
+Text-only batches then pay for no image tokens, and little of a batch is padding.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+
+
+class ModalityLengthSampler(Sampler[int]):
+    """Shuffles, then groups by modality and length.
+
+    Every group of `group_size` (one optimizer step over all ranks) holds samples of one modality in order of falling
+    length; groups come in random order, the leftovers of both modalities last. The order depends on the seed and the
+    epoch alone, never on the global random state.
+
+    Args:
+        lengths: a number per sample that grows with its length.
+        has_image: whether each sample has a picture.
+        group_size: samples per optimizer step: batch size x accumulation steps x ranks.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, lengths: Sequence[int], has_image: Sequence[bool], group_size: int, seed: int = 0):
+        self.lengths = lengths
+        self.has_image = has_image
+        self.group_size = group_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield every index once."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        groups, leftovers = [], []
+        for modality in (True, False):
+            members = [index for index in order if self.has_image[index] is modality]
+            num_grouped = len(members) // self.group_size * self.group_size
+            groups += [members[start : start + self.group_size] for start in range(0, num_grouped, self.group_size)]
+            leftovers += members[num_grouped:]
+        for number in torch.randperm(len(groups), generator=generator).tolist():
+            yield from self._sort(groups[number])
+        yield from self._sort(leftovers)
+
+    def _sort(self, group: list[int]) -> list[int]:
+        return sorted(group, key=lambda index: self.lengths[index], reverse=True)
+
+
+class SetEpoch(TrainerCallback):
+    """Tells a sampler the epoch; on a resumed run the trainer's own loaders no longer do."""
+
+    def __init__(self, sampler: ModalityLengthSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        """Pass the epoch on; the tolerance absorbs the rounding of a resumed fractional epoch."""
+        self.sampler.set_epoch(int(state.epoch + 1e-6))

@@ -1,0 +1,94 @@
+"""Train LLaVA: `python -m llava.train.train`, with the published flags.
+
+Stage 1 (`--version plain --tune_mm_mlp_adapter True`) teaches the projector captions; stage 2 (`--version v1`) teaches
+language model and projector conversations, with `--mm_vision_token_reduce_func TRIM:-1` on the reduced tokens. Without
+a vision tower it trains the language model alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import set_seed
+
+from llava.errors import run_command
+from llava.train.arguments import DataArguments, ModelArguments, parse_arguments
+from llava.train.checkpoint import find_last_checkpoint, save_trained
+from llava.train.collator import Collator
+from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
+from llava.train.llava_trainer import LlavaTrainer
+from llava.train.model_setup import (
+    add_vision,
+    choose_trainable,
+    complete_arguments,
+    load_language_model,
+    load_training_tokenizer,
+    read_config,
+)
+from llava.train.records import Record, check_image_files, read_records
+from llava.train.targets import choose_mark, choose_template
+
+
+def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sdpa") -> LlavaTrainer:
+    """Run one training stage, from flags to saved files.
+
+    Args:
+        arguments: the flags; None: those of the process.
+        attn_implementation: attention to use where no flag says otherwise.
+
+    Returns:
+        The trainer, with the trained model in it.
+
+    Raises:
+        InputError: flags, files or records that cannot be trained with.
+    """
+    model_args, data_args, training_args = parse_arguments(arguments)
+    model_args.attn_implementation = model_args.attn_implementation or attn_implementation
+    config = read_config(model_args)
+    model_args, data_args = complete_arguments(model_args, data_args, config)
+    records = load_records(model_args, data_args)
+    set_seed(training_args.seed)
+    tokenizer = load_training_tokenizer(model_args, training_args)
+    model = load_language_model(model_args, training_args, config)
+    image_format = None
+    if model_args.vision_tower is not None:
+        add_vision(model, tokenizer, model_args, data_args, training_args)
+        image_format = describe_images(data_args, model.get_vision_tower().image_processor)
+    choose_trainable(model, model_args)
+    trainer = LlavaTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=ConversationDataset(records, tokenizer, describe_text(model_args), image_format),
+        data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(training_args.output_dir))
+    save_trained(trainer, only_projector=model_args.tune_mm_mlp_adapter)
+    return trainer
+
+
+def load_records(model_args: ModelArguments, data_args: DataArguments) -> list[Record]:
+    """Read the training records and check them against the flags, before any weight is read."""
+    records = read_records(data_args.data_path, data_args.skip_broken_records)
+    check_fit(records, choose_template(model_args.version), has_vision=model_args.vision_tower is not None)
+    return check_image_files(records, data_args.image_folder, data_args.skip_broken_records)
+
+
+def describe_text(model_args: ModelArguments) -> TextFormat:
+    """Collect what the flags say about texts."""
+    template = choose_template(model_args.version)
+    mark = choose_mark(template, model_args.mm_use_im_start_end)
+    return TextFormat(template, mark, model_args.mm_vision_token_reduce_query)
+
+
+def describe_images(data_args: DataArguments, processor: Any) -> ImageFormat:
+    """Collect what the flags and the vision tower say about pictures."""
+    return ImageFormat(data_args.image_folder, processor, data_args.image_aspect_ratio, data_args.image_grid_pinpoints)
+
+
+def main() -> None:
+    """Run training as a command."""
+    train()
+
+
+if __name__ == "__main__":
+    run_command(main)

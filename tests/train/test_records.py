@@ -1,0 +1,124 @@
+"""Training files: what is read, and what is refused with its place."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llava.errors import InputError
+from llava.train.records import check_image_files, locate_image, parse_record, read_records
+
+
+def make_record(*turns: str, **fields: object) -> dict:
+    """A record of turns that alternate between user and assistant."""
+    speakers = ("human", "gpt")
+    conversations = [{"from": speakers[number % 2], "value": turn} for number, turn in enumerate(turns)]
+    return {"id": "r", "conversations": conversations, **fields}
+
+
+GOOD = make_record("<image>\nWhat?", "A cat.", image="cat.png")
+BROKEN = {
+    "no object": ([1, 2], "expected a JSON object"),
+    "no conversations": ({"id": "r"}, "'conversations' must be a list"),
+    "a system role": ({"conversations": [{"from": "system", "value": "x"}]}, "turn 0 is from 'system'"),
+    "two questions": ({"conversations": [{"from": "human", "value": "x"}] * 2}, "turn 1 is from 'human'"),
+    "no answer": (make_record("<image>\nWhat?", image="a.png"), "needs a user's turn and an answer"),
+    "no text": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "turn 0 has no text"),
+    "an empty question": (make_record(" ", "x"), "turn 0, the user's, is empty"),
+    "a mark without image": (make_record("<image>\nWhat?", "x"), "1 <image> marks for 0 images"),
+    "an image without mark": (make_record("What?", "x", image="a.png"), "0 <image> marks for 1 images"),
+    "three marks, two images": (
+        make_record("<image><image><image> what?", "x", image=["a.png", "b.png"]),
+        "3 <image> marks for 2 images",
+    ),
+    "an image that is no name": (make_record("<image>", "x", image=7), "'image' must be a file name"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_record_is_refused_with_index_and_id(case: str):
+    raw, reason = BROKEN[case]
+    with pytest.raises(InputError, match="record 4") as caught:
+        parse_record(raw, 4)
+    assert reason in str(caught.value)
+    if isinstance(raw, dict) and "id" in raw:
+        assert "id 'r'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("turns", "images", "expected"),
+    [
+        (("What is it?\n<image>", "x"), 1, ("<image>\nWhat is it?", "x")),
+        (("Look <image> here", "x"), 1, ("<image>\nLook  here", "x")),
+        (("<image>", "x"), 1, ("<image>", "x")),
+        (("<image>\n<image>\nWhat?", "x"), 1, ("<image>\nWhat?", "x")),
+        (("<image> or <image>?", "x"), 2, ("<image> or <image>?", "x")),
+        (("a <image>", "x", "b <image>", "y"), 2, ("<image>\na", "x", "<image>\nb", "y")),
+        (("  no mark  ", "x "), 0, ("  no mark  ", "x ")),
+    ],
+)
+def test_marks_go_where_the_published_preprocessing_puts_them(turns: tuple, images: int, expected: tuple):
+    names = [f"{number}.png" for number in range(images)]
+    assert parse_record(make_record(*turns, image=names), 0).turns == expected
+
+
+def test_a_leading_assistant_turn_is_dropped():
+    raw = {"conversations": [{"from": "gpt", "value": "Hello."}, *make_record("Hi", "x")["conversations"]]}
+    assert parse_record(raw, 0).turns == ("Hi", "x")
+
+
+def test_json_and_json_lines_give_the_same_records(write_records: Callable, tmp_path: Path):
+    raws = [GOOD, make_record("Hi", "Hello 一.")]
+    lines = tmp_path / "data.jsonl"
+    lines.write_text("\n".join(json.dumps(raw, ensure_ascii=False) for raw in raws) + "\n\n", encoding="utf-8")
+    assert read_records(lines) == read_records(write_records(raws))
+
+
+def test_all_broken_records_are_counted_in_one_line(write_records: Callable):
+    path = write_records([GOOD, {"id": "x"}, make_record("<image>", "x")])
+    with pytest.raises(InputError, match=r"2 broken records: record 1 \(id 'x'\).*record 2 \(id 'r'\)"):
+        read_records(path)
+
+
+def test_skip_broken_trains_on_the_rest_and_says_so(write_records: Callable, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        records = read_records(write_records([{"id": "x"}, GOOD]), skip_broken=True)
+    assert [record.name for record in records] == ["record 1 (id 'r')"]
+    assert "left out 1 broken records: record 0 (id 'x')" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", "{}", "expected a JSON list"),
+        ("a.json", "[]", "no training record"),
+    ],
+)
+def test_a_file_that_is_no_training_file_is_refused(name: str, content: str, reason: str, tmp_path: Path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=reason):
+        read_records(tmp_path / name)
+
+
+def test_an_absent_file_is_named():
+    with pytest.raises(InputError, match=r"--data_path nowhere\.json: no such file"):
+        read_records("nowhere.json")
+
+
+def test_a_missing_image_is_reported_before_training_and_can_be_skipped(tmp_path: Path):
+    (tmp_path / "cat.png").touch()
+    records = [parse_record(GOOD, 0), parse_record({**GOOD, "image": "dog.png"}, 1)]
+    with pytest.raises(InputError, match=r"record 1 \(id 'r'\): no image file .*dog\.png"):
+        check_image_files(records, tmp_path)
+    assert check_image_files(records, tmp_path, skip_broken=True) == records[:1]
+
+
+def test_urls_need_no_file_and_no_folder(tmp_path: Path):
+    url = "https://example.org/cat.png"
+    record = parse_record({**GOOD, "image": url}, 0)
+    assert check_image_files([record], tmp_path) == [record]
+    assert locate_image(url, tmp_path) == url
+    assert locate_image("cat.png", tmp_path) == str(tmp_path / "cat.png")

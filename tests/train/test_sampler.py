@@ -1,0 +1,60 @@
+"""The order of samples when batches are grouped by modality and length."""
+
+import random
+from types import SimpleNamespace
+
+import torch
+
+from llava.train.sampler import ModalityLengthSampler, SetEpoch
+
+rng = random.Random(0)
+LENGTHS = [rng.randint(1, 500) for _ in range(101)]
+HAS_IMAGE = [rng.random() < 0.7 for _ in LENGTHS]
+GROUP = 8
+
+
+def make_sampler(seed: int = 0) -> ModalityLengthSampler:
+    return ModalityLengthSampler(LENGTHS, HAS_IMAGE, GROUP, seed)
+
+
+def groups(order: list[int]) -> list[list[int]]:
+    return [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
+
+
+def test_every_sample_comes_exactly_once():
+    assert sorted(make_sampler()) == list(range(len(LENGTHS)))
+    assert len(make_sampler()) == len(LENGTHS)
+
+
+def test_every_full_group_has_one_modality():
+    num_full = sum(HAS_IMAGE) // GROUP + (len(HAS_IMAGE) - sum(HAS_IMAGE)) // GROUP
+    for group in groups(list(make_sampler()))[:num_full]:
+        assert len({HAS_IMAGE[index] for index in group}) == 1
+
+
+def test_lengths_fall_inside_a_group():
+    for group in groups(list(make_sampler()))[:-2]:
+        lengths = [LENGTHS[index] for index in group]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    first = list(make_sampler())
+    torch.manual_seed(999)
+    assert list(make_sampler()) == first
+    assert list(make_sampler(seed=5)) != first
+    sampler = make_sampler()
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+def test_drawing_an_order_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    list(make_sampler())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_resumed_epoch_reaches_the_sampler_despite_rounding():
+    sampler = make_sampler()
+    SetEpoch(sampler).on_epoch_begin(None, SimpleNamespace(epoch=1.9999999), None)
+    assert sampler.epoch == 2

@@ -1,0 +1,197 @@
+"""Ids and labels: equal to the published ones where those are right, exact where they are not."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.errors import InputError
+from llava.mm_utils import tokenizer_image_token
+from llava.train.records import parse_record
+from llava.train.targets import (
+    TRAINABLE_STYLES,
+    Targets,
+    build_targets,
+    choose_mark,
+    choose_query,
+    choose_template,
+    render,
+)
+
+RECORDED = json.loads((Path(__file__).parents[1] / "golden/train_data.json").read_text())
+RECORDS = {raw["id"]: parse_record(raw, number) for number, raw in enumerate(RECORDED["conversations"])}
+MISTAKEN = "c6_system"  # a separator inside the answer: the published code masks the whole sample
+DIALOGUE = ("<image>\nWhat is red?", "The circle.", "And USER: blue?", "A box. ASSISTANT: no", "Is it 一?", "一个 🙂")
+TEMPLATES = sorted(
+    name
+    for name, template in conv_templates.items()
+    if template.sep_style in TRAINABLE_STYLES and template.sep_style is not SeparatorStyle.PLAIN
+)
+
+
+def build(turns: tuple[str, ...], version: str, tokenizer) -> Targets:
+    return build_targets(render(turns, choose_template(version)), tokenizer)
+
+
+def decode_taught(targets: Targets, tokenizer) -> str:
+    """Decode everything that is taught, end marks included."""
+    return tokenizer.decode([label for label in targets.labels if label != IGNORE_INDEX])
+
+
+def squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def expected_answers(turns: tuple[str, ...], version: str) -> str:
+    template = choose_template(version)
+    end = template.sep if template.sep2 is None else template.sep2
+    return squeeze("".join(answer + end for answer in turns[1::2]))
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A GPT-2 style byte-level tokenizer: no sequence start, no word marks, `</s>` in pieces."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator([render(DIALOGUE, choose_template("v1")).prompt] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("recording", ["preprocess_v1", "preprocess_v1_max64"])
+@pytest.mark.parametrize("name", [name for name in RECORDS if name != MISTAKEN])
+def test_v1_equals_the_published_ids_and_labels(recording: str, name: str, tokenizer: LlamaTokenizer):
+    recorded = RECORDED[recording][name]
+    targets = build(RECORDS[name].turns, "v1", tokenizer)
+    length = len(recorded["input_ids"])  # the published code cuts text-only samples here, we cut in the collator
+    assert targets.input_ids[:length] == recorded["input_ids"]
+    assert targets.labels[:length] == recorded["labels"]
+    assert len(targets.input_ids) == length or length == 64
+
+
+@pytest.mark.parametrize("name", list(RECORDS))
+def test_turns_and_conversation_query_equal_the_published(name: str):
+    recorded = RECORDED["preprocess_v1"][name]
+    turns = RECORDS[name].turns
+    assert turns == tuple(turn["value"] for turn in recorded["after_preprocess_multimodal"])[-len(turns) :]
+    assert choose_query(turns, render(turns, choose_template("v1")), "conversation") == recorded["texts"]
+
+
+def test_a_separator_inside_an_answer_does_not_mask_the_sample(tokenizer: LlamaTokenizer):
+    recorded = RECORDED["preprocess_v1"][MISTAKEN]
+    targets = build(RECORDS[MISTAKEN].turns, "v1", tokenizer)
+    assert set(recorded["labels"]) == {IGNORE_INDEX}
+    assert targets.input_ids == recorded["input_ids"]
+    assert decode_taught(targets, tokenizer) == "ok ASSISTANT: yes</s>"
+
+
+@pytest.mark.parametrize("version", ["plain", "llava_llama_2", "v1"])
+def test_other_styles_equal_the_published_ids_and_labels(version: str, tokenizer: LlamaTokenizer):
+    recorded = RECORDED["other_versions"][version]
+    targets = build(RECORDS["c2"].turns, version, tokenizer)
+    assert targets == Targets(recorded["input_ids"], recorded["labels"])
+
+
+def test_mpt_equals_the_published_ids_and_teaches_the_answer_that_they_mask(tokenizer: LlamaTokenizer):
+    recorded = RECORDED["other_versions"]["mpt"]
+    targets = build(RECORDS["c2"].turns, "mpt", tokenizer)
+    assert set(recorded["labels"]) == {IGNORE_INDEX}
+    assert targets.input_ids == recorded["input_ids"]
+    assert decode_taught(targets, tokenizer) == "STOP 7:45 EXIT<|im_end|>"
+
+
+@pytest.mark.parametrize("version", TEMPLATES)
+def test_every_template_teaches_exactly_the_answers_of_a_long_dialogue(version: str, tokenizer: LlamaTokenizer):
+    targets = build(DIALOGUE, version, tokenizer)
+    assert squeeze(decode_taught(targets, tokenizer)) == expected_answers(DIALOGUE, version)
+
+
+@pytest.mark.parametrize("version", TEMPLATES)
+def test_masks_are_exact_where_a_role_has_other_pieces_after_the_end_mark(version: str, golden: Path):
+    tokenizer = LlamaTokenizer.from_pretrained(str(golden / "checkpoints/lmsys/vicuna-tiny-v1.5"))
+    tokenizer.add_tokens(["USER", "[INST]"])  # the length arithmetic of the published code needs them split
+    targets = build(DIALOGUE, version, tokenizer)
+    assert squeeze(decode_taught(targets, tokenizer)) == expected_answers(DIALOGUE, version)
+
+
+@pytest.mark.parametrize("version", TEMPLATES)
+def test_masks_are_exact_with_a_byte_level_tokenizer(version: str, byte_tokenizer: PreTrainedTokenizerFast):
+    targets = build(DIALOGUE, version, byte_tokenizer)
+    assert squeeze(decode_taught(targets, byte_tokenizer)) == expected_answers(DIALOGUE, version)
+
+
+@pytest.mark.parametrize("version", ["plain", *TEMPLATES])
+def test_a_tokenizer_without_offsets_gives_the_same_labels(version: str, byte_tokenizer: PreTrainedTokenizerFast):
+    turns = DIALOGUE[:2] if version == "plain" else DIALOGUE
+    blind = SimpleNamespace(is_fast=False, bos_token_id=None)
+    without_offsets = type("Blind", (), {**vars(blind), "__call__": lambda self, text: byte_tokenizer(text)})()
+    assert build(turns, version, without_offsets) == build(turns, version, byte_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ("<image>\na <image> b<image>", "yes"),
+        ("<image> and <image>", " leading space"),
+        ("<image>\n", "▁odd"),
+        ("no picture", "right"),
+    ],
+)
+@pytest.mark.parametrize("version", ["v1", "llava_llama_2"])
+def test_ids_are_those_of_the_prompt_read_at_inference(turns: tuple[str, str], version: str, tokenizer: LlamaTokenizer):
+    rendered = render(turns, choose_template(version))
+    targets = build_targets(rendered, tokenizer)
+    assert targets.input_ids == tokenizer_image_token(rendered.prompt, tokenizer)
+    assert targets.input_ids.count(IMAGE_TOKEN_INDEX) == turns[0].count("<image>")
+    assert squeeze(decode_taught(targets, tokenizer)).startswith(squeeze(turns[1].replace("▁", " ")))
+
+
+@pytest.mark.parametrize("caption", ["A cat.", " A cat.", "▁A cat.", "\nA cat."])
+def test_plain_teaches_everything_behind_the_image(caption: str, tokenizer: LlamaTokenizer):
+    targets = build(("<image>", caption), "plain", tokenizer)
+    assert targets.input_ids == tokenizer_image_token(f"<image>{caption}\n", tokenizer)
+    assert targets.labels == [IGNORE_INDEX, IGNORE_INDEX, *targets.input_ids[2:]]
+
+
+def test_nothing_of_an_empty_answer_is_taught(tokenizer: LlamaTokenizer):
+    targets = build(("Say nothing.", "", "Say a word.", "Word."), "v1", tokenizer)
+    assert decode_taught(targets, tokenizer) == "Word.</s>"
+
+
+def test_a_trailing_question_is_not_taught(tokenizer: LlamaTokenizer):
+    targets = build(("One?", "Yes.", "Two?"), "v1", tokenizer)
+    assert decode_taught(targets, tokenizer) == "Yes.</s>"
+
+
+def test_questions_query_holds_the_users_turns_and_nothing_else():
+    turns = RECORDS["c1"].turns
+    query = choose_query(turns, render(turns, choose_template("v1")), "questions")
+    assert query == (
+        "What shape is red?\nAnswer the question using a single word or phrase.\nAnd the blue one?\nIs there text?"
+    )
+
+
+def test_marks_carry_the_tags_that_template_and_flags_ask_for():
+    assert choose_mark(conv_templates["v1"], use_start_end=False) == "<image>"
+    assert choose_mark(conv_templates["v1"], use_start_end=True) == "<im_start><image><im_end>"
+    mark = choose_mark(conv_templates["v1_mmtag"], use_start_end=False)
+    assert mark == "<Image><image></Image>"
+    rendered = render(("<image>\nHi", "yes"), choose_template("v1_mmtag"), mark)
+    assert "USER: <Image><image></Image>\nHi ASSISTANT:" in rendered.prompt
+
+
+@pytest.mark.parametrize("version", ["v0", "llava_v0", "v9"])
+def test_a_version_without_masks_is_refused_with_the_known_ones(version: str):
+    with pytest.raises(InputError, match=rf"--version {version}: .*llava_llama_2.*plain.*v1"):
+        choose_template(version)
+
+
+def test_plain_refuses_conversations_that_are_no_captions():
+    with pytest.raises(InputError, match="two turns with the image mark"):
+        render(("What?", "Nothing."), choose_template("plain"))
