@@ -1,0 +1,1 @@
+"""The arithmetic of the benchmarks: pure functions of strings and numbers, standard library only."""

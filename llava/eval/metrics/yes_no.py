@@ -1,0 +1,81 @@
+"""Yes/no questions scored as POPE's official script does (AoiDragon/POPE `evaluate.py`, written anew).
+
+The parser is crude on purpose: it must read an answer exactly as the official one does.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+NEGATIVE_WORDS = frozenset({"No", "not", "no"})
+
+
+def parse_yes_no(text: str) -> str:
+    """Read an answer as "yes" or "no".
+
+    What stands before the first period counts, without commas, cut at single blanks (newlines and tabs do not cut).
+    A word that is exactly `No`, `not` or `no` makes it "no"; everything else is "yes", also `NO`, `None` and "".
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "yes" if NEGATIVE_WORDS.isdisjoint(words) else "no"
+
+
+@dataclass(frozen=True)
+class YesNoCounts:
+    """How predictions meet labels, with "yes" as the positive class. All ratios are fractions in [0, 1].
+
+    A ratio of nothing to nothing is 0; the official script stops with a division by zero there.
+    """
+
+    true_positive: int = 0
+    false_positive: int = 0
+    true_negative: int = 0
+    false_negative: int = 0
+
+    @property
+    def num_questions(self) -> int:
+        """Number of predictions that were compared."""
+        return self.true_positive + self.false_positive + self.true_negative + self.false_negative
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of right predictions."""
+        return divide(self.true_positive + self.true_negative, self.num_questions)
+
+    @property
+    def precision(self) -> float:
+        """Fraction of the predicted "yes" that are right."""
+        return divide(self.true_positive, self.true_positive + self.false_positive)
+
+    @property
+    def recall(self) -> float:
+        """Fraction of the labelled "yes" that were found."""
+        return divide(self.true_positive, self.true_positive + self.false_negative)
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall."""
+        return divide(2 * self.precision * self.recall, self.precision + self.recall)
+
+    @property
+    def yes_ratio(self) -> float:
+        """Fraction of the predictions that are "yes"."""
+        return divide(self.true_positive + self.false_positive, self.num_questions)
+
+
+def count_yes_no(pairs: Iterable[tuple[str, str]]) -> YesNoCounts:
+    """Count (prediction, label) pairs; a label that is not exactly "no" means yes, as in the official script."""
+    counts = {(positive, right): 0 for positive in (True, False) for right in (True, False)}
+    for prediction, label in pairs:
+        positive = prediction == "yes"
+        counts[positive, positive == (label != "no")] += 1
+    return YesNoCounts(
+        true_positive=counts[True, True],
+        false_positive=counts[True, False],
+        true_negative=counts[False, True],
+        false_negative=counts[False, False],
+    )
+
+
+def divide(numerator: float, denominator: float) -> float:
+    """Divide; nothing to divide by gives 0."""
+    return numerator / denominator if denominator else 0.0

@@ -1,0 +1,37 @@
+"""The published command `python -m llava.eval.model_vqa_loader`: a question file in, an answers file out.
+
+Flags, row keys and file names are the published ones; the work is done by `llava.eval.answering`. Beyond the original
+it resumes, batches, reads several images per question, and gives `none`, `TRIM:-1`, ... to `--reduce`.
+"""
+
+import argparse
+from pathlib import Path
+
+from llava.errors import run_command
+from llava.eval.__main__ import add_model_options, answer_and_exit, positive
+from llava.eval.sources import load_question_file
+from llava.eval.task import LOADER_MAX_NEW_TOKENS
+
+KEY_FIELDS = ("question_id", "prompt")
+"""Ids alone repeat in the question files of TextVQA and MME."""
+
+
+def main() -> None:
+    """Answer the questions of a file."""
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.model_vqa_loader")
+    parser.add_argument("--question-file", type=Path, required=True, help="JSON lines: question_id, image, text")
+    parser.add_argument("--image-folder", type=Path, default=Path(), help="where the `image` names are looked up")
+    parser.add_argument("--answers-file", type=Path, default=Path("answer.jsonl"))
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--num_beams", type=positive, default=1)
+    parser.add_argument("--max_new_tokens", type=positive, default=LOADER_MAX_NEW_TOKENS)
+    # The published defaults: batches of one, and a template and temperature that no script uses.
+    add_model_options(parser, conv_mode="llava_v1", temperature=0.2, batch_size=1)
+    arguments = parser.parse_args()
+    questions = load_question_file(arguments.question_file.expanduser(), arguments.image_folder.expanduser())
+    answers_file = arguments.answers_file.expanduser()
+    answer_and_exit(arguments, questions, answers_file, arguments.max_new_tokens, KEY_FIELDS)
+
+
+if __name__ == "__main__":
+    run_command(main)

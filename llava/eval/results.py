@@ -1,0 +1,185 @@
+"""From answers to numbers on disk: the score of one run, its line in the results file, and tables of several runs.
+
+A result is plain JSON data: `task`, `row`, `headline` (unrounded), `scores` (everything), `count`, `columns` (what a
+table shows), `missing` (questions without an answer), `model_id` and `tokens` (means per question with an image).
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError
+from llava.eval.answers import explain_write_errors, name_questions, pair_answers, read_answers
+from llava.eval.task import Question, Row, Task, row_key
+
+Result = dict[str, Any]
+
+
+def score_answers(task: Task, answers_file: Path, root: Path, allow_partial: bool = False) -> Result:
+    """Score an answers file.
+
+    Args:
+        task: the benchmark.
+        answers_file: one row per question, in any order.
+        root: the benchmark's folder.
+        allow_partial: score what is there although answers are missing.
+
+    Raises:
+        InputError: answers are missing, belong to other questions, or contradict one another.
+    """
+    questions = task.load(root)
+    answers = pair_answers(questions, read_answers(answers_file), task.key_fields)
+    if not allow_partial:
+        require_complete(questions, answers, task.key_fields, answers_file)
+    scores = task.score(answers, root)
+    if scores is None:
+        raise InputError(f"{task.name} is scored by a server only: send it the file that the export command writes")
+    return {
+        "task": task.name,
+        "row": task.row,
+        "headline": scores.headline,
+        "scores": dict(scores.scores),
+        "count": scores.count,
+        "columns": dict(scores.columns),
+        "missing": len(questions) - len(answers),
+        "model_id": next(iter(answers.values()))["model_id"] if answers else None,
+        "tokens": average_tokens(answers.values()),
+    }
+
+
+def require_complete(
+    questions: Sequence[Question], answers: Mapping[str, Row], key_fields: Sequence[str], answers_file: Path
+) -> None:
+    """Make sure that every question has an answer.
+
+    Raises:
+        InputError: some have none; the first are named.
+    """
+    missing = [question for question in questions if row_key(question.head(), key_fields) not in answers]
+    if missing:
+        raise InputError(
+            f"{answers_file} lacks {len(missing)} of {len(questions)} answers (question {name_questions(missing)}); "
+            "answer them, or score what is there with `python -m llava.eval score ... --allow-partial`"
+        )
+
+
+def average_tokens(rows: Sequence[Row]) -> dict[str, float] | None:
+    """Average the visual tokens of questions with images.
+
+    Returns:
+        `mean_tokens` that the language model read and `mean_patches` that the vision tower saw, per question; None
+        for answers that do not tell, such as those of other programs.
+    """
+    counts = [row.get("metadata") or {} for row in rows]
+    counts = [count for count in counts if count.get("num_patches")]
+    if not counts:
+        return None
+    return {
+        "mean_tokens": sum(count["num_tokens"] for count in counts) / len(counts),
+        "mean_patches": sum(count["num_patches"] for count in counts) / len(counts),
+    }
+
+
+def format_line(result: Result) -> str:
+    """Write a result as its `name<TAB>value` line, two digits; a partial one says so."""
+    num_questions = result["count"] + result["missing"]
+    partial = f" [{result['count']} of {num_questions} questions]" if result["missing"] else ""
+    return f"{result['row']}{partial}\t{result['headline']:.2f}"
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to the results file; it is on the disk after return."""
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON data; the file appears complete or not at all."""
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def read_result(path: Path) -> Result:
+    """Read a result that `score --json` wrote.
+
+    Raises:
+        InputError: the file is missing or something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}; `python -m llava.eval score ... --json {path}` makes it") from None
+    except ValueError:
+        raise InputError(f"{path} is not JSON") from None
+    if not isinstance(result, dict) or not {"task", "row", "headline", "columns", "missing"} <= result.keys():
+        raise InputError(f"{path} is not a result of `python -m llava.eval score`")
+    return result
+
+
+def compare_runs(runs: Sequence[tuple[str, Result]]) -> dict[str, list[dict[str, Any]]]:
+    """Put runs side by side.
+
+    Args:
+        runs: (name of the run, result); results of several benchmarks may be mixed.
+
+    Returns:
+        For each benchmark's label the rows of its table, in the order given: the run, its columns, `Tokens` (mean
+        visual tokens per question), `% of tokens` and `% of first` (of the headline), None where unknown.
+    """
+    tables: dict[str, list[dict[str, Any]]] = {}
+    first: dict[str, Result] = {}
+    for name, result in runs:
+        label = result["row"]
+        reference = first.setdefault(label, result)
+        tokens = result.get("tokens") or {}
+        kept, seen = tokens.get("mean_tokens"), tokens.get("mean_patches")
+        tables.setdefault(label, []).append(
+            {
+                "Run": name + (f" ({result['missing']} answers missing)" if result["missing"] else ""),
+                **result["columns"],
+                "Tokens": kept,
+                "% of tokens": 100 * kept / seen if seen else None,
+                "% of first": 100 * result["headline"] / reference["headline"] if reference["headline"] else None,
+            }
+        )
+    return tables
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write rows as an aligned Markdown table.
+
+    Args:
+        rows: cells by column title; the first row's titles and order count. Numbers get two digits and stand at the
+            right, None is a dash.
+    """
+    if not rows:
+        return ""
+    titles = list(rows[0])
+    cells = [titles, *([_format_cell(row.get(title)) for title in titles] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
+    is_text = [any(isinstance(row.get(title), str) for row in rows) for title in titles]
+
+    def join(row: Sequence[str]) -> str:
+        aligned = [
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(row, widths, is_text, strict=True)
+        ]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = [("-" * width if text else "-" * (width - 1) + ":") for width, text in zip(widths, is_text, strict=True)]
+    return "\n".join([join(cells[0]), f"| {' | '.join(rule)} |", *map(join, cells[1:])])
+
+
+def _format_cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,270 @@
+"""The one loop that asks a model the questions of a benchmark.
+
+Each picture is encoded once, the reduction is made once per question, and `generate` gets batches of sequences of
+like length. An answer is the same whatever stands beside it in the batch; batches only save time. A question that
+cannot be asked is reported and does not stop the others.
+
+Shape letters: `S` samples, `T` prompt ids.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import InputError
+from llava.eval.answers import make_row
+from llava.eval.batching import batch_by_length, plan_units
+from llava.eval.features import EncodedImage, FeatureCache
+from llava.eval.prompting import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
+from llava.eval.task import LOADER_MAX_NEW_TOKENS, Question, Row, row_key
+from llava.mm_utils import tokenizer_image_token
+
+CACHED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How questions are asked.
+
+    Attributes:
+        model_id: name of the checkpoint in the answers file.
+        conv_mode: conversation template.
+        max_new_tokens: length limit of an answer.
+        temperature: 0 is greedy; above, answers are drawn at random and differ from run to run.
+        top_p: nucleus of the random draw; None: all tokens.
+        num_beams: width of beam search; 1 is none.
+        batch_size: questions per call of `generate`, pictures per pass of the vision tower.
+        cached_images: encoded pictures kept from one unit of work to the next.
+        num_workers: workers that share the questions.
+    """
+
+    model_id: str
+    conv_mode: str = DEFAULT_CONV_MODE
+    max_new_tokens: int = LOADER_MAX_NEW_TOKENS
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    batch_size: int = 8
+    cached_images: int = CACHED_IMAGES
+    num_workers: int = 1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A question that got no answer, and why."""
+
+    question: Question
+    reason: str
+
+
+class Sink(Protocol):
+    """Where answers go, and who else is answering; `store.AnswerStore` is the one on disk."""
+
+    key_fields: Sequence[str]
+    done: Mapping[str, Row]
+
+    def claim(self, unit: int) -> bool:
+        """Take a unit of work, unless somebody else has it."""
+
+    def refresh(self) -> None:
+        """Bring `done` up to date with what others have answered."""
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Take answers in."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question ready for `generate`.
+
+    Attributes:
+        question: what is asked.
+        input_ids: int64[T] prompt with a sentinel per image.
+        image_tokens: one record per image (`llava.model.image_tokens.ImageTokens`).
+    """
+
+    question: Question
+    input_ids: Tensor
+    image_tokens: tuple[Any, ...]
+
+    @property
+    def length(self) -> int:
+        """Positions that the language model reads."""
+        return len(self.input_ids) - len(self.image_tokens) + sum(image.num_tokens for image in self.image_tokens)
+
+    @property
+    def metadata(self) -> dict[str, int]:
+        """Visual tokens of the question after and before reduction, over all its images."""
+        return {
+            "num_tokens": sum(image.num_tokens for image in self.image_tokens),
+            "num_patches": sum(image.num_patches for image in self.image_tokens),
+        }
+
+
+def answer_questions(
+    model: Any, tokenizer: Any, image_processor: Any, questions: Sequence[Question], sink: Sink, settings: Settings
+) -> list[Fault]:
+    """Ask every question that has no answer yet.
+
+    Args:
+        model: `LlavaLlamaForCausalLM` (or another with its `encode_patches`, `make_image_tokens`, `generate`).
+        tokenizer: of the language model.
+        image_processor: of the vision tower.
+        questions: all of them, answered or not: all workers plan from the same list.
+        sink: takes the answers batch by batch.
+        settings: how to ask.
+
+    Returns:
+        The questions that this call could not answer.
+    """
+    asker = Asker(model, tokenizer, image_processor, settings)
+    faults = [Fault(question, question.fault) for question in questions if question.fault]
+    sound = [question for question in questions if not question.fault]
+    units = plan_units(sound, settings.batch_size, settings.num_workers)
+    keys = [row_key(question.head(), sink.key_fields) for question in sound]
+    with tqdm(total=len(questions), desc=settings.model_id, unit="q", smoothing=0.05) as progress:
+        for todo in claim_units(units, sink):
+            progress.update(sum(key in sink.done for key in keys) - progress.n)
+            for rows, failed in asker.answer(todo):
+                sink.append(rows)
+                faults += failed
+                progress.update(len(rows))
+    return faults
+
+
+def claim_units(units: Sequence[Sequence[Question]], sink: Sink) -> Iterator[list[Question]]:
+    """Yield the unanswered questions of each unit that nobody else works on.
+
+    Units that others hold are tried once more in the end: their worker may have died.
+    """
+    held = []
+    for second_look in (False, True):
+        for number, unit in enumerate(units):
+            if second_look and number not in held:
+                continue
+            if not sink.claim(number):
+                held.append(number)
+                continue
+            sink.refresh()
+            todo = [question for question in unit if row_key(question.head(), sink.key_fields) not in sink.done]
+            if todo:
+                yield todo
+
+
+class Asker:
+    """A loaded model with what stays between units: settings and encoded pictures."""
+
+    def __init__(self, model: Any, tokenizer: Any, image_processor: Any, settings: Settings):
+        """Take the parts; see `answer_questions`."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.features = FeatureCache(model, image_processor, settings.cached_images)
+        self.conv_mode = choose_conv_mode(settings.conv_mode, settings.model_id)
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[list[Row], list[Fault]]]:
+        """Answer questions that belong together, batch by batch, with what failed in each."""
+        prepared, faults = self.prepare(questions)
+        yield [], faults
+        for batch in batch_by_length(prepared, lambda item: item.length, self.settings.batch_size):
+            yield self.answer_batch(batch)
+
+    def prepare(self, questions: Sequence[Question]) -> tuple[list[Prepared], list[Fault]]:
+        """Make prompts and image tokens; report the questions for which that is impossible."""
+        size = self.settings.batch_size
+        encoded, unreadable = self.features.encode((path for item in questions for path in item.images), size)
+        asked: list[tuple[Question, Tensor]] = []
+        faults: list[Fault] = []
+        for question in questions:
+            broken = [unreadable[path] for path in question.images if path in unreadable]
+            try:
+                if broken:
+                    raise InputError(broken[0])
+                asked.append((question, self.tokenize(question)))
+            except InputError as error:
+                faults.append(Fault(question, str(error)))
+        prepared = []
+        for start in range(0, len(asked), size):
+            prepared += self.reduce(asked[start : start + size], encoded)
+        return prepared, faults
+
+    def tokenize(self, question: Question) -> Tensor:
+        """Make the prompt of a question: int64[T]."""
+        use_im_start_end = getattr(self.model.config, "mm_use_im_start_end", False)
+        prompt = wrap_prompt(question.prompt, len(question.images), self.conv_mode, use_im_start_end)
+        return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+
+    def reduce(self, asked: Sequence[tuple[Question, Tensor]], encoded: Mapping[Any, EncodedImage]) -> list[Prepared]:
+        """Choose the image tokens of some questions, each for its own query."""
+        images = [(encoded[path], question.query) for question, _ in asked for path in question.images]
+        tokens = iter(
+            self.model.make_image_tokens(
+                [image.patches for image, _ in images],
+                [query for _, query in images],
+                image_sizes=[image.size for image, _ in images],
+            )
+        )
+        return [
+            Prepared(question, input_ids, tuple(next(tokens) for _ in question.images)) for question, input_ids in asked
+        ]
+
+    def answer_batch(self, batch: Sequence[Prepared]) -> tuple[list[Row], list[Fault]]:
+        """Answer a batch in one call; if that fails, its halves, so that only the guilty question is lost."""
+        try:
+            texts = self.generate(batch)
+        except (InputError, torch.OutOfMemoryError) as error:
+            reason = " ".join(str(error).split())
+        else:
+            name = self.settings.model_id
+            return [
+                make_row(item.question, text, name, item.metadata) for item, text in zip(batch, texts, strict=True)
+            ], []
+        # Outside the handler, so that the failed call's tensors are gone before the next one.
+        if len(batch) == 1:
+            return [], [Fault(batch[0].question, reason)]
+        middle = len(batch) // 2
+        rows, faults = self.answer_batch(batch[:middle])
+        more_rows, more_faults = self.answer_batch(batch[middle:])
+        return rows + more_rows, faults + more_faults
+
+    def generate(self, batch: Sequence[Prepared]) -> list[str]:
+        """Return the answers to a batch, without special tokens and surrounding white space."""
+        input_ids, attention_mask = pad_left([item.input_ids for item in batch])
+        device = self.model.device
+        settings = self.settings
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature > 0 else {}
+        output_ids = self.model.generate(
+            input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            image_tokens=[image for item in batch for image in item.image_tokens],
+            do_sample=settings.temperature > 0,
+            num_beams=settings.num_beams,
+            max_new_tokens=settings.max_new_tokens,
+            use_cache=True,
+            **sampling,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)]
+
+
+def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack prompts of different lengths, padded on the left.
+
+    Args:
+        rows: int64[T_s] each.
+
+    Returns:
+        int64[S, T] ids (0 at padding) and bool[S, T], False at padding.
+    """
+    width = max(len(row) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        input_ids[index, width - len(row) :] = row
+        attention_mask[index, width - len(row) :] = True
+    return input_ids, attention_mask

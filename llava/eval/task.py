@@ -1,0 +1,130 @@
+"""What a benchmark is: its questions, its scores, and the few facts that set it apart.
+
+A benchmark is a small subclass of `Task` in `llava/eval/tasks`. It knows its files and its metric; it knows nothing
+of models, batches, GPUs or result files. Nothing here needs torch.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava.errors import InputError
+
+Row = dict[str, Any]
+"""One line of an answers file: question_id, prompt, text, answer_id, model_id, metadata and a benchmark's own keys."""
+
+DEFAULT_KEY_FIELDS = ("question_id",)
+LOADER_MAX_NEW_TOKENS = 128
+"""Answer length of the published short-answer benchmarks (VQAv2, GQA, VizWiz, TextVQA, POPE, MME, SEED)."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to the model.
+
+    Attributes:
+        id: as in the question file, with its JSON type.
+        prompt: what the language model reads in the user's turn, without image marks and conversation wrapper. A text
+            that carries exactly one `<image>` mark per image keeps them where they stand.
+        query: what the CLIP text tower reads to choose image tokens.
+        images: files of the pictures, in order of their marks; empty for a question of text alone.
+        record: the `prompt` column of the answers file, where it differs from `prompt`.
+        category: the part of the benchmark it belongs to, where the question file says so.
+        fields: further columns of the answers file, such as MMBench's `round_id`.
+        fault: why this record cannot be asked, or None. It is reported with its id, and the others go on.
+    """
+
+    id: int | str
+    prompt: str = ""
+    query: str = ""
+    images: tuple[Path, ...] = ()
+    record: str | None = None
+    category: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    fault: str | None = None
+
+    def head(self) -> Row:
+        """Return the columns of the answers file that are known before the answer."""
+        return {"question_id": self.id, "prompt": self.prompt if self.record is None else self.record, **self.fields}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a benchmark says about a set of answers.
+
+    Attributes:
+        headline: the number that papers print, unrounded; percent (MME: perception points).
+        scores: every number of the official scorer, nested as is natural for the benchmark.
+        count: number of questions that were scored.
+        columns: the few numbers that a table of several runs shows, by column title.
+    """
+
+    headline: float
+    scores: Mapping[str, Any]
+    count: int
+    columns: Mapping[str, float]
+
+
+class Task(ABC):
+    """A benchmark.
+
+    Attributes:
+        name: the word on the command line, of the script and of the file in `tasks`.
+        row: the label in the results file, as published.
+        max_new_tokens: length limit of an answer.
+        key_fields: columns of the answers file that together name a question (ids alone repeat in some benchmarks).
+    """
+
+    name: ClassVar[str]
+    row: ClassVar[str]
+    max_new_tokens: ClassVar[int] = LOADER_MAX_NEW_TOKENS
+    key_fields: ClassVar[tuple[str, ...]] = DEFAULT_KEY_FIELDS
+
+    @abstractmethod
+    def load(self, root: Path) -> list[Question]:
+        """Read the questions, in the order of the answers file.
+
+        Args:
+            root: the folder of this benchmark, such as `playground/data/eval/pope`.
+
+        Raises:
+            InputError: a file is missing, or files of the benchmark contradict one another.
+        """
+
+    @abstractmethod
+    def score(self, answers: Mapping[str, Row], root: Path) -> Scores | None:
+        """Score answers by the official rules.
+
+        Args:
+            answers: rows of the answers file by question key (`row_key`); questions without an answer are absent and
+                take no part in the score (the caller has refused them, or was told to allow them).
+            root: the folder of this benchmark.
+
+        Returns:
+            None for a benchmark that only a server can score.
+        """
+
+
+def row_key(row: Mapping[str, Any], key_fields: Sequence[str]) -> str:
+    """Name the question of a row: the same string for an answer and for its question, whatever their order.
+
+    The JSON type of an id counts: 1 and "1" are different questions.
+    """
+    return json.dumps([row.get(name) for name in key_fields], ensure_ascii=False)
+
+
+def index_questions(questions: Sequence[Question], key_fields: Sequence[str]) -> dict[str, Question]:
+    """List questions by key.
+
+    Raises:
+        InputError: two different questions share a key, so that their answers could not be told apart.
+    """
+    index: dict[str, Question] = {}
+    for question in questions:
+        first = index.setdefault(row_key(question.head(), key_fields), question)
+        if (first.prompt, first.images, first.query) != (question.prompt, question.images, question.query):
+            raise InputError(f"two different questions share the id {question.id}")
+    return index

@@ -1,0 +1,90 @@
+# shellcheck shell=bash
+# What every script of the repository needs: words for errors, paths, the Python, the GPUs, dry runs. Source it; it
+# changes to the repository root, so turn paths that a user gave into absolute ones with `absolute_path` (it
+# remembers where the user stood).
+#
+# Environment:
+#   PYTHON     the interpreter (default: python)
+#   DRY_RUN=1  print the commands instead of running them
+
+set -euo pipefail
+
+if [[ -z "${REPO_ROOT:-}" ]]; then
+    CALLER_DIR=$PWD
+    REPO_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    readonly CALLER_DIR REPO_ROOT
+    cd "$REPO_ROOT"
+fi
+
+# Say what is wrong, where, and what would be right; leave with the code of a user's mistake.
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+note() {
+    printf '%s\n' "$*" >&2
+}
+
+# The path as seen from where the user stood; it need not exist.
+absolute_path() {
+    if [[ $1 == /* ]]; then
+        printf '%s\n' "$1"
+    else
+        printf '%s\n' "$CALLER_DIR/${1#./}"
+    fi
+}
+
+# A checkpoint: an existing path as an absolute one, anything that looks like `owner/name` as it is (a hub id).
+resolve_model() {
+    local candidate
+    for candidate in "$(absolute_path "$1")" "$REPO_ROOT/$1"; do
+        if [[ -e $candidate ]]; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]] || die "no model at $1: give a checkpoint folder or a hub id"
+    printf '%s\n' "$1"
+}
+
+# The interpreter; a relative path is meant from where the user stood.
+python_command() {
+    local command=${PYTHON:-python}
+    if [[ $command == */* ]]; then
+        absolute_path "$command"
+    else
+        printf '%s\n' "$command"
+    fi
+}
+
+# The ids of the visible GPUs, one per line; none on a machine without.
+visible_gpus() {
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | tr -d ' ' | grep -v -e '^$' -e '^-1$' || true
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true
+    fi
+}
+
+# Run a command, or with DRY_RUN=1 print it, quoted so that it can be pasted. Leading NAME=value words are its
+# environment.
+run() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        print_command "$@"
+    else
+        env "$@"
+    fi
+}
+
+print_command() {
+    local word line=""
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+            line+="$word "
+        else
+            line+="$(printf '%q' "$word") "
+        fi
+    done
+    printf '%s\n' "${line% }"
+}

@@ -1,0 +1,268 @@
+"""`python -m llava.eval` and the published commands, from their arguments to their exit codes."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from llava.errors import run_command
+
+
+@contextlib.contextmanager
+def standing_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object, module: str = "llava.eval.__main__", cwd: Path | None = None) -> Done:
+    """Run a command within this process, which has the libraries loaded."""
+    out, error, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(error),
+        standing_in(cwd or Path.cwd()),
+        mock.patch("sys.argv", [module, *map(str, arguments)]),
+    ):
+        try:
+            run_command(importlib.import_module(module).main)
+        except SystemExit as end:
+            code = end.code
+    return Done(code, out.getvalue(), error.getvalue())
+
+
+def answer(folder: Path, answers: Path, checkpoint: Path, *options: object) -> subprocess.CompletedProcess:
+    fixed = ["--root", folder, "--answers", answers, "--model-path", checkpoint, "--max-new-tokens", 6]
+    return run("answer", "pope", *fixed, *options)
+
+
+def test_the_module_runs_as_a_command(oracle: Path) -> None:
+    command = [sys.executable, "-m", "llava.eval", "score", "pope", "--answers", "nothing", "--root", str(oracle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: no answers file nothing; `python -m llava.eval answer` makes it\n",
+    )
+
+
+def test_list_names_the_benchmarks_with_their_result_lines() -> None:
+    done = run("list")
+    assert done.returncode == 0
+    assert re.search(r"\| pope +\| POPE \(Avg\. F1\) +\| +128 \|", done.stdout)
+
+
+def test_score_and_report_need_no_deep_learning_library(oracle: Path) -> None:
+    code = "import sys, llava.eval.__main__, llava.eval.eval_pope; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_score_prints_appends_and_writes_what_report_reads(oracle: Path, tmp_path: Path) -> None:
+    json_file, results = tmp_path / "out" / "pope.json", tmp_path / "all.tsv"
+    fixed = ["--answers", oracle / "answers.jsonl", "--root", oracle]
+    done = run("score", "pope", *fixed, "--json", json_file, "--results", results)
+    assert (done.returncode, done.stdout) == (0, "POPE (Avg. F1)\t60.60\n")
+    assert results.read_text() == "POPE (Avg. F1)\t60.60\n"
+    written = json.loads(json_file.read_text())
+    assert written["headline"] == pytest.approx(60.6047778913054)
+    assert written["count"] == 176
+    assert written["scores"]["categories"]["random"]["TN"] == 15
+    table = run("report", f"plain={json_file}", json_file, "--json", tmp_path / "table.json")
+    assert "| plain         | 60.60 |    56.43 |" in table.stdout
+    assert "| made-up-llava | 60.60 |" in table.stdout
+    assert len(json.loads((tmp_path / "table.json").read_text())["POPE (Avg. F1)"]) == 2
+
+
+ORACLE = Path(__file__).parents[1] / "golden" / "oracle" / "pope"
+SCORED = ["--answers", str(ORACLE / "answers.jsonl"), "--root", str(ORACLE)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["score", "popp", "--answers", "x", "--root", "y"], "error: no benchmark 'popp'; known: pope"),
+        (
+            ["score", "pope", "--answers", "x", "--root", "nowhere"],
+            "error: no such file: nowhere/llava_pope_test.jsonl",
+        ),
+        (
+            ["score", "pope", *SCORED, "--json", "/dev/null/x.json"],
+            "error: cannot write /dev/null/x.json: ",
+        ),
+        (["score", "pope", *SCORED, "--results", "/dev/null/x"], "error: cannot write /dev/null/x: "),
+        (["report", "nothing.json"], "error: no such file: nothing.json"),
+        (["answer", "pope", "--root", ".", "--answers", "x"], "the following arguments are required: --model-path"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_two(arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_not_there_and_a_bad_spec_end_in_one_line(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder = make_pope()
+    absent = answer(folder, tmp_path / "a.jsonl", tmp_path / "absent")
+    assert absent.returncode == 2
+    assert absent.stderr.splitlines()[-1].startswith("error: checkpoint folder")
+    unwritable = answer(folder, Path("/dev/null/a.jsonl"), tiny_checkpoint)
+    assert unwritable.stderr.splitlines()[-1].startswith("error: cannot write /dev/null/a.jsonl: ")
+    misspelt = answer(folder, tmp_path / "a.jsonl", tiny_checkpoint, "--reduce", "TRIMM:-1")
+    assert misspelt.returncode == 2
+    assert "TRIMM" in misspelt.stderr.splitlines()[-1]
+    chunk = answer(folder, tmp_path / "a.jsonl", tiny_checkpoint, "--num-chunks", 2, "--chunk-idx", 2)
+    assert chunk.stderr.splitlines()[-1] == "error: --chunk-idx 2: with --num-chunks 2 it counts from 0"
+
+
+def test_answers_of_a_tiny_checkpoint_do_not_depend_on_batch_size_chunks_or_limits(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder = make_pope()
+    whole = tmp_path / "whole.jsonl"
+    assert answer(folder, whole, tiny_checkpoint, "--batch-size", 1).returncode == 0
+    rows = whole.read_text().splitlines()
+    assert len(rows) == 18
+    for batch_size in (4, 8):
+        file = tmp_path / f"batch_{batch_size}.jsonl"
+        assert answer(folder, file, tiny_checkpoint, "--batch-size", batch_size).returncode == 0
+        assert file.read_text().splitlines() == rows
+    chunk = tmp_path / "chunk.jsonl"
+    assert answer(folder, chunk, tiny_checkpoint, "--num-chunks", 4, "--chunk-idx", 1).returncode == 0
+    assert chunk.read_text().splitlines() == rows[5:10]
+    grown = tmp_path / "grown.jsonl"
+    assert answer(folder, grown, tiny_checkpoint, "--limit", 7).returncode == 0
+    assert grown.read_text().splitlines() == rows[:7]
+    rest = answer(folder, grown, tiny_checkpoint)
+    assert "7 of 18 questions are answered already" in rest.stderr
+    assert grown.read_text().splitlines() == rows
+
+
+def test_reduction_is_switched_by_its_option_and_counted_in_the_answers(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder, file = make_pope(), tmp_path / "answers.jsonl"
+    kept = {}
+    for spec in ("none", "TRIM:0.25", "TRIM:-1"):
+        done = answer(folder, file, tiny_checkpoint, "--reduce", spec)
+        assert done.returncode == 0
+        kept[spec] = [json.loads(line)["metadata"]["num_tokens"] for line in file.read_text().splitlines()]
+    assert set(kept["none"]) == {36}
+    assert set(kept["TRIM:0.25"]) == {10}
+    assert max(kept["TRIM:-1"]) < 36
+    assert "held answers of a run with other settings; they are now" in done.stderr
+    assert (tmp_path / "answers.jsonl.old-2").exists()
+
+
+def test_broken_pictures_are_named_the_rest_is_answered_and_a_repaired_one_is_caught_up(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder, file = make_pope(), tmp_path / "answers.jsonl"
+    picture = sorted(folder.glob("val2014/*"))[1]
+    content = picture.read_bytes()
+    picture.write_bytes(content[:200])
+    broken = answer(folder, file, tiny_checkpoint)
+    assert broken.returncode == 3
+    assert re.search(r"^question 10000003: .*damaged or truncated", broken.stderr, re.MULTILINE)
+    assert "lacks 6 answers: question 3, 4, 20000003, 20000004, 10000003 and 1 more" in broken.stderr
+    assert len(file.read_text().splitlines()) == 12
+    refused = run("score", "pope", "--answers", file, "--root", folder)
+    assert refused.returncode == 2
+    assert "lacks 6 of 18 answers" in refused.stderr
+    partial = run("score", "pope", "--answers", file, "--root", folder, "--allow-partial")
+    assert partial.returncode == 0
+    assert "[12 of 18 questions]" in partial.stdout
+    picture.write_bytes(content)
+    assert answer(folder, file, tiny_checkpoint).returncode == 0
+    assert len(file.read_text().splitlines()) == 18
+
+
+def test_a_finished_run_is_not_loaded_again(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder, file = make_pope(), tmp_path / "answers.jsonl"
+    assert answer(folder, file, tiny_checkpoint).returncode == 0
+    before = file.read_text()
+    again = answer(folder, file, tiny_checkpoint, "--batch-size", 3)
+    assert again.returncode == 0
+    assert again.stderr.strip() == "18 of 18 questions are answered already"
+    assert file.read_text() == before
+
+
+def test_a_changed_checkpoint_does_not_inherit_old_answers(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder, file = make_pope(), tmp_path / "answers.jsonl"
+    assert answer(folder, file, tiny_checkpoint).returncode == 0
+    os.utime(next(tiny_checkpoint.glob("*.bin")))
+    misspelt = answer(folder, file, tiny_checkpoint, "--reduce", "TRIMM")
+    assert misspelt.returncode == 2
+    assert len(file.read_text().splitlines()) == 18
+    assert "held answers of a run with other settings" in answer(folder, file, tiny_checkpoint).stderr
+
+
+@pytest.mark.parametrize("name", ["llava-v1.5-tiny84-TRIM", "llava-v1.5-tiny84"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_published_loader_command_gives_the_recorded_answers(
+    golden: Path, tmp_path: Path, name: str, batch_size: int
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    fixed = ["--model-path", name, "--question-file", golden / "data" / "questions" / "vqa.jsonl"]
+    fixed += ["--image-folder", golden / "data" / "images", "--answers-file", file]
+    fixed += ["--temperature", 0, "--conv-mode", "vicuna_v1", "--batch-size", batch_size]
+    done = run(*fixed, module="llava.eval.model_vqa_loader", cwd=golden / "checkpoints")
+    assert done.returncode == 0, done.stderr
+    recorded = [json.loads(line) for line in (golden / "cli" / f"{name}.loader.jsonl").read_text().splitlines()]
+    answered = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [set(row) for row in answered] == [set(row) for row in recorded]
+    for found, expected in zip(answered, recorded, strict=True):
+        for column in ("question_id", "prompt", "model_id"):
+            assert found[column] == expected[column]
+        assert_same_text(found["text"], expected["text"])
+
+
+def test_the_published_loader_command_answers_the_recorded_chunk(golden: Path, tmp_path: Path) -> None:
+    file = tmp_path / "3_1.jsonl"
+    fixed = ["--model-path", "llava-v1.5-tiny84-TRIM", "--question-file", golden / "data" / "questions" / "vqa.jsonl"]
+    fixed += ["--image-folder", golden / "data" / "images", "--answers-file", file]
+    fixed += ["--temperature", 0, "--conv-mode", "vicuna_v1", "--num-chunks", 3, "--chunk-idx", 1]
+    assert run(*fixed, module="llava.eval.model_vqa_loader", cwd=golden / "checkpoints").returncode == 0
+    recorded = (golden / "cli" / "llava-v1.5-tiny84-TRIM.loader_chunk1of3.jsonl").read_text().splitlines()
+    answered = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["question_id"] for row in answered] == [json.loads(line)["question_id"] for line in recorded]
+    for found, line in zip(answered, recorded, strict=True):
+        assert_same_text(found["text"], json.loads(line)["text"])
+
+
+def assert_same_text(found: str, recorded: str) -> None:
+    """Compare texts; within a run of byte tokens that is no UTF-8, transformers 5 prints more replacement characters.
+
+    A recorded answer of random weights has such a run; its token ids are compared elsewhere.
+    """
+    undecodable = "\N{REPLACEMENT CHARACTER}"
+    if undecodable * 2 in found:
+        assert found.split(undecodable)[0] == recorded.split(undecodable)[0]
+        assert recorded.endswith(found.split(undecodable)[-1])
+    else:
+        assert found == recorded

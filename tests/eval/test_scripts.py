@@ -1,0 +1,196 @@
+"""The benchmark scripts: what they would run (dry), and what they do (slow)."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llava.eval.answers import read_answers
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "DRY_RUN")}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_script(
+    repository: Path, name: str, *arguments: object, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(repository / "scripts" / "v1_5" / "eval" / name), *map(str, arguments)],
+        cwd=cwd,
+        env={**ENVIRONMENT, **NO_GPU, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def dry_run(repository: Path, cwd: Path, *arguments: object, **environment: str) -> list[str]:
+    done = run_script(repository, "pope.sh", *arguments, cwd=cwd, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace(str(repository), "REPO").replace(str(cwd), "HERE").splitlines()
+    return [line.removeprefix("python -m llava.eval ") for line in lines]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A working directory with a checkpoint `models/llava` in it."""
+    (tmp_path / "models" / "llava").mkdir(parents=True)
+    (tmp_path / "models" / "llava" / "config.json").write_text("{}")
+    return tmp_path
+
+
+POPE = "REPO/playground/data/eval/pope"
+MERGED = f"{POPE}/answers/run-1/merge"
+
+
+def test_without_gpu_one_worker_answers_and_its_answers_are_scored(repository: Path, here: Path) -> None:
+    assert dry_run(repository, here, "run-1", "models/llava") == [
+        f"answer pope --root {POPE} --answers {MERGED}.jsonl --model-path HERE/models/llava",
+        f"score pope --answers {MERGED}.jsonl --root {POPE} --json {MERGED}.scores.json",
+    ]
+
+
+def test_every_visible_gpu_gets_a_worker(repository: Path, here: Path) -> None:
+    lines = dry_run(repository, here, "run-1", "liuhaotian/llava-v1.5-7b", CUDA_VISIBLE_DEVICES="2,5")
+    command = f"python -m llava.eval answer pope --root {POPE} --answers {MERGED}.jsonl"
+    assert lines[:2] == [
+        f"CUDA_VISIBLE_DEVICES={gpu} {command} --model-path liuhaotian/llava-v1.5-7b --workers 2 --worker {number}"
+        for number, gpu in enumerate((2, 5))
+    ]
+    assert len(lines) == 3
+
+
+def test_results_base_model_and_options_reach_their_commands(repository: Path, here: Path) -> None:
+    options = ["--", "--batch-size", "16", "--reduce", "none", "--allow-partial"]
+    answer, score = dry_run(repository, here, "run-1", "models/llava", "my results.tsv", "lmsys/vicuna", *options)
+    assert answer.endswith("--model-path HERE/models/llava --model-base lmsys/vicuna --batch-size 16 --reduce none")
+    assert score.endswith(rf"--json {MERGED}.scores.json --results HERE/my\ results.tsv --allow-partial")
+
+
+def test_an_empty_base_model_is_no_base_model(repository: Path, here: Path) -> None:
+    answer, score = dry_run(repository, here, "run-1", "models/llava", "", "")
+    assert "--model-base" not in answer
+    assert "--results" not in score
+
+
+def test_a_folder_of_checkpoints_is_searched_for_the_name(repository: Path, here: Path) -> None:
+    answer, _ = dry_run(repository, here, "llava", "models")
+    assert answer.endswith("--model-path HERE/models/llava")
+
+
+def test_another_data_root_and_python_are_taken_from_the_environment(repository: Path, here: Path) -> None:
+    lines = dry_run(repository, here, "run-1", "models/llava", LLAVA_EVAL_ROOT="data", PYTHON="env/bin/python")
+    assert lines[0].startswith(
+        "HERE/env/bin/python -m llava.eval answer pope --root HERE/data/pope --answers HERE/data/"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "error: two to four arguments are needed, not 0"),
+        (["a"], "error: two to four arguments are needed, not 1"),
+        (["a", "b", "c", "d", "e"], "error: two to four arguments are needed, not 5"),
+        (["a", "models/llava", "--limit", "3"], "error: options such as --limit go after --"),
+        (["a", "models/none/here"], "error: no model at models/none/here: give a checkpoint folder or a hub id"),
+        (["a", "models/llava", "r.tsv", "./nowhere"], "error: no model at ./nowhere"),
+        (["a", "models/llava"], "error: no folder {here}/data/pope: playground/data/eval/README.md tells"),
+    ],
+)
+def test_mistakes_end_in_one_line(repository: Path, here: Path, arguments: list[str], words: str) -> None:
+    done = run_script(repository, "pope.sh", *arguments, cwd=here, LLAVA_EVAL_ROOT="data")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(words.format(here=here))
+
+
+def test_help_tells_the_usage(repository: Path, here: Path) -> None:
+    done = run_script(repository, "pope.sh", "--help", cwd=here)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: bash scripts/v1_5/eval/pope.sh CKPT MODEL_DIR [RESULTS] [MODEL_BASE]")
+
+
+def test_a_worker_that_dies_fails_the_script_by_name_and_a_rerun_goes_on(repository: Path, here: Path) -> None:
+    python = here / "python"
+    python.write_text(
+        '#!/usr/bin/env bash\n[[ "$*" == *"--worker 1"* ]] && echo "it hurts" >&2 && kill -9 $$\nexit 0\n'
+    )
+    python.chmod(0o755)
+    (here / "data" / "pope").mkdir(parents=True)
+    options = {"LLAVA_EVAL_ROOT": "data", "PYTHON": str(python), "LLAVA_EVAL_WORKERS": "2"}
+    done = run_script(repository, "pope.sh", "run-1", "models/llava", cwd=here, **options)
+    assert done.returncode == 137
+    assert "it hurts" in done.stderr
+    assert "error: pope worker 1 (CPU) failed with exit code 137" in done.stderr
+    assert done.stderr.splitlines()[-1] == "pope: not scored; run the same command again to go on where it stopped"
+
+
+def test_unanswered_questions_stop_the_script_unless_partial_scores_are_allowed(repository: Path, here: Path) -> None:
+    python = here / "python"
+    python.write_text('#!/usr/bin/env bash\n[[ $3 == answer ]] && exit 3\necho "$3"\n')
+    python.chmod(0o755)
+    (here / "data" / "pope").mkdir(parents=True)
+    options = {"LLAVA_EVAL_ROOT": "data", "PYTHON": str(python)}
+    refused = run_script(repository, "pope.sh", "run-1", "models/llava", cwd=here, **options)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert "error: pope worker 0 (CPU) could not answer some questions" in refused.stderr
+    allowed = run_script(repository, "pope.sh", "run-1", "models/llava", "--", "--allow-partial", cwd=here, **options)
+    assert (allowed.returncode, allowed.stdout) == (3, "score\n")
+
+
+@pytest.mark.slow
+def test_the_script_answers_and_scores_alone_and_with_two_workers(
+    repository: Path, tmp_path: Path, make_pope: Callable[..., Path], tiny_checkpoint: Path
+) -> None:
+    folder = make_pope(6)
+    results = tmp_path / "results" / "all.tsv"
+    options = {"LLAVA_EVAL_ROOT": str(folder.parent), "PYTHON": sys.executable}
+    lines = []
+    for name, workers in (("one", "1"), ("two", "2")):
+        arguments = [name, tiny_checkpoint, results, "--", "--max-new-tokens", "8", "--batch-size", "4"]
+        done = run_script(repository, "pope.sh", *arguments, cwd=tmp_path, LLAVA_EVAL_WORKERS=workers, **options)
+        assert done.returncode == 0, done.stderr
+        assert "36/36" in done.stderr or workers == "2"
+        lines.append(done.stdout)
+    assert re.fullmatch(r"POPE \(Avg\. F1\)\t\d+\.\d\d\n", lines[0])
+    assert results.read_text() == lines[0] * 2
+    answers = [(folder / "answers" / name / "merge.jsonl").read_bytes() for name in ("one", "two")]
+    assert answers[0] == answers[1]
+    scores = json.loads((folder / "answers" / "two" / "merge.scores.json").read_text())
+    assert (scores["count"], scores["missing"]) == (36, 0)
+    assert 0 < scores["tokens"]["mean_tokens"] < scores["tokens"]["mean_patches"] == 36
+
+
+@pytest.mark.slow
+def test_a_model_killed_in_mid_run_and_resumed_writes_the_undisturbed_file(
+    repository: Path, tmp_path: Path, make_pope: Callable[..., Path], tiny_checkpoint: Path
+) -> None:
+    folder, dice = make_pope(8), random.Random(7)
+
+    def start(file: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "llava.eval", "answer", "pope", "--root", folder, "--answers", file]
+        command += ["--model-path", tiny_checkpoint, "--batch-size", "2"]
+        return subprocess.Popen(list(map(str, command)), cwd=repository, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+
+    undisturbed, killed = tmp_path / "undisturbed.jsonl", tmp_path / "killed.jsonl"
+    assert start(undisturbed).wait(300) == 0
+    part = tmp_path / "killed.jsonl.parts" / "0.jsonl"
+    for target in (1, 12, 30):
+        process = start(killed)
+        while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < target):
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not killed.exists()
+    assert start(killed).wait(300) == 0
+    assert killed.read_bytes() == undisturbed.read_bytes()
+    assert len(read_answers(killed)) == 48

@@ -1,0 +1,218 @@
+"""The store with real processes, real kills and real files; the worker below answers without any model."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llava.errors import InputError
+from llava.eval.answers import dump_row, make_row, read_answers
+from llava.eval.store import AnswerStore
+from llava.eval.task import Question
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from llava.eval.answers import make_row
+from llava.eval.store import AnswerStore
+from llava.eval.task import Question, row_key
+
+path, worker, seconds, model = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+questions = [Question(id=number, prompt=f"What is {number}?") for number in range(60)]
+store = AnswerStore(path, ("question_id",), worker)
+store.open({"model": model})
+print("open", flush=True)
+for unit in range(20):
+    if store.claim(unit):
+        store.refresh()
+        todo = [q for q in questions[3 * unit : 3 * unit + 3] if row_key(q.head(), ("question_id",)) not in store.done]
+        if todo:
+            time.sleep(seconds)
+            store.append([make_row(q, f"{q.id} by {model}", model, {}) for q in todo])
+missing = store.finish(questions, questions)
+print("none" if missing is None else len(missing), flush=True)
+"""
+QUESTIONS = [Question(id=number, prompt=f"What is {number}?") for number in range(60)]
+KEY = ("question_id",)
+
+
+def start(path: Path, worker: int = 0, seconds: float = 0.0, model: str = "a") -> subprocess.Popen:
+    command = [sys.executable, "-c", WORKER, str(path), str(worker), str(seconds), model]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Return the last printed word; fail with the worker's traceback."""
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    return out.split()[-1]
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> bytes:
+    path = tmp_path / "undisturbed" / "answers.jsonl"
+    assert finish(start(path)) == "0"
+    return path.read_bytes()
+
+
+def test_a_finished_run_leaves_the_answers_and_what_they_belong_to(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "answers.jsonl"
+    assert finish(start(path)) == "0"
+    assert [row["question_id"] for row in read_answers(path)] == list(range(60))
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        ".answers.jsonl.lock",
+        "answers.jsonl",
+        "answers.jsonl.run.json",
+    ]
+
+
+def test_twenty_kills_and_resumes_of_one_worker_give_the_undisturbed_file(tmp_path: Path, undisturbed: bytes) -> None:
+    path, dice = tmp_path / "answers.jsonl", random.Random(1)
+    for _ in range(20):
+        process = start(path, seconds=0.02)
+        process.stdout.readline()
+        time.sleep(dice.uniform(0, 0.06))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert finish(start(path)) == "0"
+    assert path.read_bytes() == undisturbed
+
+
+def test_twenty_kills_among_two_workers_give_the_undisturbed_file(tmp_path: Path, undisturbed: bytes) -> None:
+    path, dice = tmp_path / "answers.jsonl", random.Random(2)
+    for _ in range(10):
+        workers = [start(path, worker, seconds=0.02) for worker in (0, 1)]
+        for process in dice.sample(workers, 2):
+            process.stdout.readline()
+            time.sleep(dice.uniform(0, 0.04))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    assert [finish(process) for process in [start(path, 0), start(path, 1)]].count("0") >= 1
+    assert path.read_bytes() == undisturbed
+
+
+def test_workers_share_the_units_and_the_last_one_writes_the_file(tmp_path: Path, undisturbed: bytes) -> None:
+    path = tmp_path / "answers.jsonl"
+    workers = [start(path, worker, seconds=0.05) for worker in range(3)]
+    ends = [finish(process) for process in workers]
+    assert "0" in ends
+    assert set(ends) <= {"0", "none"}
+    assert path.read_bytes() == undisturbed
+
+
+def test_a_living_worker_takes_over_what_a_killed_one_left(tmp_path: Path, undisturbed: bytes) -> None:
+    path = tmp_path / "answers.jsonl"
+    doomed = start(path, 0, seconds=30)
+    doomed.stdout.readline()
+    time.sleep(0.2)
+    doomed.send_signal(signal.SIGKILL)
+    doomed.communicate()
+    assert finish(start(path, 1)) == "0"
+    assert path.read_bytes() == undisturbed
+
+
+def test_a_worker_that_is_still_busy_writes_the_file_later(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    slow = start(path, 0, seconds=1.5)
+    slow.stdout.readline()
+    time.sleep(0.3)
+    assert finish(start(path, 1)) == "none"
+    assert not path.exists()
+    assert finish(slow) == "0"
+    assert len(read_answers(path)) == 60
+
+
+def test_a_torn_line_is_cut_before_new_answers_are_appended(tmp_path: Path, undisturbed: bytes) -> None:
+    path = tmp_path / "answers.jsonl"
+    store = AnswerStore(path, KEY)
+    store.open({"model": "a"})
+    rows = [make_row(question, f"{question.id} by a", "a", {}) for question in QUESTIONS[:5]]
+    store.append(rows)
+    with (tmp_path / "answers.jsonl.parts" / "0.jsonl").open("a") as part:
+        part.write(dump_row(make_row(QUESTIONS[5], "5 by a", "a", {}))[:40])
+    store.finish(QUESTIONS, QUESTIONS)
+    assert finish(start(path)) == "0"
+    assert path.read_bytes() == undisturbed
+
+
+def test_answers_of_a_run_with_other_settings_are_moved_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    for model in "abc":
+        assert finish(start(path, model=model)) == "0"
+    assert {row["text"].split()[-1] for row in read_answers(path)} == {"c"}
+    assert {row["model_id"] for row in read_answers(tmp_path / "answers.jsonl.old-1")} == {"a"}
+    assert {row["model_id"] for row in read_answers(tmp_path / "answers.jsonl.old-2")} == {"b"}
+    assert json.loads((tmp_path / "answers.jsonl.old-2.run.json").read_text()) == {"model": "b"}
+
+
+def test_unfinished_parts_of_other_settings_are_moved_too(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    process = start(path, seconds=0.05)
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert finish(start(path, model="b")) == "0"
+    assert {row["model_id"] for row in read_answers(path)} == {"b"}
+    assert read_answers(tmp_path / "answers.jsonl.old-1.parts" / "0.jsonl")
+
+
+def test_a_file_of_unknown_origin_is_moved_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"question_id": 1, "text": "from another program"}\n')
+    assert AnswerStore(path, KEY).open({"model": "a"}) == tmp_path / "answers.jsonl.old-1"
+    assert read_answers(tmp_path / "answers.jsonl.old-1")[0]["text"] == "from another program"
+
+
+def test_two_workers_of_one_number_do_not_run_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    busy = start(path, 0, seconds=0.5)
+    busy.stdout.readline()
+    with pytest.raises(InputError, match=r"worker 0 is already at work on .*answers.jsonl"):
+        AnswerStore(path, KEY).open({"model": "a"})
+    busy.kill()
+    busy.communicate()
+
+
+def test_a_run_with_other_settings_does_not_disturb_a_living_one(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    busy = start(path, 0, seconds=0.05)
+    busy.stdout.readline()
+    with pytest.raises(InputError, match="a run with other settings is at work"):
+        AnswerStore(path, KEY, worker=1).open({"model": "b"})
+    assert finish(busy) == "0"
+
+
+def test_a_shorter_second_run_keeps_the_answers_of_a_longer_first_one(tmp_path: Path, undisturbed: bytes) -> None:
+    path = tmp_path / "answers.jsonl"
+    assert finish(start(path)) == "0"
+    store = AnswerStore(path, KEY)
+    store.open({"model": "a"})
+    assert store.finish(QUESTIONS, QUESTIONS[:5]) == []
+    assert path.read_bytes() == undisturbed
+
+
+def test_unanswered_questions_are_told_and_the_rest_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    store = AnswerStore(path, KEY)
+    store.open({"model": "a"})
+    store.append([make_row(question, "x", "a", {}) for question in QUESTIONS[2:]])
+    assert [question.id for question in store.finish(QUESTIONS, QUESTIONS)] == [0, 1]
+    assert [row["question_id"] for row in read_answers(path)] == list(range(2, 60))
+
+
+def test_answers_are_on_the_disk_after_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    store = AnswerStore(tmp_path / "answers.jsonl", KEY)
+    store.open({"model": "a"})
+    rows = [make_row(question, "x", "a", {}) for question in QUESTIONS[:2]]
+    store.append(rows)
+    assert synced == [sum(len(dump_row(row)) for row in rows)]
+    store.finish(QUESTIONS, QUESTIONS)
