@@ -1,0 +1,82 @@
+"""Training conversations about scenes, in LLaVA's JSON form.
+
+Kinds: a caption (projector pretraining), one question or several about a picture, a question about one of two pictures,
+and questions about a picture told in words, which teach a fresh language model the answers before it sees a picture.
+"""
+
+import random
+from typing import Protocol
+
+from playground.shapes import sentence
+from playground.shapes.world import Scene
+
+QUESTION_KINDS = {"presence": 0.7, "color": 0.1, "shape": 0.08, "place": 0.06, "number": 0.06}
+WORDS_KINDS = {"presence": 0.6, "color": 0.2, "shape": 0.1, "number": 0.1}  # words tell no place
+SINGLE_TURN, SEVERAL_TURNS, TWO_PICTURES = 0.7, 0.9, 0.94  # cumulated shares; the rest is text only
+MAX_TURNS = 3
+
+Sample = dict[str, object]
+
+
+class PictureFile(Protocol):
+    """A picture on disk."""
+
+    file: str
+    scene: Scene
+
+
+def make_turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Write questions and answers as LLaVA's list of turns."""
+    return [
+        {"from": role, "value": value} for pair in pairs for role, value in zip(("human", "gpt"), pair, strict=True)
+    ]
+
+
+def describe(index: int, file: str, scene: Scene, chooser: random.Random) -> Sample:
+    """Make a caption sample: the picture alone on the human's side, as the `plain` format wants."""
+    objects = chooser.sample(scene.objects, len(scene.objects))
+    turns = make_turns([("<image>", sentence.caption(objects))])
+    return {"id": f"caption-{index}", "image": file, "conversations": turns}
+
+
+def converse(identity: str, picture: PictureFile, other: PictureFile, chooser: random.Random) -> Sample:
+    """Make one fine-tuning sample, of a random kind; `other` is the second picture where two are shown."""
+    share = chooser.random()
+    if share >= TWO_PICTURES:
+        return converse_in_words(identity, picture.scene, chooser)
+    if share >= SEVERAL_TURNS:
+        return compare(identity, (picture, other), chooser)
+    number = 1 if share < SINGLE_TURN else chooser.randint(2, MAX_TURNS)
+    questions = [sentence.ask_any(picture.scene, chooser, QUESTION_KINDS) for _ in range(number)]
+    pairs = [
+        (text + sentence.SUFFIX, answer) for text, answer in {each.text: each.answer for each in questions}.items()
+    ]
+    pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
+    return {"id": f"picture-{identity}", "image": picture.file, "conversations": make_turns(pairs)}
+
+
+def compare(identity: str, pictures: tuple[PictureFile, PictureFile], chooser: random.Random) -> Sample:
+    """Make a sample with two pictures that asks for an object in one of them."""
+    which = chooser.randrange(2)
+    scene = pictures[which].scene
+    if chooser.random() < 0.5:
+        name, answer = chooser.choice(scene.objects).name, "Yes"
+    else:  # what the other picture shows is the hardest to deny
+        present = {item.name for item in scene.objects}
+        elsewhere = [item.name for item in pictures[1 - which].scene.objects if item.name not in present]
+        name, answer = chooser.choice(elsewhere or sentence.absent_names(scene)), "No"
+    text = sentence.ask_presence(name, f"{sentence.ORDINALS[which]} image") + sentence.SUFFIX
+    turns = make_turns([(f"<image>\n<image>\n{text}", answer)])
+    return {"id": f"pair-{identity}", "image": [each.file for each in pictures], "conversations": turns}
+
+
+def converse_in_words(identity: str, scene: Scene, chooser: random.Random) -> Sample:
+    """Make a text-only sample: the picture is told, then one to three questions are asked about it."""
+    objects = chooser.sample(scene.objects, len(scene.objects))
+    questions = [sentence.ask_any(scene, chooser, WORDS_KINDS) for _ in range(chooser.randint(1, MAX_TURNS))]
+    pairs = [
+        (text + sentence.SUFFIX, answer) for text, answer in {each.text: each.answer for each in questions}.items()
+    ]
+    told = sentence.PICTURE_IN_WORDS.format(sentence.caption(objects))
+    pairs[0] = (told + pairs[0][0], pairs[0][1])
+    return {"id": f"words-{identity}", "conversations": make_turns(pairs)}

@@ -1,0 +1,60 @@
+"""POPE's questions on the embedded world: is an object there, with three ways of choosing what is not.
+
+`random` asks for any absent object, `popular` for the absent objects most frequent in the set, `adversarial` for absent
+objects that share colour and shape, or one of them, with what is there (the original takes objects that often occur
+together). As many yes as no in every category, in turn; at most three of each per picture.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from playground.shapes import sentence
+from playground.shapes.world import Scene
+
+QUESTIONS_PER_ANSWER = 3
+FIRST_ID = {"adversarial": 1, "popular": 20000001, "random": 10000001}  # in the order of the published question file
+
+Question = tuple[str, str, str]  # image file, text without suffix, label
+
+
+def make_categories(pictures: Sequence[tuple[str, Scene]], chooser: random.Random) -> dict[str, list[Question]]:
+    """Make the questions of all three categories.
+
+    Args:
+        pictures: file name and contents of each.
+        chooser: the source of randomness.
+
+    Returns:
+        Questions by category; all categories ask about the same present objects.
+    """
+    counts = Counter(item.name for _, scene in pictures for item in scene.objects)
+    categories: dict[str, list[Question]] = {category: [] for category in FIRST_ID}
+    for file, scene in pictures:
+        number = min(QUESTIONS_PER_ANSWER, len(scene.objects))
+        present = [item.name for item in chooser.sample(scene.objects, number)]
+        absent = sentence.absent_names(scene)
+        chosen = {
+            "adversarial": sentence.confusable_names(scene, chooser)[:number],
+            "popular": sorted(absent, key=lambda name: -counts[name])[:number],
+            "random": chooser.sample(absent, number),
+        }
+        for category, names in chosen.items():
+            for there, missing in zip(present, names, strict=True):
+                categories[category].append((file, sentence.ask_presence(there), "yes"))
+                categories[category].append((file, sentence.ask_presence(missing), "no"))
+    return categories
+
+
+def label_lines(questions: Sequence[Question]) -> Iterator[dict[str, object]]:
+    """Give the rows of a category's label file, `coco/coco_pope_<category>.json`."""
+    for index, (file, text, label) in enumerate(questions, 1):
+        yield {"question_id": index, "image": file, "text": text, "label": label}
+
+
+def question_lines(categories: Mapping[str, Sequence[Question]]) -> Iterator[dict[str, object]]:
+    """Give the rows of `llava_pope_test.jsonl`: all categories, with the short-answer suffix."""
+    for category, first_id in FIRST_ID.items():
+        for index, (file, text, _) in enumerate(categories[category]):
+            full = text + sentence.SUFFIX
+            yield {"question_id": first_id + index, "image": file, "text": full, "category": category}
