@@ -13,11 +13,11 @@ use_environment
 IMAGES=${DEMO_IMAGES:-60} # 18 questions each
 OUT=${DEMO_OUT:-results/demo}
 CHECKPOINTS=playground/shapes/checkpoints
-PLAIN=$CHECKPOINTS/llava-shapes-plain
+PLAIN=$CHECKPOINTS/llava-shapes
 TRIMMED=$CHECKPOINTS/llava-shapes-trim
+[[ $OUT == /* ]] || OUT=$PWD/$OUT
 DATA=$OUT/data
-export LLAVA_EVAL_ROOT="$PWD/$DATA/eval" HF_HUB_OFFLINE=1
-[[ $OUT != /* ]] || { DATA=$OUT/data && export LLAVA_EVAL_ROOT="$DATA/eval"; }
+export LLAVA_EVAL_ROOT=$DATA/eval HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
 
 echo "== $IMAGES pictures, $((IMAGES * 18)) questions"
@@ -58,5 +58,6 @@ echo
     "Random, training-free=$OUT/plain-random.json" \
     "Random, on the finetuned=$OUT/finetuned-random.json"
 echo
-echo "The same as JSON: $OUT/table.json; kept patches: $OUT/kept_0.png, kept_1.png, kept_2.png"
+echo "The same as JSON: $OUT/table.json"
+echo "What was kept:    $OUT/kept_0.png  $OUT/kept_1.png  $OUT/kept_2.png"
 echo "These scores speak of shapes only: a demonstration and a regression instrument, see playground/shapes/README.md"

@@ -13,14 +13,16 @@ DEFAULT_CONV_MODE = "vicuna_v1"
 def choose_conv_mode(conv_mode: str, model_name: str) -> str:
     """Check the conversation template; models trained on plain captions alone get its `_mmtag` variant (as published).
 
+    Where a template has no such variant, it is used as it is (the published code crashes).
+
     Raises:
         InputError: there is no such template.
     """
+    if conv_mode not in conv_templates:
+        raise InputError(f"no conversation template {conv_mode!r}; known: {', '.join(sorted(conv_templates))}")
     is_plain = "plain" in model_name and "finetune" not in model_name.lower()
-    chosen = f"{conv_mode}_mmtag" if is_plain and "mmtag" not in conv_mode else conv_mode
-    if chosen not in conv_templates:
-        raise InputError(f"no conversation template {chosen!r}; known: {', '.join(sorted(conv_templates))}")
-    return chosen
+    variant = f"{conv_mode}_mmtag"
+    return variant if is_plain and variant in conv_templates else conv_mode
 
 
 def wrap_prompt(text: str, num_images: int, conv_mode: str, use_im_start_end: bool = False) -> str:

@@ -10,10 +10,11 @@ from typing import Protocol
 from playground.shapes import sentence
 from playground.shapes.world import Scene
 
-QUESTION_KINDS = {"presence": 0.7, "color": 0.1, "shape": 0.08, "place": 0.06, "number": 0.06}
-WORDS_KINDS = {"presence": 0.6, "color": 0.2, "shape": 0.1, "number": 0.1}  # words tell no place
-SINGLE_TURN, SEVERAL_TURNS, TWO_PICTURES = 0.7, 0.9, 0.94  # cumulated shares; the rest is text only
-MAX_TURNS = 3
+QUESTION_KINDS = {"presence": 0.6, "color": 0.1, "shape": 0.08, "place": 0.06, "number": 0.06, "description": 0.1}
+SINGLE_KINDS = {"presence": 0.8, "color": 0.06, "shape": 0.05, "place": 0.03, "number": 0.03, "description": 0.03}
+WORDS_KINDS = {"presence": 0.6, "color": 0.16, "shape": 0.08, "number": 0.08, "description": 0.08}  # words tell no place
+SINGLE_TURN, SEVERAL_TURNS, TWO_PICTURES = 0.35, 0.9, 0.95  # cumulated shares; the rest is text only
+MAX_TURNS = 6
 
 Sample = dict[str, object]
 
@@ -32,10 +33,9 @@ def make_turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def describe(index: int, file: str, scene: Scene, chooser: random.Random) -> Sample:
+def describe(index: int, file: str, scene: Scene) -> Sample:
     """Make a caption sample: the picture alone on the human's side, as the `plain` format wants."""
-    objects = chooser.sample(scene.objects, len(scene.objects))
-    turns = make_turns([("<image>", sentence.caption(objects))])
+    turns = make_turns([("<image>", sentence.describe(scene).answer)])
     return {"id": f"caption-{index}", "image": file, "conversations": turns}
 
 
@@ -47,10 +47,17 @@ def converse(identity: str, picture: PictureFile, other: PictureFile, chooser: r
     if share >= SEVERAL_TURNS:
         return compare(identity, (picture, other), chooser)
     number = 1 if share < SINGLE_TURN else chooser.randint(2, MAX_TURNS)
-    questions = [sentence.ask_any(picture.scene, chooser, QUESTION_KINDS) for _ in range(number)]
-    pairs = [
-        (text + sentence.SUFFIX, answer) for text, answer in {each.text: each.answer for each in questions}.items()
-    ]
+    return ask(identity, picture, [sentence.ask_any(picture.scene, chooser, QUESTION_KINDS) for _ in range(number)])
+
+
+def ask_once(identity: str, picture: PictureFile, chooser: random.Random) -> Sample:
+    """Make a sample with a single question about one picture, most often one of presence."""
+    return ask(identity, picture, [sentence.ask_any(picture.scene, chooser, SINGLE_KINDS)])
+
+
+def ask(identity: str, picture: PictureFile, questions: list[sentence.Question]) -> Sample:
+    """Make a sample of questions about one picture."""
+    pairs = list({each.prompt: each.answer for each in questions}.items())  # no question twice
     pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
     return {"id": f"picture-{identity}", "image": picture.file, "conversations": make_turns(pairs)}
 
@@ -72,11 +79,8 @@ def compare(identity: str, pictures: tuple[PictureFile, PictureFile], chooser: r
 
 def converse_in_words(identity: str, scene: Scene, chooser: random.Random) -> Sample:
     """Make a text-only sample: the picture is told, then one to three questions are asked about it."""
-    objects = chooser.sample(scene.objects, len(scene.objects))
-    questions = [sentence.ask_any(scene, chooser, WORDS_KINDS) for _ in range(chooser.randint(1, MAX_TURNS))]
-    pairs = [
-        (text + sentence.SUFFIX, answer) for text, answer in {each.text: each.answer for each in questions}.items()
-    ]
-    told = sentence.PICTURE_IN_WORDS.format(sentence.caption(objects))
+    questions = [sentence.ask_any(scene, chooser, WORDS_KINDS) for _ in range(chooser.randint(2, MAX_TURNS))]
+    pairs = list({each.prompt: each.answer for each in questions}.items())  # no question twice
+    told = sentence.PICTURE_IN_WORDS.format(sentence.describe(scene).answer)
     pairs[0] = (told + pairs[0][0], pairs[0][1])
     return {"id": f"words-{identity}", "conversations": make_turns(pairs)}

@@ -4,7 +4,7 @@ Layouts are the published ones. Training and evaluation pictures come from diffe
 
 Run: `python -m playground.shapes.generate --out DIR --train-images N --eval-images M --seed S` writes
 
-    DIR/train/images/*.png  pretrain.json  finetune.json  text.json
+    DIR/train/images/*.png  pretrain.json  finetune.json  single.json  text.json
     DIR/eval/pope/val2014/*.png  coco/coco_pope_*.json  llava_pope_test.jsonl
     DIR/calibrate/images/*.png  calibrate.jsonl
 """
@@ -52,18 +52,20 @@ def draw_picture(folder: Path, prefix: str, seed: tuple[int, int], index: int) -
 
 
 def write_train(folder: Path, count: int, samples_per_image: int, seed: int) -> None:
-    """Write the training pictures and the three JSON files."""
+    """Write the training pictures and the four JSON files."""
     pictures = draw_pictures(folder / "images", "train", count, seed)
     chooser = random.Random(seed)
-    write_json(folder / "pretrain.json", [conversation.describe(index, each.file, each.scene, chooser)
+    write_json(folder / "pretrain.json", [conversation.describe(index, each.file, each.scene)
                                           for index, each in enumerate(pictures)])  # fmt: skip
-    finetune, text = [], []
+    finetune, single, text = [], [], []
     for turn in range(samples_per_image):
         for index, picture in enumerate(pictures):
             other = chooser.choice(pictures)
             finetune.append(conversation.converse(f"{turn}-{index}", picture, other, chooser))
+            single.append(conversation.ask_once(f"{turn}-{index}", picture, chooser))
             text.append(conversation.converse_in_words(f"{turn}-{index}", picture.scene, chooser))
     write_json(folder / "finetune.json", finetune)
+    write_json(folder / "single.json", single)
     write_json(folder / "text.json", text)
 
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=20000)
     parser.add_argument("--eval-images", type=int, default=200)
     parser.add_argument("--calibrate-images", type=int, default=CALIBRATE_IMAGES)
-    parser.add_argument("--samples-per-image", type=int, default=4, help="fine-tuning conversations per picture")
+    parser.add_argument("--samples-per-image", type=int, default=4, help="finetuning conversations per picture")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if min(arguments.train_images, arguments.eval_images, arguments.calibrate_images, arguments.seed) < 0:

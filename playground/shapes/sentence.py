@@ -16,6 +16,7 @@ ALL_NAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 MIN_OFFSET = 14  # pixels from the middle below which a place has no name
 ORDINALS = ("first", "second")
 PICTURE_IN_WORDS = "Picture: {}\n"
+DESCRIBE = "Describe the image."
 CAPTION_FORMS = ("{}.", "{}", "a picture of {}.", "there is {} in the picture.")
 
 
@@ -26,6 +27,11 @@ class Question:
     text: str
     answer: str
     about: WorldObject | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The question as it is put: with the suffix, unless a description is asked for."""
+        return self.text if self.text == DESCRIBE else self.text + SUFFIX
 
 
 def with_article(name: str) -> str:
@@ -91,6 +97,11 @@ def ask_number(scene: Scene) -> list[Question]:
     return [Question("How many objects are in the image?", str(len(scene.objects)))]
 
 
+def describe(scene: Scene) -> Question:
+    """Ask for a description; the objects are named from left to right."""
+    return Question(DESCRIBE, caption(sorted(scene.objects, key=lambda item: item.box)))
+
+
 def absent_names(scene: Scene) -> list[str]:
     """List the names of all kinds of objects that the scene lacks."""
     present = {item.name for item in scene.objects}
@@ -125,10 +136,12 @@ def ask_any(scene: Scene, chooser: random.Random, kinds: Mapping[str, float]) ->
     Args:
         scene: what is in the picture.
         chooser: the source of randomness.
-        kinds: weight of each kind out of `presence`, `color`, `shape`, `place`, `number`.
+        kinds: weight of each kind out of `presence`, `color`, `shape`, `place`, `number`, `description`.
     """
     kind = chooser.choices(list(kinds), list(kinds.values()))[0]
     lists = {"color": ask_color, "shape": ask_shape, "place": ask_place, "number": ask_number}
+    if kind == "description":
+        return describe(scene)
     questions = lists[kind](scene) if kind in lists else []
     if questions:
         return chooser.choice(questions)

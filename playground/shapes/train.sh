@@ -29,26 +29,42 @@ step() { # RESULT COMMAND...: run a step unless its result is there; its output 
 train() { # OUTPUT_DIR FLAGS...
     local output=$1
     shift
-    "$PYTHON" -m llava.train.train --output_dir "$output" --bf16 True --num_train_epochs 1 --per_device_train_batch_size 64 \
+    "$PYTHON" -m llava.train.train --output_dir "$output" --bf16 True --num_train_epochs 1 \
         --lr_scheduler_type cosine --warmup_ratio 0.03 --weight_decay 0. --save_strategy no --logging_steps 50 \
-        --model_max_length 512 --report_to none "$@"
+        --model_max_length 512 --report_to none --disable_tqdm True "$@"
+    # A pickle of the flags, with this machine's paths in it; the log has the flags as well.
+    rm -f "$output/training_args.bin"
+    find "$output" -maxdepth 1 -name '*.safetensors' -exec chmod 644 {} +
 }
 
 VISION=(--vision_tower "$CLIP" --mm_vision_select_layer -2 --mm_projector_type mlp2x_gelu --image_aspect_ratio pad
     --image_folder "$WORK/train/images")
+VICUNA=$WORK/vicuna-shapes
+PRETRAINED=$WORK/llava-shapes-pretrain
+FIRST=$WORK/llava-shapes-first
+WARM=$WORK/llava-shapes-warm
+PLAIN=$CHECKPOINTS/llava-shapes
+TRIMMED=$CHECKPOINTS/llava-shapes-trim
 
 step "$WORK/train/finetune.json" "$PYTHON" -m playground.shapes.generate --out "$WORK" \
-    --train-images "${TRAIN_IMAGES:-20000}" --samples-per-image "${SAMPLES_PER_IMAGE:-6}" --eval-images 200
+    --train-images "${TRAIN_IMAGES:-20000}" --samples-per-image 5 --eval-images 200
 step "$CLIP/model.safetensors" "$PYTHON" -m playground.shapes.train_clip --out "$CLIP"
 step "$WORK/base/model.safetensors" "$PYTHON" -m playground.shapes.base_llm --out "$WORK/base"
 # A fresh language model first learns words and answers from pictures told in words.
-step "$WORK/vicuna-shapes/config.json" train "$WORK/vicuna-shapes" --model_name_or_path "$WORK/base" --version v1 \
-    --data_path "$WORK/train/text.json" --learning_rate 2e-3 --max_steps "${TEXT_STEPS:-600}"
-step "$WORK/llava-shapes-pretrain/mm_projector.bin" train "$WORK/llava-shapes-pretrain" \
-    --model_name_or_path "$WORK/vicuna-shapes" --version plain --tune_mm_mlp_adapter True \
-    --data_path "$WORK/train/pretrain.json" --learning_rate 2e-3 "${VISION[@]}"
-FINETUNE=(--model_name_or_path "$WORK/vicuna-shapes" --version v1 --data_path "$WORK/train/finetune.json"
-    --pretrain_mm_mlp_adapter "$WORK/llava-shapes-pretrain/mm_projector.bin" --learning_rate 1e-3 "${VISION[@]}")
-step "$CHECKPOINTS/llava-shapes-trim/config.json" train "$CHECKPOINTS/llava-shapes-trim" "${FINETUNE[@]}" \
-    --mm_vision_token_reduce_func TRIM:-1
-step "$CHECKPOINTS/llava-shapes-plain/config.json" train "$CHECKPOINTS/llava-shapes-plain" "${FINETUNE[@]}"
+step "$VICUNA/config.json" train "$VICUNA" --model_name_or_path "$WORK/base" --version v1 \
+    --data_path "$WORK/train/text.json" --per_device_train_batch_size 32 --learning_rate 1.5e-3 --max_steps "${TEXT_STEPS:-400}"
+step "$PRETRAINED/mm_projector.bin" train "$PRETRAINED" --model_name_or_path "$VICUNA" --version plain \
+    --tune_mm_mlp_adapter True --data_path "$WORK/train/pretrain.json" --per_device_train_batch_size 64 \
+    --learning_rate 2e-3 --max_steps "${PRETRAIN_STEPS:-150}" "${VISION[@]}"
+# All kinds of conversations first, on all patches; then single questions on the kept ones, from which shapes are learned
+# in far fewer steps. Both kept models go on from there, one on the kept patches, one on all of them.
+step "$FIRST/config.json" train "$FIRST" --model_name_or_path "$VICUNA" --version v1 \
+    --pretrain_mm_mlp_adapter "$PRETRAINED/mm_projector.bin" --data_path "$WORK/train/finetune.json" \
+    --per_device_train_batch_size 32 --learning_rate 1.5e-3 --max_steps "${FIRST_STEPS:-2400}" "${VISION[@]}"
+finetune() { # OUTPUT_DIR FROM REDUCTION LEARNING_RATE STEPS
+    train "$1" --model_name_or_path "$2" --version v1 --mm_vision_token_reduce_func "$3" --learning_rate "$4" \
+        --data_path "$WORK/train/single.json" --per_device_train_batch_size 64 --max_steps "$5" "${VISION[@]}"
+}
+step "$WARM/config.json" finetune "$WARM" "$FIRST" TRIM:-1 5e-4 "${WARM_STEPS:-1000}"
+step "$TRIMMED/config.json" finetune "$TRIMMED" "$WARM" TRIM:-1 1e-3 "${TRIM_STEPS:-1560}"
+step "$PLAIN/config.json" finetune "$PLAIN" "$WARM" none 1e-3 "${PLAIN_STEPS:-800}"
