@@ -121,6 +121,8 @@ def load_language_model(
         model, _ = load_quietly(LlamaForCausalLM, path, what="language model", **settings)
         model.accepts_loss_kwargs = False  # the loss of LlavaLlamaForCausalLM: a mean over micro-batches
     else:
+        if getattr(config, "mm_vision_tower", None):
+            config.mm_vision_tower = model_args.vision_tower  # the flag's, also where the checkpoint's own is gone
         model, _ = load_quietly(LlavaLlamaForCausalLM, path, what="language model", config=config, **settings)
     return model
 

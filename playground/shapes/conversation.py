@@ -12,7 +12,13 @@ from playground.shapes.world import Scene
 
 QUESTION_KINDS = {"presence": 0.6, "color": 0.1, "shape": 0.08, "place": 0.06, "number": 0.06, "description": 0.1}
 SINGLE_KINDS = {"presence": 0.8, "color": 0.06, "shape": 0.05, "place": 0.03, "number": 0.03, "description": 0.03}
-WORDS_KINDS = {"presence": 0.6, "color": 0.16, "shape": 0.08, "number": 0.08, "description": 0.08}  # words tell no place
+WORDS_KINDS = {
+    "presence": 0.6,
+    "color": 0.16,
+    "shape": 0.08,
+    "number": 0.08,
+    "description": 0.08,
+}  # words tell no place
 SINGLE_TURN, SEVERAL_TURNS, TWO_PICTURES = 0.35, 0.9, 0.95  # cumulated shares; the rest is text only
 MAX_TURNS = 6
 

@@ -43,6 +43,7 @@ VICUNA=$WORK/vicuna-shapes
 PRETRAINED=$WORK/llava-shapes-pretrain
 FIRST=$WORK/llava-shapes-first
 WARM=$WORK/llava-shapes-warm
+FOCUS=$WORK/llava-shapes-focus
 PLAIN=$CHECKPOINTS/llava-shapes
 TRIMMED=$CHECKPOINTS/llava-shapes-trim
 
@@ -57,14 +58,16 @@ step "$PRETRAINED/mm_projector.bin" train "$PRETRAINED" --model_name_or_path "$V
     --tune_mm_mlp_adapter True --data_path "$WORK/train/pretrain.json" --per_device_train_batch_size 64 \
     --learning_rate 2e-3 --max_steps "${PRETRAIN_STEPS:-150}" "${VISION[@]}"
 # All kinds of conversations first, on all patches; then single questions on the kept ones, from which shapes are learned
-# in far fewer steps. Both kept models go on from there, one on the kept patches, one on all of them.
+# in far fewer steps. Both kept models go on from there, one on all patches, one on the kept ones.
 step "$FIRST/config.json" train "$FIRST" --model_name_or_path "$VICUNA" --version v1 \
     --pretrain_mm_mlp_adapter "$PRETRAINED/mm_projector.bin" --data_path "$WORK/train/finetune.json" \
     --per_device_train_batch_size 32 --learning_rate 1.5e-3 --max_steps "${FIRST_STEPS:-2400}" "${VISION[@]}"
-finetune() { # OUTPUT_DIR FROM REDUCTION LEARNING_RATE STEPS
+finetune() { # OUTPUT_DIR FROM REDUCTION LEARNING_RATE STEPS [SEED]
     train "$1" --model_name_or_path "$2" --version v1 --mm_vision_token_reduce_func "$3" --learning_rate "$4" \
-        --data_path "$WORK/train/single.json" --per_device_train_batch_size 64 --max_steps "$5" "${VISION[@]}"
+        --data_path "$WORK/train/single.json" --per_device_train_batch_size 64 --max_steps "$5" --seed "${6:-42}" \
+        "${VISION[@]}"
 }
 step "$WARM/config.json" finetune "$WARM" "$FIRST" TRIM:-1 5e-4 "${WARM_STEPS:-1000}"
-step "$TRIMMED/config.json" finetune "$TRIMMED" "$WARM" TRIM:-1 1e-3 "${TRIM_STEPS:-1560}"
 step "$PLAIN/config.json" finetune "$PLAIN" "$WARM" none 1e-3 "${PLAIN_STEPS:-800}"
+step "$FOCUS/config.json" finetune "$FOCUS" "$WARM" TRIM:-1 1e-3 "${FOCUS_STEPS:-1560}"
+step "$TRIMMED/config.json" finetune "$TRIMMED" "$FOCUS" TRIM:-1 8e-4 "${TRIM_STEPS:-1200}" 2

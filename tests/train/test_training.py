@@ -353,3 +353,12 @@ def test_the_published_entry_point_trains_when_run_by_path(checkpoints: Path, go
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     subprocess.run([sys.executable, str(script), *words], cwd=checkpoints, check=True, capture_output=True)
     assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_the_flags_tower_serves_where_the_checkpoints_own_is_gone(run_training: Callable, golden: Path, tmp_path: Path):
+    moved = tmp_path / "llava-moved"
+    shutil.copytree(golden / "checkpoints" / "llava-v1.5-tiny84", moved)
+    config = json.loads((moved / "config.json").read_text()) | {"mm_vision_tower": "../gone/clip"}
+    (moved / "config.json").write_text(json.dumps(config))
+    trainer = run_training(model_name_or_path=moved, max_steps=1)
+    assert trainer.model.get_vision_tower().is_loaded
