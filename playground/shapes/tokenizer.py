@@ -59,7 +59,8 @@ def train_llama_tokenizer(folder: Path) -> None:
         sentence_iterator=iter(write_corpus()), model_writer=model, model_type="bpe",
         vocab_size=LLAMA_VOCABULARY_SIZE, character_coverage=1.0, byte_fallback=True, split_digits=True,
         allow_whitespace_only_pieces=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=True, user_defined_symbols=FRAME_SENTENCES, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
+        add_dummy_prefix=True, user_defined_symbols=FRAME_SENTENCES,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     special = {role: describe_token(text) for role, text in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"))}
