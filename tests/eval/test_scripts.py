@@ -16,6 +16,8 @@ import pytest
 from llava.eval.answers import read_answers
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "DRY_RUN")}
+# Real runs use the interpreter that runs the tests, wherever the PATH points.
+ENVIRONMENT["PYTHON"] = sys.executable
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -34,7 +36,7 @@ def run_script(
 
 
 def dry_run(repository: Path, cwd: Path, *arguments: object, **environment: str) -> list[str]:
-    done = run_script(repository, "pope.sh", *arguments, cwd=cwd, DRY_RUN="1", **environment)
+    done = run_script(repository, "pope.sh", *arguments, cwd=cwd, **{"DRY_RUN": "1", "PYTHON": "python", **environment})
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace(str(repository), "REPO").replace(str(cwd), "HERE").splitlines()
     return [line.removeprefix("python -m llava.eval ") for line in lines]
