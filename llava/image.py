@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -28,11 +29,28 @@ _SIXTEEN_TO_EIGHT_BIT = 257
 _SIXTEEN_BIT_MAX = 2**16 - 1
 
 
-def load_image(source: str | Path, upright: bool = False) -> Image.Image:
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """A picture that came inside another file, such as a cell of MMBench's table.
+
+    Attributes:
+        name: what a person calls it, such as `mmbench_dev_20230712.tsv row 7`.
+        content: the bytes of a picture file.
+    """
+
+    name: str
+    content: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        """Name the picture, as a path does."""
+        return self.name
+
+
+def load_image(source: str | Path | EmbeddedImage, upright: bool = False) -> Image.Image:
     """Read one picture completely.
 
     Args:
-        source: path of a file, or an http(s) address.
+        source: path of a file, an http(s) address, or the bytes themselves.
         upright: turn the picture as its EXIF tag says, as a person sees it. False keeps the stored pixels, which is
             what the published evaluation looks at.
 
@@ -44,6 +62,8 @@ def load_image(source: str | Path, upright: bool = False) -> Image.Image:
         InputError: nothing there, not a picture, damaged, too large, or the download failed.
     """
     address = str(source)
+    if isinstance(source, EmbeddedImage):
+        return _decode(BytesIO(_refuse_empty(source.content, address)), address, upright)
     if address.lower().startswith(("http://", "https://")):
         return _decode(BytesIO(_download(address)), address, upright)
     return _decode(BytesIO(_read_file(Path(source))), address, upright)
@@ -58,8 +78,12 @@ def _read_file(path: Path) -> bytes:
         raise InputError(f"image {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"image {path}: cannot be read ({error})") from error
+    return _refuse_empty(content, str(path))
+
+
+def _refuse_empty(content: bytes, address: str) -> bytes:
     if not content:
-        raise InputError(f"image {path}: the file is empty")
+        raise InputError(f"image {address}: the file is empty")
     return content
 
 

@@ -7,12 +7,12 @@ patches are kept here, in a cache of bounded size, and reduced anew for every qu
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava.eval.task import Picture
 from llava.image import load_image
 from llava.mm_utils import process_images
 
@@ -44,13 +44,15 @@ class FeatureCache:
         self._model = model
         self._image_processor = image_processor
         self._capacity = capacity
-        self._kept: OrderedDict[Path, EncodedImage] = OrderedDict()
+        self._kept: OrderedDict[Picture, EncodedImage] = OrderedDict()
 
-    def encode(self, paths: Iterable[Path], batch_size: int) -> tuple[dict[Path, EncodedImage], dict[Path, str]]:
+    def encode(
+        self, paths: Iterable[Picture], batch_size: int
+    ) -> tuple[dict[Picture, EncodedImage], dict[Picture, str]]:
         """Encode pictures, those in the cache excepted.
 
         Args:
-            paths: files of pictures; equal ones are encoded once.
+            paths: pictures; equal ones are encoded once.
             batch_size: pictures per pass of the tower.
 
         Returns:
@@ -59,7 +61,7 @@ class FeatureCache:
         wanted = list(dict.fromkeys(paths))
         found = {path: self._kept[path] for path in wanted if path in self._kept}
         absent = [path for path in wanted if path not in found]
-        faults: dict[Path, str] = {}
+        faults: dict[Picture, str] = {}
         for start in range(0, len(absent), batch_size):
             fresh, unreadable = self._encode_batch(absent[start : start + batch_size])
             found |= fresh
@@ -67,9 +69,9 @@ class FeatureCache:
         self._keep(found)
         return found, faults
 
-    def _encode_batch(self, paths: Sequence[Path]) -> tuple[dict[Path, EncodedImage], dict[Path, str]]:
-        faults: dict[Path, str] = {}
-        read: dict[Path, tuple[Tensor, tuple[int, int]]] = {}
+    def _encode_batch(self, paths: Sequence[Picture]) -> tuple[dict[Picture, EncodedImage], dict[Picture, str]]:
+        faults: dict[Picture, str] = {}
+        read: dict[Picture, tuple[Tensor, tuple[int, int]]] = {}
         for path in paths:
             try:
                 read[path] = self._read(path)
@@ -82,13 +84,13 @@ class FeatureCache:
         }
         return encoded, faults
 
-    def _read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+    def _read(self, path: Picture) -> tuple[Tensor, tuple[int, int]]:
         """Return `float32[3, S, S]` or `float32[C, 3, S, S]` and the picture's (width, height)."""
         image = load_image(path)
         pixels = process_images([image], self._image_processor, self._model.config)[0]
         return torch.as_tensor(pixels), image.size
 
-    def _keep(self, used: dict[Path, EncodedImage]) -> None:
+    def _keep(self, used: dict[Picture, EncodedImage]) -> None:
         for path, image in used.items():
             self._kept[path] = image
             self._kept.move_to_end(path)

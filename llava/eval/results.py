@@ -12,12 +12,15 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.eval.answers import explain_write_errors, name_questions, pair_answers, read_answers
+from llava.eval.judging import Judge
 from llava.eval.task import Question, Row, Task, row_key
 
 Result = dict[str, Any]
 
 
-def score_answers(task: Task, answers_file: Path, root: Path, allow_partial: bool = False) -> Result:
+def score_answers(
+    task: Task, answers_file: Path, root: Path, allow_partial: bool = False, judge: Judge | None = None
+) -> Result:
     """Score an answers file.
 
     Args:
@@ -25,6 +28,7 @@ def score_answers(task: Task, answers_file: Path, root: Path, allow_partial: boo
         answers_file: one row per question, in any order.
         root: the benchmark's folder.
         allow_partial: score what is there although answers are missing.
+        judge: for benchmarks that use one.
 
     Raises:
         InputError: answers are missing, belong to other questions, or contradict one another.
@@ -33,7 +37,7 @@ def score_answers(task: Task, answers_file: Path, root: Path, allow_partial: boo
     answers = pair_answers(questions, read_answers(answers_file), task.key_fields)
     if not allow_partial:
         require_complete(questions, answers, task.key_fields, answers_file)
-    scores = task.score(answers, root)
+    scores = task.score(answers, root, judge)
     if scores is None:
         raise InputError(f"{task.name} is scored by a server only: send it the file that the export command writes")
     return {
@@ -44,6 +48,8 @@ def score_answers(task: Task, answers_file: Path, root: Path, allow_partial: boo
         "count": scores.count,
         "columns": dict(scores.columns),
         "missing": len(questions) - len(answers),
+        "judge": judge.name if judge else None,
+        "offline_judge": judge is not None and judge.offline,
         "model_id": next(iter(answers.values()))["model_id"] if answers else None,
         "tokens": average_tokens(answers.values()),
     }

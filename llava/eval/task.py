@@ -9,14 +9,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from llava.errors import InputError
+from llava.eval.judging import Judge
+from llava.image import EmbeddedImage
 
 Row = dict[str, Any]
 """One line of an answers file: question_id, prompt, text, answer_id, model_id, metadata and a benchmark's own keys."""
 
 DEFAULT_KEY_FIELDS = ("question_id",)
+Picture = Path | EmbeddedImage
+"""A file, or a picture that came inside a file of the benchmark; equal pictures are encoded once."""
+
 LOADER_MAX_NEW_TOKENS = 128
 """Answer length of the published short-answer benchmarks (VQAv2, GQA, VizWiz, TextVQA, POPE, MME, SEED)."""
 
@@ -30,7 +35,7 @@ class Question:
         prompt: what the language model reads in the user's turn, without image marks and conversation wrapper. A text
             that carries exactly one `<image>` mark per image keeps them where they stand.
         query: what the CLIP text tower reads to choose image tokens.
-        images: files of the pictures, in order of their marks; empty for a question of text alone.
+        images: the pictures, in order of their marks; empty for a question of text alone.
         record: the `prompt` column of the answers file, where it differs from `prompt`.
         category: the part of the benchmark it belongs to, where the question file says so.
         fields: further columns of the answers file, such as MMBench's `round_id`.
@@ -40,7 +45,7 @@ class Question:
     id: int | str
     prompt: str = ""
     query: str = ""
-    images: tuple[Path, ...] = ()
+    images: tuple[Picture, ...] = ()
     record: str | None = None
     category: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -76,12 +81,15 @@ class Task(ABC):
         row: the label in the results file, as published.
         max_new_tokens: length limit of an answer.
         key_fields: columns of the answers file that together name a question (ids alone repeat in some benchmarks).
+        uses_judge: a language model scores the answers: "never", "optional" (it settles what a rule cannot read) or
+            "always" (there is no score without one).
     """
 
     name: ClassVar[str]
     row: ClassVar[str]
     max_new_tokens: ClassVar[int] = LOADER_MAX_NEW_TOKENS
     key_fields: ClassVar[tuple[str, ...]] = DEFAULT_KEY_FIELDS
+    uses_judge: ClassVar[Literal["never", "optional", "always"]] = "never"
 
     @abstractmethod
     def load(self, root: Path) -> list[Question]:
@@ -95,17 +103,34 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def score(self, answers: Mapping[str, Row], root: Path) -> Scores | None:
+    def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores | None:
         """Score answers by the official rules.
 
         Args:
             answers: rows of the answers file by question key (`row_key`); questions without an answer are absent and
                 take no part in the score (the caller has refused them, or was told to allow them).
             root: the folder of this benchmark.
+            judge: the language model that judges, where `uses_judge` is not "never"; always given where it is "always".
 
         Returns:
-            None for a benchmark that only a server can score.
+            None where only a server can score this split; `export` writes what it wants.
         """
+
+    def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
+        """Write the files that the benchmark's server (or official script) reads.
+
+        Args:
+            answers: as for `score`.
+            root: the folder of this benchmark.
+            destination: folder for the files; it is there.
+
+        Returns:
+            The files written.
+
+        Raises:
+            InputError: this benchmark has no such file.
+        """
+        raise InputError(f"{self.name} has no upload file: it is scored here, with `python -m llava.eval score`")
 
 
 def row_key(row: Mapping[str, Any], key_fields: Sequence[str]) -> str:

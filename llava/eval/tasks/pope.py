@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
+from llava.eval.judging import Judge
 from llava.eval.metrics.yes_no import YesNoCounts, count_yes_no, divide, parse_yes_no
 from llava.eval.sources import load_question_file, read_records
 from llava.eval.task import Question, Row, Scores, Task, row_key
@@ -45,7 +46,7 @@ class Pope(Task):
             pair_labels(questions, root / LABEL_FOLDER)
         return questions
 
-    def score(self, answers: Mapping[str, Row], root: Path) -> Scores:
+    def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
         """Score each category, and average them."""
         return score_pope(self.load(root), answers, root / LABEL_FOLDER)
 
