@@ -1,4 +1,4 @@
-"""`python -m llava.eval {list,answer,score,report}`: the command-line face of the benchmarks."""
+"""`python -m llava.eval {list,answer,score,export,report}`: the command-line face of the benchmarks."""
 
 # ruff: noqa: T201 (a command-line face prints)
 import argparse
@@ -6,20 +6,26 @@ import sys
 from pathlib import Path
 
 from llava.errors import InputError, run_command
+from llava.eval.judging import Judge
 from llava.eval.prompting import DEFAULT_CONV_MODE
+from llava.eval.report import format_latex, format_markdown, list_numbers, make_report, write_picture, write_text
 from llava.eval.results import (
+    ServerOnlyError,
     append_line,
-    compare_runs,
+    export_answers,
     format_line,
     format_table,
     read_result,
     score_answers,
     write_json,
 )
+from llava.eval.task import Task
 from llava.eval.tasks import TASKS, find_task
 
 EXIT_UNANSWERED = 3
 """Exit code of `answer` when questions stayed without an answer; 2 is a mistake in the command or its files."""
+EXIT_SERVER_ONLY = 4
+"""Exit code of `score` where only a server can score the split; the answers are in order."""
 
 
 def main() -> None:
@@ -31,17 +37,13 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval", description="Benchmarks of LLaVA with TRIM.")
-    commands = parser.add_subparsers(required=True, metavar="{list,answer,score,report}")
+    commands = parser.add_subparsers(required=True, metavar="{list,answer,score,export,report}")
 
     listing = commands.add_parser("list", help="name the benchmarks")
     listing.set_defaults(command=list_tasks)
 
     answer = commands.add_parser("answer", help="let a model answer a benchmark's questions; resumes after a kill")
-    answer.add_argument("task", metavar="TASK", help="a word of `list`")
-    answer.add_argument("--root", required=True, type=user_path, metavar="DIR", help="the benchmark's folder")
-    answer.add_argument(
-        "--answers", required=True, type=user_path, metavar="FILE", help="where the answers go (JSON lines)"
-    )
+    add_task_options(answer, answers_help="where the answers go (JSON lines)")
     answer.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's own limit")
     answer.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
     answer.add_argument("--workers", type=positive, default=1, metavar="N", help="number of workers that share FILE")
@@ -50,21 +52,61 @@ def make_parser() -> argparse.ArgumentParser:
     answer.set_defaults(command=answer_task)
 
     score = commands.add_parser("score", help="score an answers file by the official rules")
-    score.add_argument("task", metavar="TASK", help="a word of `list`")
-    score.add_argument("--answers", required=True, type=user_path, metavar="FILE")
-    score.add_argument(
-        "--root", required=True, type=user_path, metavar="DIR", help="folder of questions and annotations"
-    )
+    add_task_options(score, answers_help="written by `answer`")
     score.add_argument("--json", type=user_path, metavar="OUT", help="write every number here")
     score.add_argument("--results", type=user_path, metavar="FILE", help="append the line `name<TAB>value` here")
     score.add_argument("--allow-partial", action="store_true", help="score although answers are missing")
+    score.add_argument(
+        "--judge", metavar="NAME", help="who judges, where a benchmark needs it; exact: offline stand-in"
+    )
+    score.add_argument("--judge-model", metavar="MODEL", help="language model that judges (default: the benchmark's)")
+    score.add_argument("--judge-runs", type=positive, default=1, metavar="N", help="judge so often, and average (1)")
+    score.add_argument(
+        "--judge-cache", type=user_path, metavar="FILE", help="the judge's replies (default: beside the answers)"
+    )
     score.set_defaults(command=score_task)
+
+    export = commands.add_parser("export", help="write the files that a benchmark's server or official script reads")
+    add_task_options(export, answers_help="written by `answer`")
+    export.add_argument("--out", required=True, type=user_path, metavar="DIR", help="folder for the files")
+    export.add_argument("--allow-partial", action="store_true", help="export although answers are missing")
+    export.set_defaults(command=export_task)
 
     report = commands.add_parser("report", help="put several results side by side")
     report.add_argument("results", nargs="+", metavar="[NAME=]FILE.json", help="written by `score --json`")
+    layout = report.add_mutually_exclusive_group()
+    layout.add_argument(
+        "--overview",
+        action="store_true",
+        default=None,
+        help="a row per benchmark, a column per NAME (default for several benchmarks)",
+    )
+    layout.add_argument(
+        "--by-benchmark", action="store_false", dest="overview", help="a table per benchmark, a row per NAME"
+    )
     report.add_argument("--json", type=user_path, metavar="OUT", help="write the table as JSON, too")
+    report.add_argument("--markdown", type=user_path, metavar="OUT", help="write what is printed, too")
+    report.add_argument("--latex", type=user_path, metavar="OUT", help="write the table as LaTeX (booktabs), too")
+    report.add_argument("--png", type=user_path, metavar="OUT", help="draw the table, too")
     report.set_defaults(command=report_results)
     return parser
+
+
+def add_task_options(parser: argparse.ArgumentParser, *, answers_help: str) -> None:
+    """Add the options that say which questions, common to `answer`, `score` and `export`."""
+    parser.add_argument("task", metavar="TASK", help="a word of `list`")
+    parser.add_argument("--root", required=True, type=user_path, metavar="DIR", help="the benchmark's folder")
+    parser.add_argument("--answers", required=True, type=user_path, metavar="FILE", help=answers_help)
+    parser.add_argument("--split", metavar="NAME", help="another split than the benchmark's own (vqav2, vizwiz, ...)")
+    parser.add_argument(
+        "--source",
+        choices=["local", "hub"],
+        default="local",
+        help="hub: write the public dataset into --root first, in the published layout, unless it is there",
+    )
+    parser.add_argument(
+        "--hub-dataset", metavar="NAME_OR_DIR", help="another dataset of the same columns, or a folder of its parquet"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, conv_mode: str, temperature: float, batch_size: int) -> None:
@@ -113,9 +155,24 @@ def list_tasks(arguments: argparse.Namespace) -> None:
     print(format_table(rows))
 
 
+def choose_task(arguments: argparse.Namespace) -> Task:
+    """Return the benchmark that `add_task_options` names, and see that its data is there if that is the hub's."""
+    task = find_task(arguments.task)
+    if arguments.split is not None:
+        task = task.with_split(arguments.split)
+    if arguments.source == "hub":
+        # The one place that needs the `datasets` library.
+        from llava.eval.hub import fetch_benchmark
+
+        fetch_benchmark(task, arguments.root, arguments.hub_dataset)
+    elif arguments.hub_dataset is not None:
+        raise InputError("--hub-dataset goes with --source hub")
+    return task
+
+
 def answer_task(arguments: argparse.Namespace) -> None:
     """Answer a benchmark's questions; leave with code 3 if some stayed without an answer."""
-    task = find_task(arguments.task)
+    task = choose_task(arguments)
     questions = task.load(arguments.root)
     max_new_tokens = arguments.max_new_tokens or task.max_new_tokens
     answer_and_exit(arguments, questions, arguments.answers, max_new_tokens, task.key_fields)
@@ -180,9 +237,15 @@ def answer_and_exit(
 
 
 def score_task(arguments: argparse.Namespace) -> None:
-    """Score answers, print the headline, write what was asked for."""
-    task = find_task(arguments.task)
-    result = score_answers(task, arguments.answers, arguments.root, arguments.allow_partial)
+    """Score answers, print the headline, write what was asked for; leave with code 4 if only a server can score."""
+    task = choose_task(arguments)
+    try:
+        result = score_answers(
+            task, arguments.answers, arguments.root, arguments.allow_partial, find_judge(arguments, task)
+        )
+    except ServerOnlyError as reason:
+        _tell(str(reason))
+        raise SystemExit(EXIT_SERVER_ONLY) from None
     result["answers"] = str(arguments.answers)
     line = format_line(result)
     if arguments.json:
@@ -192,17 +255,44 @@ def score_task(arguments: argparse.Namespace) -> None:
     print(line)
 
 
+def find_judge(arguments: argparse.Namespace, task: Task) -> Judge | None:
+    """Return the judge that the options of `score` name; None for a benchmark that is scored by rules."""
+    if task.uses_judge == "never":
+        return None
+    # The other benchmarks need none of the judge's libraries.
+    from llava.eval.judge import make_judge
+
+    cache = arguments.judge_cache or arguments.answers.with_name(f"{arguments.answers.stem}.judge.jsonl")
+    return make_judge(arguments.judge, arguments.judge_model, cache, task, num_runs=arguments.judge_runs)
+
+
+def export_task(arguments: argparse.Namespace) -> None:
+    """Write a benchmark's upload files and print their paths."""
+    task = choose_task(arguments)
+    files = export_answers(task, arguments.answers, arguments.root, arguments.out, arguments.allow_partial)
+    print("\n".join(map(str, files)))
+    if task.server:
+        _tell(f"send it to {task.server}")
+
+
 def report_results(arguments: argparse.Namespace) -> None:
-    """Print one Markdown table per benchmark, a row per run."""
+    """Print results as Markdown, a row per benchmark or a table per benchmark; write what was asked for."""
     runs = []
     for argument in arguments.results:
         name, _, file = argument.rpartition("=")
-        result = read_result(Path(file))
+        result = read_result(user_path(file))
         runs.append((name or result["model_id"] or Path(file).stem, result))
-    tables = compare_runs(runs)
+    report = make_report(runs, arguments.overview)
+    text = format_markdown(report)
     if arguments.json:
-        write_json(arguments.json, tables)
-    print("\n\n".join(f"{label}\n\n{format_table(rows)}" for label, rows in tables.items()))
+        write_json(arguments.json, list_numbers(report))
+    if arguments.markdown:
+        write_text(arguments.markdown, f"{text}\n")
+    if arguments.latex:
+        write_text(arguments.latex, format_latex(report))
+    if arguments.png:
+        write_picture(arguments.png, report)
+    print(text)
 
 
 def _tell(line: str) -> None:

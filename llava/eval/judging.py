@@ -38,10 +38,12 @@ class Judge(Protocol):
     Attributes:
         name: the model, as it stands beside every number that depends on it.
         offline: it is the stand-in that compares texts; its numbers are not the benchmark's and are marked so.
+        num_runs: how many times each answer is judged; the benchmark averages, and gives each run attempts of its own.
     """
 
     name: str
     offline: bool
+    num_runs: int
 
     def ask(
         self,
@@ -57,7 +59,8 @@ class Judge(Protocol):
         Args:
             case: what is judged.
             messages: `role` and `content` each, as the benchmark words them.
-            attempt: counts repeated questions whose reply could not be read, so that each has its own reply.
+            attempt: counts how often a case is asked (once more for each run, and for each reply that could not be
+                read), so that each time has its own reply.
             temperature: of the reply.
             max_tokens: length limit of the reply.
 

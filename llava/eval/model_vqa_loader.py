@@ -17,14 +17,24 @@ KEY_FIELDS = ("question_id", "prompt")
 
 
 def main() -> None:
-    """Answer the questions of a file."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.model_vqa_loader")
+    """Answer the questions of a file, briefly."""
+    answer_question_file("python -m llava.eval.model_vqa_loader", LOADER_MAX_NEW_TOKENS)
+
+
+def answer_question_file(prog: str, max_new_tokens: int) -> None:
+    """Answer the questions that the command line names; also the command `model_vqa`.
+
+    Args:
+        prog: the command, as its help calls it.
+        max_new_tokens: its length limit of an answer.
+    """
+    parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("--question-file", type=Path, required=True, help="JSON lines: question_id, image, text")
     parser.add_argument("--image-folder", type=Path, default=Path(), help="where the `image` names are looked up")
     parser.add_argument("--answers-file", type=Path, default=Path("answer.jsonl"))
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--num_beams", type=positive, default=1)
-    parser.add_argument("--max_new_tokens", type=positive, default=LOADER_MAX_NEW_TOKENS)
+    parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
     # The published defaults: batches of one, and a template and temperature that no script uses.
     add_model_options(parser, conv_mode="llava_v1", temperature=0.2, batch_size=1)
     arguments = parser.parse_args()

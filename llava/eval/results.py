@@ -1,7 +1,8 @@
 """From answers to numbers on disk: the score of one run, its line in the results file, and tables of several runs.
 
 A result is plain JSON data: `task`, `row`, `headline` (unrounded), `scores` (everything), `count`, `columns` (what a
-table shows), `missing` (questions without an answer), `model_id` and `tokens` (means per question with an image).
+table shows), `missing` (questions without an answer), `judge` (its name), `offline_judge`, `headline_judged` (the
+headline is the judge's), `model_id` and `tokens` (means per question with an image).
 """
 
 import json
@@ -17,6 +18,13 @@ from llava.eval.task import Question, Row, Task, row_key
 
 Result = dict[str, Any]
 
+OFFLINE_MARK = " [judge: exact]"
+"""Beside every number of the offline stand-in for a judge, so that it is never taken for the benchmark's."""
+
+
+class ServerOnlyError(InputError):
+    """The score of this split is not to be had here: its annotations are not public."""
+
 
 def score_answers(
     task: Task, answers_file: Path, root: Path, allow_partial: bool = False, judge: Judge | None = None
@@ -31,15 +39,19 @@ def score_answers(
         judge: for benchmarks that use one.
 
     Raises:
-        InputError: answers are missing, belong to other questions, or contradict one another.
+        InputError: answers are missing, belong to other questions, or contradict one another; there is no judge
+            where one is needed.
+        ServerOnlyError: the annotations of this split are not public.
     """
-    questions = task.load(root)
-    answers = pair_answers(questions, read_answers(answers_file), task.key_fields)
-    if not allow_partial:
-        require_complete(questions, answers, task.key_fields, answers_file)
+    questions, answers = pair_with_questions(task, answers_file, root, allow_partial)
+    if judge is None and task.uses_judge == "always":
+        raise InputError(f"{task.name} is scored by a judge: name one with --judge (a language model, or exact)")
     scores = task.score(answers, root, judge)
     if scores is None:
-        raise InputError(f"{task.name} is scored by a server only: send it the file that the export command writes")
+        raise ServerOnlyError(
+            f"{task.name}: only {task.server or 'a server'} can score this split; "
+            "`python -m llava.eval export` writes what to send there"
+        )
     return {
         "task": task.name,
         "row": task.row,
@@ -50,9 +62,55 @@ def score_answers(
         "missing": len(questions) - len(answers),
         "judge": judge.name if judge else None,
         "offline_judge": judge is not None and judge.offline,
+        "headline_judged": task.uses_judge == "always",
         "model_id": next(iter(answers.values()))["model_id"] if answers else None,
         "tokens": average_tokens(answers.values()),
     }
+
+
+def pair_with_questions(
+    task: Task, answers_file: Path, root: Path, allow_partial: bool = False
+) -> tuple[list[Question], dict[str, Row]]:
+    """Read a benchmark's questions and the answers to them.
+
+    Args:
+        task: the benchmark.
+        answers_file: one row per question, in any order.
+        root: the benchmark's folder.
+        allow_partial: take what is there although answers are missing.
+
+    Returns:
+        All questions, and the row of each answered one by its key.
+
+    Raises:
+        InputError: answers are missing, belong to other questions, or contradict one another.
+    """
+    questions = task.load(root)
+    answers = pair_answers(questions, read_answers(answers_file), task.key_fields)
+    if not allow_partial:
+        require_complete(questions, answers, task.key_fields, answers_file)
+    return questions, answers
+
+
+def export_answers(
+    task: Task, answers_file: Path, root: Path, destination: Path, allow_partial: bool = False
+) -> list[Path]:
+    """Write the files that the benchmark's server or official script reads; return them.
+
+    Args:
+        task: the benchmark.
+        answers_file: one row per question, in any order.
+        root: the benchmark's folder.
+        destination: folder for the files; made if it is not there.
+        allow_partial: export what is there although answers are missing.
+
+    Raises:
+        InputError: as for `score_answers`, or the benchmark has no such files, or they cannot be written.
+    """
+    _, answers = pair_with_questions(task, answers_file, root, allow_partial)
+    with explain_write_errors(destination):
+        destination.mkdir(parents=True, exist_ok=True)
+        return task.export(answers, root, destination)
 
 
 def require_complete(
@@ -89,10 +147,29 @@ def average_tokens(rows: Sequence[Row]) -> dict[str, float] | None:
 
 
 def format_line(result: Result) -> str:
-    """Write a result as its `name<TAB>value` line, two digits; a partial one says so."""
-    num_questions = result["count"] + result["missing"]
-    partial = f" [{result['count']} of {num_questions} questions]" if result["missing"] else ""
-    return f"{result['row']}{partial}\t{result['headline']:.2f}"
+    """Write a result as its `name<TAB>value` line, two digits; a partial one and one of an offline judge say so."""
+    # Not "so many of so many": some official scorers count a missing answer as a wrong one.
+    partial = f" [{result['missing']} answers missing]" if result["missing"] else ""
+    return f"{result['row']}{mark_judge(result)}{partial}\t{result['headline']:.2f}"
+
+
+def mark_judge(result: Result) -> str:
+    """Return what stands beside a headline that the offline judge gave, which is not the benchmark's; else nothing."""
+    return OFFLINE_MARK if result.get("offline_judge") and result.get("headline_judged", True) else ""
+
+
+def label_result(result: Result) -> str:
+    """Name what a headline compares with: its benchmark and, where a judge gave it, the judge."""
+    if not result.get("judge") or not result.get("headline_judged", True):
+        return result["row"]
+    return f"{result['row']}{mark_judge(result) or name_judge(result)}"
+
+
+def name_judge(result: Result) -> str:
+    """Return what stands beside the columns of a run that a judge had a part in; else nothing."""
+    if result.get("offline_judge"):
+        return OFFLINE_MARK
+    return f" [judge: {result['judge']}]" if result.get("judge") else ""
 
 
 def append_line(path: Path, line: str) -> None:
@@ -144,7 +221,7 @@ def compare_runs(runs: Sequence[tuple[str, Result]]) -> dict[str, list[dict[str,
     tables: dict[str, list[dict[str, Any]]] = {}
     first: dict[str, Result] = {}
     for name, result in runs:
-        label = result["row"]
+        label = f"{result['row']}{name_judge(result)}"
         reference = first.setdefault(label, result)
         tokens = result.get("tokens") or {}
         kept, seen = tokens.get("mean_tokens"), tokens.get("mean_patches")
@@ -170,7 +247,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     titles = list(rows[0])
-    cells = [titles, *([_format_cell(row.get(title)) for title in titles] for row in rows)]
+    cells = [titles, *([format_cell(row.get(title)) for title in titles] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
     is_text = [any(isinstance(row.get(title), str) for row in rows) for title in titles]
 
@@ -185,7 +262,8 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([join(cells[0]), f"| {' | '.join(rule)} |", *map(join, cells[1:])])
 
 
-def _format_cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
+    """Write a table's cell: numbers with a fraction get two digits, None is a dash."""
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -83,6 +83,7 @@ class Task(ABC):
         key_fields: columns of the answers file that together name a question (ids alone repeat in some benchmarks).
         uses_judge: a language model scores the answers: "never", "optional" (it settles what a rule cannot read) or
             "always" (there is no score without one).
+        server: where the files of `export` go, for a person to read; None where no server takes any.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,18 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = LOADER_MAX_NEW_TOKENS
     key_fields: ClassVar[tuple[str, ...]] = DEFAULT_KEY_FIELDS
     uses_judge: ClassVar[Literal["never", "optional", "always"]] = "never"
+    server: ClassVar[str | None] = None
+
+    def with_split(self, split: str) -> "Task":
+        """Return this benchmark on another split of its data, such as VQAv2's `val2014`.
+
+        Args:
+            split: as the data's own file names have it.
+
+        Raises:
+            InputError: there is no such split; says which there are.
+        """
+        raise InputError(f"{self.name} has one split only: leave out --split {split}")
 
     @abstractmethod
     def load(self, root: Path) -> list[Question]:

@@ -35,7 +35,8 @@ absolute_path() {
     fi
 }
 
-# A checkpoint: an existing path as an absolute one, anything that looks like `owner/name` as it is (a hub id).
+# A checkpoint: an existing path as an absolute one, anything that looks like `owner/name` as it is (a hub id), unless
+# `owner` is a folder here.
 resolve_model() {
     local candidate
     for candidate in "$(absolute_path "$1")" "$REPO_ROOT/$1"; do
@@ -44,7 +45,7 @@ resolve_model() {
             return
         fi
     done
-    [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]] || die "no model at $1: give a checkpoint folder or a hub id"
+    [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ && ! -d $(absolute_path "${1%%/*}") ]] || die "no model at $1: give a checkpoint folder or a hub id"
     printf '%s\n' "$1"
 }
 

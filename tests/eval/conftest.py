@@ -1,8 +1,13 @@
-"""What the evaluation tests share: a small POPE on disk, and a model that is quick and easy to reason about."""
+"""What the evaluation tests share: a small POPE on disk, a model that is easy to reason about, a judge's endpoint."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,3 +152,92 @@ class FakeModel:
 @pytest.fixture
 def fake_parts() -> tuple[FakeModel, FakeTokenizer, FakeProcessor]:
     return FakeModel(), FakeTokenizer(), FakeProcessor()
+
+
+@dataclass
+class FakeEndpoint:
+    """A real HTTP server on this machine that speaks the chat-completions protocol.
+
+    Attributes:
+        address: what `OPENAI_BASE_URL` is set to.
+        requests: bodies of all requests, in order of arrival.
+        headers: theirs, by name in lower case.
+        respond: makes the answer to a body: a text (the reply), a `Fault`, or None to hang up without a word.
+    """
+
+    address: str = ""
+    requests: list[dict] = field(default_factory=list)
+    headers: list[dict] = field(default_factory=list)
+    respond: Callable[[dict], "str | Fault | None"] = lambda body: "1.0"
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An answer that is no completion, or a late one."""
+
+    status: int = 200
+    body: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    content_type: str = "application/json"
+    delay_seconds: float = 0.0
+
+
+def completion(reply: str | None) -> str:
+    message = {"role": "assistant", "content": reply}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return json.dumps({"id": "c1", "object": "chat.completion", "created": 1, "model": "fake", "choices": [choice]})
+
+
+def make_handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with endpoint.lock:
+                endpoint.requests.append(body)
+                endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
+                answer = endpoint.respond(body) if self.path == "/v1/chat/completions" else Fault(404)
+            if answer is None:
+                self.close_connection = True
+                return
+            fault = answer if isinstance(answer, Fault) else Fault(body=completion(answer))
+            time.sleep(fault.delay_seconds)
+            content = fault.body.encode()
+            with contextlib.suppress(ConnectionError):
+                self.send_response(fault.status)
+                self.send_header("Content-Type", fault.content_type)
+                self.send_header("Content-Length", str(len(content)))
+                for name, value in fault.headers:
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
+    """A judge's endpoint, named by the environment as a user would."""
+    fake = FakeEndpoint()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(fake))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    fake.address = f"http://127.0.0.1:{server.server_port}/v1"
+    monkeypatch.setenv("OPENAI_BASE_URL", fake.address)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-made-up")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield fake
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def fault() -> type[Fault]:
+    """The class of answers that are no completion."""
+    return Fault

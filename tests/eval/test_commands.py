@@ -72,7 +72,7 @@ def test_list_names_the_benchmarks_with_their_result_lines() -> None:
 
 
 def test_score_and_report_need_no_deep_learning_library(oracle: Path) -> None:
-    code = "import sys, llava.eval.__main__, llava.eval.eval_pope; sys.exit('torch' in sys.modules)"
+    code = "import sys, llava.eval.__main__, llava.eval.eval_pope, llava.eval.judge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -99,7 +99,7 @@ SCORED = ["--answers", str(ORACLE / "answers.jsonl"), "--root", str(ORACLE)]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["score", "popp", "--answers", "x", "--root", "y"], "error: no benchmark 'popp'; known: pope"),
+        (["score", "popp", "--answers", "x", "--root", "y"], "error: no benchmark 'popp'; known: vqav2"),
         (
             ["score", "pope", "--answers", "x", "--root", "nowhere"],
             "error: no such file: nowhere/llava_pope_test.jsonl",
@@ -109,6 +109,9 @@ SCORED = ["--answers", str(ORACLE / "answers.jsonl"), "--root", str(ORACLE)]
             "error: cannot write /dev/null/x.json: ",
         ),
         (["score", "pope", *SCORED, "--results", "/dev/null/x"], "error: cannot write /dev/null/x: "),
+        (["score", "pope", *SCORED, "--split", "x"], "error: pope has one split only: leave out --split x"),
+        (["export", "pope", *SCORED, "--out", "x"], "error: pope has no upload file: it is scored here"),
+        (["export", "gqa", *SCORED, "--out", "x"], "error: no such file: "),
         (["report", "nothing.json"], "error: no such file: nothing.json"),
         (["answer", "pope", "--root", ".", "--answers", "x"], "the following arguments are required: --model-path"),
     ],
@@ -118,6 +121,53 @@ def test_mistakes_end_in_one_line_and_code_two(arguments: list[str], words: str,
     assert done.returncode == 2
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_split_that_only_a_server_scores_ends_in_code_four_and_is_exported(oracle: Path, tmp_path: Path) -> None:
+    folder = oracle.parent / "vqav2"
+    fixed = ["vqav2", "--split", "test-dev2015", "--answers", folder / "answers_testdev.jsonl", "--root", folder]
+    scored = run("score", *fixed, "--results", tmp_path / "all.tsv", "--json", tmp_path / "x.json")
+    assert (scored.returncode, scored.stdout) == (4, "")
+    assert scored.stderr.startswith(
+        "vqav2: only EvalAI challenge 830 (VQA) can score this split; `python -m llava.eval"
+    )
+    assert list(tmp_path.iterdir()) == []
+    exported = run("export", *fixed, "--out", tmp_path / "upload")
+    assert exported.returncode == 0
+    assert exported.stderr == "send it to EvalAI challenge 830 (VQA)\n"
+    expected = json.loads((folder / "expected_upload_testdev.json").read_text())
+    assert json.loads(Path(exported.stdout.strip()).read_text()) == expected
+
+
+def test_an_export_of_incomplete_answers_must_be_asked_for(oracle: Path, tmp_path: Path) -> None:
+    folder = oracle.parent / "gqa"
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join((folder / "answers.jsonl").read_text().splitlines(keepends=True)[:-2]))
+    fixed = ["gqa", "--answers", answers, "--root", folder, "--out", tmp_path / "out"]
+    assert "lacks 2 of 150 answers" in run("export", *fixed).stderr
+    assert run("export", *fixed, "--allow-partial").returncode == 0
+    assert list((tmp_path / "out").iterdir())
+
+
+def test_a_judged_benchmark_without_a_judge_says_what_is_missing_and_with_the_offline_one_is_marked(
+    oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    folder = oracle.parent / "mm_vet"
+    answers = tmp_path / "answers.jsonl"
+    answers.write_bytes((folder / "answers.jsonl").read_bytes())
+    fixed = ["score", "mmvet", "--answers", answers, "--root", folder, "--json", tmp_path / "x.json"]
+    refused = run(*fixed)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "OPENAI_API_KEY" in refused.stderr
+    judged = run(*fixed, "--judge", "exact")
+    assert re.fullmatch(r"MM-Vet \[judge: exact\]\t\d+\.\d\d\n", judged.stdout)
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert (written["offline_judge"], written["headline_judged"]) == (True, True)
+    table = run("report", tmp_path / "x.json", "--latex", tmp_path / "x.tex")
+    assert "MM-Vet [judge: exact]" in table.stdout
+    assert "[judge: exact]" in (tmp_path / "x.tex").read_text()
 
 
 def test_a_model_that_is_not_there_and_a_bad_spec_end_in_one_line(
@@ -192,7 +242,7 @@ def test_broken_pictures_are_named_the_rest_is_answered_and_a_repaired_one_is_ca
     assert "lacks 6 of 18 answers" in refused.stderr
     partial = run("score", "pope", "--answers", file, "--root", folder, "--allow-partial")
     assert partial.returncode == 0
-    assert "[12 of 18 questions]" in partial.stdout
+    assert "[6 answers missing]" in partial.stdout
     picture.write_bytes(content)
     assert answer(folder, file, tiny_checkpoint).returncode == 0
     assert len(file.read_text().splitlines()) == 18

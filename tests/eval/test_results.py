@@ -37,6 +37,26 @@ def test_a_line_has_a_tab_and_two_digits() -> None:
     assert format_line(result(60.6049)) == "POPE (Avg. F1)\t60.60"
 
 
+def test_the_line_of_an_offline_judge_says_so_and_that_of_a_real_one_is_the_published_one() -> None:
+    offline = {"row": "MM-Vet", "judge": "exact (offline stand-in)", "offline_judge": True}
+    assert format_line(result(42.7, **offline)) == "MM-Vet [judge: exact]\t42.70"
+    assert format_line(result(42.7, missing=3, **offline)) == "MM-Vet [judge: exact] [3 answers missing]\t42.70"
+    assert format_line(result(42.7, row="MM-Vet", judge="gpt-4-0613", offline_judge=False)) == "MM-Vet\t42.70"
+
+
+def test_a_headline_that_needs_no_judge_is_not_marked_but_the_table_with_the_judges_column_is() -> None:
+    judged = result(42.7, row="MMBench", judge="exact", offline_judge=True, headline_judged=False)
+    assert format_line(judged) == "MMBench\t42.70"
+    assert list(compare_runs([("plain", judged)])) == ["MMBench [judge: exact]"]
+
+
+def test_runs_of_different_judges_are_not_compared() -> None:
+    runs = [("a", result(30.0, row="MM-Vet", judge=judge, offline_judge=False)) for judge in ("gpt-4", "gpt-5")]
+    tables = compare_runs(runs)
+    assert list(tables) == ["MM-Vet [judge: gpt-4]", "MM-Vet [judge: gpt-5]"]
+    assert all(len(rows) == 1 for rows in tables.values())
+
+
 def test_lines_are_appended_in_a_folder_that_is_made(tmp_path: Path) -> None:
     file = tmp_path / "results" / "all.tsv"
     append_line(file, "POPE (Avg. F1)\t60.60")

@@ -75,7 +75,62 @@ def test_results_base_model_and_options_reach_their_commands(repository: Path, h
     options = ["--", "--batch-size", "16", "--reduce", "none", "--allow-partial"]
     answer, score = dry_run(repository, here, "run-1", "models/llava", "my results.tsv", "lmsys/vicuna", *options)
     assert answer.endswith("--model-path HERE/models/llava --model-base lmsys/vicuna --batch-size 16 --reduce none")
-    assert score.endswith(rf"--json {MERGED}.scores.json --results HERE/my\ results.tsv --allow-partial")
+    assert score.endswith(rf"--root {POPE} --allow-partial --json {MERGED}.scores.json --results HERE/my\ results.tsv")
+
+
+def test_options_go_to_the_commands_they_belong_to(repository: Path, here: Path) -> None:
+    (here / "parquet").mkdir()
+    options = ["--judge=exact", "--judge-model", "some-model", "--judge-cache", "replies.jsonl", "--limit", "3"]
+    options += ["--source", "hub", "--hub-dataset", "parquet"]
+    answer, score = dry_run(repository, here, "run-1", "models/llava", "--", *options)
+    data = "--source hub --hub-dataset HERE/parquet"
+    assert answer.endswith(f"--model-path HERE/models/llava {data} --limit 3")
+    judge = "--judge exact --judge-model some-model --judge-cache HERE/replies.jsonl"
+    assert score.endswith(f"{data} --json {MERGED}.scores.json {judge}")
+
+
+def test_another_split_has_answers_of_its_own(repository: Path, here: Path) -> None:
+    answer, score = dry_run(repository, here, "run-1", "models/llava", "--", "--split", "a/b")
+    assert f"--answers {MERGED}.a_b.jsonl " in answer
+    assert answer.endswith("--split a/b")
+    assert f"--split a/b --json {MERGED}.a_b.scores.json" in score
+
+
+def test_the_scores_file_may_be_named(repository: Path, here: Path) -> None:
+    assert dry_run(repository, here, "run-1", "models/llava", LLAVA_EVAL_JSON="x.json")[1].endswith(
+        "--json HERE/x.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "script", "folder"),
+    [
+        ("vqav2", "vqav2", "vqav2"),
+        ("gqa", "gqa", "gqa"),
+        ("vizwiz", "vizwiz", "vizwiz"),
+        ("sqa", "sqa", "scienceqa"),
+        ("textvqa", "textvqa", "textvqa"),
+        ("textvqa", "testvqa", "textvqa"),
+        ("pope", "pope", "pope"),
+        ("mme", "mme", "MME"),
+        ("mmbench", "mmbench", "mmbench"),
+        ("mmbench_cn", "mmbench_cn", "mmbench"),
+        ("seed", "seed", "seed_bench"),
+        ("llavabench", "llavabench", "llava-bench-in-the-wild"),
+        ("mmvet", "mmvet", "mm-vet"),
+    ],
+)
+def test_every_benchmark_has_its_script(repository: Path, here: Path, word: str, script: str, folder: str) -> None:
+    root = here / "data" / folder
+    root.mkdir(parents=True)
+    environment = {"DRY_RUN": "1", "PYTHON": "python", "LLAVA_EVAL_ROOT": "data"}
+    done = run_script(repository, f"{script}.sh", "run-1", "models/llava", "r.txt", cwd=here, **environment)
+    assert done.returncode == 0, done.stderr
+    answer, *_, score = done.stdout.splitlines()
+    assert answer.startswith(f"python -m llava.eval answer {word} --root {root} --answers {root}/")
+    assert "run-1" in answer
+    assert score.startswith(f"python -m llava.eval score {word} --answers {root}/")
+    assert score.endswith(f"--results {here}/r.txt")
 
 
 def test_an_empty_base_model_is_no_base_model(repository: Path, here: Path) -> None:
@@ -103,6 +158,8 @@ def test_another_data_root_and_python_are_taken_from_the_environment(repository:
         (["a"], "error: two to four arguments are needed, not 1"),
         (["a", "b", "c", "d", "e"], "error: two to four arguments are needed, not 5"),
         (["a", "models/llava", "--limit", "3"], "error: options such as --limit go after --"),
+        (["a", "models/absent"], "error: no model at models/absent: give a checkpoint folder or a hub id"),
+        (["a", "models/llava", "--", "--split"], "error: --split needs a value"),
         (["a", "models/none/here"], "error: no model at models/none/here: give a checkpoint folder or a hub id"),
         (["a", "models/llava", "r.tsv", "./nowhere"], "error: no model at ./nowhere"),
         (["a", "models/llava"], "error: no folder {here}/data/pope: playground/data/eval/README.md tells"),
@@ -120,15 +177,42 @@ def test_help_tells_the_usage(repository: Path, here: Path) -> None:
     assert done.stdout.startswith("usage: bash scripts/v1_5/eval/pope.sh CKPT MODEL_DIR [RESULTS] [MODEL_BASE]")
 
 
-def test_a_worker_that_dies_fails_the_script_by_name_and_a_rerun_goes_on(repository: Path, here: Path) -> None:
+def write_python(here: Path, body: str) -> dict[str, str]:
+    """Put a stand-in for Python in place, and data for it; `$3` is the command of llava.eval."""
     python = here / "python"
-    python.write_text(
-        '#!/usr/bin/env bash\n[[ "$*" == *"--worker 1"* ]] && echo "it hurts" >&2 && kill -9 $$\nexit 0\n'
-    )
+    python.write_text(f"#!/usr/bin/env bash\n{body}\n")
     python.chmod(0o755)
-    (here / "data" / "pope").mkdir(parents=True)
-    options = {"LLAVA_EVAL_ROOT": "data", "PYTHON": str(python), "LLAVA_EVAL_WORKERS": "2"}
-    done = run_script(repository, "pope.sh", "run-1", "models/llava", cwd=here, **options)
+    (here / "data" / "pope").mkdir(parents=True, exist_ok=True)
+    return {"LLAVA_EVAL_ROOT": "data", "PYTHON": str(python)}
+
+
+def test_where_only_a_server_scores_the_upload_is_written_and_named(repository: Path, here: Path) -> None:
+    environment = write_python(
+        here,
+        '[[ $3 == score ]] && echo "server only" >&2 && exit 4\n'
+        '[[ $3 == export ]] && echo "upload: $*" && echo "send it to X" >&2\nexit 0',
+    )
+    done = run_script(repository, "pope.sh", "run-1", "models/llava", "r.txt", cwd=here, **environment)
+    assert done.returncode == 0
+    answers = f"{here}/data/pope/answers/run-1/merge"
+    assert done.stdout == (
+        f"upload: -m llava.eval export pope --out {answers}.upload --answers {answers}.jsonl --root {here}/data/pope\n"
+    )
+    assert done.stderr == "server only\nsend it to X\n"
+    assert not (here / "r.txt").exists()
+
+
+def test_without_a_judge_the_answers_are_ready_and_the_script_fails(repository: Path, here: Path) -> None:
+    environment = write_python(here, '[[ $3 == score ]] && echo "error: no judge" >&2 && exit 2\nexit 0')
+    done = run_script(repository, "pope.sh", "run-1", "models/llava", cwd=here, **environment)
+    assert done.returncode == 2
+    answers = f"{here}/data/pope/answers/run-1/merge.jsonl"
+    assert done.stderr == f"error: no judge\npope: not scored; the answers are ready in {answers}\n"
+
+
+def test_a_worker_that_dies_fails_the_script_by_name_and_a_rerun_goes_on(repository: Path, here: Path) -> None:
+    environment = write_python(here, '[[ "$*" == *"--worker 1"* ]] && echo "it hurts" >&2 && kill -9 $$\nexit 0')
+    done = run_script(repository, "pope.sh", "run-1", "models/llava", cwd=here, LLAVA_EVAL_WORKERS="2", **environment)
     assert done.returncode == 137
     assert "it hurts" in done.stderr
     assert "error: pope worker 1 (CPU) failed with exit code 137" in done.stderr
@@ -136,11 +220,7 @@ def test_a_worker_that_dies_fails_the_script_by_name_and_a_rerun_goes_on(reposit
 
 
 def test_unanswered_questions_stop_the_script_unless_partial_scores_are_allowed(repository: Path, here: Path) -> None:
-    python = here / "python"
-    python.write_text('#!/usr/bin/env bash\n[[ $3 == answer ]] && exit 3\necho "$3"\n')
-    python.chmod(0o755)
-    (here / "data" / "pope").mkdir(parents=True)
-    options = {"LLAVA_EVAL_ROOT": "data", "PYTHON": str(python)}
+    options = write_python(here, '[[ $3 == answer ]] && exit 3\necho "$3"')
     refused = run_script(repository, "pope.sh", "run-1", "models/llava", cwd=here, **options)
     assert (refused.returncode, refused.stdout) == (3, "")
     assert "error: pope worker 0 (CPU) could not answer some questions" in refused.stderr

@@ -24,17 +24,18 @@ from llava.eval.store import AnswerStore
 from llava.eval.task import Question, row_key
 
 path, worker, seconds, model = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-questions = [Question(id=number, prompt=f"What is {number}?") for number in range(60)]
-store = AnswerStore(path, ("question_id",), worker)
+repeats, key_fields = int(sys.argv[5]), sys.argv[6].split(",")
+questions = [Question(id=number // repeats, prompt=f"What is {number}?") for number in range(60)]
+store = AnswerStore(path, key_fields, worker)
 store.open({"model": model})
 print("open", flush=True)
 for unit in range(20):
     if store.claim(unit):
         store.refresh()
-        todo = [q for q in questions[3 * unit : 3 * unit + 3] if row_key(q.head(), ("question_id",)) not in store.done]
+        todo = [q for q in questions[3 * unit : 3 * unit + 3] if row_key(q.head(), key_fields) not in store.done]
         if todo:
             time.sleep(seconds)
-            store.append([make_row(q, f"{q.id} by {model}", model, {}) for q in todo])
+            store.append([make_row(q, f"{q.prompt} by {model}", model, {}) for q in todo])
 missing = store.finish(questions, questions)
 print("none" if missing is None else len(missing), flush=True)
 """
@@ -42,8 +43,16 @@ QUESTIONS = [Question(id=number, prompt=f"What is {number}?") for number in rang
 KEY = ("question_id",)
 
 
-def start(path: Path, worker: int = 0, seconds: float = 0.0, model: str = "a") -> subprocess.Popen:
-    command = [sys.executable, "-c", WORKER, str(path), str(worker), str(seconds), model]
+UNIQUE = (1, "question_id")
+"""Every question has its own id."""
+REPEATED = (3, "question_id,prompt")
+"""Three questions share an id, as those on one picture do in TextVQA and MME; the prompt tells them apart."""
+
+
+def start(
+    path: Path, worker: int = 0, seconds: float = 0.0, model: str = "a", ids: tuple[int, str] = UNIQUE
+) -> subprocess.Popen:
+    command = [sys.executable, "-c", WORKER, str(path), str(worker), str(seconds), model, *map(str, ids)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -97,6 +106,24 @@ def test_twenty_kills_among_two_workers_give_the_undisturbed_file(tmp_path: Path
     assert path.read_bytes() == undisturbed
 
 
+@pytest.mark.parametrize("workers", [(0,), (0, 1)])
+def test_kills_lose_nothing_where_questions_share_their_ids(tmp_path: Path, workers: tuple[int, ...]) -> None:
+    undisturbed, path, dice = tmp_path / "undisturbed.jsonl", tmp_path / "answers.jsonl", random.Random(3)
+    assert finish(start(undisturbed, ids=REPEATED)) == "0"
+    for _ in range(4):
+        for process in [start(path, worker, seconds=0.02, ids=REPEATED) for worker in workers]:
+            process.stdout.readline()
+            time.sleep(dice.uniform(0, 0.06))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    ends = [finish(process) for process in [start(path, worker, ids=REPEATED) for worker in workers]]
+    assert "0" in ends
+    assert path.read_bytes() == undisturbed.read_bytes()
+    rows = read_answers(path)
+    assert len({(row["question_id"], row["prompt"]) for row in rows}) == len(rows) == 60
+    assert len({row["question_id"] for row in rows}) == 20
+
+
 def test_workers_share_the_units_and_the_last_one_writes_the_file(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "answers.jsonl"
     workers = [start(path, worker, seconds=0.05) for worker in range(3)]
@@ -132,10 +159,10 @@ def test_a_torn_line_is_cut_before_new_answers_are_appended(tmp_path: Path, undi
     path = tmp_path / "answers.jsonl"
     store = AnswerStore(path, KEY)
     store.open({"model": "a"})
-    rows = [make_row(question, f"{question.id} by a", "a", {}) for question in QUESTIONS[:5]]
+    rows = [make_row(question, f"{question.prompt} by a", "a", {}) for question in QUESTIONS[:5]]
     store.append(rows)
     with (tmp_path / "answers.jsonl.parts" / "0.jsonl").open("a") as part:
-        part.write(dump_row(make_row(QUESTIONS[5], "5 by a", "a", {}))[:40])
+        part.write(dump_row(make_row(QUESTIONS[5], "What is 5? by a", "a", {}))[:40])
     store.finish(QUESTIONS, QUESTIONS)
     assert finish(start(path)) == "0"
     assert path.read_bytes() == undisturbed

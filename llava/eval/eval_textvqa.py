@@ -1,0 +1,58 @@
+"""The published command `python -m llava.eval.eval_textvqa`: score answers files of TextVQA.
+
+Flags, printed lines and the line in the results file are the published ones (`--result-dir` works again).
+"""
+
+# ruff: noqa: T201 (a command-line face prints)
+import argparse
+from pathlib import Path
+
+from llava.errors import InputError, run_command
+from llava.eval.answers import read_answers
+from llava.eval.results import append_line, format_line
+from llava.eval.tasks.textvqa import TextVqa, score_textvqa
+
+
+def main() -> None:
+    """Score, print, append."""
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_textvqa")
+    parser.add_argument("--annotation-file", type=Path, required=True, help="TextVQA_0.5.1_val.json")
+    parser.add_argument("--result-file", type=Path, help="an answers file")
+    parser.add_argument("--result-dir", type=Path, help="a folder of answers files (*.jsonl)")
+    parser.add_argument("--path_to_all_results", type=Path, help="append the accuracy here, as `name<TAB>value`")
+    arguments = parser.parse_args()
+    for path in list_result_files(arguments.result_file, arguments.result_dir):
+        score_file(path, arguments.annotation_file, arguments.path_to_all_results)
+
+
+def list_result_files(result_file: Path | None, result_dir: Path | None) -> list[Path]:
+    """List the files to score.
+
+    Raises:
+        InputError: none was named, or the folder has none.
+    """
+    if result_file is None and result_dir is None:
+        raise InputError("name what to score: --result-file FILE or --result-dir DIR")
+    files = [] if result_file is None else [result_file]
+    if result_dir is not None:
+        found = sorted(result_dir.glob("*.jsonl"))
+        if not found:
+            raise InputError(f"no answers files (*.jsonl) in {result_dir}")
+        files += found
+    return files
+
+
+def score_file(path: Path, annotation_file: Path, results: Path | None) -> None:
+    """Score one answers file: print its name, the number of answers and the accuracy."""
+    rows = read_answers(path)
+    if not rows:
+        raise InputError(f"{path} has no answers")
+    scores = score_textvqa(rows, annotation_file)
+    print(path.stem)
+    print(f"Samples: {scores.count}\nAccuracy: {scores.headline:.2f}%\n")
+    if results:
+        append_line(results, format_line({"row": TextVqa.row, "headline": scores.headline, "count": 0, "missing": 0}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,97 @@
+"""The published command `python llava/eval/summarize_gpt_review.py`: the numbers of LLaVA-Bench review files.
+
+Flags and printed lines are the published ones: category, relative mark in percent, and the mean marks of references
+and answers times ten.
+"""
+
+# ruff: noqa: T201 (a command-line face prints)
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llava.errors import InputError, run_command
+from llava.eval.__main__ import user_path
+from llava.eval.sources import read_records
+from llava.eval.tasks.llavabench import UNREADABLE, Summary, summarize_marks
+
+REVIEW_PREFIXES = ("gpt4_text", "reviews_", "review_")
+LONG_RULE = "================================="
+VERSION_0613, VERSION_0314 = "0613", "0314"
+
+
+def main() -> None:
+    """Print a block of lines per review file."""
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.summarize_gpt_review")
+    parser.add_argument("-d", "--dir", type=user_path, help="folder of review files")
+    parser.add_argument("-v", "--version", choices=[VERSION_0314, VERSION_0613], help="only files of this judge")
+    parser.add_argument("-s", "--select", nargs="*", default=[], metavar="WORD", help="only names with all these words")
+    parser.add_argument("-f", "--files", nargs="*", default=[], metavar="FILE", help="these files, in --dir if given")
+    parser.add_argument(
+        "-i", "--ignore", nargs="*", default=[], type=int, metavar="ID", help="leave out these questions"
+    )
+    arguments = parser.parse_args()
+    for path in find_review_files(arguments.dir, arguments.files):
+        title = path.name.replace("gpt4_text_", "").replace(".jsonl", "")
+        version = VERSION_0613 if VERSION_0613 in title else VERSION_0314
+        if arguments.version in (None, version) and all(word in title for word in arguments.select):
+            print_summary(title, summarize_reviews(path, set(arguments.ignore)))
+
+
+def find_review_files(folder: Path | None, names: list[str]) -> list[Path]:
+    """List the review files that the options mean, by name.
+
+    Raises:
+        InputError: the options mean none.
+    """
+    if names:
+        return sorted((folder or Path()) / user_path(name) for name in names)
+    if folder is None:
+        raise InputError("which review files? give --files FILE ... or --dir FOLDER")
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}")
+    is_review_folder = "review" in str(folder)
+    found = [
+        path
+        for path in sorted(folder.glob("*.jsonl"))
+        # The replies of a judge lie beside the reviews made of them.
+        if (is_review_folder or path.name.startswith(REVIEW_PREFIXES)) and not path.name.endswith(".judge.jsonl")
+    ]
+    if not found:
+        raise InputError(f"{folder} has no review files (*.jsonl)")
+    return found
+
+
+def summarize_reviews(path: Path, ignored: set[int]) -> Summary:
+    """Average the marks of a review file.
+
+    Raises:
+        InputError: it is missing, is none, or all of its questions are left out.
+    """
+    reviews = [review for review in read_records(path) if review.get("question_id") not in ignored]
+    for review in reviews:
+        if not is_pair(review.get("tuple")):
+            raise InputError(f'{path}, question {review.get("question_id")}: "tuple" must be two numbers')
+    if not reviews:
+        raise InputError(f"{path}: no question is left")
+    return summarize_marks([review.get("category") for review in reviews], [review["tuple"] for review in reviews])
+
+
+def is_pair(marks: Any) -> bool:
+    """Tell whether these are the marks of a review."""
+    return (
+        isinstance(marks, list)
+        and len(marks) == len(UNREADABLE)
+        and all(isinstance(mark, int | float) for mark in marks)
+    )
+
+
+def print_summary(title: str, summary: Summary) -> None:
+    """Print a file's numbers as published."""
+    print(title)
+    for name, numbers in sorted(summary.items()):
+        print(name, numbers["relative"], numbers["gpt4"], numbers["model"])
+    print(LONG_RULE)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,22 @@
+"""Turn an answers file of GQA into the file that GQA's own `eval.py` reads; `llava.eval score gqa` needs neither."""
+
+import argparse
+from pathlib import Path
+
+from llava.errors import run_command
+from llava.eval.answers import read_answers
+from llava.eval.short_answer import write_upload
+from llava.eval.tasks.gqa import make_predictions
+
+
+def main() -> None:
+    """Convert."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--src", type=Path, required=True, help="the answers file")
+    parser.add_argument("--dst", type=Path, required=True, help="testdev_balanced_predictions.json")
+    arguments = parser.parse_args()
+    write_upload(arguments.dst, make_predictions(read_answers(arguments.src)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,21 @@
+"""The published command `python scripts/convert_mmvet_for_eval.py`: answers in the form MM-Vet's evaluator reads."""
+
+import argparse
+
+from llava.errors import run_command
+from llava.eval.__main__ import user_path
+from llava.eval.answers import read_answers
+from llava.eval.tasks.mmvet import write_predictions
+
+
+def main() -> None:
+    """Convert one file."""
+    parser = argparse.ArgumentParser(prog="python scripts/convert_mmvet_for_eval.py")
+    parser.add_argument("--src", type=user_path, required=True, help="answers file (JSON lines)")
+    parser.add_argument("--dst", type=user_path, required=True, help="results/<name>.json")
+    arguments = parser.parse_args()
+    write_predictions(read_answers(arguments.src), arguments.dst)
+
+
+if __name__ == "__main__":
+    run_command(main)

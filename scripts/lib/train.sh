@@ -1,0 +1,292 @@
+# shellcheck shell=bash
+# Everything that the training scripts share: defaults that the environment overrides, checks before anything loads, and
+# one launcher (DeepSpeed's) for GPUs and, small, for CPU ranks.
+#
+# A script sets its defaults with `default`, `default_source` and `default_output`, then calls `train_llava`. Relative
+# paths in the environment are meant from where the user stands, defaults from the repository root.
+#
+# Environment (besides that of common.sh, and each script's own variables):
+#   NUM_GPUS        ranks on this machine (default: all visible GPUs). Without a GPU: that many ranks on the CPU
+#   NUM_NODES       machines (default 1); then HOSTFILE (machines reachable by ssh), or MASTER_ADDR and NODE_RANK,
+#                   with the same command started on each machine
+#   MASTER_PORT     port of the ranks' meeting (default: a free one; 29500 on several machines)
+#   GLOBAL_BATCH    samples per optimizer step, kept by accumulation; GRADIENT_ACCUMULATION sets that by hand
+#   PRECISION       bf16 (default), fp16 or fp32
+#   REPORT_TO       none (default), tensorboard or wandb
+#   LOG             the log of all runs of this output (default: OUTPUT.log)
+#   MODEL, DATA, IMAGES, VISION_TOWER, PROJECTOR, OUTPUT, VERSION, ZERO, BATCH_SIZE, LEARNING_RATE, EPOCHS, MAX_LENGTH,
+#   ASPECT_RATIO, SAVE_STEPS, LOGGING_STEPS, GRADIENT_CHECKPOINTING, NUM_WORKERS, SEED, reduce_func, reduce_func_param
+#                   what the trainer's flags of like names get; empty VISION_TOWER, IMAGES, PROJECTOR: without
+
+[[ -z ${HUB_NAME:-} ]] || return 0 # a script that another script goes on with
+
+# shellcheck source=scripts/lib/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+declare -A SETTLED=() # path variables that already are as seen from the repository root
+readonly HUB_NAME='^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$'
+
+# default NAME VALUE: a variable that the environment may set, also to nothing.
+default() {
+    [[ -n ${!1+set} ]] || printf -v "$1" '%s' "$2"
+}
+
+# default_source NAME VALUE: the same for something to read. The user's path stays relative if it was, so that checkpoints
+# can name their tower in a way that survives moving both; what is not there may be meant from the repository root, or be
+# a name on the hub.
+default_source() {
+    if [[ -n ${!1:-} && -z ${SETTLED[$1]:-} ]] && [[ ${!1} == ./* || ${!1} == ../* || -e $CALLER_DIR/${!1} ]]; then
+        printf -v "$1" '%s' "$(seen_from_root "${!1}")"
+    fi
+    default "$1" "$2"
+    SETTLED[$1]=yes
+}
+
+# default_output NAME VALUE: the same for something to write.
+default_output() {
+    if [[ -n ${!1:-} && -z ${SETTLED[$1]:-} ]]; then
+        printf -v "$1" '%s' "$(seen_from_root "${!1}")"
+    fi
+    default "$1" "$2"
+    SETTLED[$1]=yes
+}
+
+# The user's path, as seen from the repository root.
+seen_from_root() {
+    if [[ $1 == /* || $CALLER_DIR == "$REPO_ROOT" ]]; then
+        printf '%s\n' "$1"
+    else
+        "$(python_command)" -c 'import os, sys; print(os.path.relpath(*sys.argv[1:]))' "$CALLER_DIR/$1" "$REPO_ROOT"
+    fi
+}
+
+# The variables that every script has; each script's own defaults come first.
+set_common_defaults() {
+    default reduce_func none
+    default reduce_func_param ""
+    default_source VISION_TOWER openai/clip-vit-large-patch14-336
+    default_source PROJECTOR ""
+    default VERSION v1
+    default NUM_GPUS ""
+    default NUM_NODES 1
+    default BATCH_SIZE 16
+    default GLOBAL_BATCH 128
+    default GRADIENT_ACCUMULATION ""
+    default EPOCHS 1
+    default MAX_LENGTH 2048
+    default PRECISION bf16
+    default ASPECT_RATIO pad
+    default SAVE_STEPS 1000
+    default LOGGING_STEPS 1
+    default GRADIENT_CHECKPOINTING True
+    default NUM_WORKERS 4
+    default SEED 42
+    default REPORT_TO none
+    default_output LOG "$OUTPUT.log"
+}
+
+# train_llava FLAGS... [-- FLAGS...]: check, then start the training that the variables describe. A script passes its
+# own arguments after its flags; what the user gives after -- goes to the trainer as it is and wins.
+train_llava() {
+    local own=() extra=()
+    while (($# > 0)) && [[ $1 != ARGUMENTS ]]; do
+        own+=("$1")
+        shift
+    done
+    shift
+    case ${1:-} in
+    "") ;;
+    --) extra=("${@:2}") ;;
+    -h | --help) print_usage && exit 0 ;;
+    *) die "options such as $1 go after --; settings are variables: NUM_GPUS=2 bash $0 -- $1 ..." ;;
+    esac
+    set_common_defaults
+    find_ranks
+    check_files
+    set_batch
+    set_launcher
+    TRAINER=(llava/train/train_mem.py
+        --deepspeed "$ZERO"
+        --model_name_or_path "$MODEL"
+        --version "$VERSION"
+        --data_path "$DATA"
+        ${IMAGES:+--image_folder "$IMAGES"}
+        --output_dir "$OUTPUT"
+        --num_train_epochs "$EPOCHS"
+        --per_device_train_batch_size "$BATCH_SIZE"
+        --gradient_accumulation_steps "$GRADIENT_ACCUMULATION"
+        --learning_rate "$LEARNING_RATE"
+        --weight_decay 0.
+        --warmup_ratio 0.03
+        --lr_scheduler_type cosine
+        --model_max_length "$MAX_LENGTH"
+        --gradient_checkpointing "$GRADIENT_CHECKPOINTING"
+        --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1
+        --logging_steps "$LOGGING_STEPS"
+        --dataloader_num_workers "$NUM_WORKERS"
+        --seed "$SEED"
+        --report_to "$REPORT_TO")
+    set_vision
+    set_precision
+    start_training "${LAUNCHER[@]}" "${TRAINER[@]}" ${own[@]+"${own[@]}"} ${extra[@]+"${extra[@]}"}
+}
+
+print_usage() {
+    printf '%s\n' "usage: [NAME=VALUE ...] bash $0 [-- TRAINER FLAGS]" \
+        "Settings are variables, listed at the top of the script and of scripts/lib/train.sh; docs/training.md explains them." \
+        "DRY_RUN=1 prints the command. Flags after -- go to llava.train and win over the script's."
+}
+
+# Pictures, and what reduces them: TRIM:-1 of TRIM and -1, none of none; empty: what the starting checkpoint says.
+set_vision() {
+    [[ -n $VISION_TOWER ]] || return 0 # a language model alone
+    TRAINER+=(
+        --vision_tower "$VISION_TOWER"
+        --mm_vision_select_layer -2
+        --mm_projector_type mlp2x_gelu
+        ${PROJECTOR:+--pretrain_mm_mlp_adapter "$PROJECTOR"}
+        --image_aspect_ratio "$ASPECT_RATIO")
+    if [[ $reduce_func == none ]]; then
+        TRAINER+=(--mm_vision_token_reduce_func none)
+    elif [[ -n $reduce_func ]]; then
+        TRAINER+=(--mm_vision_token_reduce_func "$reduce_func${reduce_func_param:+:$reduce_func_param}")
+    fi
+}
+
+# Set NUM_GPUS, GPUS (their ids) and ON_CPU (whether ranks run there instead).
+find_ranks() {
+    mapfile -t GPUS < <(visible_gpus)
+    ON_CPU=
+    if ((${#GPUS[@]} == 0 && NUM_NODES == 1)) && [[ -n $NUM_GPUS ]]; then ON_CPU=yes; fi
+    if [[ -z $NUM_GPUS ]]; then
+        NUM_GPUS=${#GPUS[@]}
+        if ((NUM_GPUS == 0)); then
+            [[ ${DRY_RUN:-0} == 1 ]] || die "no GPU is visible; NUM_GPUS=2 trains on two CPU ranks"
+            NUM_GPUS=8
+        fi
+    fi
+    is_count NUM_GPUS && is_count NUM_NODES
+    if ((${#GPUS[@]} > 0 && NUM_GPUS > ${#GPUS[@]})); then
+        die "NUM_GPUS=$NUM_GPUS, but only ${#GPUS[@]} GPUs are visible"
+    fi
+}
+
+is_count() {
+    [[ ${!1} =~ ^[1-9][0-9]*$ ]] || die "$1 must be a whole number from 1 on, not '${!1}'"
+}
+
+# Name whatever is missing before anything loads.
+check_files() {
+    local name
+    for name in MODEL DATA OUTPUT LEARNING_RATE ZERO; do
+        [[ -n ${!name} ]] || die "$name is empty"
+    done
+    [[ ${DRY_RUN:-0} == 1 ]] && return
+    [[ -f $ZERO ]] || die "ZERO: no DeepSpeed settings at $ZERO; scripts/ has zero2.json, zero3.json, zero3_offload.json"
+    check_source MODEL "a checkpoint folder"
+    [[ $VISION_TOWER == open_clip:* || -z $VISION_TOWER ]] || check_source VISION_TOWER "a CLIP folder"
+    check_source DATA "a .json, .jsonl or .parquet file"
+    [[ -z $IMAGES || -d $IMAGES ]] || die "IMAGES: no folder $IMAGES"
+    [[ -z $PROJECTOR || -f $PROJECTOR ]] || die "PROJECTOR: no file $PROJECTOR; scripts/pretrain.sh makes one (mm_projector.bin)"
+}
+
+# check_source NAME WHAT: an existing path, or a name of the hub.
+check_source() {
+    [[ -e ${!1} ]] && return
+    [[ ${!1} =~ $HUB_NAME && ! ${!1} =~ \.(json|jsonl|parquet)$ && ! -d ${!1%%/*} ]] ||
+        die "$1: nothing at ${!1}; give $2, or a name on the hub (owner/name)"
+}
+
+# Keep the global batch whatever the number of ranks is.
+set_batch() {
+    is_count BATCH_SIZE
+    local together=$((NUM_GPUS * NUM_NODES * BATCH_SIZE))
+    if [[ -z $GRADIENT_ACCUMULATION ]]; then
+        is_count GLOBAL_BATCH
+        ((GLOBAL_BATCH % together == 0)) ||
+            die "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of $together (NUM_GPUS x NUM_NODES x BATCH_SIZE); change BATCH_SIZE, or set GRADIENT_ACCUMULATION"
+        GRADIENT_ACCUMULATION=$((GLOBAL_BATCH / together))
+    fi
+    is_count GRADIENT_ACCUMULATION
+}
+
+set_precision() {
+    case $PRECISION in
+    bf16) TRAINER+=(--bf16 True --tf32 True) ;;
+    fp16) TRAINER+=(--fp16 True --tf32 True) ;;
+    fp32) ;;
+    *) die "PRECISION=$PRECISION: expected bf16, fp16 or fp32" ;;
+    esac
+}
+
+# Set LAUNCHER, with the environment of the ranks in front.
+set_launcher() {
+    local places=()
+    LAUNCHER=()
+    if [[ -n $ON_CPU ]]; then
+        # Ranks on the CPU share its cores; DeepSpeed need not look for a GPU.
+        LAUNCHER=(DS_ACCELERATOR=cpu "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(share_of_cores)}")
+    fi
+    LAUNCHER+=("$(python_command)" -m deepspeed.launcher.runner)
+    if ((NUM_NODES > 1)); then
+        LAUNCHER+=(--num_nodes "$NUM_NODES" --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}")
+        set_nodes
+        return
+    fi
+    if ((${#GPUS[@]} > 0)); then
+        printf -v places '%s,' "${GPUS[@]:0:NUM_GPUS}"
+        LAUNCHER+=(--include "localhost:${places%,}")
+    else
+        LAUNCHER+=(--num_gpus "$NUM_GPUS")
+    fi
+    LAUNCHER+=(--master_port "${MASTER_PORT:-$(free_port)}")
+}
+
+# Several machines: by ssh from this one, or the same command started on each.
+set_nodes() {
+    [[ -n ${HOSTFILE:-} ]] || die "NUM_NODES=$NUM_NODES needs HOSTFILE, with lines such as: node1 slots=$NUM_GPUS"
+    LAUNCHER+=(--hostfile "$(absolute_path "$HOSTFILE")")
+    if [[ -n ${NODE_RANK:-} ]]; then
+        [[ -n ${MASTER_ADDR:-} ]] || die "NODE_RANK=$NODE_RANK needs MASTER_ADDR, the address of the first machine"
+        LAUNCHER+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+    fi
+}
+
+share_of_cores() {
+    local cores
+    cores=$(getconf _NPROCESSORS_ONLN)
+    printf '%s\n' $((cores > NUM_GPUS ? cores / NUM_GPUS : 1))
+}
+
+free_port() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '29500\n'
+    else
+        "$(python_command)" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+    fi
+}
+
+# Run the command, on the screen and in the log, which says when and how each run was started.
+start_training() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        print_command "$@"
+        return
+    fi
+    mkdir -p "$(dirname "$LOG")"
+    {
+        printf '== %s\n' "$(date '+%Y-%m-%d %H:%M:%S')"
+        print_command "$@"
+    } >>"$LOG"
+    local code=0 screen training
+    exec {screen}> >(tee -a "$LOG")
+    local tee=$!
+    env "$@" >&"$screen" 2>&1 &
+    training=$!
+    exec {screen}>&-
+    # shellcheck disable=SC2064 # the id as it is now
+    trap "kill $training 2>/dev/null || true" INT TERM
+    wait "$training" || code=$?
+    wait "$tee" || true
+    ((code == 0)) || die "training stopped with exit code $code (log: $LOG); the same command goes on from the last checkpoint in $OUTPUT"
+    note "trained: $OUTPUT (log: $LOG)"
+}
