@@ -28,12 +28,16 @@ LAYERS = [
     ("llava.model.image_tokens", 3),
     ("llava.model.llava_arch", 4),
     ("llava.model.language_model", 5),
+    ("llava.model.checkpoint_folder", 3),
+    ("llava.model.adapter", 6),
     ("llava.model.builder", 6),
+    ("llava.model.consolidate", 7),
     ("llava.model", 0),
     ("llava.chat", 7),
     ("llava.command_line", 7),
     ("llava.train", 8),
     ("llava.eval", 8),
+    ("llava.efficiency", 8),
     ("llava.serve", 8),
     ("llava.visualize", 8),
     ("llava.calibrate", 8),
@@ -41,7 +45,7 @@ LAYERS = [
 ]
 # Packages that know only torch, the standard library and the bottom layer.
 PURE = ("llava.model.token_reduction", "llava.model.splice", "llava.model.crops", "llava.eval.metrics")
-FACES = ("llava.train", "llava.eval", "llava.serve")
+FACES = ("llava.train", "llava.eval", "llava.serve", "llava.efficiency")
 
 
 def module_name(path: Path) -> str:
@@ -110,7 +114,9 @@ def test_no_module_calls_cuda_directly(path):
     assert not calls
 
 
-@pytest.mark.parametrize("module", ["llava", "llava.constants", "llava.errors", "llava.conversation"])
+@pytest.mark.parametrize(
+    "module", ["llava", "llava.constants", "llava.errors", "llava.conversation", "llava.efficiency.cost"]
+)
 def test_light_modules_load_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,4 +1,7 @@
-"""Load a LLaVA checkpoint in the published on-disk layout: language model, projector, tokenizer, vision tower."""
+"""Load a LLaVA checkpoint in the published on-disk layout: language model, projector, tokenizer, vision tower.
+
+Full checkpoints, and with a base model LoRA and projector-only ones.
+"""
 
 import json
 from pathlib import Path
@@ -7,10 +10,13 @@ import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
 from llava.errors import InputError
+from llava.model.adapter import Part, find_part, load_on_base
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.token_reduction import CONFIG_KEY, parse_reducer
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+UNQUANTISED = ("model.mm_projector", "model.vision_tower", "lm_head")
 DEFAULT_CONTEXT_LENGTH = 2048  # what the published loader reports for configs without max_sequence_length
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -31,6 +37,7 @@ def load_pretrained_model(
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    tower_dtype: torch.dtype | str | None = None,
     customized_config: str | None = None,
     multimodal: bool = True,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, object, int]:
@@ -38,7 +45,8 @@ def load_pretrained_model(
 
     Args:
         model_path: checkpoint folder or hub id.
-        model_base: base model of a LoRA or projector-only checkpoint; full checkpoints need none.
+        model_base: base model of a LoRA or projector-only checkpoint; full checkpoints need none. An adapter is merged
+            into the weights, unless these are quantised.
         model_name: accepted for published callers; what the folder holds decides, not its name.
         load_8bit: quantise the language model to 8 bit (needs bitsandbytes).
         load_4bit: quantise to 4 bit NF4 (needs bitsandbytes).
@@ -47,9 +55,12 @@ def load_pretrained_model(
         use_flash_attn: shorthand for `attn_implementation="flash_attention_2"`.
         reduce: token reduction instead of config.json's; "none" switches it off; None obeys config.json.
         dtype: of the language model and projector; None: float16 on an accelerator, float32 on the CPU.
-            The vision and text towers run in float32, as in the published evaluation.
+            The vision and text towers run in float32, as in the published evaluation, unless `tower_dtype` says
+            otherwise.
         torch_dtype: old name of `dtype`.
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...
+        attn_implementation: of the language model: "sdpa", "eager", "flash_attention_2", ...
+        tower_dtype: of the vision and text towers. Half precision makes them several times faster on an accelerator
+            and can move the number of kept patches by a few; the scores themselves stay float32.
         customized_config: path of a config.json to use instead of the checkpoint's.
         multimodal: accepted for lmms-eval; every model here reads pictures.
 
@@ -59,26 +70,25 @@ def load_pretrained_model(
     Raises:
         InputError: one line for everything that is not as it should be, before any weight is read where possible.
     """
-    if model_base is not None:
-        raise InputError(
-            f"{model_path} with model base {model_base}: this version loads full checkpoints only; "
-            "merge LoRA or projector weights into a full checkpoint first"
-        )
-    device = _choose_device(device)
+    device = choose_device(device)
+    tower_dtype = resolve_dtype(tower_dtype or torch.float32)
     config = _read_config(model_path, customized_config, reduce)
-    _check_weights(model_path)
-    tokenizer = load_tokenizer(model_path)
+    part = _find_part(model_path, model_base)
+    tokenizer = load_tokenizer(model_path if part is None or _has_tokenizer(model_path) else model_base)
     settings = _loading_settings(device, device_map, dtype or torch_dtype, load_8bit, load_4bit)
     attention = "flash_attention_2" if use_flash_attn else attn_implementation
     if attention:
         settings["attn_implementation"] = attention
-    model, _ = load_quietly(LlavaLlamaForCausalLM, model_path, what="checkpoint", config=config, **settings)
+    if part is None:
+        model, _ = load_quietly(LlavaLlamaForCausalLM, model_path, what="checkpoint", config=config, **settings)
+    else:
+        model = load_on_base(part, model_base, config, settings, merge=not (load_8bit or load_4bit))
     model.tokenizer = tokenizer
     _clean_generation_config(model)
     tower = model.get_vision_tower()
     if tower is None:
         raise InputError(f"{model_path}/config.json names no mm_vision_tower: this is a language model without eyes")
-    tower.load_model(device=model.get_input_embeddings().weight.device)
+    tower.load_model(device=model.get_input_embeddings().weight.device, dtype=tower_dtype)
     context_length = getattr(config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model, tower.image_processor, context_length
 
@@ -100,7 +110,7 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """
     folder = Path(model_path)
     # transformers 5 would make up an empty vocabulary here.
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if folder.is_dir() and not _has_tokenizer(model_path):
         raise InputError(f"checkpoint {model_path} has no tokenizer: expected {' or '.join(TOKENIZER_FILES)} there")
     settings_file = folder / "tokenizer_config.json"
     try:
@@ -113,7 +123,52 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"tokenizer of {model_path} can't be loaded (tokenizer.model there?): {reason}") from error
 
 
-def _choose_device(device: str | None) -> str:
+def _has_tokenizer(model_path: str) -> bool:
+    return any((Path(model_path) / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _find_part(model_path: str, model_base: str | None) -> Part | None:
+    """Check the weights of a folder; a partial checkpoint needs its base, a full one none."""
+    part = None if _holds_weights(Path(model_path)) else find_part(model_path)
+    if part is None:
+        _check_weights(model_path)
+        if model_base is not None:
+            raise InputError(f"{model_path} is a full checkpoint: leave out the model base {model_base}")
+    elif model_base is None:
+        kind = "LoRA weights" if part.is_lora else "projector weights"
+        known = f", e.g. {part.base}" if part.base else ""
+        raise InputError(f"{model_path} holds {kind} only: give its base model (--model-base{known})")
+    elif Path(model_base).is_dir() and not _holds_weights(Path(model_base)):
+        raise InputError(f"model base {model_base} holds no weights: expected {' or '.join(WEIGHT_FILES)}, or shards")
+    return part
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*WEIGHT_FILES, *INDEX_FILES))
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Turn a dtype's name into the dtype.
+
+    Raises:
+        InputError: for another name than those of `DTYPES`.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise InputError(f'dtype "{dtype}" is unknown: use {", ".join(DTYPES)}')
+    return DTYPES[dtype]
+
+
+def choose_device(device: str | None) -> str:
+    """Check the device that a user named, or choose one.
+
+    Args:
+        device: "cpu", "cuda:1", ...; None: the accelerator if there is one, else the CPU.
+
+    Raises:
+        InputError: for a device that is unknown or not there.
+    """
     has_accelerator = torch.accelerator.is_available()
     if device is None:
         return torch.accelerator.current_accelerator().type if has_accelerator else "cpu"
@@ -158,10 +213,7 @@ def _check_weights(model_path: str) -> None:
         return  # on the hub: transformers fetches and checks
     for index_name in INDEX_FILES:
         if (folder / index_name).is_file():
-            try:
-                shards = sorted(set(json.loads((folder / index_name).read_text())["weight_map"].values()))
-            except (ValueError, KeyError) as error:
-                raise InputError(f"{folder / index_name} is no index of weight files: {error!r}") from None
+            shards = sorted(set(read_weight_map(folder / index_name).values()))
             absent = [shard for shard in shards if not (folder / shard).is_file()]
             if absent:
                 raise InputError(
@@ -170,9 +222,19 @@ def _check_weights(model_path: str) -> None:
                 )
             return
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        if (folder / "mm_projector.bin").is_file() or (folder / "adapter_config.json").is_file():
-            raise InputError(f"{model_path} holds projector or LoRA weights only: it needs its base model merged in")
         raise InputError(f"checkpoint {model_path} holds no weights: expected {' or '.join(WEIGHT_FILES)}, or shards")
+
+
+def read_weight_map(index: str | Path) -> dict[str, str]:
+    """Read which file holds which weight.
+
+    Raises:
+        InputError: not an index file.
+    """
+    try:
+        return json.loads(Path(index).read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{index} is no index of weight files: {error!r}") from None
 
 
 def _clean_generation_config(model: LlavaLlamaForCausalLM) -> None:
@@ -188,11 +250,7 @@ def _loading_settings(
     on_cpu = torch.device(device).type == "cpu"
     if dtype is None:
         dtype = torch.float32 if on_cpu else torch.float16
-    if isinstance(dtype, str):
-        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-        if dtype not in names:
-            raise InputError(f'dtype "{dtype}" is unknown: use {", ".join(names)}')
-        dtype = names[dtype]
+    dtype = resolve_dtype(dtype)
     # One device given by the user, or a machine without accelerator: everything there, without dispatch hooks.
     spread = device_map is not None and not on_cpu and ":" not in device
     settings: dict = {"dtype": dtype, "device_map": device_map if spread else {"": device}}
@@ -203,6 +261,6 @@ def _loading_settings(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
+            llm_int8_skip_modules=list(UNQUANTISED),
         )
     return settings

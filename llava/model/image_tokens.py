@@ -90,12 +90,18 @@ def embed_distinct(tower: VisionTower, texts: list[str]) -> Tensor:
     """Embed texts, each distinct one once: S strings to `float32[S, P]`."""
     distinct = list(dict.fromkeys(texts))
     embedded = tower.embed_text(distinct)
+    if distinct == texts:
+        return embedded
     place = {text: row for row, text in enumerate(distinct)}
     return embedded[[place[text] for text in texts]]
 
 
 def reduce_patches(
-    reducer: TokenReducer, tower: VisionTower, patches: list[Tensor], texts: list[str]
+    reducer: TokenReducer,
+    tower: VisionTower,
+    patches: list[Tensor],
+    texts: list[str],
+    text_embeds: Tensor | None = None,
 ) -> list[ReducedTokens]:
     """Reduce each crop of each picture on its own.
 
@@ -104,6 +110,7 @@ def reduce_patches(
         tower: where the joint space comes from.
         patches: one `[C, N, D]` per picture.
         texts: one query per picture.
+        text_embeds: `float32[I, P]` the same queries, embedded already; None: they are embedded here.
 
     Returns:
         One record per picture, over its crops.
@@ -113,7 +120,9 @@ def reduce_patches(
     joint = text = None
     if NEEDS_TEXT in reducer.needs:
         joint = tower.project_to_joint(stacked)
-        text = embed_distinct(tower, texts).repeat_interleave(torch.tensor(num_crops, device=joint.device), dim=0)
+        text = embed_distinct(tower, texts) if text_embeds is None else text_embeds
+        if len(stacked) != len(patches):
+            text = text[[index for index, crops in enumerate(num_crops) for _ in range(crops)]]
     with tower.own_precision():
         reduced = reducer(VisualTokens(patches=stacked, grid=tower.grid, joint=joint, text=text))
 

@@ -14,18 +14,26 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
 )
 from llava.errors import InputError
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.crops import unpad_image
-from llava.model.image_tokens import CropMerge, ImageTokens, keep_everything, project_tokens, reduce_patches
+from llava.model.image_tokens import (
+    CropMerge,
+    ImageTokens,
+    embed_distinct,
+    keep_everything,
+    project_tokens,
+    reduce_patches,
+)
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.query import recover_query
 from llava.model.splice import assign_images, count_image_marks, pad_batch, splice_sample, strip_padding
 from llava.model.token_reduction import CONFIG_KEY, TokenReducer, parse_reducer
-from llava.model.token_reduction.base import NEEDS_TEXT
+from llava.model.token_reduction.base import NEEDS_TEXT, ReducedTokens
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "get_anyres_image_grid_shape", "unpad_image"]
 
@@ -169,8 +177,45 @@ class LlavaMetaForCausalLM(ABC):
         num_crops = [picture.shape[0] for picture in pictures]
         return list(self.get_vision_tower().encode(torch.cat(pictures)).split(num_crops))
 
+    def embed_queries(self, texts: list[str]) -> Tensor | None:
+        """Run the CLIP text tower, for callers that meet the same query again.
+
+        Args:
+            texts: queries; equal ones are embedded once.
+
+        Returns:
+            `float32[I, P]`, one row per text; None where the token reduction reads no text.
+        """
+        if self.token_reducer is None or NEEDS_TEXT not in self.token_reducer.needs:
+            return None
+        return embed_distinct(self.get_vision_tower(), texts)
+
+    def choose_tokens(
+        self, patches: list[Tensor], texts: list[str], text_embeds: Tensor | None = None
+    ) -> list[ReducedTokens]:
+        """Apply the token reduction to pictures, each for its question; arguments as in `make_image_tokens`.
+
+        Returns:
+            One record per picture, over its crops, before the projector.
+        """
+        if self.token_reducer is None:
+            return keep_everything(patches)
+        return reduce_patches(self.token_reducer, self.get_vision_tower(), patches, texts, text_embeds)
+
+    def project_chosen(
+        self, reduced: list[ReducedTokens], image_sizes: list[tuple[int, int]] | None = None
+    ) -> list[ImageTokens]:
+        """Project what `choose_tokens` left, and no more, to LLM width: one record per picture."""
+        projector, grid = self.get_model().mm_projector, self.get_vision_tower().grid
+        return project_tokens(reduced, projector, self._crop_merge(), grid, image_sizes)
+
     def make_image_tokens(
-        self, patches: list[Tensor], texts: list[str], image_sizes: list[tuple[int, int]] | None = None
+        self,
+        patches: list[Tensor],
+        texts: list[str],
+        image_sizes: list[tuple[int, int]] | None = None,
+        *,
+        text_embeds: Tensor | None = None,
     ) -> list[ImageTokens]:
         """Choose and project the tokens of pictures, each for its question.
 
@@ -178,18 +223,14 @@ class LlavaMetaForCausalLM(ABC):
             patches: one `[C, N, D]` per picture, from `encode_patches`.
             texts: one query per picture, read by the CLIP text tower; not looked at where the reducer needs no text.
             image_sizes: (width, height) of each picture in pixels, needed for spatial merges of crops only.
+            text_embeds: `float32[I, P]` the queries as `embed_queries` gives them; None: they are embedded here.
 
         Returns:
             One record per picture.
         """
         if not patches:
             return []
-        tower = self.get_vision_tower()
-        if self.token_reducer is None:
-            reduced = keep_everything(patches)
-        else:
-            reduced = reduce_patches(self.token_reducer, tower, patches, texts)
-        return project_tokens(reduced, self.get_model().mm_projector, self._crop_merge(), tower.grid, image_sizes)
+        return self.project_chosen(self.choose_tokens(patches, texts, text_embeds), image_sizes)
 
     def encode_images(
         self, images: Tensor | list[Tensor], texts: list[str], image_sizes: list[tuple[int, int]] | None = None
@@ -291,28 +332,36 @@ class LlavaMetaForCausalLM(ABC):
         Raises:
             InputError: when images, marks and texts do not fit together.
         """
-        real = strip_padding(input_ids, attention_mask, pad_token_id)
+        real = strip_padding(input_ids, attention_mask, pad_token_id).cpu()
+        # Ids are looked at one by one: on the host, once, instead of one wait for the device per look.
+        input_ids = input_ids.cpu()
         given = images if image_tokens is None else image_tokens
         marks = count_image_marks(input_ids.masked_fill(~real, 0))
         owners = assign_images(marks, 0 if given is None else len(given), allow_dummies=labels is not None)
         if image_tokens is None:
             image_tokens = self._tokens_of_images(owners, input_ids, real, images, image_sizes, texts)
         tokens = [[image_tokens[index] for index in indices] for indices in owners]
-        token_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
-        anchor = self._projector_anchor(tokens, token_embeds)
+        embed = self.get_input_embeddings()
+        num_real = real.sum(dim=1).tolist()
+        real_ids = input_ids[real]
+        # Projector first, embeddings second, with and without a picture: gradients then arrive, and are exchanged, in
+        # the same order on every rank.
+        anchor = self._projector_anchor(tokens)
+        token_embeds = embed(real_ids.clamp(min=0).to(embed.weight.device))
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
+        real_labels = torch.full_like(real_ids, IGNORE_INDEX) if labels is None else labels.cpu()[real]
+        rows = (field.split(num_real) for field in (real_ids, token_embeds, real_labels))
         embeds, targets = [], []
-        for row, keep in enumerate(real):
-            features = [picture.features for picture in tokens[row]]
-            label_row = None if labels is None else labels[row][keep]
-            sample, target = splice_sample(input_ids[row][keep], token_embeds[row][keep], features, label_row)
-            embeds.append(torch.cat([sample, anchor])[:limit] if anchor is not None else sample[:limit])
+        for pictures, ids, embedded, label_row in zip(tokens, *rows, strict=True):
+            features = [picture.features for picture in pictures]
+            sample, target = splice_sample(ids, embedded, features, label_row)
+            embeds.append(torch.cat([sample, anchor.to(sample)])[:limit] if anchor is not None else sample[:limit])
             targets.append(target[:limit])
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
         inputs_embeds, mask, batch_labels, positions = pad_batch(embeds, targets, side=side)
         return None, positions, mask, past_key_values, inputs_embeds, None if labels is None else batch_labels
 
-    def _projector_anchor(self, tokens: list[list[ImageTokens]], token_embeds: Tensor) -> Tensor | None:
+    def _projector_anchor(self, tokens: list[list[ImageTokens]]) -> Tensor | None:
         """Zero rows of projected features, appended to each sample of a training batch.
 
         They change no value but keep the projector in every sample's graph: a rank whose batch holds no picture still
@@ -320,7 +369,6 @@ class LlavaMetaForCausalLM(ABC):
 
         Args:
             tokens: the batch's image tokens.
-            token_embeds: `[S, T, E]`, for dtype and device.
 
         Returns:
             `[0, E]`, or None outside training.
@@ -331,9 +379,8 @@ class LlavaMetaForCausalLM(ABC):
         first = next((picture.features for sample in tokens for picture in sample), None)
         if first is None:
             side = self.get_vision_tower().image_size
-            blank = torch.zeros(1, 3, side, side, device=token_embeds.device)
-            first = self.encode_images(blank, [""])[0].features
-        return first[:0].to(token_embeds)
+            first = self.encode_images(torch.zeros(1, 3, side, side), [""])[0].features
+        return first[:0]
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
         """Add the tokens that `mm_use_im_patch_token` and `mm_use_im_start_end` ask for (LLaVA-1.5 asks for none).

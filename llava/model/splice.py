@@ -59,10 +59,10 @@ def splice_sample(
     """Replace each `<image>` mark by its image's tokens.
 
     Args:
-        input_ids: `int64[T]` without padding, with IMAGE_TOKEN_INDEX marks.
+        input_ids: `int64[T]` without padding, with IMAGE_TOKEN_INDEX marks; on the CPU nothing waits for the device.
         token_embeds: `[T, E]` embeddings of the ids; the rows at marks are not used.
         image_features: one `[M, E]` per mark, in order; M may differ and may be 0.
-        labels: `int64[T]`, or None for no labels.
+        labels: `int64[T]` where the ids are, or None for no labels.
 
     Returns:
         `[L, E]` embeddings and `int64[L]` labels, IGNORE_INDEX at image tokens (everywhere without labels).
@@ -86,16 +86,18 @@ def pad_batch(
 
     Args:
         embeds: S times `[L_i, E]`.
-        labels: S times `int64[L_i]`.
+        labels: S times `int64[L_i]`, on any device.
         side: where the padding goes, "right" (training) or "left" (generation).
 
     Returns:
         `[S, L, E]` embeddings (zeros at padding), `bool[S, L]` attention mask, `int64[S, L]` labels (IGNORE_INDEX at
-        padding) and `int64[S, L]` position ids, counted from each sample's first token (packed, as published).
+        padding) and `int64[S, L]` position ids, counted from each sample's first token (packed, as published); all on
+        the embeddings' device.
     """
-    lengths = torch.tensor([sample.shape[0] for sample in embeds], device=embeds[0].device)
+    device = embeds[0].device
+    lengths = torch.tensor([sample.shape[0] for sample in embeds])
     longest = int(lengths.max())
-    column = torch.arange(longest, device=lengths.device)[None, :]
+    column = torch.arange(longest)[None, :]
     first = (longest - lengths)[:, None] if side == "left" else torch.zeros_like(lengths)[:, None]
     mask = (column >= first) & (column < first + lengths[:, None])
     position_ids = (column - first).clamp(min=0) * mask
@@ -103,7 +105,8 @@ def pad_batch(
     def stack(rows: list[Tensor], fill: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
 
-    return stack(embeds, 0), mask, stack(labels, IGNORE_INDEX), position_ids
+    batch_labels = stack(labels, IGNORE_INDEX).to(device)
+    return stack(embeds, 0), mask.to(device), batch_labels, position_ids.to(device)
 
 
 def strip_padding(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:

@@ -176,7 +176,7 @@ def test_damaged_checkpoint_ends_in_one_line(copied, kind, says):
         ({"device": "toaster"}, 'device "toaster" is unknown'),
         ({"dtype": "float8"}, "use float32, float16, bfloat16"),
         ({"reduce": "TRIMM:-1"}, 'did you mean "TRIM"?'),
-        ({"model_base": "lmsys/vicuna"}, "full checkpoints only"),
+        ({"model_base": "lmsys/vicuna"}, "is a full checkpoint: leave out the model base"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(copied, arguments, says):

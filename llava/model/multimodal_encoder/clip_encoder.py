@@ -30,21 +30,43 @@ class CLIPVisionTower(VisionTower):
         """
         if self.is_loaded:
             return
-        self.vision_tower, missing = load_quietly(
+        vision, missing = load_quietly(
             CLIPVisionModelWithProjection, self.name, dtype=dtype, what="vision tower", optional=(JOINT_WEIGHT,)
         )
-        self.has_joint_head = not missing
-        encoder = self.vision_tower.vision_model.encoder
-        del encoder.layers[self.num_layers_to_run(len(encoder.layers)) :]
-        self.vision_tower.to(device)
         try:
             # The PIL backend gives the pixels of the published preprocessing bit for bit; the default one does not.
-            self.image_processor = CLIPImageProcessorPil.from_pretrained(self.name)
+            image_processor = CLIPImageProcessorPil.from_pretrained(self.name)
         except (OSError, ValueError) as error:
             raise InputError(f"vision tower {self.name}: no readable preprocessor_config.json: {error}") from None
-        self.is_loaded = True
+        self.take_parts(vision, image_processor, has_joint_head=not missing)
+        self.vision_tower.to(device)
         if self.needs_text:
             self.load_text_tower()
+
+    def take_parts(
+        self,
+        vision: CLIPVisionModelWithProjection,
+        image_processor: CLIPImageProcessorPil,
+        text_tower: CLIPTextTower | None = None,
+        *,
+        has_joint_head: bool = True,
+    ) -> None:
+        """Become loaded with parts that are there already; the vision half loses the layers that nobody needs.
+
+        Args:
+            vision: the vision half, changed in place.
+            image_processor: for its pictures.
+            text_tower: the text half, or None.
+            has_joint_head: whether the vision half's projection is real.
+        """
+        layers = vision.vision_model.encoder.layers
+        del layers[self.num_layers_to_run(len(layers)) :]
+        self.vision_tower = vision
+        self.image_processor = image_processor
+        self.has_joint_head = has_joint_head
+        if text_tower is not None:
+            self.text_tower = text_tower
+        self.is_loaded = True
         self.freeze()
 
     def load_text_tower(self) -> None:
@@ -55,7 +77,7 @@ class CLIPVisionTower(VisionTower):
             raise InputError(
                 f"vision tower {self.name} has no {JOINT_WEIGHT}: text-guided token reduction needs a full CLIP"
             )
-        self.text_tower = CLIPTextTower(self.name, device=self.device, dtype=self.dtype)
+        self.text_tower = CLIPTextTower.load(self.name, device=self.device, dtype=self.dtype)
         self.freeze()
 
     def hidden_state(self, pixels: Tensor) -> Tensor:

@@ -11,7 +11,14 @@ from llava.model.multimodal_encoder.loading import load_quietly
 class CLIPTextTower(nn.Module):
     """CLIP's text encoder, its projection and its tokenizer."""
 
-    def __init__(self, name: str, *, device: object = None, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: CLIPTextModelWithProjection, tokenizer: CLIPTokenizerFast):
+        """Take the parts; `load` reads them."""
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, name: str, *, device: object = None, dtype: torch.dtype = torch.float32) -> "CLIPTextTower":
         """Load the text half of a CLIP.
 
         Args:
@@ -19,16 +26,18 @@ class CLIPTextTower(nn.Module):
             device: where to put it.
             dtype: what to run it in.
 
+        Returns:
+            The tower.
+
         Raises:
             InputError: when the checkpoint holds no text half, or no tokenizer.
         """
-        super().__init__()
         model, _ = load_quietly(CLIPTextModelWithProjection, name, dtype=dtype, what="text tower")
-        self.model = model.to(device)
         try:
-            self.tokenizer = CLIPTokenizerFast.from_pretrained(name)
+            tokenizer = CLIPTokenizerFast.from_pretrained(name)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"text tower {name}: no CLIP tokenizer (vocab.json, merges.txt) there: {error}") from None
+        return cls(model.to(device), tokenizer)
 
     def forward(self, texts: list[str]) -> Tensor:
         """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""

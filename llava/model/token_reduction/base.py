@@ -43,7 +43,7 @@ class ReducedTokens:
 
     Attributes:
         features: `[I, M, D]`, dtype of the patches, zero-padded on the right where lengths differ.
-        lengths: `int64[I]` tokens of each image, between 0 and M.
+        lengths: `int64[I]` tokens of each image, between 0 and M, on the CPU: the host cuts by them.
         kept: `bool[I, N]` patches copied verbatim, in raster order, at the start of each row of `features`;
             None where all tokens are synthesised.
         scores: `float32[I, N]` the probabilities that the choice was made on (rows sum to 1), or None.

@@ -76,15 +76,17 @@ def gather_kept(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         kept: `bool[I, N]`.
 
     Returns:
-        `[I, K, D]` with K the largest count, zeros behind shorter rows, and `int64[I]` the counts.
+        `[I, K, D]` with K the largest count, zeros behind shorter rows, and `int64[I]` the counts, on the CPU.
     """
     counts = kept.sum(dim=1)
-    longest = int(counts.max()) if kept.numel() else 0
+    # The one moment of a reduction at which the host waits for the device: everybody downstream cuts by these numbers.
+    host_counts = counts.cpu()
+    longest = int(host_counts.max()) if kept.numel() else 0
     # A stable sort of "dropped" (False before True) lists the kept positions first and keeps their order.
     front = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     gathered = patches.gather(1, front[:, :, None].expand(-1, -1, patches.shape[2]))
     filled = torch.arange(longest, device=patches.device)[None, :] < counts[:, None]
-    return gathered.masked_fill(~filled[:, :, None], 0), counts
+    return gathered.masked_fill(~filled[:, :, None], 0), host_counts
 
 
 def mean_of_dropped(patches: Tensor, kept: Tensor) -> Tensor:
@@ -111,12 +113,13 @@ def append_mean_token(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         `[I, M, D]` zero-padded on the right, and `int64[I]` lengths: the number kept plus one, or N where everything
-        is kept (nothing is left to average, so no token is added).
+        is kept (nothing is left to average, so no token is added); lengths are on the CPU.
     """
+    num_patches = patches.shape[1]
     features, counts = gather_kept(patches, kept)
-    has_mean = counts < patches.shape[1]
-    features = F.pad(features, (0, 0, 0, 1))
-    rows = torch.arange(patches.shape[0], device=patches.device)[has_mean]
-    features[rows, counts[has_mean]] = mean_of_dropped(patches, kept)[has_mean]
-    lengths = counts + has_mean
-    return features[:, : int(lengths.max())] if lengths.numel() else features, lengths
+    mean = mean_of_dropped(patches, kept)[:, None]
+    # Behind each row's last patch. Where everything is kept, that is the column that is cut off again.
+    place = kept.sum(dim=1)[:, None, None].expand_as(mean)
+    features = F.pad(features, (0, 0, 0, 1)).scatter(1, place, mean)
+    lengths = (counts + 1).clamp(max=num_patches)
+    return features[:, :num_patches], lengths

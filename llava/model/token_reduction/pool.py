@@ -47,5 +47,5 @@ class Pool(TokenReducer):
         grid = tokens.patches.transpose(1, 2).reshape(num_images, width, *tokens.grid)
         pooled = F.adaptive_avg_pool2d(grid.to(torch.float32), self.output_grid(tokens.grid)).to(tokens.patches.dtype)
         features = pooled.flatten(2).transpose(1, 2).contiguous()
-        lengths = torch.full((num_images,), features.shape[1], device=features.device)
+        lengths = torch.full((num_images,), features.shape[1])
         return ReducedTokens(features=features, lengths=lengths)

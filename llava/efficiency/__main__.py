@@ -1,0 +1,163 @@
+"""Count and measure what a model costs with a token reduction, stage by stage.
+
+    python -m llava.efficiency --model-path llava-v1.5-7b --reduce TRIM:-1 --against none
+
+counts from the shapes alone, within seconds and without weights. A folder with weights is measured as well, and
+`--random-weights` measures any shape without a download. FLOPs: a multiply-add is two; logits at every position, as in
+published figures, stand beside what `generate` really does.
+"""
+# ruff: noqa: T201
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llava.efficiency.cost import Precision, Workload
+from llava.efficiency.shapes import ModelSource, read_source
+from llava.errors import InputError, run_command
+
+CONFIG_KEY = "mm_vision_token_reduce_func"
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the command's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.efficiency",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model-path", required=True, metavar="CKPT", help="folder (a config.json is enough to count), or a name such "
+        "as llava-v1.5-7b, llava-v1.5-13b")  # fmt: skip
+    add("--reduce", metavar="SPEC", help='token reduction, such as "TRIM:-1"; default: what config.json says')
+    add("--against", metavar="SPEC", help='a second token reduction, measured in turns with the first, such as "none"')
+    add("--kept", type=float, metavar="SHARE", help="share of patches that an automatic budget keeps; default: what it "
+        "keeps of --image-file for --query where there are weights, else 0.21, the published mean")  # fmt: skip
+    add("--image-file", metavar="FILE", help="picture to measure with; default: a drawn one")
+    add("--query", metavar="TEXT", help="question that the CLIP text tower reads")
+    add("--image-size", default="640x480", metavar="WxH", help="size of the drawn picture (default: %(default)s)")
+    add("--batch-size", type=positive, default=1, help="questions at once (default: %(default)s)")
+    add("--prompt-tokens", type=positive, default=64, help="tokens of the prompt besides the image's (default: 64)")
+    add("--new-tokens", type=positive, default=16, help="tokens of the answer (default: %(default)s)")
+    add("--random-weights", action="store_true", help="build the shapes with random weights and measure them")
+    add("--count-only", action="store_true", help="do not measure, even where there are weights")
+    add("--device", help="cpu, or an accelerator; default: the accelerator if there is one")
+    add("--dtype", choices=BYTES, help="of the language model; default: float16 on an accelerator, float32 on the CPU")
+    add("--tower-dtype", choices=BYTES, default="float32", help="of both CLIP towers (default: %(default)s)")
+    add("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2; default: transformers' choice")
+    add("--compile", action="store_true", help="decode with a static cache and torch.compile")
+    add("--repeats", type=positive, default=7, help="measured rounds (default: %(default)s)")
+    add("--warmup", type=positive, default=2, help="rounds before them (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--plot", type=Path, metavar="PNG", help="draw the stages as stacked bars")
+    return parser
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def main() -> None:
+    """Run the command."""
+    args = make_parser().parse_args()
+    check_options(args)
+    source = read_source(args.model_path)
+    measures = (source.has_weights or args.random_weights) and not args.count_only
+    args.dtype = args.dtype or choose_dtype(args, source, measures)
+    specs = choose_specs(args, source)
+    from llava.efficiency import report
+    from llava.efficiency.runs import count_run, measure_runs
+
+    precision = Precision(BYTES[args.dtype], BYTES[args.tower_dtype])
+    work = Workload(args.batch_size, args.prompt_tokens, source.shape.tower.text_context, args.new_tokens)
+    runs = [count_run(spec, source, args.kept) for spec in specs]
+    check_context(source, work, runs)
+    description: dict[str, Any] = {"dtype": args.dtype, "tower_dtype": args.tower_dtype}
+    if measures:
+        runs, machine = measure_runs(args, source, specs, work, precision)
+        description |= machine
+    setting = report.Setting(source.name, source.shape, work, precision, description)
+    figures = report.describe(setting, runs)
+    print(report.format_table(figures))
+    if args.json:
+        report.write_json(figures, args.json)
+    if args.plot:
+        report.draw_bars(figures, args.plot)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that make no sense before anything is loaded.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if args.kept is not None and not 0 < args.kept <= 1:
+        raise InputError(f"--kept {args.kept:g} is no share: use a number above 0 and up to 1")
+    if args.random_weights and args.image_file:
+        raise InputError("--image-file says nothing with --random-weights: random weights choose at random")
+    if args.random_weights and args.count_only:
+        raise InputError("--random-weights measures, --count-only does not: leave one of them out")
+    args.image_size = read_size(args.image_size)
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Read `WxH`, or one number for a square.
+
+    Raises:
+        InputError: for something else.
+    """
+    words = text.lower().split("x")
+    if len(words) > 2 or not all(word.isdigit() and int(word) > 0 for word in words):
+        raise InputError(f"--image-size {text}: expected WIDTHxHEIGHT in pixels, such as 640x480")
+    return int(words[0]), int(words[-1])
+
+
+def choose_dtype(args: argparse.Namespace, source: ModelSource, measures: bool) -> str:
+    """Return the dtype where none was given: that of the loader; half precision where nothing is loaded."""
+    if not measures:
+        return "float16"
+    from llava.model.builder import choose_device
+
+    return "float32" if choose_device(args.device).startswith("cpu") else "float16"
+
+
+def choose_specs(args: argparse.Namespace, source: ModelSource) -> list[str]:
+    """Return the spec strings of the runs: one, or two that differ.
+
+    Raises:
+        InputError: for a spec that does not parse, or the same one twice.
+    """
+    from llava.model.token_reduction import parse_reducer
+
+    given = args.reduce if args.reduce is not None else source.config.get(CONFIG_KEY)
+    reducers = [parse_reducer(spec) for spec in (given, args.against)]
+    specs = ["none" if reducer is None else reducer.spec() for reducer in reducers]
+    if args.against is None:
+        return specs[:1]
+    if specs[0] == specs[1]:
+        raise InputError(f"--reduce and --against are both {specs[0]}: there is nothing to compare")
+    return specs
+
+
+def check_context(source: ModelSource, work: Workload, runs: list[Any]) -> None:
+    """Refuse prompts that the model has no positions for.
+
+    Raises:
+        InputError: with the numbers.
+    """
+    limit = int(source.config.get("max_position_embeddings") or 0)
+    longest = work.prompt_tokens + work.new_tokens + max(run.reduction.num_tokens for run in runs)
+    if limit and longest > limit:
+        raise InputError(
+            f"{longest} positions (prompt, image tokens and answer) are more than the {limit} of {source.name}: "
+            "take fewer --prompt-tokens or --new-tokens"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,139 @@
+"""A LLaVA of given shapes with random weights: the same work as the real one, without a download.
+
+What it says is noise; how long it takes and how much memory it needs is what the shapes demand. Nothing is read from
+disk or the network: CLIP's vocabulary comes with open_clip.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava.efficiency.cost import Precision, weight_bytes
+from llava.efficiency.memory import available_bytes
+from llava.efficiency.shapes import ModelSource
+from llava.errors import InputError
+
+TOWER_NAME = "random/clip"
+WEIGHT_STD = 0.02  # Llama's initializer_range
+SLACK = 1.05  # weights are not all that is needed
+
+
+def check_memory(source: ModelSource, precision: Precision, device: torch.device, extra_bytes: int) -> None:
+    """Refuse what does not fit.
+
+    Args:
+        source: the model.
+        precision: of its weights.
+        device: where it should go.
+        extra_bytes: what the work needs besides the weights, at least.
+
+    Raises:
+        InputError: with the numbers.
+    """
+    weights = sum(weight_bytes(source.shape, precision).values())
+    free = available_bytes(device)
+    needed = int(SLACK * weights) + extra_bytes
+    if free is not None and needed > free:
+        raise InputError(
+            f"{source.name} with random weights needs {needed / 1e9:.1f} GB on {device} (weights {weights / 1e9:.1f} "
+            f"GB), but {free / 1e9:.1f} GB are free: take a smaller --dtype or --batch-size, or leave --random-weights "
+            "out to count without measuring"
+        )
+
+
+def build_random_model(
+    config: Mapping[str, Any],
+    tower_config: Mapping[str, Any],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tower_dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    seed: int = 0,
+) -> tuple[Any, Any]:
+    """Build a model whose numbers are drawn.
+
+    Args:
+        config: config.json of the model; its token reduction is obeyed.
+        tower_config: config.json of a CLIP, in Hugging Face's keys.
+        device: where it goes.
+        dtype: of the language model and projector.
+        tower_dtype: of both towers.
+        attn_implementation: of the language model; None: transformers' choice.
+        seed: of the weights.
+
+    Returns:
+        (`LlavaLlamaForCausalLM` in evaluation mode, image processor). It has no tokenizer: pass `texts`.
+    """
+    from transformers.initialization import no_init_weights
+
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    values = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
+    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with no_init_weights(), torch.device(device):
+        llava_config = LlavaConfig.from_dict(values | {"mm_vision_tower": TOWER_NAME})
+        model = LlavaLlamaForCausalLM._from_config(llava_config, dtype=dtype, **settings)
+        vision, text_tower = _build_clip(tower_config, tower_dtype)
+    tower = model.get_vision_tower()
+    tower.take_parts(vision, _image_processor(vision.config.image_size), text_tower)
+    tower.needs_text = True
+    model.to(device)
+    draw_weights(model, torch.Generator(device).manual_seed(seed))
+    model.generation_config.eos_token_id = None  # a random answer must not end early
+    return model.eval(), tower.image_processor
+
+
+def draw_weights(model: nn.Module, generator: torch.Generator) -> None:
+    """Fill all weights in place: matrices with small normal numbers, norms with ones, biases with zeros."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 or name.endswith("class_embedding"):
+                weight.normal_(std=WEIGHT_STD, generator=generator)
+            else:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _build_clip(tower_config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    from llava.model.multimodal_encoder.clip_text import CLIPTextTower
+
+    joint_width = tower_config.get("projection_dim", 512)
+    vision_config = CLIPVisionConfig(**dict(tower_config["vision_config"]) | {"projection_dim": joint_width})
+    text_values = dict(tower_config.get("text_config") or {})
+    last = text_values.get("vocab_size", CLIPTextConfig().vocab_size) - 1
+    marks = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+    text_config = CLIPTextConfig(**text_values | marks | {"projection_dim": joint_width})
+    vision = CLIPVisionModelWithProjection._from_config(vision_config, dtype=dtype)
+    text = CLIPTextModelWithProjection._from_config(text_config, dtype=dtype)
+    return vision, CLIPTextTower(text, _clip_tokenizer(text_config.vocab_size))
+
+
+def _clip_tokenizer(vocab_size: int) -> Any:
+    """CLIP's own tokenizer; a smaller vocabulary keeps the ids that it has embeddings for, and the two marks."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizerFast
+
+    bpe = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): number for token, number in bpe.encoder.items()}
+    merges = list(bpe.bpe_ranks)
+    if vocab_size < len(vocabulary):
+        plain = [token for token in vocabulary if token not in names.values()][: vocab_size - len(names)]
+        vocabulary = {token: number for number, token in enumerate([*plain, *names.values()])}
+        merges = [(left, right) for left, right in merges if {left, right, left + right} <= vocabulary.keys()]
+    return CLIPTokenizerFast(vocab=vocabulary, merges=merges)
+
+
+def _image_processor(side: int) -> Any:
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -1,0 +1,92 @@
+"""The evaluation runner's memory over many questions: it must stay flat.
+
+python -m scripts.bench.memory_flat --questions 20000 --plot docs/figures/memory_flat.png
+"""
+# ruff: noqa: T201
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.efficiency.memory import resident_bytes
+from llava.errors import InputError, run_command
+from llava.eval.runner import Settings, answer_questions
+from llava.eval.task import Row
+from llava.model.builder import load_pretrained_model
+from scripts.bench import side_by_side
+
+QUESTIONS_PER_IMAGE = 18
+MEGABYTE = 1e6
+WARM_SHARE = 0.1  # caches fill during the first tenth
+
+
+class CountingSink(side_by_side.MemorySink):
+    """Notes memory and time at every batch, and forgets the answers: only their keys stay."""
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        super().__init__()
+        self.start = time.perf_counter()
+        self.trace: list[tuple[int, float, int]] = []
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Take answers in."""
+        self.done.update({(row["question_id"],): {} for row in rows})
+        self.trace.append((len(self.done), time.perf_counter() - self.start, resident_bytes()))
+
+
+def main() -> None:
+    """Measure."""
+    parser = side_by_side.make_parser(__doc__, repeats=False)
+    parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
+    parser.add_argument("--reduce", default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--questions", type=int, default=20000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    args = parser.parse_args()
+    if resident_bytes() is None:
+        raise InputError("this system does not tell a process's memory (/proc/self/status is not there)")
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path, device=args.device, reduce=args.reduce
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        num_images = -(-args.questions // QUESTIONS_PER_IMAGE)
+        questions = side_by_side.draw_questions(Path(folder), num_images, QUESTIONS_PER_IMAGE)[: args.questions]
+        sink = CountingSink()
+        settings = Settings(model_id="bench", batch_size=args.batch_size)
+        with side_by_side.hide_progress():
+            answer_questions(model, tokenizer, image_processor, questions, sink, settings)
+    trace = [entry for entry in sink.trace if entry[0]]
+    warm = [entry for entry in trace if entry[0] >= WARM_SHARE * args.questions]
+    growth = (warm[-1][2] - warm[0][2]) / MEGABYTE
+    per_thousand = 1000 * growth / max(1, warm[-1][0] - warm[0][0])
+    print(f"{trace[-1][0]} questions in {trace[-1][1]:.0f} s")
+    first, last, highest = (size / MEGABYTE for size in (warm[0][2], warm[-1][2], max(entry[2] for entry in trace)))
+    print(f"memory after {warm[0][0]} questions {first:.1f} MB, at the end {last:.1f} MB, highest {highest:.1f} MB")
+    print(f"growth {per_thousand:.3f} MB per 1000 questions")
+    side_by_side.write_figures({"trace": trace, "growth_megabytes_per_thousand": per_thousand}, args.json)
+    if args.plot:
+        draw(trace, args.plot)
+
+
+def draw(trace: list[Any], path: Path) -> None:
+    """Draw memory over questions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 3))
+    axes.plot([entry[0] for entry in trace], [entry[2] / MEGABYTE for entry in trace])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("questions answered")
+    axes.set_ylabel("memory of the process, MB")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,168 @@
+"""What the benchmark commands share: questions on drawn pictures, models with random weights, how ratios are told."""
+# ruff: noqa: T201
+
+import argparse
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.efficiency.random_model import build_random_model
+from llava.efficiency.shapes import PUBLISHED_TOWERS
+from llava.efficiency.timing import Spread, ratio_by_round
+from llava.errors import InputError
+from llava.eval.task import Question, Row
+from playground.shapes import sentence
+from playground.shapes.world import draw_scene
+
+CHECKPOINT = Path("playground/shapes/checkpoints/llava-shapes-trim")
+PICTURE_SEED = (20260101, 2)  # of no other use: these pictures are nobody's training set
+
+# A model that is bound by arithmetic on a small machine: CLIP's ViT-B with patches of 14 pixels at 336 pixels, hence
+# 576 patches as in LLaVA-1.5, and a Llama of 0.5 B parameters.
+MID_TOWER = PUBLISHED_TOWERS["openai/clip-vit-base-patch16"] | {
+    "vision_config": PUBLISHED_TOWERS["openai/clip-vit-base-patch16"]["vision_config"]
+    | {"image_size": 336, "patch_size": 14}
+}
+MID_MODEL = {
+    "hidden_size": 1280,
+    "intermediate_size": 3456,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 20,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "mm_hidden_size": 768,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "random/clip",
+    "image_aspect_ratio": "pad",
+}
+# The same with less of everything, to see that a command works.
+TINY_TOWER = {
+    "projection_dim": 64,
+    "vision_config": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"image_size": 336, "patch_size": 14},
+    "text_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+TINY_MODEL = MID_MODEL | {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4} | {
+    "num_attention_heads": 4, "mm_hidden_size": 96
+}  # fmt: skip
+SIZES = {"mid": (MID_MODEL, MID_TOWER), "tiny": (TINY_MODEL, TINY_TOWER)}
+
+
+def make_parser(description: str, *, repeats: bool = True) -> argparse.ArgumentParser:
+    """Build a parser with the options that all benchmarks have, `--rounds` where something is repeated."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if repeats:
+        parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return parser
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the benchmarks that build a model with random weights."""
+    parser.add_argument("--size", choices=SIZES, default="mid", help="shapes (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+
+
+def build_model(args: argparse.Namespace, size: str | None = None, **changes: Any) -> tuple[Any, Any]:
+    """Build the model that the options name: (model, image processor).
+
+    Args:
+        args: has `size`, `device` and `dtype`.
+        size: instead of the options'.
+        **changes: entries of the vision tower's config.
+    """
+    config, tower = SIZES[size or args.size]
+    tower = tower | {"vision_config": tower["vision_config"] | changes}
+    dtype = getattr(torch, args.dtype)
+    return build_random_model(config, tower, device=torch.device(args.device), dtype=dtype, tower_dtype=dtype)
+
+
+def draw_questions(folder: Path, num_images: int, questions_per_image: int, hint: str = "") -> list[Question]:
+    """Draw pictures of shapes and ask of each whether some objects are there.
+
+    Args:
+        folder: where the pictures go.
+        num_images: number of pictures.
+        questions_per_image: between 1 and the number of object names.
+        hint: text between question and short-answer suffix.
+
+    Raises:
+        InputError: for more questions than there are objects to ask for.
+    """
+    names = sentence.ALL_NAMES
+    if not 1 <= questions_per_image <= len(names):
+        raise InputError(f"--questions-per-image {questions_per_image}: there are 1 to {len(names)} things to ask for")
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = []
+    for index in range(num_images):
+        picture, _ = draw_scene(*PICTURE_SEED, index)
+        path = folder / f"{index:06d}.png"
+        picture.save(path, compress_level=1)
+        for number in range(questions_per_image):
+            text = sentence.ask_presence(names[(index + number) % len(names)]) + hint + sentence.SUFFIX
+            questions.append(Question(len(questions), prompt=text, query=text, images=(path,)))
+    return questions
+
+
+class MemorySink:
+    """Takes answers in and keeps them in memory: the runner's sink without a file."""
+
+    key_fields = ("question_id",)
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.done: dict[tuple, Row] = {}
+
+    def claim(self, unit: int) -> bool:
+        """Give every unit to the one worker there is."""
+        return True
+
+    def refresh(self) -> None:
+        """Nobody else answers."""
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Take answers in."""
+        self.done.update({(row["question_id"],): row for row in rows})
+
+
+@contextmanager
+def hide_progress() -> Iterator[None]:
+    """Keep progress bars off the screen while something runs."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def tell_times(seconds: Mapping[str, Sequence[float]], units: Mapping[str, int] | None = None) -> None:
+    """Print one line per candidate: seconds, and with `units` how many of them are done per second."""
+    for name, values in seconds.items():
+        line = f"{name:<28}{Spread.of(values).format(1e3, 2):>34} ms"
+        if units:
+            line += f"{Spread.of([units[name] / value for value in values]).format(1, 2):>34} per second"
+        print(line)
+
+
+def tell_ratio(title: str, above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Print and return the ratio of two lists of measurements, taken round by round."""
+    ratio = ratio_by_round(above, below)
+    print(f"{title}: {ratio.format(1, 3)} (median [quartiles] of {len(above)} rounds)")
+    return ratio
+
+
+def write_figures(figures: Mapping[str, Any], path: Path | None) -> None:
+    """Write figures as JSON, if a file is named, together with the machine they belong to."""
+    if path is None:
+        return
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({**figures, "machine": machine}, indent=2, default=vars) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,129 @@
+"""The command: counting without weights, measuring with them, files, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava.efficiency import __main__ as command
+from llava.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+POCKET = ROOT / "playground" / "shapes" / "checkpoints" / "llava-shapes-trim"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["efficiency", *map(str, arguments)])
+        command.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_a_7b_is_counted_without_weights(run, tmp_path):
+    out = run(
+        "--model-path", "llava-v1.5-7b", "--reduce", "TRIM:-1", "--against", "none", "--json", tmp_path / "x.json"
+    )
+    assert "8.672 TFLOPs" in out and "2.476 TFLOPs" in out and "122 / 186" in out
+    figures = read(tmp_path / "x.json")
+    trim, none = figures["runs"]
+    assert (trim["prompt_length"], none["prompt_length"]) == (186, 640)
+    assert trim["end_to_end_seconds"] is None
+    assert figures["ratios"]["prefill_flops_per_prompt"] == pytest.approx(3.50, abs=0.01)
+    assert none["kv_cache_bytes"] == 656 * 2**19
+
+
+def test_counting_loads_neither_transformers_nor_a_plotter():
+    code = (
+        "import sys; sys.argv = ['x', '--model-path', 'llava-v1.5-7b', '--reduce', 'TRIM:-1']\n"
+        "from llava.efficiency.__main__ import main; main()\n"
+        "sys.exit('transformers' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    )
+
+
+def test_the_kept_share_is_obeyed(run):
+    assert "288 of 576" in run("--model-path", "llava-v1.5-7b", "--reduce", "TRIM:-1", "--kept", "0.5")
+
+
+def test_a_checkpoint_is_measured(run, tmp_path):
+    out = run(
+        "--model-path", POCKET, "--against", "none", "--device", "cpu", "--repeats", 2, "--warmup", 1,
+        "--new-tokens", 2, "--json", tmp_path / "x.json", "--plot", tmp_path / "deep" / "x.png",
+    )  # fmt: skip
+    figures = read(tmp_path / "x.json")
+    assert "generate, end to end" in out and "ms" in out
+    assert figures["device"] == "cpu" and figures["weights"] == "loaded"
+    for each in figures["runs"]:
+        assert each["stages"]["prefill"]["seconds"]["median"] > 0
+    assert figures["runs"][0]["kept_patches"] == 13
+    assert "end_to_end_seconds" in figures["ratios"]
+    assert Image.open(tmp_path / "deep" / "x.png").width > 300
+
+
+def test_picture_and_question_make_the_model_choose(run, tmp_path):
+    Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "red.png")
+    run(
+        "--model-path", POCKET, "--device", "cpu", "--repeats", 1, "--warmup", 1, "--new-tokens", 1,
+        "--image-file", tmp_path / "red.png", "--query", "Is there a red circle in the image?",
+        "--json", tmp_path / "x.json",
+    )  # fmt: skip
+    (trim,) = read(tmp_path / "x.json")["runs"]
+    assert trim["kept_source"].startswith("measured on")
+    assert 0 <= trim["kept_patches"] <= 16
+
+
+def test_random_weights_need_no_files(run, tmp_path, configs):
+    tower = tmp_path / "clip"
+    tower.mkdir()
+    (tower / "config.json").write_text(json.dumps(configs.tower))
+    (tmp_path / "config.json").write_text(json.dumps(configs.model | {"mm_vision_tower": str(tower)}))
+    out = run(
+        "--model-path", tmp_path, "--random-weights", "--reduce", "TRIM:-1", "--against", "none", "--device", "cpu",
+        "--dtype", "bfloat16", "--repeats", 1, "--warmup", 1, "--batch-size", 2, "--json", tmp_path / "x.json",
+    )  # fmt: skip
+    assert "8 of 36" in out
+    assert read(tmp_path / "x.json")["weights"] == "random"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--kept", "0"], "--kept 0"),
+        (["--kept", "2"], "--kept 2"),
+        (["--image-size", "640x"], "--image-size 640x"),
+        (["--reduce", "TRIMM:-1"], 'unknown token reducer "TRIMM"'),
+        (["--reduce", "none", "--against", ""], "nothing to compare"),
+        (["--random-weights", "--count-only"], "--count-only"),
+        (["--random-weights", "--image-file", "x.png"], "--image-file"),
+        (["--prompt-tokens", "5000"], "positions"),
+        (["--device", "abacus", "--random-weights"], "abacus"),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, words):
+    with pytest.raises(InputError) as caught:
+        run("--model-path", "llava-v1.5-7b", *arguments)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_too_little_memory_is_refused_with_the_numbers(run, monkeypatch):
+    monkeypatch.setattr("llava.efficiency.random_model.available_bytes", lambda device: 10**10)
+    with pytest.raises(InputError, match=r"needs \d+\.\d GB on cpu .* but 10\.0 GB are free"):
+        run("--model-path", "llava-v1.5-7b", "--random-weights", "--device", "cpu")
+
+
+def test_a_place_that_can_not_be_written_is_named(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        run("--model-path", "llava-v1.5-7b", "--json", tmp_path / "file" / "x.json")

@@ -1,0 +1,160 @@
+"""FLOPs, bytes and parameters from shapes: the published figures, and what torch counts on the meta device."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from llava.efficiency import cost
+from llava.efficiency.cost import Cost, Precision, Reduction, Workload
+from llava.efficiency.shapes import PUBLISHED_MODELS, PUBLISHED_TOWERS, read_shape, read_source
+from llava.model.multimodal_projector.builder import build_vision_projector
+
+LARGE = "openai/clip-vit-large-patch14-336"
+CASES = ["tiny", "llava-v1.5-7b", "llava-v1.5-13b"]
+
+
+@pytest.fixture
+def case(request, configs) -> tuple[dict, dict]:
+    if request.param == "tiny":
+        return configs.model, configs.tower
+    return PUBLISHED_MODELS[request.param], PUBLISHED_TOWERS[LARGE]
+
+
+def count_flops(run) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def build_language_model(config: dict) -> LlamaForCausalLM:
+    llama = LlamaConfig(**{key: value for key, value in config.items() if not key.startswith(("mm_", "image_"))})
+    with torch.device("meta"):
+        return LlamaForCausalLM(llama)
+
+
+def build_clip(config: dict, tower: dict) -> tuple:
+    joint = {"projection_dim": tower["projection_dim"]}
+    with torch.device("meta"):
+        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**tower["vision_config"] | joint))
+        text = CLIPTextModelWithProjection(CLIPTextConfig(**tower["text_config"] | joint))
+    layers = vision.vision_model.encoder.layers
+    del layers[len(layers) + 1 + config["mm_vision_select_layer"] :]
+    return vision, text
+
+
+@pytest.mark.parametrize(("num_tokens", "teraflops"), [(640, 8.67), (186, 2.48)])
+def test_prefill_of_the_7b_shape_agrees_with_the_published_figures(num_tokens, teraflops):
+    language = read_source("llava-v1.5-7b").shape.language
+    assert round(cost.prefill_flops(language, num_tokens) / 1e12, 2) == teraflops
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
+@pytest.mark.parametrize("num_logits", [None, 1])
+def test_prefill_is_what_torch_counts(case, num_logits):
+    model = build_language_model(case[0])
+    ids = torch.zeros(1, 186, dtype=torch.long, device="meta")
+    counted = count_flops(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=num_logits or 0))
+    assert cost.prefill_flops(read_shape(*case, "test").language, 186, num_logits) == counted
+
+
+@pytest.mark.parametrize("case", CASES[:2], indirect=True)
+def test_a_decoding_step_is_what_torch_counts(case):
+    model = build_language_model(case[0])
+    ids = torch.zeros(1, 100, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    counted = count_flops(lambda: model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True))
+    assert cost.decode_flops(read_shape(*case, "test").language, 101) == counted
+
+
+@pytest.mark.parametrize("case", CASES[:2], indirect=True)
+def test_the_vision_tower_is_what_torch_counts(case):
+    shape, (vision, _) = read_shape(*case, "test").tower, build_clip(*case)
+    pixels = torch.zeros(1, 3, shape.image_size, shape.image_size, device="meta")
+    assert cost.vision_flops(shape) == count_flops(lambda: vision.vision_model(pixel_values=pixels))
+
+
+@pytest.mark.parametrize("case", CASES[:2], indirect=True)
+@pytest.mark.parametrize("num_tokens", [9, 77])
+def test_the_text_tower_is_what_torch_counts(case, num_tokens):
+    shape, (_, text) = read_shape(*case, "test").tower, build_clip(*case)
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+    assert cost.text_flops(shape, num_tokens) == count_flops(lambda: text(input_ids=ids))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp3x_gelu"])
+def test_the_projector_is_what_torch_counts(configs, kind):
+    config = configs.model | {"mm_projector_type": kind}
+    shape = read_shape(config, configs.tower, "test")
+    with torch.device("meta"):
+        projector = build_vision_projector(LlamaConfig(**config))
+    matrices, biases = cost.projector_parameters(shape)
+    assert matrices + biases == sum(weight.numel() for weight in projector.parameters())
+    assert 2 * 7 * matrices == count_flops(lambda: projector(torch.zeros(7, 32, device="meta")))
+
+
+def test_the_selection_is_what_torch_counts(configs, random_parts):
+    model, _ = random_parts
+    model.set_token_reduction("TRIM:-1")
+    patches, text = torch.randn(1, 36, 32), torch.randn(1, 24)
+    counted = count_flops(lambda: model.choose_tokens([patches], [""], text))
+    assert cost.selection_flops(configs.shape.tower) == counted
+
+
+def test_parameters_are_those_of_the_loaded_model(configs, random_parts):
+    counts, (model, _) = cost.count_parameters(configs.shape), random_parts
+    tower = model.get_vision_tower()
+    real = {
+        "vision tower": sum(weight.numel() for weight in tower.vision_tower.parameters()),
+        "text tower": sum(weight.numel() for weight in tower.text_tower.parameters()),
+        "projector": sum(weight.numel() for weight in model.get_model().mm_projector.parameters()),
+    }
+    real["language model"] = sum(weight.numel() for weight in model.parameters()) - sum(real.values())
+    assert counts == real
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED_MODELS))
+def test_parameters_of_the_published_language_models(name):
+    model = build_language_model(PUBLISHED_MODELS[name])
+    counts = cost.count_parameters(read_source(name).shape)
+    assert counts["language model"] == sum(weight.numel() for weight in model.parameters())
+
+
+def test_cache_is_two_numbers_per_layer_and_key_width(configs):
+    model = build_language_model(configs.model)
+    ids = torch.zeros(1, 11, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    real = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert cost.cache_bytes(configs.shape.language, 11, 4) == 4 * real
+
+
+def test_a_half_gigabyte_of_cache_holds_1024_positions_of_the_7b_shape():
+    assert cost.cache_bytes(read_source("llava-v1.5-7b").shape.language, 1024, 2) == 2**29
+
+
+def test_every_stage_but_the_weights_grows_with_the_batch(configs):
+    left, precision = Reduction(7, 8, reads_text=True), Precision()
+    one, four = (cost.stage_costs(configs.shape, left, Workload(size), precision) for size in (1, 4))
+    assert list(one) == ["vision tower", "text tower", "selection", "projector", "prefill", "decode"]
+    for name in one:
+        assert four[name].flops == 4 * one[name].flops
+        assert one[name].bytes < four[name].bytes < 4 * one[name].bytes
+
+
+def test_without_reduction_there_is_no_text_tower_and_no_selection(configs):
+    costs = cost.stage_costs(configs.shape, Reduction(36, 36, reads_text=False), Workload(), Precision())
+    assert "text tower" not in costs and "selection" not in costs
+    assert "text tower" not in cost.weight_bytes(configs.shape, Precision(), with_text=False)
+
+
+def test_intensity_of_nothing_is_zero():
+    assert Cost(0, 0).intensity == 0
