@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval.tasks import TASKS
+
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "playground" / "shapes" / "checkpoints"
-IMAGES = 60  # 18 questions for pictures with three objects
+IMAGES = 60  # per benchmark; POPE asks 18 questions about a picture with three objects
 
 
 def run(command: list[str], timeout: int = 900, **environment: str) -> subprocess.CompletedProcess:
@@ -22,15 +24,18 @@ def run(command: list[str], timeout: int = 900, **environment: str) -> subproces
 def demo(tmp_path_factory) -> tuple[Path, str]:
     """The output folder of one run of the demo, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    done = run(["bash", "scripts/demo.sh"], DEMO_OUT=str(folder), DEMO_IMAGES=str(IMAGES))
+    done = run(["bash", "scripts/demo.sh"], timeout=1500, DEMO_OUT=str(folder), DEMO_IMAGES=str(IMAGES))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
 
 
 @pytest.fixture(scope="module")
-def runs(demo) -> dict[str, dict]:
-    names = ("plain", "plain-trim", "finetuned-trim", "plain-random", "finetuned-random")
-    return {name: json.loads((demo[0] / f"{name}.json").read_text()) for name in names}
+def runs(demo) -> dict[str, dict[str, dict]]:
+    """Results by run and benchmark."""
+    return {
+        name: {file.stem: json.loads(file.read_text()) for file in sorted((demo[0] / name).glob("*.json"))}
+        for name in ("plain", "plain-trim", "finetuned-trim", "finetuned-random")
+    }
 
 
 def accuracy(result: dict) -> float:
@@ -38,34 +43,60 @@ def accuracy(result: dict) -> float:
 
 
 @pytest.mark.slow
-def test_demo_ends_with_the_table_and_the_pictures_it_names(demo):
+def test_demo_ends_with_twelve_rows_and_the_pictures_it_names(demo, runs):
     folder, printed = demo
-    for word in ("no reduction", "TRIM:-1, training-free", "TRIM:-1, finetuned", "Random", "Accuracy", "F1", "Tokens"):
+    for word in (
+        "no reduction",
+        "TRIM:-1, training-free",
+        "TRIM:-1, finetuned",
+        "Random",
+        "POPE",
+        "MM-Vet [judge: exact]",
+    ):
         assert word in printed
     table = json.loads((folder / "table.json").read_text())
-    assert len(table["POPE (Avg. F1)"]) == 5
+    assert {row["task"] for row in table["benchmarks"]} == set(TASKS)
+    assert all(set(results) == set(TASKS) for results in runs.values())
     for number in range(3):
         assert (folder / f"kept_{number}.png").read_bytes().startswith(b"\x89PNG")
-    assert len((folder / "results.txt").read_text().splitlines()) == 5
+    assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_finetuned_trim_reads_at_most_a_quarter_of_the_tokens(runs):
-    tokens = runs["finetuned-trim"]["tokens"]
+@pytest.mark.parametrize("task", TASKS)
+def test_finetuned_trim_reads_at_most_a_quarter_of_the_tokens(runs, task):
+    tokens = runs["finetuned-trim"][task]["tokens"]
     assert tokens["mean_tokens"] <= 0.25 * tokens["mean_patches"]
 
 
 @pytest.mark.slow
-def test_finetuned_trim_keeps_at_least_97_percent_of_the_plain_accuracy(runs):
-    assert accuracy(runs["finetuned-trim"]) >= 0.97 * accuracy(runs["plain"])
+def test_finetuned_trim_keeps_at_least_97_percent_of_the_plain_accuracy_on_pope(runs):
+    assert accuracy(runs["finetuned-trim"]["pope"]) >= 0.97 * accuracy(runs["plain"]["pope"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("baseline", ["plain-random", "finetuned-random"])
-def test_finetuned_trim_beats_random_patches_at_the_same_budget_by_four_points(runs, baseline):
-    # The aim is eight: these pocket models know colours well and shapes hardly yet (playground/shapes/README.md).
-    assert runs[baseline]["tokens"]["mean_tokens"] >= 0.99 * runs["finetuned-trim"]["tokens"]["mean_tokens"]
-    assert accuracy(runs["finetuned-trim"]) >= accuracy(runs[baseline]) + 4
+def test_finetuned_trim_beats_random_patches_at_the_same_budget_by_eight_points_on_pope(runs):
+    trim, random = runs["finetuned-trim"]["pope"], runs["finetuned-random"]["pope"]
+    assert random["tokens"]["mean_tokens"] >= trim["tokens"]["mean_tokens"]
+    assert accuracy(trim) >= accuracy(random) + 8
+
+
+# The pocket models have not learned to name an option by its letter: these four stand at chance, with and without TRIM.
+ANSWERED_BY_LETTER = {"sqa", "mmbench", "mmbench_cn", "seed"}
+ANSWERED_IN_WORDS = [task for task in TASKS if task not in ANSWERED_BY_LETTER]
+
+
+@pytest.mark.slow
+def test_finetuned_trim_keeps_at_least_95_percent_of_the_plain_average_of_the_benchmarks_answered_in_words(runs):
+    retained = [runs["finetuned-trim"][task]["headline"] / runs["plain"][task]["headline"]
+                for task in ANSWERED_IN_WORDS]  # fmt: skip
+    assert sum(retained) / len(retained) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ANSWERED_IN_WORDS)
+def test_finetuned_trim_beats_random_patches_on_every_benchmark_answered_in_words(runs, task):
+    assert runs["finetuned-trim"][task]["headline"] > runs["finetuned-random"][task]["headline"]
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, CLIPTokenizer
 from llava.calibrate import PictureRow, calibrate
 from llava.conversation import conv_templates
 from llava.model.multimodal_encoder.builder import load_tower
-from playground.shapes import clip_data, pope, sentence, train_clip
+from playground.shapes import clip_data, sentence, train_clip
 from playground.shapes.base_llm import write_base_llm
+from playground.shapes.benchmark import pope
 from playground.shapes.generate import write_calibrate, write_eval, write_train
 from playground.shapes.tokenizer import train_clip_tokenizer
 from playground.shapes.world import MIN_OBJECT_SIZE, PICTURE_SIZE, SPLITS, Scene, WorldObject, draw_scene, overlaps
@@ -27,7 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny set of all files."""
     folder = tmp_path_factory.mktemp("shapes")
     write_train(folder / "train", NUM_TRAIN, samples_per_image=4, seed=3)
-    write_eval(folder / "pope", NUM_EVAL, seed=3)
+    write_eval(folder, NUM_EVAL, seed=3)
     write_calibrate(folder / "calibrate", 4, seed=3)
     return folder
 

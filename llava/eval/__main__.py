@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     answer.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
     answer.add_argument("--workers", type=positive, default=1, metavar="N", help="number of workers that share FILE")
     answer.add_argument("--worker", type=natural, default=0, metavar="K", help="which of them this is, from 0")
-    add_model_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=8)
+    add_model_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=None)
     answer.set_defaults(command=answer_task)
 
     score = commands.add_parser("score", help="score an answers file by the official rules")
@@ -109,14 +109,22 @@ def add_task_options(parser: argparse.ArgumentParser, *, answers_help: str) -> N
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, conv_mode: str, temperature: float, batch_size: int) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, *, conv_mode: str, temperature: float, batch_size: int | None
+) -> None:
     """Add the options that say which model answers and how, common to `answer` and the published commands."""
     parser.add_argument("--model-path", required=True, metavar="DIR", help="checkpoint folder or hub id")
     parser.add_argument("--model-base", metavar="DIR", help="base model of a LoRA or projector-only checkpoint")
     parser.add_argument("--conv-mode", default=conv_mode, metavar="NAME", help=f"conversation template ({conv_mode})")
     parser.add_argument("--temperature", type=float, default=temperature, help=f"0: greedy (default {temperature})")
     parser.add_argument("--reduce", metavar="SPEC", help="token reduction, e.g. TRIM:-1 or none (default: config.json)")
-    parser.add_argument("--batch-size", type=positive, default=batch_size, metavar="N")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_or_auto,
+        default=batch_size,
+        metavar="N",
+        help=f"questions at once; auto: as many as memory allows (default {batch_size or 'auto'})",
+    )
     parser.add_argument("--num-chunks", type=positive, default=1, metavar="N", help="cut the questions into N slices")
     parser.add_argument("--chunk-idx", type=natural, default=0, metavar="K", help="and answer slice K, from 0")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator if there is one)")
@@ -133,6 +141,11 @@ def user_path(text: str) -> Path:
 def positive(text: str) -> int:
     """Read a whole number above 0."""
     return _read_number(text, 1)
+
+
+def positive_or_auto(text: str) -> int | None:
+    """Read a whole number above 0, or `auto`: None."""
+    return None if text == "auto" else positive(text)
 
 
 def natural(text: str) -> int:

@@ -7,35 +7,38 @@ sequences of like length, so that little is padded. Neither changes an answer.
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from llava.eval.task import Question
 
 Item = TypeVar("Item")
 
-UNIT_BATCHES = 8
-"""Batches per unit: enough to sort by length and to meet an image again, few enough to hold in memory."""
+MIN_SHARED_UNIT = 8
 UNITS_PER_WORKER = 4
-"""Where several workers share a small benchmark, units are small enough that each worker gets about this many."""
+"""Where several workers share a small benchmark, units are small enough that each worker gets about this many, of
+`MIN_SHARED_UNIT` questions at least."""
 
 
-def plan_units(questions: Sequence[Question], batch_size: int, num_workers: int = 1) -> list[list[Question]]:
-    """Cut questions into units of work, the same for every worker.
+def plan_units(questions: Sequence[Question], limit: int, num_workers: int = 1) -> list[list[Question]]:
+    """Cut questions into units of work, the same for every worker, whatever its batch size.
 
     Args:
         questions: in question order.
-        batch_size: questions per call of `generate`.
+        limit: questions of a unit at most: enough to sort by length and to meet an image again, few enough to hold
+            in memory (`sizing.choose_unit_size`).
         num_workers: workers that share the units.
 
     Returns:
-        Units of `batch_size` to `UNIT_BATCHES * batch_size` questions, the last may be smaller. Questions on the same
-        images stand together, within one unit if they fit; groups come in the order in which they first appear.
+        Units of half the limit to the limit, the last may be smaller. Questions on the same images stand together,
+        within one unit if they fit; groups come in the order in which they first appear.
     """
-    limit = UNIT_BATCHES * batch_size
     if num_workers > 1:
         fair_share = -(-len(questions) // (num_workers * UNITS_PER_WORKER))
-        limit = max(batch_size, min(limit, fair_share))
+        limit = min(limit, max(MIN_SHARED_UNIT, fair_share))
     units: list[list[Question]] = []
     for group in group_by_images(questions):
-        if not units or (len(units[-1]) + len(group) > limit and len(units[-1]) >= batch_size):
+        if not units or (len(units[-1]) + len(group) > limit and 2 * len(units[-1]) >= limit):
             units.append([])
         for question in group:
             if len(units[-1]) == limit:
@@ -52,13 +55,43 @@ def group_by_images(questions: Sequence[Question]) -> list[list[Question]]:
     return list(groups.values())
 
 
-def batch_by_length(items: Sequence[Item], length: Callable[[Item], int], batch_size: int) -> list[list[Item]]:
-    """Cut items into batches of like length; of equally long ones the earlier comes first."""
-    ordered = sorted(items, key=length)
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+def batch_by_length(
+    items: Sequence[Item], length: Callable[[Item], int], allow: Callable[[int, int], bool]
+) -> list[list[Item]]:
+    """Cut items into batches of like length; of equally long ones the earlier comes first.
+
+    Args:
+        items: in any order.
+        length: of an item.
+        allow: whether a batch may hold so many items of up to such a length.
+    """
+    batches: list[list[Item]] = []
+    for item in sorted(items, key=length):
+        if not batches or not allow(len(batches[-1]) + 1, length(item)):
+            batches.append([])
+        batches[-1].append(item)
+    return batches
 
 
 def take_chunk(items: Sequence[Item], num_chunks: int, chunk_index: int) -> list[Item]:
     """Return one of `num_chunks` consecutive slices of ceil(n / num_chunks) items; late ones may be empty."""
     size = -(-len(items) // num_chunks)
     return list(items[chunk_index * size : (chunk_index + 1) * size])
+
+
+def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack prompts of different lengths, padded on the left.
+
+    Args:
+        rows: int64[T_s] each.
+
+    Returns:
+        int64[S, T] ids (0 at padding) and bool[S, T], False at padding.
+    """
+    width = max(len(row) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        input_ids[index, width - len(row) :] = row
+        attention_mask[index, width - len(row) :] = True
+    return input_ids, attention_mask

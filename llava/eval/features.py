@@ -1,20 +1,27 @@
-"""Image features, computed once per picture however many questions it gets.
+"""What the towers say, computed once per picture and once per query however many questions they meet in.
 
-What the vision tower says of a picture does not depend on the question; TRIM's choice among its patches does. So the
-patches are kept here, in a cache of bounded size, and reduced anew for every question.
+What the vision tower says of a picture does not depend on the question; TRIM's choice among its patches does. So
+patches and embedded queries are kept here, in caches of bounded size, and reduced anew for every question.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from llava.eval.reading import PictureReader
 from llava.eval.task import Picture
-from llava.image import load_image
-from llava.mm_utils import process_images
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Key = TypeVar("Key")
+
+TOWER_BATCH = 32
+"""Pictures per pass of the vision tower, and queries per pass of the text tower."""
+CACHED_QUERIES = 4096
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,29 @@ class EncodedImage:
     size: tuple[int, int]
 
 
+class RecentlyUsed(Generic[Key, Result]):
+    """The last `capacity` things that were used."""
+
+    def __init__(self, capacity: int):
+        """Start empty."""
+        self._capacity = capacity
+        self._kept: OrderedDict[Key, Result] = OrderedDict()
+
+    def find(self, keys: Iterable[Key]) -> dict[Key, Result]:
+        """Return those of the keys that are there, with their values."""
+        return {key: self._kept[key] for key in keys if key in self._kept}
+
+    def use(self, items: dict[Key, Result]) -> None:
+        """Note items as used last; others may fall out."""
+        for key, value in items.items():
+            self._kept[key] = value
+            self._kept.move_to_end(key)
+        while len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+
+
 class FeatureCache:
-    """The last `capacity` pictures that were asked for, encoded."""
+    """The last pictures that were asked for, encoded, and the next ones, being read."""
 
     def __init__(self, model: Any, image_processor: Any, capacity: int):
         """Start empty.
@@ -42,57 +70,109 @@ class FeatureCache:
             capacity: number of pictures to keep between calls; one call may hold more.
         """
         self._model = model
-        self._image_processor = image_processor
-        self._capacity = capacity
-        self._kept: OrderedDict[Picture, EncodedImage] = OrderedDict()
+        self._reader = PictureReader(image_processor, model.config)
+        self._kept: RecentlyUsed[Picture, EncodedImage] = RecentlyUsed(capacity)
 
-    def encode(
-        self, paths: Iterable[Picture], batch_size: int
-    ) -> tuple[dict[Picture, EncodedImage], dict[Picture, str]]:
+    def announce(self, pictures: Iterable[Picture]) -> None:
+        """Say which pictures `encode` will be called with, so that they are read meanwhile."""
+        wanted = list(dict.fromkeys(pictures))
+        kept = self._kept.find(wanted)
+        self._reader.announce(picture for picture in wanted if picture not in kept)
+
+    def encode(self, pictures: Iterable[Picture]) -> tuple[dict[Picture, EncodedImage], dict[Picture, str]]:
         """Encode pictures, those in the cache excepted.
 
         Args:
-            paths: pictures; equal ones are encoded once.
-            batch_size: pictures per pass of the tower.
+            pictures: equal ones are encoded once.
 
         Returns:
             The encoded pictures, and for each that cannot be read the reason.
         """
-        wanted = list(dict.fromkeys(paths))
-        found = {path: self._kept[path] for path in wanted if path in self._kept}
-        absent = [path for path in wanted if path not in found]
+        wanted = list(dict.fromkeys(pictures))
+        found = self._kept.find(wanted)
+        self._reader.forget(found)
+        absent = [picture for picture in wanted if picture not in found]
+        self._reader.announce(absent)
         faults: dict[Picture, str] = {}
-        for start in range(0, len(absent), batch_size):
-            fresh, unreadable = self._encode_batch(absent[start : start + batch_size])
+        for start in range(0, len(absent), TOWER_BATCH):
+            fresh, unreadable = self._encode_batch(absent[start : start + TOWER_BATCH])
             found |= fresh
             faults |= unreadable
-        self._keep(found)
+        self._kept.use(found)
         return found, faults
 
-    def _encode_batch(self, paths: Sequence[Picture]) -> tuple[dict[Picture, EncodedImage], dict[Picture, str]]:
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._reader.close()
+
+    def _encode_batch(self, pictures: Sequence[Picture]) -> tuple[dict[Picture, EncodedImage], dict[Picture, str]]:
         faults: dict[Picture, str] = {}
         read: dict[Picture, tuple[Tensor, tuple[int, int]]] = {}
-        for path in paths:
+        for picture in pictures:
             try:
-                read[path] = self._read(path)
+                read[picture] = self._reader.take(picture)
             except (ValueError, OSError) as error:
                 # InputError is a ValueError; so is what image processors raise for pictures of impossible shapes.
-                faults[path] = str(error)
-        patches = self._model.encode_patches([pixels for pixels, _ in read.values()])
+                faults[picture] = str(error)
+        patches = apply_in_parts(self._model.encode_patches, [pixels for pixels, _ in read.values()], TOWER_BATCH)
         encoded = {
-            path: EncodedImage(crops, size) for (path, (_, size)), crops in zip(read.items(), patches, strict=True)
+            picture: EncodedImage(crops, size)
+            for (picture, (_, size)), crops in zip(read.items(), patches, strict=True)
         }
         return encoded, faults
 
-    def _read(self, path: Picture) -> tuple[Tensor, tuple[int, int]]:
-        """Return `float32[3, S, S]` or `float32[C, 3, S, S]` and the picture's (width, height)."""
-        image = load_image(path)
-        pixels = process_images([image], self._image_processor, self._model.config)[0]
-        return torch.as_tensor(pixels), image.size
 
-    def _keep(self, used: dict[Picture, EncodedImage]) -> None:
-        for path, image in used.items():
-            self._kept[path] = image
-            self._kept.move_to_end(path)
-        while len(self._kept) > self._capacity:
-            self._kept.popitem(last=False)
+class QueryCache:
+    """The last queries that were asked, embedded."""
+
+    def __init__(self, model: Any, capacity: int = CACHED_QUERIES):
+        """Start empty; the model is anything with `embed_queries`."""
+        self._model = model
+        self._kept: RecentlyUsed[str, Tensor] = RecentlyUsed(capacity)
+
+    def embed(self, queries: Sequence[str]) -> dict[str, Tensor] | None:
+        """Embed queries, those in the cache excepted.
+
+        Args:
+            queries: equal ones are embedded once.
+
+        Returns:
+            `float32[P]` by query; None where the token reduction reads no text.
+        """
+        distinct = list(dict.fromkeys(queries))
+        found = self._kept.find(distinct)
+        absent = [query for query in distinct if query not in found]
+        if absent:
+            rows = apply_in_parts(self._embed_some, absent, TOWER_BATCH)
+            if rows[0] is None:
+                return None
+            found |= dict(zip(absent, rows, strict=True))
+        self._kept.use(found)
+        return found
+
+    def _embed_some(self, queries: Sequence[str]) -> Sequence[Tensor | None]:
+        embedded = self._model.embed_queries(list(queries))
+        return [None] * len(queries) if embedded is None else embedded.unbind()
+
+
+def apply_in_parts(
+    function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], size: int
+) -> list[Result]:
+    """Apply a function of lists to at most `size` items at a time, to fewer where memory does not last.
+
+    Raises:
+        torch.OutOfMemoryError: there is not enough for a single item.
+    """
+    results: list[Result] = []
+    start = 0
+    while start < len(items):
+        part = items[start : start + size]
+        try:
+            results += function(part)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            size = (len(part) + 1) // 2
+        else:
+            start += len(part)
+    return results

@@ -1,13 +1,15 @@
 """The one loop that asks a model the questions of a benchmark.
 
-Each picture is encoded once, the reduction is made once per question, and `generate` gets batches of sequences of
-like length. An answer is the same whatever stands beside it in the batch; batches only save time. A question that
-cannot be asked is reported and does not stop the others.
+Each picture and each query is encoded once, the reduction is made once per question in batches of its own, and the
+language model gets batches of sequences of like length, while the next unit's pictures are read. An answer is the
+same whatever stands beside it in the batch; batches only save time. A question that cannot be asked is reported and
+does not stop the others.
 
 Shape letters: `S` samples, `T` prompt ids.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,13 +20,17 @@ from tqdm import tqdm
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.eval.answers import make_row
-from llava.eval.batching import batch_by_length, plan_units
-from llava.eval.features import EncodedImage, FeatureCache
+from llava.eval.batching import batch_by_length, pad_left, plan_units
+from llava.eval.features import EncodedImage, FeatureCache, QueryCache, apply_in_parts
+from llava.eval.greedy import GreedyDecoder, is_plain
 from llava.eval.prompting import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
+from llava.eval.sizing import choose_limits, choose_unit_size
 from llava.eval.task import LOADER_MAX_NEW_TOKENS, Question, Row, row_key
 from llava.mm_utils import tokenizer_image_token
 
 CACHED_IMAGES = 64
+REDUCTION_BATCH = 64
+"""Pictures reduced at once, each for its question."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Settings:
         temperature: 0 is greedy; above, answers are drawn at random and differ from run to run.
         top_p: nucleus of the random draw; None: all tokens.
         num_beams: width of beam search; 1 is none.
-        batch_size: questions per call of `generate`, pictures per pass of the vision tower.
+        batch_size: questions that the language model reads at once; None: as many as memory allows (`sizing`).
         cached_images: encoded pictures kept from one unit of work to the next.
         num_workers: workers that share the questions.
     """
@@ -49,7 +55,7 @@ class Settings:
     temperature: float = 0.0
     top_p: float | None = None
     num_beams: int = 1
-    batch_size: int = 8
+    batch_size: int | None = None
     cached_images: int = CACHED_IMAGES
     num_workers: int = 1
 
@@ -112,7 +118,8 @@ def answer_questions(
     """Ask every question that has no answer yet.
 
     Args:
-        model: `LlavaLlamaForCausalLM` (or another with its `encode_patches`, `make_image_tokens`, `generate`).
+        model: `LlavaLlamaForCausalLM` (or another with its `encode_patches`, `embed_queries`, `make_image_tokens`,
+            `generate`).
         tokenizer: of the language model.
         image_processor: of the vision tower.
         questions: all of them, answered or not: all workers plan from the same list.
@@ -122,13 +129,15 @@ def answer_questions(
     Returns:
         The questions that this call could not answer.
     """
-    asker = Asker(model, tokenizer, image_processor, settings)
     faults = [Fault(question, question.fault) for question in questions if question.fault]
     sound = [question for question in questions if not question.fault]
-    units = plan_units(sound, settings.batch_size, settings.num_workers)
+    units = plan_units(sound, choose_unit_size(model), settings.num_workers)
     keys = [row_key(question.head(), sink.key_fields) for question in sound]
-    with tqdm(total=len(questions), desc=settings.model_id, unit="q", smoothing=0.05) as progress:
-        for todo in claim_units(units, sink):
+    with (
+        closing(Asker(model, tokenizer, image_processor, settings)) as asker,
+        tqdm(total=len(questions), desc=settings.model_id, unit="q", smoothing=0.05) as progress,
+    ):
+        for todo in look_ahead(claim_units(units, sink), asker.announce):
             progress.update(sum(key in sink.done for key in keys) - progress.n)
             for rows, failed in asker.answer(todo):
                 sink.append(rows)
@@ -156,8 +165,20 @@ def claim_units(units: Sequence[Sequence[Question]], sink: Sink) -> Iterator[lis
                 yield todo
 
 
+def look_ahead(units: Iterable[list[Question]], announce: Callable[[list[Question]], None]) -> Iterator[list[Question]]:
+    """Yield units, each after the next one has been announced."""
+    present = None
+    for following in units:
+        announce(following)
+        if present is not None:
+            yield present
+        present = following
+    if present is not None:
+        yield present
+
+
 class Asker:
-    """A loaded model with what stays between units: settings and encoded pictures."""
+    """A loaded model with what stays between units: settings, encoded pictures and queries."""
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, settings: Settings):
         """Take the parts; see `answer_questions`."""
@@ -165,20 +186,32 @@ class Asker:
         self.tokenizer = tokenizer
         self.settings = settings
         self.features = FeatureCache(model, image_processor, settings.cached_images)
+        self.queries = QueryCache(model)
+        self.limits = choose_limits(model, settings.batch_size)
+        is_greedy = settings.temperature <= 0 and settings.num_beams == 1 and is_plain(model)
+        self.decoder = GreedyDecoder(model) if is_greedy else None
         self.conv_mode = choose_conv_mode(settings.conv_mode, settings.model_id)
+
+    def announce(self, questions: Sequence[Question]) -> None:
+        """Say which questions come next, so that their pictures are read meanwhile."""
+        self.features.announce(picture for question in questions for picture in question.images)
+
+    def close(self) -> None:
+        """Stop reading pictures."""
+        self.features.close()
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[list[Row], list[Fault]]]:
         """Answer questions that belong together, batch by batch, with what failed in each."""
         prepared, faults = self.prepare(questions)
         yield [], faults
-        for batch in batch_by_length(prepared, lambda item: item.length, self.settings.batch_size):
+        limit = self.settings.max_new_tokens
+        for batch in batch_by_length(prepared, lambda item: item.length + limit, self.limits.allow):
             yield self.answer_batch(batch)
 
     def prepare(self, questions: Sequence[Question]) -> tuple[list[Prepared], list[Fault]]:
         """Make prompts and image tokens; report the questions for which that is impossible."""
-        size = self.settings.batch_size
-        encoded, unreadable = self.features.encode((path for item in questions for path in item.images), size)
+        encoded, unreadable = self.features.encode(path for item in questions for path in item.images)
         asked: list[tuple[Question, Tensor]] = []
         faults: list[Fault] = []
         for question in questions:
@@ -189,10 +222,7 @@ class Asker:
                 asked.append((question, self.tokenize(question)))
             except InputError as error:
                 faults.append(Fault(question, str(error)))
-        prepared = []
-        for start in range(0, len(asked), size):
-            prepared += self.reduce(asked[start : start + size], encoded)
-        return prepared, faults
+        return self.reduce(asked, encoded), faults
 
     def tokenize(self, question: Question) -> Tensor:
         """Make the prompt of a question: int64[T]."""
@@ -203,13 +233,17 @@ class Asker:
     def reduce(self, asked: Sequence[tuple[Question, Tensor]], encoded: Mapping[Any, EncodedImage]) -> list[Prepared]:
         """Choose the image tokens of some questions, each for its own query."""
         images = [(encoded[path], question.query) for question, _ in asked for path in question.images]
-        tokens = iter(
-            self.model.make_image_tokens(
-                [image.patches for image, _ in images],
-                [query for _, query in images],
-                image_sizes=[image.size for image, _ in images],
+        embeds = self.queries.embed([query for _, query in images])
+
+        def reduce_some(some: Sequence[tuple[EncodedImage, str]]) -> list[Any]:
+            return self.model.make_image_tokens(
+                [image.patches for image, _ in some],
+                [query for _, query in some],
+                image_sizes=[image.size for image, _ in some],
+                text_embeds=None if embeds is None else torch.stack([embeds[query] for _, query in some]),
             )
-        )
+
+        tokens = iter(apply_in_parts(reduce_some, images, REDUCTION_BATCH))
         return [
             Prepared(question, input_ids, tuple(next(tokens) for _ in question.images)) for question, input_ids in asked
         ]
@@ -235,36 +269,28 @@ class Asker:
 
     def generate(self, batch: Sequence[Prepared]) -> list[str]:
         """Return the answers to a batch, without special tokens and surrounding white space."""
-        input_ids, attention_mask = pad_left([item.input_ids for item in batch])
+        settings = self.settings
+        image_tokens = [image for item in batch for image in item.image_tokens]
+        # A prompt beyond the model's positions is for `generate` to refuse.
+        if self.decoder and max(item.length for item in batch) < self.model.config.max_position_embeddings:
+            output_ids = self.decoder.decode([item.input_ids for item in batch], image_tokens, settings.max_new_tokens)
+        else:
+            output_ids = self._generate_by_rule([item.input_ids for item in batch], image_tokens)
+        return [text.strip() for text in self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)]
+
+    def _generate_by_rule(self, prompts: Sequence[Tensor], image_tokens: list[Any]) -> Tensor:
+        """Decode as transformers does, with samples, beams and what the checkpoint's generation config adds."""
+        input_ids, attention_mask = pad_left(prompts)
         device = self.model.device
         settings = self.settings
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature > 0 else {}
-        output_ids = self.model.generate(
+        return self.model.generate(
             input_ids.to(device),
             attention_mask=attention_mask.to(device),
-            image_tokens=[image for item in batch for image in item.image_tokens],
+            image_tokens=image_tokens,
             do_sample=settings.temperature > 0,
             num_beams=settings.num_beams,
             max_new_tokens=settings.max_new_tokens,
             use_cache=True,
             **sampling,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)]
-
-
-def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack prompts of different lengths, padded on the left.
-
-    Args:
-        rows: int64[T_s] each.
-
-    Returns:
-        int64[S, T] ids (0 at padding) and bool[S, T], False at padding.
-    """
-    width = max(len(row) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        input_ids[index, width - len(row) :] = row
-        attention_mask[index, width - len(row) :] = True
-    return input_ids, attention_mask

@@ -15,8 +15,10 @@ from transformers import HfArgumentParser
 
 from llava.errors import InputError
 from llava.model.token_reduction import parse_reducer
+from llava.train.engine import check_engine
 from llava.train.targets import QUERY_SOURCES, choose_template
 
+FULL_BITS = 16  # not quantised
 ASPECT_RATIOS = ("square", "pad", "anyres")
 
 
@@ -68,7 +70,7 @@ class ModelArguments:
 class DataArguments:
     """What is trained on."""
 
-    data_path: str = field(metadata={"help": "LLaVA training data: a .json list or .jsonl."})
+    data_path: str = field(metadata={"help": "LLaVA training data: .json, .jsonl, .parquet, or a hub name."})
     image_folder: str | None = field(default=None, metadata={"help": "Where the records' image names start."})
     image_aspect_ratio: str | None = field(
         default=None, metadata={"help": "square, pad or anyres. Default: the checkpoint's, else square."}
@@ -77,6 +79,7 @@ class DataArguments:
         default=None, metadata={"help": "Canvases for anyres, e.g. [[336,672],[672,336]]."}
     )
     lazy_preprocess: bool = field(default=True, metadata={"help": "Accepted; samples are always built when needed."})
+    is_multimodal: bool = field(default=False, metadata={"help": "Accepted; the data decide."})
     skip_broken_records: bool = field(
         default=False, metadata={"help": "Leave broken records out and log them, instead of stopping."}
     )
@@ -89,12 +92,27 @@ class TrainingArguments(transformers.TrainingArguments):
     optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator decides what the model gets."})
     model_max_length: int = field(default=2048, metadata={"help": "Longest sequence, image tokens included."})
+    mpt_attn_impl: str | None = field(default=None, metadata={"help": "Accepted; MPT models are not trained."})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "The projector's own learning rate."})
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "Batches of one modality and like lengths."}
     )
+    lora_enable: bool = field(default=False, metadata={"help": "Train LoRA adapters in the language model's place."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Their scale, times the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of them."})
+    lora_bias: str = field(default="none", metadata={"help": "Biases trained with them: none, all or lora_only."})
+    lora_weight_path: str = field(default="", metadata={"help": "Accepted, and unused as in the published code."})
+    bits: int = field(default=16, metadata={"help": "4 or 8: keep the frozen language model quantised (QLoRA)."})
+    double_quant: bool = field(default=True, metadata={"help": "With 4 bits: quantise the scales as well."})
+    quant_type: str = field(default="nf4", metadata={"help": "With 4 bits: nf4 or fp4."})
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Old name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Old way of --warmup_steps: a share of all."})
+
+    @property
+    def runs_deepspeed(self) -> bool:
+        """Whether DeepSpeed trains: by `--deepspeed`, or by the launcher's own settings."""
+        return self.deepspeed_plugin is not None
 
     def __post_init__(self) -> None:
         """Map the old names, and move to the CPU where there is no accelerator."""
@@ -108,6 +126,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True
         if self.use_cpu and self.tf32:
             self.tf32 = None
+        if self.deepspeed:
+            check_engine(self.deepspeed)
         super().__post_init__()
 
 
@@ -141,8 +161,20 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
     _check_choice("image_aspect_ratio", data_args.image_aspect_ratio, (None, *ASPECT_RATIOS))
     if model_args.tune_mm_mlp_adapter and model_args.freeze_mm_mlp_adapter:
         raise InputError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train")
+    _check_lora(model_args, training_args)
     if training_args.eval_strategy != "no":
         raise InputError("--eval_strategy: training runs no evaluation; score checkpoints with llava.eval")
+
+
+def _check_lora(model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    _check_choice("lora_bias", training_args.lora_bias, ("none", "all", "lora_only"))
+    _check_choice("quant_type", training_args.quant_type, ("nf4", "fp4"))
+    _check_choice("bits", str(training_args.bits), ("4", "8", "16"))
+    if training_args.bits != FULL_BITS and not training_args.lora_enable:
+        raise InputError(f"--bits {training_args.bits}: quantised weights cannot be trained; add --lora_enable True")
+    for flag in ("tune_mm_mlp_adapter", "freeze_backbone"):
+        if training_args.lora_enable and getattr(model_args, flag):
+            raise InputError(f"--lora_enable and --{flag} together would freeze the adapters")
 
 
 def _check_choice(flag: str, value: str | None, choices: Sequence[str | None]) -> None:

@@ -20,6 +20,7 @@ from llava.errors import InputError
 from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.train.records import Record, locate_image
+from llava.train.sources import StoredImage
 from llava.train.targets import build_targets, choose_query, render
 
 
@@ -135,9 +136,10 @@ class ConversationDataset(Dataset):
             query=choose_query(record.turns, rendered, self.text_format.query_source),
         )
 
-    def _load_images(self, names: Sequence[str]) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    def _load_images(self, names: Sequence[str | StoredImage]) -> tuple[list[Tensor], list[tuple[int, int]]]:
         if not names:
             return [], []
-        pictures = [load_image(locate_image(name, self.image_format.folder)) for name in names]
+        found = [locate_image(name, self.image_format.folder) for name in names]
+        pictures = [load_image(image.read() if isinstance(image, StoredImage) else image) for image in found]
         values = process_images(pictures, self.image_format.processor, self.image_format)
         return list(values), [picture.size for picture in pictures]

@@ -12,6 +12,8 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.token_reduction import CONFIG_KEY
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
+from llava.train.lora import quantisation_settings
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +114,11 @@ def load_language_model(
         InputError: no such checkpoint, or an incomplete one.
     """
     settings = {
-        "dtype": _choose_weight_dtype(training_args),
+        "dtype": _choose_weight_dtype(training_args, is_trained=not training_args.lora_enable),
         "cache_dir": model_args.cache_dir,
         "attn_implementation": model_args.attn_implementation,
     }
+    settings |= quantisation_settings(training_args, settings["dtype"])
     path = model_args.model_name_or_path
     if model_args.vision_tower is None:
         model, _ = load_quietly(LlamaForCausalLM, path, what="language model", **settings)
@@ -127,8 +130,9 @@ def load_language_model(
     return model
 
 
-def _choose_weight_dtype(training_args: TrainingArguments) -> torch.dtype:
-    if not training_args.deepspeed:
+def _choose_weight_dtype(training_args: TrainingArguments, is_trained: bool = True) -> torch.dtype:
+    """Choose float32 for weights whose masters they are, else the dtype that the run computes in."""
+    if is_trained and not training_args.runs_deepspeed:
         return torch.float32
     return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 
@@ -152,9 +156,12 @@ def add_vision(
     Raises:
         InputError: a tower or projector that cannot be loaded.
     """
-    model.get_model().initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp)
-    # Also on a LLaVA checkpoint that had another reduction (parity: there the published code trains with the old one).
-    model.set_token_reduction(getattr(model_args, CONFIG_KEY))
+    with whole_weights():
+        adapterless = replace(model_args, pretrain_mm_mlp_adapter=None)
+        model.get_model().initialize_vision_modules(model_args=adapterless, fsdp=training_args.fsdp)
+        # Also on a LLaVA checkpoint that had another reduction (parity: the published code trains with the old one).
+        model.set_token_reduction(getattr(model_args, CONFIG_KEY))
+    load_projector(model, model_args.pretrain_mm_mlp_adapter, training_args)
     model.tokenizer = tokenizer
     config = model.config
     config.image_aspect_ratio = data_args.image_aspect_ratio
@@ -165,6 +172,39 @@ def add_vision(
     for flag in ("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "mm_use_im_start_end", "mm_use_im_patch_token"):
         setattr(config, flag, getattr(model_args, flag))
     config.mm_projector_lr = training_args.mm_projector_lr
+    add_image_tokens(model, tokenizer, model_args)
+    if training_args.runs_deepspeed:
+        detach_tower(model, training_args.device)
+
+
+def load_projector(model: LlavaLlamaForCausalLM, path: str | None, training_args: TrainingArguments) -> None:
+    """Give the projector its starting weights, and under DeepSpeed the dtype of the language model.
+
+    Args:
+        model: with a projector, new or from a checkpoint.
+        path: `mm_projector.bin`, or None for the weights that are there.
+        training_args: for the dtype; ZeRO-3 wants one dtype for all that is trained.
+
+    Raises:
+        InputError: the file does not fit.
+    """
+    projector = model.get_model().mm_projector
+    with gathered(projector.parameters(), writable=True):
+        if path:
+            model.get_model().load_projector(path)
+    projector.to(_choose_weight_dtype(training_args))
+
+
+def add_image_tokens(
+    model: LlavaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments
+) -> None:
+    """Add the tokens that `mm_use_im_start_end` and `mm_use_im_patch_token` ask for (LLaVA-1.5 asks for none).
+
+    Raises:
+        InputError: under ZeRO-3, where the table of embeddings is in pieces; or stage 1 left none to start from.
+    """
+    if is_partitioned() and (model_args.mm_use_im_start_end or model_args.mm_use_im_patch_token):
+        raise InputError("--mm_use_im_start_end and --mm_use_im_patch_token add tokens: train with scripts/zero2.json")
     model.initialize_vision_tokenizer(model_args, tokenizer)
     if model_args.mm_use_im_start_end and model_args.pretrain_mm_mlp_adapter:
         load_token_embeddings(model, model_args.pretrain_mm_mlp_adapter)
@@ -203,8 +243,11 @@ def choose_trainable(model: PreTrainedModel, model_args: ModelArguments) -> None
             model.get_input_embeddings().requires_grad_(model_args.mm_use_im_start_end)
         model.get_model().mm_projector.requires_grad_(not model_args.freeze_mm_mlp_adapter)
         model.get_vision_tower().freeze()
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    # Under ZeRO-3 a rank's own piece of a parameter says nothing of its size.
+    sizes = {True: 0, False: 0}
+    for parameter in model.parameters():
+        sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    trainable, total = sizes[True], sum(sizes.values())
     if not trainable:
         raise InputError("these flags freeze every part of the model: nothing to train")
     logger.info("training %d of %d parameters", trainable, total)

@@ -1,10 +1,9 @@
-"""Training records: LLaVA's JSON (or JSON lines) read, checked and brought into one plain form.
+"""Training records: LLaVA's conversations checked and brought into one plain form.
 
 Everything that can be told before a model is loaded is told here, with the record's index and id. Nothing here knows
 tokens, tensors or templates.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
+from llava.train.sources import StoredImage, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,13 @@ class Record:
 
     Attributes:
         name: where it stands, for messages: `record 7 (id 'c3')`.
-        images: file names relative to the image folder (or URLs), in order of the image marks.
+        images: file names relative to the image folder (or URLs), or pictures inside the data, in order of the image
+            marks.
         turns: texts, user and assistant in turn, user first; every image has exactly one `<image>` mark.
     """
 
     name: str
-    images: tuple[str, ...]
+    images: tuple[str | StoredImage, ...]
     turns: tuple[str, ...]
 
     @property
@@ -41,17 +42,17 @@ class Record:
 
 
 def read_records(path: str | Path, skip_broken: bool = False) -> list[Record]:
-    """Read a training file: one JSON list, or one JSON object per line (`.jsonl`).
+    """Read a training set.
 
     Args:
-        path: the file.
+        path: a file, folder or name that `sources.read_rows` reads.
         skip_broken: leave broken records out and log them, instead of refusing the file.
 
     Raises:
-        InputError: no such file, no valid JSON, or (unless `skip_broken`) a broken record.
+        InputError: nothing there, not readable, or (unless `skip_broken`) a broken record.
     """
     records, faults = [], []
-    for number, raw in enumerate(_read_json(Path(path))):
+    for number, raw in enumerate(read_rows(path)):
         try:
             records.append(parse_record(raw, number))
         except InputError as error:
@@ -128,14 +129,16 @@ def check_image_files(records: Iterable[Record], folder: str | Path | None, skip
     return usable
 
 
-def locate_image(name: str, folder: str | Path | None) -> str:
-    """Return the path of an image named in a record; URLs stay as they are."""
-    if "://" in name or folder is None:
+def locate_image(name: str | StoredImage, folder: str | Path | None) -> str | StoredImage:
+    """Return the path of an image named in a record; URLs and pictures inside the data stay as they are."""
+    if isinstance(name, StoredImage) or "://" in name or folder is None:
         return name
     return str(Path(folder) / name)
 
 
-def _is_there(name: str, folder: str | Path | None, known: dict[str, bool]) -> bool:
+def _is_there(name: str | StoredImage, folder: str | Path | None, known: dict[str, bool]) -> bool:
+    if isinstance(name, StoredImage):
+        return True
     if name not in known:
         known[name] = "://" in name or Path(locate_image(name, folder)).is_file()
     return known[name]
@@ -145,25 +148,10 @@ def _mark_first(turn: str) -> str:
     return f"{DEFAULT_IMAGE_TOKEN}\n{turn.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
 
 
-def _read_json(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise InputError(f"--data_path {path}: no such file")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, list):
-        raise InputError(f"{path}: expected a JSON list of records, found {type(content).__name__}")
-    return content
-
-
-def _list_images(value: Any, name: str) -> tuple[str, ...]:
+def _list_images(value: Any, name: str) -> tuple[str | StoredImage, ...]:
     images = [] if value is None else value if isinstance(value, list) else [value]
     for image in images:
-        if not isinstance(image, str) or not image:
+        if not isinstance(image, str | StoredImage) or not image:
             raise InputError(f"{name}: 'image' must be a file name or a list of file names, found {image!r}")
     return tuple(images)
 

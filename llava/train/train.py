@@ -15,7 +15,9 @@ from llava.train.arguments import DataArguments, ModelArguments, parse_arguments
 from llava.train.checkpoint import find_last_checkpoint, save_trained
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
+from llava.train.engine import leave_engine, start_engine
 from llava.train.llava_trainer import LlavaTrainer
+from llava.train.lora import add_lora
 from llava.train.model_setup import (
     add_vision,
     choose_trainable,
@@ -42,6 +44,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         InputError: flags, files or records that cannot be trained with.
     """
     model_args, data_args, training_args = parse_arguments(arguments)
+    start_engine(training_args.runs_deepspeed)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     config = read_config(model_args)
     model_args, data_args = complete_arguments(model_args, data_args, config)
@@ -49,19 +52,21 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     set_seed(training_args.seed)
     tokenizer = load_training_tokenizer(model_args, training_args)
     model = load_language_model(model_args, training_args, config)
+    trained = add_lora(model, training_args)
     image_format = None
     if model_args.vision_tower is not None:
         add_vision(model, tokenizer, model_args, data_args, training_args)
         image_format = describe_images(data_args, model.get_vision_tower().image_processor)
     choose_trainable(model, model_args)
     trainer = LlavaTrainer(
-        model=model,
+        model=trained,
         args=training_args,
         train_dataset=ConversationDataset(records, tokenizer, describe_text(model_args), image_format),
         data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=find_last_checkpoint(training_args.output_dir))
+    num_ranks = training_args.world_size if training_args.runs_deepspeed else None
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(training_args.output_dir, num_ranks))
     save_trained(trainer, only_projector=model_args.tune_mm_mlp_adapter)
     return trainer
 
@@ -88,6 +93,7 @@ def describe_images(data_args: DataArguments, processor: Any) -> ImageFormat:
 def main() -> None:
     """Run training as a command."""
     train()
+    leave_engine()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ def main() -> None:
     """Run training as a command."""
     from transformers.utils import is_flash_attn_2_available
 
+    from llava.train.engine import leave_engine
     from llava.train.train import train
 
     train(attn_implementation="flash_attention_2" if is_flash_attn_2_available() else "sdpa")
+    leave_engine()
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ and questions about a picture told in words, which teach a fresh language model 
 """
 
 import random
+from collections.abc import Mapping
 from typing import Protocol
 
-from playground.shapes import sentence
+from playground.shapes import choice, sentence
 from playground.shapes.world import Scene
 
+# Weights of the kinds of questions; "choice" is `choice.ask_choice`, the others are `sentence.KINDS`.
 QUESTION_KINDS = {"presence": 0.6, "color": 0.1, "shape": 0.08, "place": 0.06, "number": 0.06, "description": 0.1}
 SINGLE_KINDS = {"presence": 0.8, "color": 0.06, "shape": 0.05, "place": 0.03, "number": 0.03, "description": 0.03}
 WORDS_KINDS = {
@@ -19,6 +21,12 @@ WORDS_KINDS = {
     "number": 0.08,
     "description": 0.08,
 }  # words tell no place
+# All forms of the twelve benchmarks, and what is hardest to learn more often: shapes, and objects that only their shape
+# tells from one that is there. A model that starts with these learns neither; it must know colours first.
+EXAM_KINDS = {
+    "presence": 0.18, "lookalike": 0.26, "shape": 0.14, "color": 0.04, "place": 0.03, "number": 0.03, "check": 0.06,
+    "two": 0.02, "blind": 0.04, "ocr": 0.03, "choice": 0.12, "description": 0.03, "sentence": 0.02,
+}  # fmt: skip
 SINGLE_TURN, SEVERAL_TURNS, TWO_PICTURES = 0.35, 0.9, 0.95  # cumulated shares; the rest is text only
 MAX_TURNS = 6
 
@@ -53,12 +61,22 @@ def converse(identity: str, picture: PictureFile, other: PictureFile, chooser: r
     if share >= SEVERAL_TURNS:
         return compare(identity, (picture, other), chooser)
     number = 1 if share < SINGLE_TURN else chooser.randint(2, MAX_TURNS)
-    return ask(identity, picture, [sentence.ask_any(picture.scene, chooser, QUESTION_KINDS) for _ in range(number)])
+    return ask(identity, picture, [ask_any(picture.scene, chooser, QUESTION_KINDS) for _ in range(number)])
 
 
-def ask_once(identity: str, picture: PictureFile, chooser: random.Random) -> Sample:
-    """Make a sample with a single question about one picture, most often one of presence."""
-    return ask(identity, picture, [sentence.ask_any(picture.scene, chooser, SINGLE_KINDS)])
+def ask_any(scene: Scene, chooser: random.Random, kinds: Mapping[str, float]) -> sentence.Question:
+    """Ask a question of a random kind, multiple choice among them."""
+    share = kinds.get("choice", 0.0)
+    if share and chooser.random() < share / sum(kinds.values()):
+        return choice.ask_choice(scene, chooser)
+    return sentence.ask_any(scene, chooser, {kind: weight for kind, weight in kinds.items() if kind != "choice"})
+
+
+def ask_once(
+    identity: str, picture: PictureFile, chooser: random.Random, kinds: Mapping[str, float] = SINGLE_KINDS
+) -> Sample:
+    """Make a sample with a single question about one picture."""
+    return ask(identity, picture, [ask_any(picture.scene, chooser, kinds)])
 
 
 def ask(identity: str, picture: PictureFile, questions: list[sentence.Question]) -> Sample:
@@ -84,8 +102,8 @@ def compare(identity: str, pictures: tuple[PictureFile, PictureFile], chooser: r
 
 
 def converse_in_words(identity: str, scene: Scene, chooser: random.Random) -> Sample:
-    """Make a text-only sample: the picture is told, then one to three questions are asked about it."""
-    questions = [sentence.ask_any(scene, chooser, WORDS_KINDS) for _ in range(chooser.randint(2, MAX_TURNS))]
+    """Make a text-only sample: the picture is told, then some questions are asked about it."""
+    questions = [ask_any(scene, chooser, WORDS_KINDS) for _ in range(chooser.randint(2, MAX_TURNS))]
     pairs = list({each.prompt: each.answer for each in questions}.items())  # no question twice
     told = sentence.PICTURE_IN_WORDS.format(sentence.describe(scene).answer)
     pairs[0] = (told + pairs[0][0], pairs[0][1])

@@ -1,30 +1,32 @@
-"""Write the embedded world's files: LLaVA training sets, POPE's evaluation set, and pictures with known object places.
+"""Write the embedded world's files: training sets in LLaVA's form, the twelve benchmarks, and pictures to calibrate on.
 
-Layouts are the published ones. Training and evaluation pictures come from different seeds.
+All layouts are the published ones. Training and evaluation pictures come from different seeds, every benchmark has its
+own pictures.
 
 Run: `python -m playground.shapes.generate --out DIR --train-images N --eval-images M --seed S` writes
 
-    DIR/train/images/*.png  pretrain.json  finetune.json  single.json  text.json
-    DIR/eval/pope/val2014/*.png  coco/coco_pope_*.json  llava_pope_test.jsonl
+    DIR/train/images/*.png  pretrain.json  finetune.json  single.json  text.json  exam.json
+    DIR/eval/<benchmark's folder>/...
     DIR/calibrate/images/*.png  calibrate.jsonl
 """
 
 import argparse
-import json
 import random
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from llava.errors import InputError, run_command
-from playground.shapes import conversation, pope, sentence
-from playground.shapes.world import SPLITS, Scene, draw_scene
+from playground.shapes import conversation, sentence
+from playground.shapes.benchmark import FOLDERS
+from playground.shapes.file import NUM_PROCESSES, draw_many, draw_one, write_lines, write_samples
+from playground.shapes.world import Scene
 
-NUM_PROCESSES = 2
 CHUNK_SIZE = 64
 CALIBRATE_IMAGES = 200
+MAX_EVAL_IMAGES = 10_000  # of one benchmark: their seeds stand this far apart
+ORDER = ("pope", *(name for name in FOLDERS if name != "pope"))  # POPE's pictures are the first
 
 
 @dataclass(frozen=True)
@@ -35,48 +37,56 @@ class Picture:
     scene: Scene
 
 
-def draw_pictures(folder: Path, split: str, count: int, seed: int, prefix: str = "shapes") -> list[Picture]:
+def draw_pictures(folder: Path, split: str, count: int, seed: int) -> list[Picture]:
     """Draw `count` pictures of a split into a folder, in parallel."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = partial(draw_picture, folder, prefix, (seed, SPLITS[split]))
     with ProcessPoolExecutor(NUM_PROCESSES) as pool:
-        return list(pool.map(draw, range(count), chunksize=CHUNK_SIZE))
+        return list(pool.map(partial(draw_picture, folder, split, seed), range(count), chunksize=CHUNK_SIZE))
 
 
-def draw_picture(folder: Path, prefix: str, seed: tuple[int, int], index: int) -> Picture:
+def draw_picture(folder: Path, split: str, seed: int, index: int) -> Picture:
     """Draw and save one picture."""
-    picture, scene = draw_scene(*seed, index)
-    file = f"{prefix}_{index:012d}.png"
-    picture.save(folder / file, compress_level=1)
-    return Picture(file, scene)
+    drawing = draw_one(seed, split, index)
+    file = f"shapes_{index:012d}.png"
+    drawing.save(folder / file)
+    return Picture(file, drawing.scene)
 
 
 def write_train(folder: Path, count: int, samples_per_image: int, seed: int) -> None:
-    """Write the training pictures and the four JSON files."""
+    """Write the training pictures and the five JSON files."""
     pictures = draw_pictures(folder / "images", "train", count, seed)
     chooser = random.Random(seed)
-    write_json(folder / "pretrain.json", [conversation.describe(index, each.file, each.scene)
-                                          for index, each in enumerate(pictures)])  # fmt: skip
-    finetune, single, text = [], [], []
+    captions = (conversation.describe(index, each.file, each.scene) for index, each in enumerate(pictures))
+    write_samples(folder / "pretrain.json", captions)
+    exam_chooser = random.Random(seed + 1)
+    finetune, single, text, exam = [], [], [], []
     for turn in range(samples_per_image):
         for index, picture in enumerate(pictures):
             other = chooser.choice(pictures)
             finetune.append(conversation.converse(f"{turn}-{index}", picture, other, chooser))
             single.append(conversation.ask_once(f"{turn}-{index}", picture, chooser))
             text.append(conversation.converse_in_words(f"{turn}-{index}", picture.scene, chooser))
-    write_json(folder / "finetune.json", finetune)
-    write_json(folder / "single.json", single)
-    write_json(folder / "text.json", text)
+            exam.append(conversation.ask_once(f"{turn}-{index}", picture, exam_chooser, conversation.EXAM_KINDS))
+    write_samples(folder / "finetune.json", finetune)
+    write_samples(folder / "single.json", single)
+    write_samples(folder / "text.json", text)
+    write_samples(folder / "exam.json", exam)
 
 
-def write_eval(folder: Path, count: int, seed: int) -> None:
-    """Write POPE's pictures, label files and question file."""
-    pictures = draw_pictures(folder / "val2014", "eval", count, seed, prefix="shapes_val2014")
-    categories = pope.make_categories([(each.file, each.scene) for each in pictures], random.Random(seed))
-    (folder / "coco").mkdir(exist_ok=True)
-    for category, questions in categories.items():
-        write_lines(folder / "coco" / f"coco_pope_{category}.json", pope.label_lines(questions))
-    write_lines(folder / "llava_pope_test.jsonl", pope.question_lines(categories))
+def write_eval(folder: Path, count: int, seed: int, names: tuple[str, ...] = ORDER) -> None:
+    """Write benchmarks, each on `count` pictures of its own.
+
+    Args:
+        folder: the data root; every benchmark gets its published folder in it.
+        count: pictures per benchmark.
+        seed: of the pictures and of the choice of questions.
+        names: which benchmarks.
+    """
+    for name in names:
+        module, place = FOLDERS[name]
+        first = ORDER.index(name) * MAX_EVAL_IMAGES
+        drawings = draw_many("eval", seed, range(first, first + count))
+        module.write(folder / place, drawings, random.Random(seed))
 
 
 def write_calibrate(folder: Path, count: int, seed: int) -> None:
@@ -90,32 +100,29 @@ def write_calibrate(folder: Path, count: int, seed: int) -> None:
     write_lines(folder / "calibrate.jsonl", rows)
 
 
-def write_json(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write a list of samples, one to a line, so that a person can look into the file."""
-    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    """Write JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def main() -> None:
     """Write everything."""
     parser = argparse.ArgumentParser(description="Write the embedded world's training and evaluation files.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train-images", type=int, default=20000)
-    parser.add_argument("--eval-images", type=int, default=200)
+    parser.add_argument("--eval-images", type=int, default=200, help="pictures per benchmark")
+    parser.add_argument("--benchmarks", default=" ".join(ORDER), help="which of them, by their words")
     parser.add_argument("--calibrate-images", type=int, default=CALIBRATE_IMAGES)
     parser.add_argument("--samples-per-image", type=int, default=4, help="finetuning conversations per picture")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if min(arguments.train_images, arguments.eval_images, arguments.calibrate_images, arguments.seed) < 0:
         raise InputError("numbers of images and the seed must not be negative")
+    if arguments.eval_images > MAX_EVAL_IMAGES:
+        raise InputError(f"--eval-images {arguments.eval_images}: at most {MAX_EVAL_IMAGES}")
+    names = tuple(arguments.benchmarks.split())
+    unknown = [name for name in names if name not in FOLDERS]
+    if unknown:
+        raise InputError(f"--benchmarks: no benchmark {unknown[0]!r}; known: {', '.join(FOLDERS)}")
     if arguments.train_images:
         write_train(arguments.out / "train", arguments.train_images, arguments.samples_per_image, arguments.seed)
     if arguments.eval_images:
-        write_eval(arguments.out / "eval" / "pope", arguments.eval_images, arguments.seed)
+        write_eval(arguments.out / "eval", arguments.eval_images, arguments.seed, names)
     if arguments.calibrate_images:
         write_calibrate(arguments.out / "calibrate", arguments.calibrate_images, arguments.seed)
 

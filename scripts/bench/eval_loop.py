@@ -21,6 +21,7 @@ from transformers import CLIPVisionModelWithProjection
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.timing import time_in_turns
 from llava.errors import run_command
+from llava.eval.__main__ import positive_or_auto
 from llava.eval.prompting import DEFAULT_CONV_MODE, wrap_prompt
 from llava.eval.runner import Settings, answer_questions
 from llava.eval.task import LOADER_MAX_NEW_TOKENS, Question
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--questions-per-image", type=int, default=18)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=positive_or_auto, help="default: auto")
     parser.add_argument("--naive-images", type=int, help="pictures for the plain loop, to save time; default: all")
     args = parser.parse_args()
     tokenizer, model, image_processor, _ = load_pretrained_model(
@@ -123,7 +124,9 @@ def report(args: Any, questions: list, few: list, seconds: dict[str, list[float]
     """Print and write the figures; leave with 1 where the answers differ in float32."""
     counts = {"naive": len(few), "runner": len(questions)}
     same = sum(answers["runner"].get(question.id) == answers["naive"][question.id] for question in few)
-    print(f"{args.questions_per_image} question(s) per picture, {args.images} pictures, batch {args.batch_size}")
+    print(
+        f"{args.questions_per_image} question(s) per picture, {args.images} pictures, batch {args.batch_size or 'auto'}"
+    )
     side_by_side.tell_times(seconds, counts)
     each = {name: [value / counts[name] for value in values] for name, values in seconds.items()}
     ratio = side_by_side.tell_ratio("runner over naive, questions per second", each["naive"], each["runner"])

@@ -109,9 +109,14 @@ class FakeModel:
     """Its answer names the prompt's length, the colours of its pictures and the lengths of their queries."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(image_aspect_ratio="pad", mm_use_im_start_end=False)
+        self.config = SimpleNamespace(
+            image_aspect_ratio="pad", mm_use_im_start_end=False, mm_hidden_size=3, hidden_size=4, intermediate_size=8,
+            num_attention_heads=1, num_hidden_layers=1,
+        )  # fmt: skip
+        self.embedded: list[str] = []
         self.encoded: list[int] = []
         self.batches: list[list[int]] = []
         self.arguments: dict = {}
@@ -121,10 +126,22 @@ class FakeModel:
         self.encoded.append(len(images))
         return [image.reshape(1, 1, 3).expand(1, 4, 3) for image in images]
 
+    def get_vision_tower(self) -> SimpleNamespace:
+        return SimpleNamespace(num_patches=4)
+
+    def embed_queries(self, texts: list[str]) -> torch.Tensor:
+        self.embedded += texts
+        return torch.tensor([[float(len(text))] for text in texts])
+
     def make_image_tokens(
-        self, patches: list[torch.Tensor], texts: list[str], image_sizes: list[tuple[int, int]]
+        self,
+        patches: list[torch.Tensor],
+        texts: list[str],
+        image_sizes: list[tuple[int, int]],
+        text_embeds: torch.Tensor,
     ) -> list[SimpleNamespace]:
         assert len(patches) == len(texts) == len(image_sizes)
+        assert text_embeds[:, 0].tolist() == list(map(len, texts))
         return [
             SimpleNamespace(num_tokens=1 + len(text) % 4, num_patches=4, seen=(int(crops.sum()), len(text), *size))
             for crops, text, size in zip(patches, texts, image_sizes, strict=True)

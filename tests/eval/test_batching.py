@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.batching import UNIT_BATCHES, batch_by_length, plan_units, take_chunk
+from llava.eval.batching import batch_by_length, plan_units, take_chunk
 from llava.eval.task import Question
 
 
@@ -18,19 +18,19 @@ def shuffled_questions(num_questions: int, num_images: int) -> list[Question]:
 
 
 @pytest.mark.parametrize("num_workers", [1, 8])
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("limit", [1, 8, 32, 512])
 @pytest.mark.parametrize(("num_questions", "num_images"), [(1, 1), (50, 7), (500, 3), (2000, 90)])
 def test_units_hold_every_question_once_and_stay_within_their_limit(
-    batch_size: int, num_questions: int, num_images: int, num_workers: int
+    limit: int, num_questions: int, num_images: int, num_workers: int
 ) -> None:
     questions = shuffled_questions(num_questions, num_images)
-    units = plan_units(questions, batch_size, num_workers)
+    units = plan_units(questions, limit, num_workers)
     assert sorted(question.id for unit in units for question in unit) == list(range(num_questions))
-    assert all(1 <= len(unit) <= UNIT_BATCHES * batch_size for unit in units)
+    assert all(1 <= len(unit) <= limit for unit in units)
 
 
 def test_equal_images_meet_in_one_unit_where_they_fit() -> None:
-    units = plan_units(shuffled_questions(9 * 400, 400), 4)
+    units = plan_units(shuffled_questions(9 * 400, 400), 32)
     places = {}
     for number, unit in enumerate(units):
         for question in unit:
@@ -40,13 +40,13 @@ def test_equal_images_meet_in_one_unit_where_they_fit() -> None:
 
 def test_a_small_benchmark_is_still_cut_for_many_workers() -> None:
     questions = [ask(number, f"{number}.jpg") for number in range(218)]
-    assert len(plan_units(questions, 8, num_workers=8)) >= 24
-    assert len(plan_units(questions, 8)) == 4
+    assert len(plan_units(questions, 64, num_workers=8)) >= 24
+    assert len(plan_units(questions, 64)) == 4
 
 
 def test_text_alone_and_several_images_are_groups_of_their_own() -> None:
     questions = [ask(1, "a", "b"), ask(2), ask(3, "a"), ask(4), ask(5, "a", "b")]
-    units = plan_units(questions, 8)
+    units = plan_units(questions, 64)
     assert [question.id for unit in units for question in unit] == [1, 5, 2, 4, 3]
 
 
@@ -55,7 +55,16 @@ def test_no_question_makes_no_unit() -> None:
 
 
 def test_batches_hold_neighbours_in_length_and_ties_keep_their_order() -> None:
-    assert batch_by_length(["ccc", "a", "bb", "b", "aa"], len, 2) == [["a", "b"], ["bb", "aa"], ["ccc"]]
+    batches = batch_by_length(["ccc", "a", "bb", "b", "aa"], len, lambda number, longest: number <= 2)
+    assert batches == [["a", "b"], ["bb", "aa"], ["ccc"]]
+
+
+def test_long_items_stand_in_smaller_batches_where_space_is_limited_and_no_item_is_refused() -> None:
+    def allow(number: int, longest: int) -> bool:
+        return number == 1 or number * longest <= 6
+
+    items = ["dddd", "a", "cc", "b", "eeeeeeeee", "bb"]
+    assert batch_by_length(items, len, allow) == [["a", "b", "cc"], ["bb"], ["dddd"], ["eeeeeeeee"]]
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 4, 9, 12])

@@ -75,8 +75,9 @@ def test_a_picture_is_encoded_once_however_many_questions_it_gets(
 
 
 def test_the_cache_is_bounded_and_an_evicted_picture_is_encoded_again(
-    make_pope: Callable[..., Path], fake_parts: tuple
+    make_pope: Callable[..., Path], fake_parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("llava.eval.runner.choose_unit_size", lambda model: 2)
     folder = make_pope(4)
     pictures = sorted(folder.glob("val2014/*"))
     questions = [

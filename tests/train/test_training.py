@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.train import checkpoint
+from llava.model.checkpoint_folder import locate_tower
 from llava.train.llava_trainer import LlavaTrainer
 from llava.train.records import parse_record
 from llava.train.targets import choose_template, render
@@ -270,7 +270,7 @@ def test_checkpoint_and_tower_can_move_together(
 @pytest.mark.parametrize("name", ["open_clip:ViT-B-32", "/absolute/clip", "openai/clip-vit-large-patch14-336"])
 def test_names_that_are_no_relative_path_are_kept(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.locate_tower(name, str(tmp_path), tmp_path / "run") == name
+    assert locate_tower(name, str(tmp_path), tmp_path / "run") == name
 
 
 def test_stage_1_leaves_a_projector_that_stage_2_starts_from(run_training: Callable, captions: Path, tmp_path: Path):

@@ -8,14 +8,29 @@ together). As many yes as no in every category, in turn; at most three of each p
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from playground.shapes import sentence
+from playground.shapes.file import Drawing, write_lines
 from playground.shapes.world import Scene
 
 QUESTIONS_PER_ANSWER = 3
 FIRST_ID = {"adversarial": 1, "popular": 20000001, "random": 10000001}  # in the order of the published question file
 
 Question = tuple[str, str, str]  # image file, text without suffix, label
+
+
+def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> None:
+    """Write `val2014/`, the label files and the question file."""
+    pictures = []
+    for index, drawing in enumerate(drawings):
+        file = f"shapes_val2014_{index:012d}.png"
+        drawing.save(folder / "val2014" / file)
+        pictures.append((file, drawing.scene))
+    categories = make_categories(pictures, chooser)
+    for category, questions in categories.items():
+        write_lines(folder / "coco" / f"coco_pope_{category}.json", label_lines(questions))
+    write_lines(folder / "llava_pope_test.jsonl", question_lines(categories))
 
 
 def make_categories(pictures: Sequence[tuple[str, Scene]], chooser: random.Random) -> dict[str, list[Question]]:

@@ -1,0 +1,233 @@
+"""The training scripts: what they print, what they refuse, and (slow) real runs on two CPU ranks."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llava.model.builder import load_pretrained_model
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINTS = ROOT / "playground" / "shapes" / "checkpoints"
+NAMES = (
+    "finetune_8gpu_TRIM", "pretrain", "finetune", "finetune_lora", "finetune_qlora", "v1_5/pretrain", "v1_5/finetune",
+    "v1_5/finetune_lora", "v1_5/finetune_task", "v1_5/finetune_task_lora",
+)  # fmt: skip
+ENDS_WITHIN_SECONDS = 120
+
+
+def settings(**variables: str) -> dict[str, str]:
+    """The environment of a script: this Python, no GPUs, and nothing that the caller's shell has set for training."""
+    own = {key: value for key, value in os.environ.items() if key not in ("NUM_GPUS", "MODEL", "DATA", "OUTPUT")}
+    return own | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"} | variables
+
+
+def run(name: str, *words: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *words]
+    return subprocess.run(
+        command, cwd=cwd, env=settings(**variables), capture_output=True, text=True, check=False, timeout=590
+    )
+
+
+def dry_run(name: str, *words: str, **variables: str) -> tuple[list[str], dict[str, str]]:
+    """The command of a script, and its flags with their last values."""
+    done = run(name, *words, DRY_RUN="1", **variables)
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout)
+    return command, {word[2:]: value for word, value in itertools.pairwise(command) if word.startswith("--")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_script_prints_one_command_for_eight_gpus(name: str):
+    command, flags = dry_run(name)
+    assert "llava/train/train_mem.py" in command
+    assert flags["num_gpus"] == "8"
+    batch = int(flags["per_device_train_batch_size"]) * int(flags["gradient_accumulation_steps"]) * 8
+    assert batch == (256 if "pretrain" in name else 128)
+    assert (ROOT / flags["deepspeed"]).is_file()
+    assert flags["model_max_length"] == "2048" and flags["num_train_epochs"] == "1"
+    assert (flags["lr_scheduler_type"], flags["warmup_ratio"], flags["report_to"]) == ("cosine", "0.03", "none")
+
+
+def test_the_trim_script_trains_as_published():
+    _, flags = dry_run("finetune_8gpu_TRIM")
+    expected = {
+        "mm_vision_token_reduce_func": "TRIM:-1", "learning_rate": "2e-5", "deepspeed": "scripts/zero3.json",
+        "per_device_train_batch_size": "4", "gradient_accumulation_steps": "4", "version": "v1",
+        "model_name_or_path": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336",
+        "bf16": "True", "tf32": "True", "image_aspect_ratio": "pad", "gradient_checkpointing": "True",
+    }  # fmt: skip
+    assert {key: flags[key] for key in expected} == expected
+
+
+def test_every_variable_can_be_set_from_outside():
+    variables = {
+        "MODEL": "some/model", "DATA": "some/data", "IMAGES": "/pictures", "VISION_TOWER": "some/clip",
+        "PROJECTOR": "/p/mm_projector.bin", "OUTPUT": "/out/run", "ZERO": "/z.json", "BATCH_SIZE": "2",
+        "GRADIENT_ACCUMULATION": "3", "LEARNING_RATE": "7e-6", "EPOCHS": "2", "MAX_LENGTH": "512", "SAVE_STEPS": "9",
+        "NUM_WORKERS": "1", "SEED": "5", "REPORT_TO": "tensorboard", "ASPECT_RATIO": "square", "VERSION": "v1_mmtag",
+        "LOGGING_STEPS": "10", "GRADIENT_CHECKPOINTING": "False", "NUM_GPUS": "2", "PRECISION": "fp16",
+        "reduce_func": "TextSim", "reduce_func_param": "0.25", "MASTER_PORT": "12345",
+    }  # fmt: skip
+    command, flags = dry_run("finetune_8gpu_TRIM", **variables)
+    shown = set(flags.values())
+    parts = ("reduce_func", "reduce_func_param", "PRECISION")
+    assert {value for key, value in variables.items() if key not in parts} <= shown
+    assert flags["mm_vision_token_reduce_func"] == "TextSim:0.25"
+    assert flags["fp16"] == "True" and "bf16" not in flags
+    assert "DS_ACCELERATOR=cpu" in command
+
+
+def test_flags_after_two_dashes_win():
+    _, flags = dry_run("finetune", "--", "--learning_rate", "1e-9", "--max_steps", "3")
+    assert (flags["learning_rate"], flags["max_steps"]) == ("1e-9", "3")
+
+
+def test_accumulation_keeps_the_global_batch_on_fewer_gpus():
+    _, flags = dry_run("finetune_8gpu_TRIM", NUM_GPUS="4", CUDA_VISIBLE_DEVICES="0,1,2,3")
+    assert flags["gradient_accumulation_steps"] == "8"
+    assert flags["include"] == "localhost:0,1,2,3"
+
+
+def test_the_visible_gpus_are_used_and_no_others():
+    _, flags = dry_run("finetune", CUDA_VISIBLE_DEVICES="4,6,7", NUM_GPUS="2")
+    assert flags["include"] == "localhost:4,6"
+
+
+def test_a_language_model_alone_gets_no_flag_about_pictures():
+    command, _ = dry_run("finetune", VISION_TOWER="", IMAGES="")
+    assert not [word for word in command if "vision" in word or "image" in word or "projector" in word]
+
+
+def test_no_reduction_and_the_checkpoints_own_differ():
+    assert dry_run("finetune")[1]["mm_vision_token_reduce_func"] == "none"
+    assert "mm_vision_token_reduce_func" not in dry_run("v1_5/finetune_task")[1]
+
+
+def test_paths_are_meant_from_where_the_user_stands(tmp_path: Path):
+    (tmp_path / "clip").mkdir()
+    done = run("finetune", cwd=tmp_path, DRY_RUN="1", VISION_TOWER="clip", OUTPUT="runs/new", DATA="liuhaotian/some")
+    flags = shlex.split(done.stdout)
+    shown = {flag: flags[flags.index(f"--{flag}") + 1] for flag in ("vision_tower", "output_dir", "data_path")}
+    assert (ROOT / shown["vision_tower"]).resolve() == tmp_path / "clip"
+    assert (ROOT / shown["output_dir"]).resolve() == tmp_path / "runs/new"
+    assert not Path(shown["vision_tower"]).is_absolute()  # config.json then names the tower relative to the checkpoint
+    assert shown["data_path"] == "liuhaotian/some"
+
+
+def test_several_machines_start_through_the_same_launcher(tmp_path: Path):
+    nodes = {"NUM_NODES": "2", "HOSTFILE": str(tmp_path / "hosts"), "NUM_GPUS": "8", "BATCH_SIZE": "8"}
+    _, by_ssh = dry_run("finetune", **nodes)
+    assert (by_ssh["num_nodes"], by_ssh["hostfile"]) == ("2", str(tmp_path / "hosts"))
+    assert by_ssh["per_device_train_batch_size"] == "8" and by_ssh["gradient_accumulation_steps"] == "1"
+    _, by_hand = dry_run("finetune", **nodes, NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    assert (by_hand["node_rank"], by_hand["master_addr"]) == ("1", "10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({}, "no GPU is visible; NUM_GPUS=2 trains on two CPU ranks"),
+        ({"NUM_GPUS": "two"}, "NUM_GPUS must be a whole number"),
+        ({"NUM_GPUS": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, "only 2 GPUs are visible"),
+        ({"NUM_GPUS": "2"}, "DATA: nothing at playground/data/llava_v1_5_mix665k.json"),
+        ({"NUM_GPUS": "2", "DATA": ""}, "DATA is empty"),
+        ({"NUM_GPUS": "2", "DATA": "{file}", "IMAGES": "/no/folder"}, "IMAGES: no folder /no/folder"),
+        ({"NUM_GPUS": "2", "DATA": "{file}", "IMAGES": "{folder}"}, "PROJECTOR: no file checkpoints/"),
+        ({"NUM_GPUS": "2", "MODEL": "./nowhere"}, "MODEL: nothing at ./nowhere"),
+        ({"NUM_GPUS": "2", "ZERO": "none.json"}, "ZERO: no DeepSpeed settings at none.json"),
+        ({"NUM_GPUS": "3", "DRY_RUN": "1"}, "GLOBAL_BATCH=128 is no multiple of 48"),
+        ({"NUM_GPUS": "2", "DRY_RUN": "1", "PRECISION": "fp8"}, "PRECISION=fp8: expected bf16, fp16 or fp32"),
+        ({"NUM_NODES": "2", "NUM_GPUS": "8", "BATCH_SIZE": "8", "DRY_RUN": "1"}, "NUM_NODES=2 needs HOSTFILE"),
+    ],
+)
+def test_what_is_missing_is_named_before_anything_loads(variables: dict, says: str, tmp_path: Path):
+    (tmp_path / "data.json").write_text("[]")
+    places = {"{file}": str(tmp_path / "data.json"), "{folder}": str(tmp_path)}
+    done = run("finetune", **{key: places.get(value, value) for key, value in variables.items()})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_option_in_the_wrong_place_is_told():
+    assert "options such as --max_steps go after --" in run("finetune", "--max_steps", "3").stderr
+
+
+# ------------------------------------------------------------------------------------------------ real runs
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    words = ["--train-images", "30", "--samples-per-image", "2", "--eval-images", "8", "--seed", "11"]
+    subprocess.run(
+        [sys.executable, "-m", "playground.shapes.generate", "--out", str(folder), "--benchmarks", "pope", *words],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+def shapes_settings(world: Path, output: str) -> dict[str, str]:
+    return {
+        "NUM_GPUS": "2", "MODEL": str(CHECKPOINTS / "llava-shapes"), "VISION_TOWER": str(CHECKPOINTS / "shapes-clip"),
+        "PROJECTOR": "", "DATA": str(world / "train/finetune.json"), "IMAGES": str(world / "train/images"),
+        "OUTPUT": str(world / output), "BATCH_SIZE": "4", "GLOBAL_BATCH": "8", "NUM_WORKERS": "0", "MAX_LENGTH": "512",
+        "LEARNING_RATE": "1e-4",
+    }  # fmt: skip
+
+
+def pope_accuracy(world: Path, checkpoint: Path) -> float:
+    done = run("v1_5/eval/pope", checkpoint.name, str(checkpoint), LLAVA_EVAL_ROOT=str(world / "eval"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = world / "eval/pope/answers" / checkpoint.name / "merge.scores.json"
+    return json.loads(scores.read_text())["scores"]["average_accuracy"]
+
+
+@pytest.mark.slow
+def test_the_trim_script_trains_on_two_cpu_ranks_as_one_process_does(world: Path):
+    few = ["--max_steps", "4", "--save_strategy", "no", "--disable_tqdm", "True"]
+    for zero in ("zero2", "zero3"):
+        done = run("finetune_8gpu_TRIM", "--", *few, ZERO=f"scripts/{zero}.json", **shapes_settings(world, zero))
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        assert "'train_loss'" in (world / f"{zero}.log").read_text()
+    command, _ = dry_run("finetune_8gpu_TRIM", "--", *few, **shapes_settings(world, "alone"))
+    alone = command[command.index("llava/train/train_mem.py") :]
+    place = alone.index("--deepspeed")
+    del alone[place : place + 2]
+    subprocess.run([sys.executable, *alone], cwd=ROOT, env=settings(), check=True, capture_output=True)
+    expected = pope_accuracy(world, world / "alone")
+    for zero in ("zero2", "zero3"):
+        model = load_pretrained_model(str(world / zero), device="cpu")[1]
+        assert model.token_reducer.spec() == "TRIM:-1"
+        assert pope_accuracy(world, world / zero) >= expected - 1
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_loads(world: Path):
+    variables = shapes_settings(world, "killed") | {"SAVE_STEPS": "2"}
+    command = ["bash", str(ROOT / "scripts/finetune.sh"), "--", "--max_steps", "5000", "--save_only_model", "True"]
+    with (world / "screen.txt").open("w") as screen:
+        script = subprocess.Popen(command, cwd=ROOT, env=settings(**variables), stdout=screen, stderr=screen)
+    try:
+        deadline = time.monotonic() + 300
+        while not list((world / "killed").glob("checkpoint-*/trainer_state.json")):
+            assert script.poll() is None and time.monotonic() < deadline, (world / "screen.txt").read_text()[-3000:]
+            time.sleep(0.5)
+        ranks = [int(number) for number in re.findall(r"process (\d+) spawned", (world / "killed.log").read_text())]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        assert script.wait(timeout=ENDS_WITHIN_SECONDS) != 0
+    finally:
+        script.terminate()
+    assert "error: training stopped with exit code" in (world / "screen.txt").read_text()
+    time.sleep(1)
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    complete = sorted((world / "killed").glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    load_pretrained_model(str(complete[-1].parent), device="cpu")

@@ -1,0 +1,82 @@
+"""Run training scenarios on several CPU ranks: `python ranks.py SCENARIOS.json`; not a test itself.
+
+torch and DeepSpeed are imported once and every scenario's ranks are forked from here, which is several times cheaper
+than a launcher each. Each scenario leaves `<name>.json` (losses of rank 0, the error of a rank that failed) beside the
+scenarios' file, and `<name>.<rank>.log`.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import deepspeed  # noqa: F401 # imported once for all ranks
+import torch
+
+from llava.train.train import train
+
+PATIENCE_SECONDS = 240
+
+
+def find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_rank(rank: int, num_ranks: int, port: int, scenario: dict, folder: Path) -> None:
+    log = os.open(folder / f"{scenario['name']}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        trainer = train([word for key, value in scenario["flags"].items() for word in (f"--{key}", str(value))])
+        if rank == 0:
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            (folder / f"{scenario['name']}.json").write_text(json.dumps({"losses": losses}))
+        torch.distributed.barrier()
+    except BaseException as error:
+        traceback.print_exc()
+        (folder / f"{scenario['name']}.json").write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no interpreter shutdown, in which gloo's threads may abort
+
+
+def run_scenario(scenario: dict, folder: Path) -> None:
+    port, num_ranks = find_port(), scenario.get("ranks", 2)
+    children = []
+    for rank in range(num_ranks):
+        child = os.fork()
+        if child == 0:
+            run_rank(rank, num_ranks, port, scenario, folder)
+        children.append(child)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while children and time.monotonic() < deadline:
+        for child in list(children):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                children.remove(child)
+                if status != 0:
+                    deadline = min(deadline, time.monotonic() + 10)
+        time.sleep(0.05)
+    for child in children:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    if children and not (folder / f"{scenario['name']}.json").exists():
+        (folder / f"{scenario['name']}.json").write_text(json.dumps({"error": "the ranks did not end"}))
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    for entry in json.loads(file.read_text()):
+        run_scenario(entry, file.parent)

@@ -1,0 +1,221 @@
+"""Two CPU ranks under the shipped DeepSpeed files equal one process: losses, weights, resuming, uneven work."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava.model.builder import load_pretrained_model
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+LLM = "lmsys/vicuna-tiny-v1.5"
+TRIM = {"mm_vision_token_reduce_func": "TRIM:-1"}
+NUM_STEPS = 20
+# A fixed draw, so that a failure can be repeated.
+INTERRUPTED_AT = random.Random(20240916).randrange(3, NUM_STEPS - 2)
+LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+
+pytestmark = pytest.mark.slow
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    result = json.loads((folder / f"{name}.json").read_text())
+    assert "error" not in result, f"{name}: {result['error']}\n{(folder / f'{name}.0.log').read_text()[-3000:]}"
+    return result["losses"]
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "model.safetensors")
+
+
+def furthest(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any weight."""
+    assert left.keys() == right.keys()
+    return max((left[name].float() - right[name].float()).abs().max().item() for name in left)
+
+
+@pytest.fixture(scope="module")
+def run_ranks(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict]], Path]:
+    """Run scenarios one after the other; in the golden checkpoints' folder, where tower names are relative."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def run(scenarios: list[dict]) -> Path:
+        common = {
+            "model_name_or_path": LLM, "vision_tower": "openai/clip-vit-tiny-patch14-84",
+            "pretrain_mm_mlp_adapter": "liuhaotian/llava-v1.5-mlp2x-tiny-pretrain/mm_projector.bin",
+            "image_folder": golden / "data/images", "image_aspect_ratio": "pad", "logging_steps": 1,
+            "per_device_train_batch_size": 1, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True,
+            **TRIM,
+        }  # fmt: skip
+        for scenario in scenarios:
+            flags = common | {"output_dir": folder / scenario["name"]} | scenario["flags"]
+            scenario["flags"] = {key: str(value) for key, value in flags.items() if value is not None}
+        file = folder / "scenarios.json"
+        file.write_text(json.dumps(scenarios))
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("ranks.py")), str(file)],
+            cwd=golden / "checkpoints", capture_output=True, text=True, check=False, timeout=590,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
+                              "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Training files: the six records over and over; pictures and texts in turn; captions alone."""
+    records = json.loads((golden / "data/questions/train6.json").read_text())
+    pictures = [raw for raw in records if "image" in raw]
+    text = next(raw for raw in records if "image" not in raw)
+    contents = {
+        "mixed": records * 5,  # two epochs are begun: the order of the second is made anew
+        "in_turn": [raw for picture in pictures[:3] for raw in (picture, text)],
+        "captions": [raw for raw in pictures if len(raw["conversations"]) == 2] * 2,
+    }
+    folder = tmp_path_factory.mktemp("data")
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return {name: folder / f"{name}.json" for name in contents}
+
+
+@pytest.fixture(scope="module")
+def runs(run_ranks: Callable, data: dict[str, Path]) -> Path:
+    """All scenarios that need nothing of each other's results."""
+    whole = {
+        "data_path": data["mixed"], "max_steps": NUM_STEPS, "save_strategy": "steps", "save_steps": INTERRUPTED_AT,
+        "group_by_modality_length": True,
+    }  # fmt: skip
+    uneven = {
+        "data_path": data["in_turn"], "train_sampling_strategy": "sequential", "max_steps": 3,
+        "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    few = {"data_path": data["mixed"], "max_steps": 3}
+    engines = {"zero2": {"deepspeed": SCRIPTS / "zero2.json"}, "zero3": {"deepspeed": SCRIPTS / "zero3.json"}}
+    # The loss is a mean over micro-batches, so two ranks with a sample each are one process that accumulates two.
+    one = {"gradient_accumulation_steps": 2, "save_strategy": "no"}
+    scenarios = [
+        {"name": "one", "ranks": 1, "flags": whole | one},
+        {"name": "uneven-one", "ranks": 1, "flags": uneven | one},
+        {"name": "stage1-one", "ranks": 1, "flags": stage_1(data) | one},
+    ]
+    for name, engine in engines.items():
+        scenarios += [
+            {"name": name, "flags": whole | engine},
+            {"name": f"uneven-{name}", "flags": uneven | engine},
+            {"name": f"stage1-{name}", "flags": stage_1(data) | engine | {"gradient_checkpointing": True}},
+            {"name": f"lora-{name}", "flags": few | LORA | engine | {"gradient_checkpointing": True}},
+            {"name": f"qlora-{name}", "flags": few | LORA | engine | {"bits": 4, "bf16": True}},
+        ]
+    llava = {"model_name_or_path": "llava-v1.5-tiny84", "learning_rate": 0.0}
+    scenarios += [
+        {"name": "bf16", "flags": few | engines["zero3"] | {"bf16": True}},
+        {"name": "fp16", "flags": few | engines["zero2"] | {"fp16": True}},
+        {"name": "from-llava", "flags": few | engines["zero3"] | llava},
+    ]
+    return run_ranks(scenarios)
+
+
+def stage_1(data: dict[str, Path]) -> dict:
+    return {"data_path": data["captions"], "version": "plain", "tune_mm_mlp_adapter": True, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def resumed(runs: Path, run_ranks: Callable, data: dict[str, Path]) -> Path:
+    """Both runs once more, from the checkpoint at which they are taken to have been interrupted."""
+    scenarios = []
+    for name in ("zero2", "zero3"):
+        folder = runs / f"{name}-resumed"
+        shutil.copytree(runs / name / f"checkpoint-{INTERRUPTED_AT}", folder / f"checkpoint-{INTERRUPTED_AT}")
+        flags = {
+            "data_path": data["mixed"], "max_steps": NUM_STEPS, "group_by_modality_length": True,
+            "deepspeed": SCRIPTS / f"{name}.json",
+        }  # fmt: skip
+        scenarios.append({"name": folder.name, "flags": flags})
+    scenarios.append({"name": "alone", "ranks": 1, "flags": scenarios[0]["flags"] | {"output_dir": runs / "zero2"}})
+    return run_ranks(scenarios)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_two_ranks_train_as_one_process(name: str, runs: Path):
+    assert losses(runs, name) == pytest.approx(losses(runs, "one"), abs=1e-4)
+    assert len(losses(runs, name)) == NUM_STEPS
+    assert furthest(weights(runs, name), weights(runs, "one")) < 1e-4
+
+
+def test_zero2_and_zero3_leave_the_same_weights(runs: Path):
+    # They add up in another order; losses near 10 have float32 steps of 1e-6.
+    assert losses(runs, "zero2") == pytest.approx(losses(runs, "zero3"), abs=1e-5)
+    assert furthest(weights(runs, "zero2"), weights(runs, "zero3")) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(name: str, resumed: Path):
+    assert losses(resumed, f"{name}-resumed") == pytest.approx(losses(resumed, name), abs=1e-6)
+    assert furthest(weights(resumed, f"{name}-resumed"), weights(resumed, name)) < 1e-6
+
+
+def test_another_number_of_ranks_is_told_before_training(resumed: Path):
+    error = json.loads((resumed / "alone.json").read_text())["error"]
+    assert "was left by 2 ranks, this run has 1" in error
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_rank_of_texts_beside_a_rank_of_pictures_gives_the_right_gradients(name: str, runs: Path):
+    # Plain gradient descent: the weights' way is the sum of the gradients.
+    assert losses(runs, f"uneven-{name}") == pytest.approx(losses(runs, "uneven-one"), abs=1e-4)
+    alone, together = weights(runs, "uneven-one"), weights(runs, f"uneven-{name}")
+    assert furthest(together, alone) < 1e-5
+    start = torch.load(
+        ROOT / "tests/golden/checkpoints/liuhaotian/llava-v1.5-mlp2x-tiny-pretrain/mm_projector.bin", weights_only=True
+    )
+    moved = max((together[key] - value).abs().max().item() for key, value in start.items())
+    assert moved > 1e-4
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_stage_1_saves_the_projector_of_one_process(name: str, runs: Path):
+    projectors = [torch.load(runs / f"stage1-{run}" / "mm_projector.bin", weights_only=True) for run in (name, "one")]
+    assert furthest(*projectors) < 1e-5
+    assert not (runs / f"stage1-{name}" / "model.safetensors").exists()
+
+
+def test_lora_is_the_same_under_both_and_loads_on_its_base(runs: Path, checkpoints: Path):
+    adapters = [load_file(runs / f"lora-{name}" / "adapter_model.safetensors") for name in ("zero2", "zero3")]
+    assert furthest(*adapters) < 1e-5
+    rest = [torch.load(runs / f"lora-{name}/non_lora_trainables.bin", weights_only=True) for name in ("zero2", "zero3")]
+    assert furthest(*rest) < 1e-5 and len(rest[0]) == 4
+    assert any(value.abs().max() > 0 for key, value in adapters[0].items() if "lora_B" in key)
+    load_pretrained_model(str(runs / "lora-zero3"), LLM, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_qlora_trains_on_two_ranks(name: str, runs: Path, checkpoints: Path):
+    assert len(losses(runs, f"qlora-{name}")) == 3
+    adapter = load_file(runs / f"qlora-{name}" / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for key, value in adapter.items() if "lora_B" in key)
+    load_pretrained_model(str(runs / f"qlora-{name}"), LLM, device="cpu")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_16_bit_run_saves_a_whole_16_bit_checkpoint(name: str, dtype: torch.dtype, runs: Path, checkpoints: Path):
+    assert len(losses(runs, name)) == 3
+    assert {value.dtype for value in weights(runs, name).values()} == {dtype}
+    assert load_pretrained_model(str(runs / name), device="cpu")[1].token_reducer.spec() == "TRIM:-1"
+
+
+def test_a_given_projector_replaces_the_checkpoints_own_under_zero3(runs: Path, checkpoints: Path):
+    given = torch.load("liuhaotian/llava-v1.5-mlp2x-tiny-pretrain/mm_projector.bin", weights_only=True)
+    saved = weights(runs, "from-llava")
+    assert all(torch.equal(saved[key], value.float()) for key, value in given.items())
