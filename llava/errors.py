@@ -5,6 +5,7 @@ face runs its `main` through `run_command`, which prints that line instead of a 
 not caught here: they keep their traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,10 +21,16 @@ def run_command(main: Callable[[], None]) -> None:
         main: the command, without arguments (it reads `sys.argv` itself).
 
     Raises:
-        SystemExit: with code 2 after an `InputError`, 130 after Ctrl-C.
+        SystemExit: with code 2 after an `InputError`, 130 after Ctrl-C, 141 where whoever read the output has left
+            (`... | head -1`), as the shell has it.
     """
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more on leaving; what is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except InputError as error:
         line = " ".join(str(error).split())
         sys.stderr.write(f"error: {line}\n")

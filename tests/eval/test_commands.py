@@ -316,3 +316,12 @@ def assert_same_text(found: str, recorded: str) -> None:
         assert recorded.endswith(found.split(undecodable)[-1])
     else:
         assert found == recorded
+
+
+def test_a_reader_who_leaves_early_gets_no_traceback():
+    command = subprocess.Popen(
+        [sys.executable, "-m", "llava.eval", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    command.stdout.close()
+    assert command.stderr.read() == ""
+    assert command.wait() == 141
