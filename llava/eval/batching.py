@@ -56,7 +56,10 @@ def group_by_images(questions: Sequence[Question]) -> list[list[Question]]:
 
 
 def batch_by_length(
-    items: Sequence[Item], length: Callable[[Item], int], allow: Callable[[int, int], bool]
+    items: Sequence[Item],
+    length: Callable[[Item], int],
+    allow: Callable[[int, int], bool],
+    group: Callable[[Item], int] | None = None,
 ) -> list[list[Item]]:
     """Cut items into batches of like length; of equally long ones the earlier comes first.
 
@@ -64,11 +67,16 @@ def batch_by_length(
         items: in any order.
         length: of an item.
         allow: whether a batch may hold so many items of up to such a length.
+        group: number of an item's group. Groups then come in the order of their numbers, and length counts only within
+            a group; a batch may hold several, and a group may be cut.
     """
     batches: list[list[Item]] = []
-    for item in sorted(items, key=length):
-        if not batches or not allow(len(batches[-1]) + 1, length(item)):
+    longest = 0
+    for item in sorted(items, key=lambda item: (group(item) if group else 0, length(item))):
+        longest = max(longest, length(item))
+        if not batches or not allow(len(batches[-1]) + 1, longest):
             batches.append([])
+            longest = length(item)
         batches[-1].append(item)
     return batches
 

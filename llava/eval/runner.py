@@ -8,7 +8,7 @@ does not stop the others.
 Shape letters: `S` samples, `T` prompt ids.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,10 +22,10 @@ from llava.errors import InputError
 from llava.eval.answers import make_row
 from llava.eval.batching import batch_by_length, pad_left, plan_units
 from llava.eval.features import EncodedImage, FeatureCache, QueryCache, apply_in_parts
-from llava.eval.greedy import GreedyDecoder, is_plain
+from llava.eval.greedy import GreedyDecoder, is_plain, share_pictures
 from llava.eval.prompting import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
 from llava.eval.sizing import choose_limits, choose_unit_size
-from llava.eval.task import LOADER_MAX_NEW_TOKENS, Question, Row, row_key
+from llava.eval.task import LOADER_MAX_NEW_TOKENS, Picture, Question, Row, row_key
 from llava.mm_utils import tokenizer_image_token
 
 CACHED_IMAGES = 64
@@ -72,7 +72,7 @@ class Sink(Protocol):
     """Where answers go, and who else is answering; `store.AnswerStore` is the one on disk."""
 
     key_fields: Sequence[str]
-    done: Mapping[str, Row]
+    done: Collection[str]
 
     def claim(self, unit: int) -> bool:
         """Take a unit of work, unless somebody else has it."""
@@ -206,7 +206,14 @@ class Asker:
         prepared, faults = self.prepare(questions)
         yield [], faults
         limit = self.settings.max_new_tokens
-        for batch in batch_by_length(prepared, lambda item: item.length + limit, self.limits.allow):
+        group = None
+        if self.decoder and share_pictures([item.image_tokens for item in prepared]):
+            order = {id(item.image_tokens[0]): number for number, item in reversed(list(enumerate(prepared)))}
+
+            def group(item: Prepared) -> int:
+                return order[id(item.image_tokens[0])]
+
+        for batch in batch_by_length(prepared, lambda item: item.length + limit, self.limits.allow, group):
             yield self.answer_batch(batch)
 
     def prepare(self, questions: Sequence[Question]) -> tuple[list[Prepared], list[Fault]]:
@@ -232,20 +239,24 @@ class Asker:
 
     def reduce(self, asked: Sequence[tuple[Question, Tensor]], encoded: Mapping[Any, EncodedImage]) -> list[Prepared]:
         """Choose the image tokens of some questions, each for its own query."""
-        images = [(encoded[path], question.query) for question, _ in asked for path in question.images]
-        embeds = self.queries.embed([query for _, query in images])
+        embeds = self.queries.embed([question.query for question, _ in asked for _ in question.images])
+        # What reads no question makes the same of a picture for all of them, once.
+        queries = {question.query: "" if embeds is None else question.query for question, _ in asked}
+        pairs = [(path, queries[question.query]) for question, _ in asked for path in question.images]
+        distinct = list(dict.fromkeys(pairs))
 
-        def reduce_some(some: Sequence[tuple[EncodedImage, str]]) -> list[Any]:
+        def reduce_some(some: Sequence[tuple[Picture, str]]) -> list[Any]:
             return self.model.make_image_tokens(
-                [image.patches for image, _ in some],
+                [encoded[path].patches for path, _ in some],
                 [query for _, query in some],
-                image_sizes=[image.size for image, _ in some],
+                image_sizes=[encoded[path].size for path, _ in some],
                 text_embeds=None if embeds is None else torch.stack([embeds[query] for _, query in some]),
             )
 
-        tokens = iter(apply_in_parts(reduce_some, images, REDUCTION_BATCH))
+        tokens = dict(zip(distinct, apply_in_parts(reduce_some, distinct, REDUCTION_BATCH), strict=True))
         return [
-            Prepared(question, input_ids, tuple(next(tokens) for _ in question.images)) for question, input_ids in asked
+            Prepared(question, input_ids, tuple(tokens[path, queries[question.query]] for path in question.images))
+            for question, input_ids in asked
         ]
 
     def answer_batch(self, batch: Sequence[Prepared]) -> tuple[list[Row], list[Fault]]:
@@ -270,12 +281,13 @@ class Asker:
     def generate(self, batch: Sequence[Prepared]) -> list[str]:
         """Return the answers to a batch, without special tokens and surrounding white space."""
         settings = self.settings
-        image_tokens = [image for item in batch for image in item.image_tokens]
+        image_tokens = [item.image_tokens for item in batch]
         # A prompt beyond the model's positions is for `generate` to refuse.
         if self.decoder and max(item.length for item in batch) < self.model.config.max_position_embeddings:
             output_ids = self.decoder.decode([item.input_ids for item in batch], image_tokens, settings.max_new_tokens)
         else:
-            output_ids = self._generate_by_rule([item.input_ids for item in batch], image_tokens)
+            in_order = [image for own in image_tokens for image in own]
+            output_ids = self._generate_by_rule([item.input_ids for item in batch], in_order)
         return [text.strip() for text in self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)]
 
     def _generate_by_rule(self, prompts: Sequence[Tensor], image_tokens: list[Any]) -> Tensor:

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class AnswerStore:
     Use: `holds` if you like, `open`, then any of `claim`, `refresh`, `append`, then `finish`.
 
     Attributes:
-        done: row of each answered question by key; what other workers wrote is seen after `refresh`.
+        done: keys of the answered questions, and no more of them: memory stays flat over a long run. What other workers
+            wrote is seen after `refresh`.
     """
 
     def __init__(self, path: Path, key_fields: Sequence[str], worker: int = 0):
@@ -46,7 +47,7 @@ class AnswerStore:
         self.path = path
         self.key_fields = tuple(key_fields)
         self.worker = worker
-        self.done: dict[str, Row] = {}
+        self.done: set[str] = set()
         self._parts = path.with_name(f"{path.name}.parts")
         self._run = path.with_name(f"{path.name}.run.json")
         self._own: Any = None
@@ -93,7 +94,7 @@ class AnswerStore:
         # The own part is left alone: closing a second handle on it would drop this process's lock.
         for part in self._list_parts():
             if part != own:
-                self._read_part(part)
+                self._note(self._read_part(part))
         self._read_merged()
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -101,7 +102,7 @@ class AnswerStore:
         self._own.write("".join(map(dump_row, rows)).encode())
         self._own.flush()
         os.fsync(self._own.fileno())
-        self.done.update((row_key(row, self.key_fields), row) for row in rows)
+        self._note(rows)
 
     def finish(self, questions: Sequence[Question], asked: Sequence[Question]) -> list[Question] | None:
         """Leave the run; the last worker to leave writes the answers file.
@@ -116,17 +117,27 @@ class AnswerStore:
         self._claims.close()
         self._own.close()
         with self._locked():
-            self.refresh()
-            missing = [question for question in asked if self._answer_to(question) is None]
+            rows = self._collect()
+            missing = [question for question in asked if self._key(question) not in rows]
             if missing and self._others_at_work():
                 return None
-            write_answers(self.path, filter(None, map(self._answer_to, questions)))
+            write_answers(self.path, (rows[key] for key in map(self._key, questions) if key in rows))
             if not missing:
                 shutil.rmtree(self._parts, ignore_errors=True)
         return missing
 
-    def _answer_to(self, question: Question) -> Row | None:
-        return self.done.get(row_key(question.head(), self.key_fields))
+    def _key(self, question: Question) -> str:
+        return row_key(question.head(), self.key_fields)
+
+    def _collect(self) -> dict[str, Row]:
+        """Read the rows of all workers from the disk, by key."""
+        self._seen.clear()
+        rows: dict[str, Row] = {}
+        merged = parse_rows(self.path.read_bytes(), str(self.path)) if self.path.exists() else []
+        for part in (*map(self._read_part, self._list_parts()), merged):
+            for row in part:
+                rows.setdefault(row_key(row, self.key_fields), row)
+        return rows
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -142,8 +153,8 @@ class AnswerStore:
     def _list_parts(self) -> list[Path]:
         return sorted(self._parts.glob("*.jsonl"))
 
-    def _read_part(self, part: Path) -> None:
-        """Take in the whole lines that were appended to a part since the last look."""
+    def _read_part(self, part: Path) -> list[Row]:
+        """Return the whole lines that were appended to a part since the last look."""
         start = self._seen.get(part, 0)
         try:
             with part.open("rb") as file:
@@ -151,10 +162,10 @@ class AnswerStore:
                 content = file.read()
         except FileNotFoundError:
             # Its worker found the run complete, and has just put all parts together into the answers file.
-            return
+            return []
         whole = content[: content.rfind(b"\n") + 1]
         self._seen[part] = start + len(whole)
-        self._take(parse_rows(whole, str(part)))
+        return parse_rows(whole, str(part))
 
     def _read_merged(self) -> None:
         """Take in the answers file, if there is one and it is not the one seen last."""
@@ -164,11 +175,10 @@ class AnswerStore:
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version != self._merged:
             self._merged = version
-            self._take(parse_rows(self.path.read_bytes(), str(self.path)))
+            self._note(parse_rows(self.path.read_bytes(), str(self.path)))
 
-    def _take(self, rows: list[Row]) -> None:
-        for row in rows:
-            self.done.setdefault(row_key(row, self.key_fields), row)
+    def _note(self, rows: Iterable[Row]) -> None:
+        self.done.update(row_key(row, self.key_fields) for row in rows)
 
     def _read_run(self) -> dict[str, Any] | None:
         """Return what the answers on disk belong to; None where there are none or nobody knows."""
@@ -189,7 +199,7 @@ class AnswerStore:
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         file.truncate(len(whole))
-        self._take(parse_rows(whole, str(self._own_path())))
+        self._note(parse_rows(whole, str(self._own_path())))
         return file
 
     def _others_at_work(self) -> bool:

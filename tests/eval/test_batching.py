@@ -67,6 +67,18 @@ def test_long_items_stand_in_smaller_batches_where_space_is_limited_and_no_item_
     assert batch_by_length(items, len, allow) == [["a", "b", "cc"], ["bb"], ["dddd"], ["eeeeeeeee"]]
 
 
+def test_groups_stay_together_and_the_longest_so_far_counts() -> None:
+    def allow(number: int, longest: int) -> bool:
+        return number * longest <= 6
+
+    items = ["aaa", "b", "a", "bb", "c", "cc"]
+    assert batch_by_length(items, len, allow, lambda item: "abc".index(item[0])) == [
+        ["a", "aaa"],
+        ["b", "bb", "c"],
+        ["cc"],
+    ]
+
+
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 4, 9, 12])
 def test_chunks_are_consecutive_slices_that_make_the_whole(num_chunks: int) -> None:
     chunks = [take_chunk(range(9), num_chunks, index) for index in range(num_chunks)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.greedy import GreedyDecoder, is_plain
+from llava.eval.greedy import GreedyDecoder, is_plain, share_pictures
 from llava.model.builder import load_pretrained_model
 from llava.model.image_tokens import ImageTokens
 
@@ -24,7 +24,7 @@ def model(golden: Path) -> Any:
 
 
 @pytest.fixture
-def prompts(model: Any) -> tuple[list[torch.Tensor], list[ImageTokens]]:
+def prompts(model: Any) -> tuple[list[torch.Tensor], list[tuple[ImageTokens, ...]]]:
     """Prompts with one, two and no pictures, of many lengths, all with the same beginning."""
     generator = torch.Generator().manual_seed(3)
     vocabulary, width = model.config.vocab_size, model.config.hidden_size
@@ -34,22 +34,20 @@ def prompts(model: Any) -> tuple[list[torch.Tensor], list[ImageTokens]]:
         marks = [torch.tensor([IMAGE_TOKEN_INDEX])] * (number % 3)
         rest = torch.randint(3, vocabulary, (1 + number % 7,), generator=generator)
         rows.append(torch.cat([beginning, *marks, rest]))
-        images += [ImageTokens(torch.randn(2 + number % 5, width, generator=generator), num_patches=36) for _ in marks]
+        images.append(tuple(draw_tokens(2 + number % 5, width, generator) for _ in marks))
     return rows, images
 
 
-def split_images(rows: list[torch.Tensor], images: list[ImageTokens]) -> Iterator[list[ImageTokens]]:
-    remaining = iter(images)
-    for row in rows:
-        yield [next(remaining) for _ in range(int((row == IMAGE_TOKEN_INDEX).sum()))]
+def draw_tokens(length: int, width: int, generator: torch.Generator) -> ImageTokens:
+    return ImageTokens(torch.randn(length, width, generator=generator), num_patches=36)
 
 
-def generate_alone(model: Any, rows: list[torch.Tensor], images: list[ImageTokens]) -> list[list[int]]:
+def generate_alone(model: Any, rows: list[torch.Tensor], images: list[tuple[ImageTokens, ...]]) -> list[list[int]]:
     """Ask `generate` one by one; cut at the token that ends the answer."""
     ends = model.generation_config.eos_token_id
     answers = []
-    for row, own in zip(rows, split_images(rows, images), strict=True):
-        ids = model.generate(row[None], image_tokens=own, do_sample=False, max_new_tokens=LIMIT)[0].tolist()
+    for row, own in zip(rows, images, strict=True):
+        ids = model.generate(row[None], image_tokens=list(own), do_sample=False, max_new_tokens=LIMIT)[0].tolist()
         stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         answers.append(ids[:stop])
     return answers
@@ -74,7 +72,7 @@ def test_a_batch_gets_the_ids_that_generate_gives_each_prompt_alone(model: Any, 
     assert len(set(map(len, expected))) >= 3
     decoder = GreedyDecoder(model)
     assert decoder.decode(rows, images, LIMIT) == expected
-    alone = [decoder.decode([row], own, LIMIT)[0] for row, own in zip(rows, split_images(rows, images), strict=True)]
+    alone = [decoder.decode([row], [own], LIMIT)[0] for row, own in zip(rows, images, strict=True)]
     assert alone == expected
 
 
@@ -88,20 +86,26 @@ def test_a_prompt_with_another_beginning_costs_no_answer(model: Any, prompts: tu
     assert decoder.decode(odd, images, LIMIT) == generate_alone(model, odd, images)
 
 
-@pytest.mark.usefixtures("ending")
-def test_the_shared_beginning_is_read_once_and_finished_answers_leave_the_batch(
-    model: Any, prompts: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows, images = prompts
-    seen = []
+@pytest.fixture
+def seen(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and columns of each call of the model."""
+    calls = []
     forward = model.forward
 
     def note(**inputs: Any) -> Any:
         given = inputs.get("inputs_embeds")
-        seen.append((inputs["input_ids"] if given is None else given).shape[:2])
+        calls.append(tuple((inputs["input_ids"] if given is None else given).shape[:2]))
         return forward(**inputs)
 
     monkeypatch.setattr(model, "forward", note)
+    return calls
+
+
+@pytest.mark.usefixtures("ending")
+def test_the_shared_beginning_is_read_once_and_finished_answers_leave_the_batch(
+    model: Any, prompts: tuple, seen: list
+) -> None:
+    rows, images = prompts
     decoder = GreedyDecoder(model)
     decoder.decode(rows, images, LIMIT)
     first = list(seen)
@@ -111,6 +115,52 @@ def test_the_shared_beginning_is_read_once_and_finished_answers_leave_the_batch(
     sizes = [size for size, _ in first[1:]]
     assert sizes[0] == len(rows) > sizes[-1]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.fixture
+def about_three_pictures(model: Any) -> tuple[list[torch.Tensor], list[tuple[ImageTokens, ...]]]:
+    """Twelve questions about three pictures of one length, some with another picture behind."""
+    generator = torch.Generator().manual_seed(5)
+    vocabulary, width = model.config.vocab_size, model.config.hidden_size
+    beginning = torch.randint(3, vocabulary, (6,), generator=generator)
+    mark = torch.tensor([IMAGE_TOKEN_INDEX])
+    pictures = [draw_tokens(7, width, generator) for _ in range(3)]
+    rows, images = [], []
+    for number in range(12):
+        rest = torch.randint(3, vocabulary, (1 + number % 5,), generator=generator)
+        more = number % 4 == 3
+        rows.append(torch.cat([beginning, mark, rest, *[mark, rest] * more]))
+        images.append((pictures[number % 3], *[draw_tokens(4, width, generator)] * more))
+    return rows, images
+
+
+@pytest.mark.usefixtures("ending")
+def test_a_picture_that_several_prompts_begin_with_is_read_once(
+    model: Any, about_three_pictures: tuple, seen: list
+) -> None:
+    rows, images = about_three_pictures
+    expected = generate_alone(model, rows, images)
+    seen.clear()
+    assert GreedyDecoder(model).decode(rows, images, LIMIT) == expected
+    assert seen[0] == (3, 6 + 7)
+    assert seen[1] == (12, 4 + 4 + 4)  # of the longest: four ids, a picture, four ids
+
+
+@pytest.mark.usefixtures("ending")
+def test_pictures_are_read_with_their_questions_where_hardly_any_is_shared_or_lengths_differ(
+    model: Any, about_three_pictures: tuple, seen: list
+) -> None:
+    rows, images = about_three_pictures
+    generator = torch.Generator().manual_seed(6)
+    width = model.config.hidden_size
+    longer = [(draw_tokens(8, width, generator), *images[0][1:]), *images[1:]]
+    own = [(draw_tokens(7, width, generator), *each[1:]) for each in images]
+    for changed in (longer, own):
+        expected = generate_alone(model, rows, changed)
+        seen.clear()
+        assert GreedyDecoder(model).decode(rows, changed, LIMIT) == expected
+        assert seen[0] == (1, 6)  # the words before the picture
+    assert share_pictures(longer) and not share_pictures(own) and not share_pictures([*images, ()])
 
 
 def test_anything_but_plain_greedy_search_is_left_to_generate(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from llava.eval.runner import Fault, Settings, answer_questions, claim_units
 from llava.eval.task import Question, Row, row_key
 from llava.eval.tasks.pope import Pope
+from llava.model.builder import load_pretrained_model
 
 
 class MemorySink:
@@ -72,6 +74,32 @@ def test_a_picture_is_encoded_once_however_many_questions_it_gets(
         fake_parts[0].encoded.clear()
         run(fake_parts, questions, batch_size=batch_size)
         assert sum(fake_parts[0].encoded) == 7
+
+
+def test_without_a_reduction_a_picture_is_projected_once_for_all_its_questions_and_answers_stay(
+    make_pope: Callable[..., Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(tiny_checkpoint), None, "llava-tiny", device="cpu", dtype="float32", reduce="none"
+    )
+    questions = [
+        replace(question, id=f"{question.id}-{turn}", prompt=f"{question.prompt} {'really? ' * turn}")
+        for question in Pope().load(make_pope(3))
+        for turn in range(3)
+    ]
+    projected = []
+    make = model.make_image_tokens
+
+    def note(patches: list, *arguments: object, **options: object) -> list:
+        projected.extend(patches)
+        return make(patches, *arguments, **options)
+
+    monkeypatch.setattr(model, "make_image_tokens", note)
+    together, _ = run((model, tokenizer, processor), questions, batch_size=8, max_new_tokens=6)
+    assert len(projected) == 3
+    alone, _ = run((model, tokenizer, processor), questions, batch_size=1, max_new_tokens=6)
+    assert together.done == alone.done
+    assert len(together.done) == len(questions)
 
 
 def test_the_cache_is_bounded_and_an_evicted_picture_is_encoded_again(
