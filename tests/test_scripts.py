@@ -80,10 +80,10 @@ def test_finetuned_trim_keeps_at_least_97_percent_of_the_plain_accuracy_on_pope(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["plain-random", "finetuned-random"])
-def test_finetuned_trim_beats_random_patches_at_the_same_budget_by_four_points_in_the_demo(runs, baseline):
+def test_finetuned_trim_beats_random_patches_at_the_same_budget_by_eight_points_in_the_demo(runs, baseline):
     trim, random = runs["finetuned-trim"]["pope"], runs[baseline]["pope"]
     assert random["tokens"]["mean_tokens"] >= 0.99 * trim["tokens"]["mean_tokens"]
-    assert accuracy(trim) >= accuracy(random) + 4
+    assert accuracy(trim) >= accuracy(random) + 8
 
 
 @pytest.fixture(scope="module")
@@ -118,22 +118,27 @@ def test_finetuned_trim_beats_random_patches_at_the_same_budget_by_eight_points_
     assert accuracy(trim) >= accuracy(random) + 8
 
 
-# The pocket models have not learned to name an option by its letter: these four stand at chance, with and without TRIM.
-ANSWERED_BY_LETTER = {"sqa", "mmbench", "mmbench_cn", "seed"}
-ANSWERED_IN_WORDS = [task for task in TASKS if task not in ANSWERED_BY_LETTER]
-
-
 @pytest.mark.slow
-def test_finetuned_trim_keeps_at_least_95_percent_of_the_plain_average_of_the_benchmarks_answered_in_words(runs):
-    retained = [runs["finetuned-trim"][task]["headline"] / runs["plain"][task]["headline"]
-                for task in ANSWERED_IN_WORDS]  # fmt: skip
+def test_finetuned_trim_keeps_at_least_95_percent_of_the_plain_average_of_the_twelve(runs):
+    retained = [runs["finetuned-trim"][task]["headline"] / runs["plain"][task]["headline"] for task in TASKS]
     assert sum(retained) / len(retained) >= 0.95
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ANSWERED_IN_WORDS)
-def test_finetuned_trim_beats_random_patches_on_every_benchmark_answered_in_words(runs, task):
-    assert runs["finetuned-trim"][task]["headline"] > runs["finetuned-random"][task]["headline"]
+def test_finetuned_trim_beats_random_patches_on_at_least_nine_of_the_twelve(runs):
+    ahead = [task for task in TASKS
+             if runs["finetuned-trim"][task]["headline"] > runs["finetuned-random"][task]["headline"]]  # fmt: skip
+    assert len(ahead) >= 9, ahead
+
+
+# Answered by letter: the score of guessing among three options (SEED: four; MMBench wants every rotation right).
+CHANCE = {"sqa": 100 / 3, "mmbench": 100 / 27, "mmbench_cn": 100 / 27, "seed": 25.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHANCE)
+def test_options_are_named_by_letter_well_above_chance(runs, task):
+    assert runs["finetuned-trim"][task]["headline"] >= CHANCE[task] + 15
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_pope_labels_are_true_of_the_pictures(files: Path) -> None:
 
 
 def test_training_files_are_valid_conversations(files: Path) -> None:
-    for name in ("pretrain", "finetune", "text"):
+    for name in ("pretrain", "finetune", "letters", "text", "exam"):
         samples = json.loads((files / "train" / f"{name}.json").read_text(encoding="utf-8"))
         assert samples
         for sample in samples:

@@ -132,6 +132,13 @@ def choose_any(scene: Scene, chooser: random.Random, number: int | None = None) 
     return chooser.choice(choose_feature(scene, chooser, number))
 
 
+def choose_told(scene: Scene, chooser: random.Random, number: int | None = None) -> Choice:
+    """Ask any question that a scene told in words answers: words tell no place."""
+    while (asked := choose_any(scene, chooser, number)).kind == "place":
+        pass
+    return asked
+
+
 def ask_choice(scene: Scene, chooser: random.Random) -> sentence.Question:
     """Put a multiple-choice question in one of its forms: English, Chinese, or with ScienceQA's line of context."""
     form = chooser.random()

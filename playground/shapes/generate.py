@@ -5,7 +5,7 @@ own pictures.
 
 Run: `python -m playground.shapes.generate --out DIR --train-images N --eval-images M --seed S` writes
 
-    DIR/train/images/*.png  pretrain.json  finetune.json  single.json  text.json  exam.json
+    DIR/train/images/*.png  pretrain.json  finetune.json  letters.json  text.json  exam.json
     DIR/eval/<benchmark's folder>/...
     DIR/calibrate/images/*.png  calibrate.jsonl
 """
@@ -53,22 +53,22 @@ def draw_picture(folder: Path, split: str, seed: int, index: int) -> Picture:
 
 
 def write_train(folder: Path, count: int, samples_per_image: int, seed: int) -> None:
-    """Write the training pictures and the five JSON files."""
+    """Write the training pictures and the JSON files."""
     pictures = draw_pictures(folder / "images", "train", count, seed)
     chooser = random.Random(seed)
     captions = (conversation.describe(index, each.file, each.scene) for index, each in enumerate(pictures))
     write_samples(folder / "pretrain.json", captions)
     exam_chooser = random.Random(seed + 1)
-    finetune, single, text, exam = [], [], [], []
+    finetune, letters, text, exam = [], [], [], []
     for turn in range(samples_per_image):
         for index, picture in enumerate(pictures):
             other = chooser.choice(pictures)
             finetune.append(conversation.converse(f"{turn}-{index}", picture, other, chooser))
-            single.append(conversation.ask_once(f"{turn}-{index}", picture, chooser))
-            text.append(conversation.converse_in_words(f"{turn}-{index}", picture.scene, chooser))
-            exam.append(conversation.ask_once(f"{turn}-{index}", picture, exam_chooser, conversation.EXAM_KINDS))
+            for samples, shares in ((letters, conversation.FIRST_WORDS), (text, conversation.WORDS)):
+                samples.append(conversation.converse_in_words(f"{turn}-{index}", picture.scene, chooser, shares))
+            exam.append(conversation.ask_once(f"{turn}-{index}", picture, exam_chooser))
     write_samples(folder / "finetune.json", finetune)
-    write_samples(folder / "single.json", single)
+    write_samples(folder / "letters.json", letters)
     write_samples(folder / "text.json", text)
     write_samples(folder / "exam.json", exam)
 

@@ -8,6 +8,7 @@ Run: `python -m playground.shapes.tokenizer --out DIR` writes `DIR/llama` and `D
 
 import argparse
 import io
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -18,13 +19,20 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from llava.conversation import conv_templates
 from llava.errors import run_command
-from playground.shapes import sentence
+from playground.shapes import choice, sentence
 from playground.shapes.world import SPLITS, draw_scene
 
-LLAMA_VOCABULARY_SIZE = 512
+LLAMA_VOCABULARY_SIZE = 640
 CLIP_VOCABULARY_SIZE = 1024
-# Sentences that stand in every prompt are one piece each: a prompt then takes 20 tokens instead of 56.
-FRAME_SENTENCES = [conv_templates["v1"].system, sentence.SUFFIX.strip()]
+CHOICES_PER_SCENE = 3
+# Sentences that stand in every prompt are one piece each: a prompt then takes 20 tokens instead of 56. So are the marks
+# of the options, else pieces would form across the end of a line.
+FRAME_SENTENCES = [
+    conv_templates["v1"].system,
+    *(sentence.SUFFIX.strip(), sentence.UNANSWERABLE_HINT.strip(), sentence.OCR_LINE.strip()),
+    *(choice.LETTER_LINE.strip(), choice.LETTER_LINE_CN.strip()),
+    *(f"\n{letter}." for letter in choice.LETTERS),
+]
 CLIP_CONTEXT_LENGTH = 77
 END_OF_WORD = "</w>"
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -51,12 +59,23 @@ def write_corpus(num_scenes: int = 400) -> Iterator[str]:
             yield sentence.ask_presence(scene.objects[0].name, f"{ordinal} image")
 
 
+def write_choices(num_scenes: int = 400) -> Iterator[str]:
+    """Yield multiple-choice questions, which the language model reads and the pocket CLIP does not have to."""
+    chooser = random.Random(1)
+    frame = conv_templates["v1"]
+    for index in range(num_scenes):
+        _, scene = draw_scene(0, SPLITS["tokenizer"], index)
+        for _ in range(CHOICES_PER_SCENE):
+            asked = choice.ask_choice(scene, chooser)
+            yield f"{frame.system} {frame.roles[0]}: {asked.prompt} {frame.roles[1]}: {asked.answer}"
+
+
 def train_llama_tokenizer(folder: Path) -> None:
     """Write `tokenizer.model` and its JSON files with LLaMA's settings: BPE, byte fallback, identity, digits apart."""
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(write_corpus()), model_writer=model, model_type="bpe",
+        sentence_iterator=itertools.chain(write_corpus(), write_choices()), model_writer=model, model_type="bpe",
         vocab_size=LLAMA_VOCABULARY_SIZE, character_coverage=1.0, byte_fallback=True, split_digits=True,
         allow_whitespace_only_pieces=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=True, user_defined_symbols=FRAME_SENTENCES,

@@ -37,42 +37,38 @@ train() { # SCRIPT STEPS NAME=VALUE...: one of the training scripts, for a numbe
     env "$@" bash "scripts/$script.sh" -- --max_steps "$steps" --save_strategy no --disable_tqdm True
 }
 
+LETTERS=$WORK/vicuna-shapes-letters
 VICUNA=$WORK/vicuna-shapes
 PRETRAINED=$WORK/llava-shapes-pretrain
 FIRST=$WORK/llava-shapes-first
-WARM=$WORK/llava-shapes-warm
-COLORS=$WORK/llava-shapes-colors
+COMMON=$WORK/llava-shapes-common
 PLAIN=$CHECKPOINTS/llava-shapes
 TRIMMED=$CHECKPOINTS/llava-shapes-trim
-SEES=(VISION_TOWER="$CLIP" IMAGES="$WORK/train/images")
+TRIM=finetune_8gpu_TRIM
+
+learn() { # SCRIPT STEPS MODEL OUTPUT LEARNING_RATE SEED DATA NAME=VALUE...: go on from a model, 32 samples a step
+    train "$1" "$2" MODEL="$3" OUTPUT="$4" LEARNING_RATE="$5" SEED="$6" DATA="$WORK/train/$7.json" \
+        BATCH_SIZE=$((32 / NUM_GPUS)) GLOBAL_BATCH=32 "${@:8}"
+}
+WORDS=(VISION_TOWER="" IMAGES="" PROJECTOR="")
+SEES=(VISION_TOWER="$CLIP" IMAGES="$WORK/train/images" PROJECTOR="")
 
 step "$WORK/train/finetune.json" "$PYTHON" -m playground.shapes.generate --out "$WORK" \
     --train-images "${TRAIN_IMAGES:-20000}" --samples-per-image 5 --eval-images 200
 step "$CLIP/model.safetensors" "$PYTHON" -m playground.shapes.train_clip --out "$CLIP"
 step "$WORK/base/model.safetensors" "$PYTHON" -m playground.shapes.base_llm --out "$WORK/base"
-# A fresh language model first learns words and answers from pictures told in words.
-step "$VICUNA/config.json" train finetune "${TEXT_STEPS:-400}" MODEL="$WORK/base" OUTPUT="$VICUNA" \
-    VISION_TOWER="" IMAGES="" PROJECTOR="" DATA="$WORK/train/text.json" BATCH_SIZE=16 GLOBAL_BATCH=32 LEARNING_RATE=1.5e-3
-step "$PRETRAINED/mm_projector.bin" train pretrain "${PRETRAIN_STEPS:-150}" MODEL="$VICUNA" OUTPUT="$PRETRAINED" \
-    "${SEES[@]}" DATA="$WORK/train/pretrain.json" BATCH_SIZE=32 GLOBAL_BATCH=64 LEARNING_RATE=2e-3
-# Conversations on all patches, then single questions on the kept ones, on which a step costs half as much. These ask for
-# what is easy to tell apart; after them a model knows colours and places, and hardly shapes.
-step "$FIRST/config.json" train finetune "${FIRST_STEPS:-2400}" MODEL="$VICUNA" OUTPUT="$FIRST" \
-    "${SEES[@]}" PROJECTOR="$PRETRAINED/mm_projector.bin" DATA="$WORK/train/finetune.json" \
-    BATCH_SIZE=16 GLOBAL_BATCH=32 LEARNING_RATE=1.5e-3
-question() { # SCRIPT STEPS MODEL OUTPUT LEARNING_RATE SEED DATA RANK_BATCH: go on from a model, on single questions
-    train "$1" "$2" MODEL="$3" OUTPUT="$4" LEARNING_RATE="$5" SEED="$6" "${SEES[@]}" PROJECTOR="" \
-        DATA="$WORK/train/$7.json" BATCH_SIZE="$8" GLOBAL_BATCH=$(($8 * NUM_GPUS))
-}
-TRIM=finetune_8gpu_TRIM
-step "$WARM/config.json" question $TRIM "${WARM_STEPS:-2560}" "$FIRST" "$WARM" 1e-3 42 single 32
-step "$COLORS/config.json" question $TRIM "${COLORS_STEPS:-1200}" "$WARM" "$COLORS" 8e-4 2 single 32
+# A fresh language model first learns what a letter before an option is for, then answers about pictures told in words.
+step "$LETTERS/config.json" learn finetune "${LETTERS_STEPS:-400}" "$WORK/base" "$LETTERS" 1e-3 1 letters "${WORDS[@]}"
+step "$VICUNA/config.json" learn finetune "${TEXT_STEPS:-1200}" "$LETTERS" "$VICUNA" 1e-3 2 text "${WORDS[@]}"
+step "$PRETRAINED/mm_projector.bin" learn pretrain "${PRETRAIN_STEPS:-150}" "$VICUNA" "$PRETRAINED" 2e-3 3 pretrain "${SEES[@]}"
+# Conversations that ask for what is easy to tell apart.
+step "$FIRST/config.json" learn $TRIM "${FIRST_STEPS:-900}" "$VICUNA" "$FIRST" 1e-3 4 finetune \
+    "${SEES[@]}" PROJECTOR="$PRETRAINED/mm_projector.bin"
 # All forms of the twelve benchmarks, with many questions that only a shape answers. Both kept models go on from there
 # for the same number of steps, one on the kept patches, one on all of them.
-COMMON=$WORK/llava-shapes-common
-step "$COMMON/config.json" question $TRIM "${COMMON_STEPS:-2400}" "$COLORS" "$COMMON" 1e-3 42 exam 16
-step "$WORK/last-trim/config.json" question $TRIM "${LAST_STEPS:-500}" "$COMMON" "$WORK/last-trim" 4e-4 2 exam 16
-step "$WORK/last/config.json" question finetune "${LAST_STEPS:-500}" "$COMMON" "$WORK/last" 4e-4 2 exam 16
+step "$COMMON/config.json" learn $TRIM "${COMMON_STEPS:-2000}" "$FIRST" "$COMMON" 1e-3 5 exam "${SEES[@]}"
+step "$WORK/last-trim/config.json" learn $TRIM "${LAST_STEPS:-400}" "$COMMON" "$WORK/last-trim" 4e-4 6 exam "${SEES[@]}"
+step "$WORK/last/config.json" learn finetune "${LAST_STEPS:-400}" "$COMMON" "$WORK/last" 4e-4 6 exam "${SEES[@]}"
 # They are kept in bfloat16, at half the size.
 keep() { # FROM TO
     "$PYTHON" -m llava.model.consolidate --src "$1" --dst "$2" --dtype bfloat16

@@ -20,9 +20,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
     for index, drawing in enumerate(drawings, 1):
         identity = str(index)
         has_image = chooser.random() < IMAGE_SHARE
-        asked = choice.choose_any(drawing.scene, chooser)
-        while asked.kind == "place" and not has_image:  # words tell no place
-            asked = choice.choose_any(drawing.scene, chooser)
+        asked = (choice.choose_any if has_image else choice.choose_told)(drawing.scene, chooser)
         if has_image:
             drawing.save(folder / "images/test" / identity / "image.png")
             hint = choice.write_hint(drawing.scene).removeprefix("Context: ") if chooser.random() < HINT_SHARE else ""
