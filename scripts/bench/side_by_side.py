@@ -120,7 +120,7 @@ class MemorySink:
 
     def __init__(self) -> None:
         """Start empty."""
-        self.done: dict[tuple, Row] = {}
+        self.done: dict[tuple, Row | None] = {}
 
     def claim(self, unit: int) -> bool:
         """Give every unit to the one worker there is."""
