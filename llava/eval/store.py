@@ -117,9 +117,12 @@ class AnswerStore:
         self._claims.close()
         self._own.close()
         with self._locked():
+            # Asked before the rows are read: who has left by now has written everything, so nothing can be missed. The
+            # other way round, a worker that writes and leaves in between would make its answers look missing for good.
+            others_at_work = self._others_at_work()
             rows = self._collect()
             missing = [question for question in asked if self._key(question) not in rows]
-            if missing and self._others_at_work():
+            if missing and others_at_work:
                 return None
             write_answers(self.path, (rows[key] for key in map(self._key, questions) if key in rows))
             if not missing:

@@ -50,10 +50,20 @@ REPEATED = (3, "question_id,prompt")
 
 
 def start(
-    path: Path, worker: int = 0, seconds: float = 0.0, model: str = "a", ids: tuple[int, str] = UNIQUE
+    path: Path,
+    worker: int = 0,
+    seconds: float = 0.0,
+    model: str = "a",
+    ids: tuple[int, str] = UNIQUE,
+    code: str = WORKER,
 ) -> subprocess.Popen:
-    command = [sys.executable, "-c", WORKER, str(path), str(worker), str(seconds), model, *map(str, ids)]
+    command = [sys.executable, "-c", code, str(path), str(worker), str(seconds), model, *map(str, ids)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(file: Path) -> str:
+    """Return the code by which a worker waits until a file is there."""
+    return f"while not Path({str(file)!r}).exists(): time.sleep(0.01)"
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -145,14 +155,35 @@ def test_a_living_worker_takes_over_what_a_killed_one_left(tmp_path: Path, undis
 
 
 def test_a_worker_that_is_still_busy_writes_the_file_later(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    slow = start(path, 0, seconds=1.5)
+    path, gate = tmp_path / "answers.jsonl", tmp_path / "gate"
+    slow = start(path, 0, code=WORKER.replace("time.sleep(seconds)", wait_for(gate)))
     slow.stdout.readline()
-    time.sleep(0.3)
     assert finish(start(path, 1)) == "none"
     assert not path.exists()
+    gate.touch()
     assert finish(slow) == "0"
     assert len(read_answers(path)) == 60
+
+
+def test_answers_written_while_another_worker_leaves_do_not_look_missing_to_it(
+    tmp_path: Path, undisturbed: bytes
+) -> None:
+    path, gate = tmp_path / "answers.jsonl", tmp_path / "gate"
+    slow = start(path, 0, code=WORKER.replace("time.sleep(seconds)", wait_for(gate)))
+    slow.stdout.readline()
+    leave_slowly = f"""
+collect = store._collect
+def collect_and_wait():
+    rows = collect()
+    Path({str(gate)!r}).touch()
+    while store._others_at_work():
+        time.sleep(0.01)
+    return rows
+store._collect = collect_and_wait
+missing = store.finish"""
+    assert finish(start(path, 1, code=WORKER.replace("\nmissing = store.finish", leave_slowly))) == "none"
+    assert finish(slow) == "0"
+    assert path.read_bytes() == undisturbed
 
 
 def test_a_torn_line_is_cut_before_new_answers_are_appended(tmp_path: Path, undisturbed: bytes) -> None:
