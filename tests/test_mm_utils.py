@@ -25,7 +25,8 @@ from llava.mm_utils import (
     process_images,
     resize_and_pad_image,
     select_best_resolution,
-    tokenize_text,
+    tokenize_prompts,
+    tokenize_texts,
     tokenizer_image_token,
 )
 
@@ -158,7 +159,8 @@ def test_pictures_are_read_from_base64():
 
 def test_text_ids_are_the_recorded_ones(tokenizer):
     items = json.loads((GOLDEN / "tokenizers.json").read_text())["items"]
-    differing = [item["text"] for item in items if tokenize_text(item["text"], tokenizer) != item["llama"]]
+    ids = tokenize_texts([item["text"] for item in items], tokenizer)
+    differing = [item["text"] for item, own in zip(items, ids, strict=True) if own != item["llama"]]
     assert len(items) > 30 and differing == []
 
 
@@ -167,6 +169,14 @@ def test_prompt_ids_are_the_recorded_ones(tokenizer):
     for prompt, input_ids in recorded.items():
         assert tokenizer_image_token(prompt, tokenizer) == input_ids
         assert tokenizer_image_token(prompt, tokenizer, return_tensors="pt").tolist() == input_ids
+
+
+def test_prompts_tokenized_together_are_tokenized_as_alone(tokenizer):
+    prompts = list(json.loads((GOLDEN / "train_data.json").read_text())["tokenizer_image_token"])
+    prompts += ["", " ", "<image>", prompts[0], "<image>\n" + prompts[-1]]
+    alone = [tokenizer_image_token(prompt, tokenizer) for prompt in prompts]
+    assert tokenize_prompts(prompts, tokenizer) == alone
+    assert tokenize_prompts([], tokenizer) == []
 
 
 def test_a_space_after_the_image_keeps_its_token(tokenizer):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
+from llava.eval.allocator import keep_freed_memory
 from llava.eval.answers import make_row
 from llava.eval.batching import batch_by_length, pad_left, plan_units
 from llava.eval.features import EncodedImage, FeatureCache, QueryCache, apply_in_parts
@@ -26,7 +26,7 @@ from llava.eval.greedy import GreedyDecoder, is_plain, share_pictures
 from llava.eval.prompting import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
 from llava.eval.sizing import choose_limits, choose_unit_size
 from llava.eval.task import LOADER_MAX_NEW_TOKENS, Picture, Question, Row, row_key
-from llava.mm_utils import tokenizer_image_token
+from llava.mm_utils import tokenize_prompts
 
 CACHED_IMAGES = 64
 REDUCTION_BATCH = 64
@@ -133,6 +133,8 @@ def answer_questions(
     sound = [question for question in questions if not question.fault]
     units = plan_units(sound, choose_unit_size(model), settings.num_workers)
     keys = [row_key(question.head(), sink.key_fields) for question in sound]
+    if model.device.type == "cpu":
+        keep_freed_memory()
     with (
         closing(Asker(model, tokenizer, image_processor, settings)) as asker,
         tqdm(total=len(questions), desc=settings.model_id, unit="q", smoothing=0.05) as progress,
@@ -219,23 +221,25 @@ class Asker:
     def prepare(self, questions: Sequence[Question]) -> tuple[list[Prepared], list[Fault]]:
         """Make prompts and image tokens; report the questions for which that is impossible."""
         encoded, unreadable = self.features.encode(path for item in questions for path in item.images)
-        asked: list[tuple[Question, Tensor]] = []
+        asked: list[Question] = []
+        prompts: list[str] = []
         faults: list[Fault] = []
         for question in questions:
             broken = [unreadable[path] for path in question.images if path in unreadable]
             try:
                 if broken:
                     raise InputError(broken[0])
-                asked.append((question, self.tokenize(question)))
+                prompts.append(self.wrap(question))
+                asked.append(question)
             except InputError as error:
                 faults.append(Fault(question, str(error)))
-        return self.reduce(asked, encoded), faults
+        input_ids = map(torch.tensor, tokenize_prompts(prompts, self.tokenizer))
+        return self.reduce(list(zip(asked, input_ids, strict=True)), encoded), faults
 
-    def tokenize(self, question: Question) -> Tensor:
-        """Make the prompt of a question: int64[T]."""
+    def wrap(self, question: Question) -> str:
+        """Make the prompt of a question."""
         use_im_start_end = getattr(self.model.config, "mm_use_im_start_end", False)
-        prompt = wrap_prompt(question.prompt, len(question.images), self.conv_mode, use_im_start_end)
-        return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        return wrap_prompt(question.prompt, len(question.images), self.conv_mode, use_im_start_end)
 
     def reduce(self, asked: Sequence[tuple[Question, Tensor]], encoded: Mapping[Any, EncodedImage]) -> list[Prepared]:
         """Choose the image tokens of some questions, each for its own query."""

@@ -22,7 +22,7 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.errors import InputError
-from llava.mm_utils import tokenize_text, tokenizer_image_token
+from llava.mm_utils import tokenize_texts, tokenizer_image_token
 
 TRAINABLE_STYLES = (SeparatorStyle.TWO, SeparatorStyle.PLAIN, SeparatorStyle.LLAMA_2, SeparatorStyle.MPT)
 QUERY_SOURCES = ("questions", "conversation")
@@ -167,11 +167,11 @@ def _tokenize_with_spans(prompt: str, tokenizer: Any) -> tuple[list[int], list[S
 
 
 def _tokenize_chunk(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
-    """Tokenize text between image marks; the ids are those of `tokenize_text`, which may put a space in front.
+    """Tokenize text between image marks; the ids are those of `tokenize_texts`, which may put a space in front.
 
     A token of that space alone counts as one of the first character.
     """
-    ids = tokenize_text(text, tokenizer)
+    (ids,) = tokenize_texts([text], tokenizer)
     for added in (0, 1):
         encoding = tokenizer(" " * added + text, return_offsets_mapping=True)
         if encoding.input_ids == ids:

@@ -61,15 +61,20 @@ def main() -> None:
             answer_questions(model, tokenizer, image_processor, questions, sink, settings)
     trace = [entry for entry in sink.trace if entry[0]]
     warm = [entry for entry in trace if entry[0] >= WARM_SHARE * args.questions]
-    growth = (warm[-1][2] - warm[0][2]) / MEGABYTE
-    per_thousand = 1000 * growth / max(1, warm[-1][0] - warm[0][0])
+    growth = {"all": grow_per_thousand(warm), "second half": grow_per_thousand(trace[len(trace) // 2 :])}
     print(f"{trace[-1][0]} questions in {trace[-1][1]:.0f} s")
     first, last, highest = (size / MEGABYTE for size in (warm[0][2], warm[-1][2], max(entry[2] for entry in trace)))
     print(f"memory after {warm[0][0]} questions {first:.1f} MB, at the end {last:.1f} MB, highest {highest:.1f} MB")
-    print(f"growth {per_thousand:.3f} MB per 1000 questions")
-    side_by_side.write_figures({"trace": trace, "growth_megabytes_per_thousand": per_thousand}, args.json)
+    print(f"growth {growth['all']:.3f} MB per 1000 questions, in the second half {growth['second half']:.3f}")
+    side_by_side.write_figures({"trace": trace, "growth_megabytes_per_thousand": growth}, args.json)
     if args.plot:
         draw(trace, args.plot)
+
+
+def grow_per_thousand(trace: Sequence[tuple[int, float, int]]) -> float:
+    """Return how many MB came per 1000 questions between the first and the last entry of a trace."""
+    (first, _, before), (last, _, after) = trace[0], trace[-1]
+    return 1000 * (after - before) / MEGABYTE / max(1, last - first)
 
 
 def draw(trace: list[Any], path: Path) -> None:
