@@ -29,6 +29,28 @@ def peak_resident_bytes() -> int | None:
     return _read_kibibytes(PROCESS / "status", "VmHWM")
 
 
+# The members of glibc's `struct mallinfo2` (man 3 mallinfo), each a size_t.
+_COUNTS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _HeapCounts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in _COUNTS]
+
+
+def heap_bytes() -> int | None:
+    """Memory in use on the C library's main heap and in blocks of their own, or None where it does not tell.
+
+    `resident_bytes` also counts what was freed and is kept for later.
+    """
+    try:
+        count = ctypes.CDLL(None).mallinfo2
+    except (OSError, TypeError, AttributeError):
+        return None
+    count.restype = _HeapCounts
+    counts = count()
+    return counts.uordblks + counts.hblkhd
+
+
 def measure_peak(work: Callable[[], object], device: torch.device) -> int | None:
     """Run something and tell what it took on top of what was there before.
 

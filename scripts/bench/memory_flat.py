@@ -8,9 +8,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from llava.efficiency.memory import resident_bytes
+from llava.efficiency.memory import heap_bytes, resident_bytes
 from llava.errors import InputError, run_command
 from llava.eval.runner import Settings, answer_questions
 from llava.eval.task import Row
@@ -21,6 +20,9 @@ QUESTIONS_PER_IMAGE = 18
 MEGABYTE = 1e6
 WARM_SHARE = 0.1  # caches fill during the first tenth
 
+Entry = tuple[int, float, int, int]
+"""Questions answered, seconds since the start, memory of the process, and memory in use on its heap (0: unknown)."""
+
 
 class CountingSink(side_by_side.MemorySink):
     """Notes memory and time at every batch, and forgets the answers: only their keys stay."""
@@ -29,12 +31,12 @@ class CountingSink(side_by_side.MemorySink):
         """Start the clock."""
         super().__init__()
         self.start = time.perf_counter()
-        self.trace: list[tuple[int, float, int]] = []
+        self.trace: list[Entry] = []
 
     def append(self, rows: Sequence[Row]) -> None:
         """Take answers in."""
         self.done.update(dict.fromkeys((row["question_id"],) for row in rows))
-        self.trace.append((len(self.done), time.perf_counter() - self.start, resident_bytes()))
+        self.trace.append((len(self.done), time.perf_counter() - self.start, resident_bytes(), heap_bytes() or 0))
 
 
 def main() -> None:
@@ -65,19 +67,23 @@ def main() -> None:
     print(f"{trace[-1][0]} questions in {trace[-1][1]:.0f} s")
     first, last, highest = (size / MEGABYTE for size in (warm[0][2], warm[-1][2], max(entry[2] for entry in trace)))
     print(f"memory after {warm[0][0]} questions {first:.1f} MB, at the end {last:.1f} MB, highest {highest:.1f} MB")
+    # Between two batches of a unit more is in use than between two units: the lowest values are comparable.
+    tenth = max(1, len(warm) // 10)
+    early, late = (min(entry[3] for entry in part) / MEGABYTE for part in (warm[:tenth], warm[-tenth:]))
+    print(f"in use on the heap, lowest of the first and of the last tenth after that: {early:.1f} MB, {late:.1f} MB")
     print(f"growth {growth['all']:.3f} MB per 1000 questions, in the second half {growth['second half']:.3f}")
     side_by_side.write_figures({"trace": trace, "growth_megabytes_per_thousand": growth}, args.json)
     if args.plot:
         draw(trace, args.plot)
 
 
-def grow_per_thousand(trace: Sequence[tuple[int, float, int]]) -> float:
+def grow_per_thousand(trace: Sequence[Entry]) -> float:
     """Return how many MB came per 1000 questions between the first and the last entry of a trace."""
-    (first, _, before), (last, _, after) = trace[0], trace[-1]
+    (first, _, before, _), (last, _, after, _) = trace[0], trace[-1]
     return 1000 * (after - before) / MEGABYTE / max(1, last - first)
 
 
-def draw(trace: list[Any], path: Path) -> None:
+def draw(trace: Sequence[Entry], path: Path) -> None:
     """Draw memory over questions."""
     import matplotlib
 
@@ -85,10 +91,12 @@ def draw(trace: list[Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 3))
-    axes.plot([entry[0] for entry in trace], [entry[2] / MEGABYTE for entry in trace])
+    for column, label in ((2, "held by the process"), (3, "in use on its heap")):
+        axes.plot([entry[0] for entry in trace], [entry[column] / MEGABYTE for entry in trace], label=label)
+    axes.legend(loc="lower right")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("questions answered")
-    axes.set_ylabel("memory of the process, MB")
+    axes.set_ylabel("memory, MB")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
