@@ -31,6 +31,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device", default=None, help="cpu, or an accelerator; default: the accelerator if there is one"
     )
     parser.add_argument("--dtype", default=None, metavar="NAME", help="float32, float16 or bfloat16")
+    parser.add_argument(
+        "--tower-dtype", default=None, metavar="NAME", help="of the vision and text towers; default: float32"
+    )
+    parser.add_argument(
+        "--attn-implementation",
+        default=None,
+        metavar="NAME",
+        help="attention of the language model: sdpa, eager, flash_attention_2, ...; default: transformers' choice",
+    )
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +79,8 @@ def load_model(args: Any) -> tuple[Any, Any, Any]:
     """Load what the options name.
 
     Args:
-        args: has `model_path`; may have `model_base`, `reduce`, `device`, `dtype`, `load_8bit`, `load_4bit`.
+        args: has `model_path`; may have `model_base`, `reduce`, `device`, `dtype`, `tower_dtype`,
+            `attn_implementation`, `load_8bit`, `load_4bit`.
 
     Returns:
         (tokenizer, model, image processor).
@@ -87,6 +97,8 @@ def load_model(args: Any) -> tuple[Any, Any, Any]:
         device=getattr(args, "device", None),
         reduce=getattr(args, "reduce", None),
         dtype=getattr(args, "dtype", None),
+        tower_dtype=getattr(args, "tower_dtype", None),
+        attn_implementation=getattr(args, "attn_implementation", None),
     )
     return tokenizer, model, image_processor
 

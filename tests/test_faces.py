@@ -110,6 +110,8 @@ MISTAKES = [
     ({}, ("--conv-mode", "vicuna"), "vicuna_v1"),
     ({}, ("--device", "gpu7"), "gpu7"),
     ({}, ("--dtype", "float8"), "float8"),
+    ({}, ("--tower-dtype", "float9"), "float9"),
+    ({}, ("--attn-implementation", "flashy"), "flashy"),
     ({}, ("--temperature", "-2"), "temperature -2.0"),
     ({}, ("--num_beams", "0"), "num_beams 0"),
 ]

@@ -131,6 +131,16 @@ def add_model_options(
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16; on a CPU float32"
     )
+    parser.add_argument(
+        "--tower-dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="of the vision and text towers; default: float32, as published",
+    )
+    parser.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="attention of the language model: sdpa, eager, flash_attention_2, ... (default: transformers' choice)",
+    )
 
 
 def user_path(text: str) -> Path:
@@ -222,6 +232,8 @@ def answer_and_exit(
         reduce=arguments.reduce,
         device=arguments.device,
         dtype=arguments.dtype,
+        tower_dtype=arguments.tower_dtype,
+        attn_implementation=arguments.attn_implementation,
     )
     settings = Settings(
         model_id=checkpoint.name,

@@ -31,6 +31,8 @@ class Checkpoint:
         reduce: token reduction; None: what the checkpoint's config.json says, "none": none.
         device: None: the accelerator if there is one, else the CPU.
         dtype: "float16", "bfloat16", "float32"; None: float16 on an accelerator, float32 on the CPU.
+        tower_dtype: of the vision and text towers; None: float32.
+        attn_implementation: of the language model; None: transformers' choice.
     """
 
     path: str
@@ -38,6 +40,8 @@ class Checkpoint:
     reduce: str | None = None
     device: str | None = None
     dtype: str | None = None
+    tower_dtype: str | None = None
+    attn_implementation: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,7 +53,14 @@ class Checkpoint:
         from llava.model.builder import load_pretrained_model
 
         return load_pretrained_model(
-            self.path, self.base, self.name, device=self.device, reduce=self.reduce, dtype=self.dtype
+            self.path,
+            self.base,
+            self.name,
+            device=self.device,
+            reduce=self.reduce,
+            dtype=self.dtype,
+            tower_dtype=self.tower_dtype,
+            attn_implementation=self.attn_implementation,
         )[:3]
 
 

@@ -225,6 +225,24 @@ def test_reduction_is_switched_by_its_option_and_counted_in_the_answers(
     assert (tmp_path / "answers.jsonl.old-2").exists()
 
 
+def test_attention_and_the_dtype_of_the_towers_are_chosen_by_option(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder, texts = make_pope(), {}
+    for name in ("sdpa", "eager"):
+        file = tmp_path / f"{name}.jsonl"
+        assert answer(folder, file, tiny_checkpoint, "--attn-implementation", name).returncode == 0
+        assert json.loads(file.with_name(f"{file.name}.run.json").read_text())["attn_implementation"] == name
+        texts[name] = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert texts["eager"] == texts["sdpa"]
+    half = answer(folder, tmp_path / "half.jsonl", tiny_checkpoint, "--tower-dtype", "bfloat16")
+    assert half.returncode == 0
+    assert len((tmp_path / "half.jsonl").read_text().splitlines()) == len(texts["sdpa"])
+    wrong = answer(folder, tmp_path / "wrong.jsonl", tiny_checkpoint, "--attn-implementation", "flashy")
+    assert wrong.returncode == 2
+    assert "flashy" in wrong.stderr.splitlines()[-1]
+
+
 def test_broken_pictures_are_named_the_rest_is_answered_and_a_repaired_one_is_caught_up(
     make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
