@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc hands the memory of large tensors back as soon as they are gone, and the system clears every page
     anew for the next ones: thousands of page faults per pass of a language model, a quarter of the time of a batch of
-    short prompts. The process does not grow by it beyond its own peak plus `GROWTH_BYTES`.
+    short prompts. The process then stays near its peak size instead of shrinking between batches.
 
     Returns:
         Whether the C library has such a setting (glibc has).

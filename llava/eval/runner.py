@@ -115,7 +115,7 @@ class Prepared:
 def answer_questions(
     model: Any, tokenizer: Any, image_processor: Any, questions: Sequence[Question], sink: Sink, settings: Settings
 ) -> list[Fault]:
-    """Ask every question that has no answer yet.
+    """Ask every question that has no answer yet. On the CPU the process keeps freed memory from then on (`allocator`).
 
     Args:
         model: `LlavaLlamaForCausalLM` (or another with its `encode_patches`, `embed_queries`, `make_image_tokens`,

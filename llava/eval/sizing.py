@@ -2,7 +2,7 @@
 
 Answers do not depend on any of it. The rule of `--batch-size auto`: up to 128 questions, as long as their KV cache, at
 full answer length, and one layer's activations fit into half of an accelerator's free memory. On the CPU up to 64,
-where more gain nothing, and an eighth of the machine's memory: nobody reports a shortage there before the process is
+where more gain little, and an eighth of the machine's memory: nobody reports a shortage there before the process is
 killed.
 """
 

@@ -19,6 +19,8 @@ from scripts.bench import side_by_side
 QUESTIONS_PER_IMAGE = 18
 MEGABYTE = 1e6
 WARM_SHARE = 0.1  # caches fill during the first tenth
+TOLD_SHARES = (1 / 30, 1 / 10, 1 / 3, 2 / 3, 0.98, 1)
+"""When memory is printed. In the last unit no next one is being read, so a little less is in use."""
 
 Entry = tuple[int, float, int, int]
 """Questions answered, seconds since the start, memory of the process, and memory in use on its heap (0: unknown)."""
@@ -65,13 +67,12 @@ def main() -> None:
     warm = [entry for entry in trace if entry[0] >= WARM_SHARE * args.questions]
     growth = {"all": grow_per_thousand(warm), "second half": grow_per_thousand(trace[len(trace) // 2 :])}
     print(f"{trace[-1][0]} questions in {trace[-1][1]:.0f} s")
-    first, last, highest = (size / MEGABYTE for size in (warm[0][2], warm[-1][2], max(entry[2] for entry in trace)))
-    print(f"memory after {warm[0][0]} questions {first:.1f} MB, at the end {last:.1f} MB, highest {highest:.1f} MB")
-    # Between two batches of a unit more is in use than between two units: the lowest values are comparable.
-    tenth = max(1, len(warm) // 10)
-    early, late = (min(entry[3] for entry in part) / MEGABYTE for part in (warm[:tenth], warm[-tenth:]))
-    print(f"in use on the heap, lowest of the first and of the last tenth after that: {early:.1f} MB, {late:.1f} MB")
-    print(f"growth {growth['all']:.3f} MB per 1000 questions, in the second half {growth['second half']:.3f}")
+    for share in TOLD_SHARES:
+        count, _, held, in_use = next(entry for entry in trace if entry[0] >= share * trace[-1][0])
+        print(f"after {count:>6} questions: in use {in_use / MEGABYTE:6.1f} MB, held {held / MEGABYTE:6.1f} MB")
+    print(
+        f"growth of what is held {growth['all']:.3f} MB per 1000 questions, in the second half {growth['second half']:.3f}"
+    )
     side_by_side.write_figures({"trace": trace, "growth_megabytes_per_thousand": growth}, args.json)
     if args.plot:
         draw(trace, args.plot)
