@@ -70,9 +70,8 @@ def main() -> None:
     for share in TOLD_SHARES:
         count, _, held, in_use = next(entry for entry in trace if entry[0] >= share * trace[-1][0])
         print(f"after {count:>6} questions: in use {in_use / MEGABYTE:6.1f} MB, held {held / MEGABYTE:6.1f} MB")
-    print(
-        f"growth of what is held {growth['all']:.3f} MB per 1000 questions, in the second half {growth['second half']:.3f}"
-    )
+    told = ", ".join(f"{part} {megabytes:.3f}" for part, megabytes in growth.items())
+    print(f"growth of what is held, MB per 1000 questions: {told}")
     side_by_side.write_figures({"trace": trace, "growth_megabytes_per_thousand": growth}, args.json)
     if args.plot:
         draw(trace, args.plot)
