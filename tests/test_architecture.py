@@ -15,6 +15,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ("llava.constants", 0),
     ("llava.errors", 0),
+    ("llava.files", 1),
+    ("llava.protocols", 0),
     ("llava.conversation", 1),
     ("llava.image", 1),
     ("llava.model.token_reduction", 1),
@@ -115,7 +117,7 @@ def test_no_module_calls_cuda_directly(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["llava", "llava.constants", "llava.errors", "llava.conversation", "llava.efficiency.cost"]
+    "module", ["llava", "llava.constants", "llava.errors", "llava.files", "llava.conversation", "llava.efficiency.cost"]
 )
 def test_light_modules_load_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

@@ -1,0 +1,171 @@
+"""Reading and writing files: whole or not at all, regular files only, one error with one line for every failure."""
+
+import json
+import os
+import stat
+import threading
+
+import pytest
+
+from llava.errors import InputError
+from llava.files import (
+    FileError,
+    append_line,
+    atomic_write,
+    make_folder,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_jsonl,
+    read_lines,
+    read_text,
+    write_bytes,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = tmp_path / "new" / "data.json"
+    assert read_json(write_json(path, {"a": [1, "\u2028", None]})) == {"a": [1, "\u2028", None]}
+    assert read_jsonl(write_jsonl(path, [{"a": "x\u2028y"}, {"b": 2}])) == [{"a": "x\u2028y"}, {"b": 2}]
+    assert read_text(write_text(path, "a\r\nb\u2028c\n")) == "a\r\nb\u2028c\n"
+    assert read_bytes(write_bytes(path, b"\x00\xff")) == b"\x00\xff"
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(path) == {"a": 1}
+
+
+def test_lines_end_at_newlines_only_and_keep_their_numbers(tmp_path):
+    path = write_text(tmp_path / "lines", "one\n\ntwo\u2028still two\n")
+    assert list(read_lines(path)) == [(1, "one"), (3, "two\u2028still two")]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = write_text(tmp_path / "data", "old")
+    with pytest.raises(RuntimeError), atomic_write(path) as partial:
+        partial.write_text("half of the new")
+        raise RuntimeError
+    assert read_text(path) == "old"
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_a_link_stays_a_link_and_its_target_is_written(tmp_path):
+    target, link = tmp_path / "far" / "target", tmp_path / "link"
+    write_text(target, "old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    append_line(link, " and more")
+    assert link.is_symlink()
+    assert read_text(target) == "new and more\n"
+
+
+def test_a_file_keeps_its_permissions(tmp_path):
+    path = write_text(tmp_path / "data", "old")
+    path.chmod(0o640)
+    write_text(path, "new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+WRITERS = [
+    lambda path: write_text(path, "x"),
+    lambda path: write_json(path, 1),
+    lambda path: write_jsonl(path, [{}]),
+    lambda path: append_line(path, "x"),
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_nothing_but_a_regular_file_is_replaced(tmp_path, write):
+    folder, pipe = tmp_path / "folder", tmp_path / "pipe"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    for path, kind in ((folder, "a folder"), (pipe, "a pipe"), ("/dev/null", "a device")):
+        with pytest.raises(FileError, match=kind):
+            write(type(tmp_path)(path))
+    assert folder.is_dir()
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_reading_a_pipe_or_a_device_is_refused_at_once(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    refused = []
+
+    def read(path):
+        with pytest.raises(FileError, match="not a regular file"):
+            read_bytes(path)
+        refused.append(path)
+
+    paths = [pipe, type(tmp_path)("/dev/zero"), tmp_path]
+    for path in paths:
+        reader = threading.Thread(target=read, args=[path], daemon=True)
+        reader.start()
+        reader.join(timeout=10)
+    assert refused == paths
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,}', 'a comma before the closing "}"'),
+        (b'{\n "a": [1, 2,\n ]}', 'a comma before the closing "]"'),
+        (b'{"a": 1', "not JSON"),
+        (b"", "not JSON"),
+        (b"\xff\xfe{\x00}\x00", "not UTF-8"),
+        (b"9" * 5000, "digits"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_every_bad_document_is_one_error_that_names_the_file(tmp_path, content, message):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=message) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_syntax_error_names_line_and_column():
+    with pytest.raises(FileError, match=r"config\.json is not JSON: .* line 3 column \d"):
+        parse_json('{\n "a": 1\n "b": 2}', "config.json")
+
+
+def test_a_bad_line_is_named_by_its_number(tmp_path):
+    path = write_text(tmp_path / "rows.jsonl", '{"a": 1}\n\n[1]\n')
+    with pytest.raises(FileError, match=r"rows\.jsonl line 3: a JSON object is needed, not list"):
+        read_jsonl(path)
+
+
+def test_a_missing_file_says_how_to_get_it(tmp_path):
+    with pytest.raises(FileError, match=r"no such file: .*; run the other command first"):
+        read_json(tmp_path / "data.json", hint="run the other command first")
+
+
+def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
+    def fail(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", fail)
+    with pytest.raises(FileError, match="No space left on device"):
+        write_bytes(tmp_path / "data", b"x")
+
+
+def test_an_impossible_name_is_one_error(tmp_path):
+    for path in (tmp_path / ("x" * 300), tmp_path / "null\0byte", write_text(tmp_path / "file", "") / "below"):
+        with pytest.raises(InputError):
+            write_text(path, "x")
+        with pytest.raises(InputError):
+            read_text(path)
+    with pytest.raises(InputError):
+        make_folder(tmp_path / "file")
+
+
+def test_numbers_too_long_for_python_are_one_error_in_a_line(tmp_path):
+    path = write_text(tmp_path / "rows.jsonl", json.dumps({"a": 1}) + "\n" + '{"a": ' + "9" * 5000 + "}\n")
+    with pytest.raises(FileError, match="line 2"):
+        read_jsonl(path)
