@@ -1,17 +1,18 @@
-"""Kept patches are drawn where the vision tower saw them, on pictures of every shape."""
+"""Kept patches are drawn where the vision tower saw them, on images of every shape."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from llava.chat import ChatSession, Sampling
+from llava.chat import ChatSession
 from llava.errors import InputError
 from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.image_tokens import ImageTokens
-from llava.visualize import count_unseen, dim_dropped, draw_reduction, find_view_box, save_atomically, visualize
+from llava.sampling import Sampling
+from llava.visualize import count_unseen, dim_dropped, draw_reduction, find_view_box, save_png, visualize
 
 TRIM, NOISE = "llava-v1.5-tiny84-TRIM", "../data/images/noise.png"
 BUS = "What is the color of the bus?"
@@ -51,20 +52,20 @@ def test_a_kept_patch_covers_the_pixels_that_move_its_features(loaded, checkpoin
     """Geometry against the model itself: only pixels of a patch change its embedding before attention mixes them."""
     tokenizer, model, image_processor, _ = loaded
     del tokenizer
-    picture = Image.new("RGB", (120, 60), (90, 90, 90))
-    box = find_view_box(picture.size, model.config.image_aspect_ratio)
+    image = Image.new("RGB", (120, 60), (90, 90, 90))
+    box = find_view_box(image.size, model.config.image_aspect_ratio)
     kept = np.zeros((6, 6), dtype=bool)
     kept[2, 4] = True
-    shade = np.where(np.asarray(dim_dropped(picture, kept, box))[..., :1] == 90, 255, 90).astype(np.uint8)
+    shade = np.where(np.asarray(dim_dropped(image, kept, box))[..., :1] == 90, 255, 90).astype(np.uint8)
     changed = Image.fromarray(np.repeat(shade, 3, axis=2))
-    before, after = (process_images([image], image_processor, model.config)[0] for image in (picture, changed))
+    before, after = (process_images([image], image_processor, model.config)[0] for image in (image, changed))
     weight = (after - before).abs().sum(0).reshape(6, 14, 6, 14).sum((1, 3))
     assert weight.argmax() == 2 * 6 + 4 and weight[2, 4] / weight.sum() > 0.9
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (2000, 9), (64, 64)])
 @pytest.mark.parametrize("aspect_ratio", ["pad", None, "anyres"])
-def test_pictures_of_any_shape_are_drawn(size, aspect_ratio):
+def test_images_of_any_shape_are_drawn(size, aspect_ratio):
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(1, 16, generator=generator) > 0.5
     tokens = ImageTokens(torch.zeros(9, 4), 16, kept, torch.rand(1, 16, generator=generator))
@@ -75,19 +76,19 @@ def test_pictures_of_any_shape_are_drawn(size, aspect_ratio):
 def test_methods_without_scores_are_drawn_without_a_map_and_blending_ones_refused():
     tokens = ImageTokens(torch.zeros(9, 4), 16, torch.ones(1, 16, dtype=torch.bool), None)
     scored = ImageTokens(torch.zeros(9, 4), 16, torch.ones(1, 16, dtype=torch.bool), torch.rand(1, 16))
-    picture = Image.new("RGB", (40, 40))
+    image = Image.new("RGB", (40, 40))
     assert (
-        draw_reduction(picture, tokens, (4, 4), "pad", "?").width
-        < draw_reduction(picture, scored, (4, 4), "pad", "?").width
+        draw_reduction(image, tokens, (4, 4), "pad", "?").width
+        < draw_reduction(image, scored, (4, 4), "pad", "?").width
     )
     with pytest.raises(InputError, match="blends"):
-        draw_reduction(picture, ImageTokens(torch.zeros(4, 4), 16, None, None), (4, 4), "pad", "?")
+        draw_reduction(image, ImageTokens(torch.zeros(4, 4), 16, None, None), (4, 4), "pad", "?")
 
 
 def test_visualize_refuses_places_it_cannot_write_to(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"):
-        save_atomically(Image.new("RGB", (2, 2)), tmp_path / "file" / "a.png")
+    with pytest.raises(InputError, match="cannot write"):
+        save_png(Image.new("RGB", (2, 2)), tmp_path / "file" / "a.png")
 
 
 def test_visualize_shows_what_the_answer_was_given_from(loaded, checkpoints):
