@@ -5,8 +5,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from llava.cli import (
+    ModelSpec,
+    add_model_options,
+    add_prompt_options,
+    natural,
+    positive,
+    positive_or_auto,
+    user_path,
+)
 from llava.errors import InputError, run_command
-from llava.eval.benchmark import Benchmark, Judge
+from llava.eval.benchmark import Benchmark, Judge, Question
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.report import format_latex, format_markdown, list_numbers, make_report, write_picture, write_text
 from llava.eval.results import (
@@ -19,7 +28,8 @@ from llava.eval.results import (
     score_answers,
     write_json,
 )
-from llava.prompt import DEFAULT_CONV_MODE
+from llava.prompt import DEFAULT_CONV_MODE, find_template
+from llava.sampling import Sampling
 
 EXIT_UNANSWERED = 3
 """Exit code of `answer` when questions stayed without an answer; 2 is a mistake in the command or its files."""
@@ -47,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     answer.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
     answer.add_argument("--workers", type=positive, default=1, metavar="N", help="number of workers that share FILE")
     answer.add_argument("--worker", type=natural, default=0, metavar="K", help="which of them this is, from 0")
-    add_model_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=None)
+    add_answer_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=None)
     answer.set_defaults(command=answer_task)
 
     score = commands.add_parser("score", help="score an answers file by the official rules")
@@ -108,64 +118,21 @@ def add_task_options(parser: argparse.ArgumentParser, *, answers_help: str) -> N
     )
 
 
-def add_model_options(
+def add_answer_options(
     parser: argparse.ArgumentParser, *, conv_mode: str, temperature: float, batch_size: int | None
 ) -> None:
-    """Add the options that say which model answers and how, common to `answer` and the published commands."""
-    parser.add_argument("--model-path", required=True, metavar="DIR", help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", metavar="DIR", help="base model of a LoRA or projector-only checkpoint")
-    parser.add_argument("--conv-mode", default=conv_mode, metavar="NAME", help=f"conversation template ({conv_mode})")
-    parser.add_argument("--temperature", type=float, default=temperature, help=f"0: greedy (default {temperature})")
-    parser.add_argument("--reduce", metavar="SPEC", help="token reduction, e.g. TRIM:-1 or none (default: config.json)")
+    """Add the options of the model and of asking it, common to `answer` and LLaVA's commands."""
+    add_model_options(parser)
+    add_prompt_options(parser, conv_mode=conv_mode, temperature=temperature)
     parser.add_argument(
         "--batch-size",
         type=positive_or_auto,
         default=batch_size,
         metavar="N",
-        help=f"questions at once; auto: as many as memory allows (default {batch_size or 'auto'})",
+        help=f"questions at once; auto: as many as memory allows (default: {batch_size or 'auto'})",
     )
     parser.add_argument("--num-chunks", type=positive, default=1, metavar="N", help="cut the questions into N slices")
     parser.add_argument("--chunk-idx", type=natural, default=0, metavar="K", help="and answer slice K, from 0")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator if there is one)")
-    parser.add_argument(
-        "--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16; on a CPU float32"
-    )
-    parser.add_argument(
-        "--tower-dtype",
-        choices=["float16", "bfloat16", "float32"],
-        help="of the vision and text towers; default: float32, as published",
-    )
-    parser.add_argument(
-        "--attn-implementation",
-        metavar="NAME",
-        help="attention of the language model: sdpa, eager, flash_attention_2, ... (default: transformers' choice)",
-    )
-
-
-def user_path(text: str) -> Path:
-    """Read a path; a leading `~` is the home folder."""
-    return Path(text).expanduser()
-
-
-def positive(text: str) -> int:
-    """Read a whole number above 0."""
-    return _read_number(text, 1)
-
-
-def positive_or_auto(text: str) -> int | None:
-    """Read a whole number above 0, or `auto`: None."""
-    return None if text == "auto" else positive(text)
-
-
-def natural(text: str) -> int:
-    """Read a whole number from 0."""
-    return _read_number(text, 0)
-
-
-def _read_number(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"a whole number from {least} on is needed, not {text!r}")
-    return int(text)
 
 
 def list_tasks(arguments: argparse.Namespace) -> None:
@@ -196,19 +163,22 @@ def choose_task(arguments: argparse.Namespace) -> Benchmark:
 def answer_task(arguments: argparse.Namespace) -> None:
     """Answer a benchmark's questions; leave with code 3 if some stayed without an answer."""
     task = choose_task(arguments)
-    questions = task.load(arguments.root)
     max_new_tokens = arguments.max_new_tokens or task.max_new_tokens
-    answer_and_exit(arguments, questions, arguments.answers, max_new_tokens, task.key_fields)
+    answer_and_exit(arguments, task.load(arguments.root), arguments.answers, max_new_tokens, task.key_fields)
 
 
 def answer_and_exit(
-    arguments: argparse.Namespace, questions: list, answers_file: Path, max_new_tokens: int, key_fields: tuple[str, ...]
+    arguments: argparse.Namespace,
+    questions: list[Question],
+    answers_file: Path,
+    max_new_tokens: int,
+    key_fields: tuple[str, ...],
 ) -> None:
-    """Answer a chunk of questions with the model of `add_model_options`, and tell how it went.
+    """Answer a chunk of questions with the model of `add_answer_options`, and print how it went.
 
     Args:
-        arguments: with the values of `add_model_options`; optionally `limit`, `workers`, `worker`,
-            `top_p`, `num_beams`.
+        arguments: with the values of `add_answer_options`; optionally `limit`, `workers`, `worker`, `top_p`,
+            `num_beams`.
         questions: all questions, from which the chunk is taken.
         answers_file: where the answers go.
         max_new_tokens: length limit of an answer.
@@ -217,44 +187,39 @@ def answer_and_exit(
     Raises:
         SystemExit: with code 3 if questions stayed without an answer.
     """
-    # Only this command needs torch; the others answer at once.
-    from llava.eval.answering import Checkpoint, make_answers
-    from llava.eval.batching import take_chunk
-    from llava.eval.runner import Settings
-
+    # 1. What needs no library: options out of range, unknown templates.
     if arguments.chunk_idx >= arguments.num_chunks:
         raise InputError(
             f"--chunk-idx {arguments.chunk_idx}: with --num-chunks {arguments.num_chunks} it counts from 0"
         )
-    checkpoint = Checkpoint(
-        path=str(user_path(arguments.model_path)),
-        base=arguments.model_base,
-        reduce=arguments.reduce,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        tower_dtype=arguments.tower_dtype,
-        attn_implementation=arguments.attn_implementation,
-    )
-    settings = Settings(
-        model_id=checkpoint.name,
-        conv_mode=arguments.conv_mode,
-        max_new_tokens=max_new_tokens,
+    sampling = Sampling(
         temperature=arguments.temperature,
         top_p=getattr(arguments, "top_p", None),
         num_beams=getattr(arguments, "num_beams", 1),
-        batch_size=arguments.batch_size,
-        num_workers=getattr(arguments, "workers", 1),
+        max_new_tokens=max_new_tokens,
     )
+    spec = ModelSpec.from_options(arguments)
+    find_template(arguments.conv_mode)
+    # 2. Only this command needs torch; the others answer at once.
+    from llava.eval.predict import Settings, make_answers, take_chunk
+
     outcome = make_answers(
-        checkpoint,
+        spec,
         take_chunk(questions, arguments.num_chunks, arguments.chunk_idx),
         answers_file,
-        settings,
+        Settings(
+            model_id=spec.name,
+            sampling=sampling,
+            conv_mode=arguments.conv_mode,
+            batch_size=arguments.batch_size,
+            num_workers=getattr(arguments, "workers", 1),
+        ),
         key_fields,
         limit=getattr(arguments, "limit", None),
         worker=getattr(arguments, "worker", 0),
         notify=_tell,
     )
+    # 3. How it went.
     for line in outcome.describe(answers_file):
         _tell(line)
     if not outcome.complete:

@@ -10,9 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from llava.cli import positive, user_path
 from llava.errors import InputError, run_command
-from llava.eval.__main__ import positive, user_path
-from llava.eval.answers import explain_write_errors, pair_answers, read_answers
 from llava.eval.benchmarks._files import load_question_file, read_records
 from llava.eval.benchmarks.llavabench import (
     IMAGE_FOLDER,
@@ -24,7 +23,9 @@ from llava.eval.benchmarks.llavabench import (
     pair_comparisons,
 )
 from llava.eval.judge import make_judge
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import require_complete
+from llava.files import explain_errors
 
 NUM_ANSWER_FILES = 2
 
@@ -69,7 +70,7 @@ def main() -> None:
         make_review(number, each, reply)
         for number, (each, reply) in enumerate(zip(comparisons, replies, strict=True), start=1)
     ]
-    with explain_write_errors(arguments.output):
+    with explain_errors("write", arguments.output):
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         partial = arguments.output.with_name(f"{arguments.output.name}.partial")
         partial.write_text("".join(json.dumps(review) + "\n" for review in reviews), encoding="utf-8")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import run_command
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmark import Question, row_key
 from llava.eval.benchmarks.sqa import (
     SPLIT,
@@ -24,6 +23,7 @@ from llava.eval.benchmarks.sqa import (
     read_problems,
 )
 from llava.eval.metrics.choice import LETTERS
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import append_line, format_line, require_complete, write_json
 
 

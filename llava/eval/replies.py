@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.answers import explain_write_errors
+from llava.files import explain_errors
 
 # How each line begins, by which a torn one is told from a line of some other file.
 LINE_START = b'{"key": "'
@@ -69,7 +69,7 @@ class ReplyCache:
             InputError: the file can't be written.
         """
         line = json.dumps({"key": key, **about, "reply": reply}).encode() + b"\n"
-        with self._lock, explain_write_errors(self.path):
+        with self._lock, explain_errors("write", self.path):
             if key in self._replies:
                 return self._replies[key]
             self._append(b"\n" + line if self._needs_newline else line)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.answers import explain_write_errors
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.results import Result, compare_runs, format_cell, format_table, label_result, mark_judge
+from llava.files import explain_errors
 
 AVERAGE_LABEL = "Average"
 MARK = "*"
@@ -222,7 +222,7 @@ def escape_latex(text: str) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file; it appears complete or not at all."""
-    with explain_write_errors(path):
+    with explain_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(text, encoding="utf-8")
@@ -252,7 +252,7 @@ def write_picture(path: Path, report: Mapping[str, Any]) -> None:
     for note in notes:
         place -= row_height * 0.8
         figure.text(0.2 / width, place, note, fontsize=6.5, color="#555555", va="center")
-    with explain_write_errors(path):
+    with explain_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         with partial.open("wb") as file:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.answers import explain_write_errors, name_questions, pair_answers, read_answers
 from llava.eval.benchmark import Benchmark, Judge, Question, Row, row_key
+from llava.eval.predictions import name_questions, pair_answers, read_answers
+from llava.files import explain_errors
 
 Result = dict[str, Any]
 
@@ -107,7 +108,7 @@ def export_answers(
         InputError: as for `score_answers`, or the benchmark has no such files, or they cannot be written.
     """
     _, answers = pair_with_questions(task, answers_file, root, allow_partial)
-    with explain_write_errors(destination):
+    with explain_errors("write", destination):
         destination.mkdir(parents=True, exist_ok=True)
         return task.export(answers, root, destination)
 
@@ -173,7 +174,7 @@ def name_judge(result: Result) -> str:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to the results file; it is on the disk after return."""
-    with explain_write_errors(path):
+    with explain_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -183,7 +184,7 @@ def append_line(path: Path, line: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON data; the file appears complete or not at all."""
-    with explain_write_errors(path):
+    with explain_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

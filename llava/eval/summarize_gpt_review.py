@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from llava.cli import user_path
 from llava.errors import InputError, run_command
-from llava.eval.__main__ import user_path
 from llava.eval.benchmarks._files import read_records
 from llava.eval.benchmarks.llavabench import UNREADABLE, Summary, summarize_marks
 

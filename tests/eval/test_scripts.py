@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.answers import read_answers
+from llava.eval.predictions import read_answers
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "DRY_RUN")}
 # Real runs use the interpreter that runs the tests, wherever the PATH points.

@@ -13,12 +13,12 @@ from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.answers import explain_write_errors
 from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, row_key
 from llava.eval.benchmarks._files import find_file, load_question_file
 from llava.eval.benchmarks._hub_mmvet import MMVet as MmVetForm
 from llava.eval.hub import HubForm
 from llava.eval.metrics.overlap import find_elements
+from llava.files import explain_errors
 
 QUESTION_FILE = "llava-mm-vet.jsonl"
 ANNOTATION_FILE = "mm-vet.json"
@@ -313,7 +313,7 @@ def write_predictions(rows: Sequence[Row], path: Path) -> None:
         key = f"{KEY_PREFIX}{row['question_id']}"
         if predictions.setdefault(key, row["text"]) != row["text"]:
             raise InputError(f"two different answers to question {row['question_id']}")
-    with explain_write_errors(path):
+    with explain_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(json.dumps(predictions, indent=2), encoding="utf-8")
