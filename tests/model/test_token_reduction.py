@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from llava.errors import InputError
-from llava.model.token_reduction import REDUCERS, Budget, VisualTokens, parse_reducer
+from llava.model.token_reduction import REDUCERS, TEXT, Budget, VisualTokens, parse_reducer
 from llava.model.token_reduction.base import select_top
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ EXTRA_SPECS = [
     "TRIM:-1,min_keep=3,max_keep=5",
     "TextSim:-1,fence=99",
     "TextSim:0.001,min_keep=0",
+    "FasterVLM:9,layer=-1",
     "Random:9,seed=3,mean=true",
 ]
 
@@ -35,16 +37,34 @@ def specs_of(name: str, reducer: type) -> list[str]:
 SPECS = [spec for name, reducer in REDUCERS.items() for spec in specs_of(name, reducer)] + EXTRA_SPECS
 
 
-def make_tokens(num_images: int = 5, side: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32) -> VisualTokens:
+def make_tokens(
+    spec: str = "none", num_images: int = 5, side: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> VisualTokens:
+    """Random tokens with text, and with all else that a reducer needs."""
+    reducer = parse_reducer(spec)
     generator = torch.Generator().manual_seed(seed)
     patches = torch.randn(num_images, side * side, 16, generator=generator)
     joint = torch.randn(num_images, side * side, 8, generator=generator) * 1.5
     text = torch.randn(num_images, 8, generator=generator)
-    return VisualTokens(patches=patches.to(dtype), grid=(side, side), joint=joint, text=text)
+    needs = reducer.needs - {TEXT} if reducer else ()
+    intermediates = {
+        need: torch.randn(num_images, *need.shape(side * side, heads=3, width=4), generator=generator).softmax(dim=-1)
+        for need in needs
+    }
+    return VisualTokens(patches.to(dtype), (side, side), joint, text, intermediates)
+
+
+def map_tokens(tokens: VisualTokens, change: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
+    intermediates = {need: change(values) for need, values in tokens.intermediates.items()}
+    return VisualTokens(change(tokens.patches), tokens.grid, change(tokens.joint), change(tokens.text), intermediates)
 
 
 def rows_of(tokens: VisualTokens, rows: list[int]) -> VisualTokens:
-    return VisualTokens(tokens.patches[rows], tokens.grid, tokens.joint[rows], tokens.text[rows])
+    return map_tokens(tokens, lambda values: values[rows])
+
+
+def fields_of(tokens: VisualTokens) -> list[torch.Tensor]:
+    return [tokens.patches, tokens.joint, tokens.text, *tokens.intermediates.values()]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -55,7 +75,7 @@ class TestContract:
 
     def test_shapes_lengths_and_dtype_hold(self, spec):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            tokens = make_tokens(dtype=dtype)
+            tokens = make_tokens(spec, dtype=dtype)
             reduced = parse_reducer(spec)(tokens)
             assert reduced.features.dtype == dtype
             assert reduced.features.shape[0] == reduced.lengths.shape[0] == 5
@@ -63,9 +83,9 @@ class TestContract:
             assert reduced.lengths.dtype == torch.int64
 
     def test_every_image_keeps_a_token(self, spec):
-        tokens, reducer = make_tokens(), parse_reducer(spec)
+        tokens, reducer = make_tokens(spec), parse_reducer(spec)
         assert (reducer(tokens).lengths >= 1).all()
-        uniform = VisualTokens(torch.ones_like(tokens.patches), tokens.grid, torch.ones_like(tokens.joint), tokens.text)
+        uniform = map_tokens(tokens, torch.ones_like)
         assert (reducer(uniform).lengths >= 1).all()
 
     def test_an_automatic_budget_has_a_rule_or_is_refused(self, spec):
@@ -77,12 +97,12 @@ class TestContract:
                 parse_reducer(f"{name}:-1")
 
     def test_rows_are_zero_behind_their_length(self, spec):
-        reduced = parse_reducer(spec)(make_tokens())
+        reduced = parse_reducer(spec)(make_tokens(spec))
         for features, length in zip(reduced.features, reduced.lengths, strict=True):
             assert not features[length:].any()
 
     def test_kept_patches_are_bit_equal_and_in_raster_order(self, spec):
-        tokens = make_tokens()
+        tokens = make_tokens(spec)
         reduced = parse_reducer(spec)(tokens)
         if reduced.kept is None:
             return  # all tokens are synthesised
@@ -90,14 +110,14 @@ class TestContract:
             assert torch.equal(features[: int(kept.sum())], patches[kept])
 
     def test_inputs_are_left_as_they_were(self, spec):
-        tokens = make_tokens()
-        before = [field.clone() for field in (tokens.patches, tokens.joint, tokens.text)]
+        tokens = make_tokens(spec)
+        before = [field.clone() for field in fields_of(tokens)]
         parse_reducer(spec)(tokens)
-        for old, new in zip(before, (tokens.patches, tokens.joint, tokens.text), strict=True):
+        for old, new in zip(before, fields_of(tokens), strict=True):
             assert torch.equal(old, new)
 
     def test_an_image_never_feels_its_batch(self, spec):
-        tokens, reducer = make_tokens(num_images=7), parse_reducer(spec)
+        tokens, reducer = make_tokens(spec, num_images=7), parse_reducer(spec)
         together = reducer(tokens)
         for row in range(7):
             alone = reducer(rows_of(tokens, [row]))
@@ -108,15 +128,20 @@ class TestContract:
             assert (alone.kept is None) or torch.equal(alone.kept[0], together.kept[row])
 
     def test_order_of_images_does_not_matter(self, spec):
-        tokens, reducer = make_tokens(num_images=4), parse_reducer(spec)
+        tokens, reducer = make_tokens(spec, num_images=4), parse_reducer(spec)
         order = [2, 0, 3, 1]
         lengths = reducer(tokens).lengths
         assert torch.equal(reducer(rows_of(tokens, order)).lengths, lengths[order])
 
 
-@pytest.mark.parametrize("name", ["TRIM", "TextSim", "TextSim+", "Random"])
+@pytest.mark.parametrize("name", ["TRIM", "TextSim", "TextSim+", "FasterVLM", "Random"])
 def test_methods_that_select_patches_report_them(name):
-    assert parse_reducer(name)(make_tokens()).kept.shape == (5, 36)
+    assert parse_reducer(name)(make_tokens(name)).kept.shape == (5, 36)
+
+
+def test_a_method_without_what_it_looks_at_says_so_in_one_line():
+    with pytest.raises(InputError, match=r"hold no cls_attention\[-2\].*set_token_reduction"):
+        parse_reducer("FasterVLM:9")(make_tokens())
 
 
 def read_example() -> str:
@@ -268,7 +293,7 @@ def test_no_spec_means_no_reduction(spec):
     [
         ("TRIMM:-1", 'did you mean "TRIM"?'),
         ("trim:-1", 'did you mean "TRIM"?'),
-        ("PRUNE:0.5", "known: TRIM, TextSim, TextSim+, Random, Pool"),
+        ("PRUNE:0.5", "known: TRIM, TextSim, TextSim+, FasterVLM, Random, Pool"),
         ("TRIM:abc", '"abc" is not a budget'),
         ("TRIM:25%", '"25%" is not a budget'),
         ("TRIM:", '"" is not a budget'),
@@ -289,6 +314,9 @@ def test_no_spec_means_no_reduction(spec):
         ("Random:-1", "no automatic budget"),
         ("Random:0.5,mean=perhaps", "mean must be true or false"),
         ("Pool:-1", "no automatic budget"),
+        ("FasterVLM:-1", "no automatic budget"),
+        ("FasterVLM:64,layer=0", "cls_attention[0]: hidden state 0 is the embeddings"),
+        ("FasterVLM:64,layer=x", "layer must be a whole number"),
         (0.25, "is not a string"),
     ],
 )

@@ -2,12 +2,14 @@
 
 A reducer is a frozen dataclass that is also a function: `reducer(VisualTokens) -> ReducedTokens`. It holds options
 only: no weights, device, tokenizer or model config. Shape letters: `I` images (or crops), `N` patches, `K` kept
-patches, `M` tokens per image after reduction, `D` vision width, `P` joint text-image width.
+patches, `M` tokens per image after reduction, `D` vision width, `P` joint text-image width, `H` attention heads, `d`
+width of a head, `E` language model width.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -16,35 +18,139 @@ from torch import Tensor
 from llava.errors import InputError
 
 AUTOMATIC = -1
-NEEDS_TEXT = "text"
 BUDGET_RULE = "-1 (automatic), a fraction in (0, 1], or a whole number above 1"
 
 
 @dataclass(frozen=True)
+class Need:
+    """One thing that a reducer looks at besides the patches, and where in the vision tower it comes from.
+
+    The kinds, per image (or crop):
+
+    - `text`: the query and the patches in the joint text-image space, `VisualTokens.joint` and `.text`.
+    - `projected`: `[N, E]` patches behind the projector.
+    - `cls_attention[layer]`: `float32[H, N]` attention of the CLS row to the patches: the softmax runs over all N + 1
+      keys, then the CLS column is cut off, so rows sum to less than 1.
+    - `keys[layer]`: `[H, N + 1, d]` keys, CLS first, unscaled, in the tower's dtype.
+    - `attention[layer]`: `float32[H, N + 1, N + 1]` the whole attention map, CLS first.
+
+    Attributes:
+        kind: one of them.
+        layer: which layer, counted as `mm_vision_select_layer` counts hidden states: the layer whose output is hidden
+            state `layer`. -2 is number 22 of 0 to 23 in CLIP ViT-L; 0 (the embeddings) is the output of no layer.
+    """
+
+    kind: str
+    layer: int | None = None
+
+    KINDS: ClassVar[tuple[str, ...]] = ("text", "projected", "cls_attention", "keys", "attention")
+
+    def __post_init__(self) -> None:
+        """Check that the kind exists, and that it has a layer where it needs one.
+
+        Raises:
+            ValueError: it does not (a programming error).
+            InputError: layer 0.
+        """
+        if self.kind not in self.KINDS or (self.layer is None) != (self.kind in ("text", "projected")):
+            raise ValueError(f"{self}: a need is text, projected, or cls_attention, keys or attention with a layer")
+        if self.layer == 0:
+            raise InputError(f"{self}: hidden state 0 is the embeddings; use a layer from 1, or from -1 backwards")
+
+    def __str__(self) -> str:
+        """For example `cls_attention[-2]`."""
+        return self.kind if self.layer is None else f"{self.kind}[{self.layer}]"
+
+    def num_queries(self, num_patches: int) -> int:
+        """Rows of a layer whose queries it takes: all for a whole map, else the CLS row at most."""
+        return num_patches + 1 if self.kind == "attention" else 1
+
+    def shape(self, num_patches: int, *, heads: int = 1, width: int = 1) -> tuple[int, ...]:
+        """The shape per image of anything but text.
+
+        Args:
+            num_patches: N.
+            heads: H.
+            width: d of keys, E of projected patches.
+        """
+        return {
+            "projected": (num_patches, width),
+            "cls_attention": (heads, num_patches),
+            "keys": (heads, num_patches + 1, width),
+            "attention": (heads, num_patches + 1, num_patches + 1),
+        }[self.kind]
+
+
+TEXT = Need("text")
+PROJECTED = Need("projected")
+
+
+@dataclass(frozen=True)
 class VisualTokens:
-    """What a reducer may look at; the optional fields are there only for reducers that name them in `needs`.
+    """What a reducer may look at; beyond patches and grid only what it names in `needs`.
 
     Attributes:
         patches: `[I, N, D]` patch features that would reach the projector, in raster order.
         grid: rows and columns of the patch grid, `rows * cols == N`.
-        joint: `float32[I, N, P]` the patches in the joint text-image space (need "text").
-        text: `float32[I, P]` each image's query in the same space, not normalised (need "text").
+        joint: `float32[I, N, P]` the patches in the joint text-image space (need `text`).
+        text: `float32[I, P]` each image's query in the same space, not normalised (need `text`).
+        intermediates: everything else by need, with a leading axis of `I`; see `Need` for the shapes.
     """
 
     patches: Tensor
     grid: tuple[int, int]
     joint: Tensor | None = None
     text: Tensor | None = None
+    intermediates: Mapping[Need, Tensor] = field(default_factory=dict)
 
     def require_text(self) -> tuple[Tensor, Tensor]:
         """Return the joint-space patches `float32[I, N, P]` and queries `float32[I, P]`.
 
         Raises:
-            ValueError: they are not there (a programming error: the reducer names "text" in `needs`).
+            ValueError: they are not there (a programming error: the reducer names `TEXT` in `needs`).
         """
         if self.joint is None or self.text is None:
             raise ValueError("a reducer that reads text needs VisualTokens.joint and VisualTokens.text")
         return self.joint.to(torch.float32), self.text.to(torch.float32)
+
+    def require(self, need: Need) -> Tensor:
+        """Return an intermediate, `[I, ...]` as `Need` says.
+
+        Raises:
+            InputError: the images were encoded without it.
+        """
+        if need not in self.intermediates:
+            raise InputError(
+                f"these image features hold no {need}: they were encoded for another token reduction; "
+                "encode the images again after set_token_reduction"
+            )
+        return self.intermediates[need]
+
+
+def make_example(needs: Collection[Need], grid: tuple[int, int]) -> VisualTokens:
+    """Make up one image with all that a reducer needs, to find out what it leaves of any image.
+
+    Args:
+        needs: of the reducer.
+        grid: rows and columns of patches.
+
+    Returns:
+        Random numbers in [0, 1), always the same, of widths and heads of 1.
+    """
+    num_patches = grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(1, *shape, generator=generator)
+
+    has_text = TEXT in needs
+    return VisualTokens(
+        patches=draw(num_patches, 1),
+        grid=grid,
+        joint=draw(num_patches, 1) if has_text else None,
+        text=draw(1) if has_text else None,
+        intermediates={need: draw(*need.shape(num_patches)) for need in needs if need != TEXT},
+    )
 
 
 @dataclass(frozen=True)
@@ -121,22 +227,24 @@ class TokenReducer(ABC):
     Attributes:
         budget: how many patches to keep.
         spec_name: the method's name in spec strings.
-        needs: what the method looks at besides the patches.
+        needs: what the method looks at besides the patches; a property where that depends on its options.
         has_automatic_budget: whether the method has a rule of its own for how many patches an image keeps.
     """
 
     budget: Budget = DEFAULT_BUDGET
 
     spec_name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[Need]] = frozenset()
     has_automatic_budget: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the options; subclasses with options to check extend this.
 
         Raises:
-            InputError: an automatic budget for a method that has no rule for one.
+            InputError: an automatic budget for a method that has no rule for one, or a layer that cannot be looked at.
         """
+        if not isinstance(self.needs, frozenset):
+            raise TypeError(f"{type(self).__name__}.needs is not a frozenset")
         if self.budget.is_automatic and not self.has_automatic_budget:
             name = self.spec_name
             raise InputError(f"{name} has no automatic budget: give a fraction in (0, 1] or a count, as in {name}:0.2")

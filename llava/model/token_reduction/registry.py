@@ -10,13 +10,14 @@ from dataclasses import Field, fields
 from llava.errors import InputError
 from llava.model.token_reduction.base import BUDGET_RULE, Budget, TokenReducer
 from llava.model.token_reduction.baselines import Pool, RandomChoice
+from llava.model.token_reduction.faster_vlm import FasterVLM
 from llava.model.token_reduction.trim import TextSim, TextSimPlus, Trim
 
 CONFIG_KEY = "mm_vision_token_reduce_func"
 
 # Every entry point, the parser's messages and the contract test take the methods from this table.
 REDUCERS: dict[str, type[TokenReducer]] = {
-    reducer.spec_name: reducer for reducer in (Trim, TextSim, TextSimPlus, RandomChoice, Pool)
+    reducer.spec_name: reducer for reducer in (Trim, TextSim, TextSimPlus, FasterVLM, RandomChoice, Pool)
 }
 
 

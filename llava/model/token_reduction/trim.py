@@ -24,8 +24,9 @@ from torch import Tensor
 from llava.errors import InputError
 from llava.model.token_reduction.base import (
     AUTOMATIC,
-    NEEDS_TEXT,
+    TEXT,
     Budget,
+    Need,
     ReducedTokens,
     TokenReducer,
     VisualTokens,
@@ -128,7 +129,7 @@ class Trim(TokenReducer):
     max_keep: int = 0
 
     spec_name: ClassVar[str] = "TRIM"
-    needs: ClassVar[frozenset[str]] = frozenset({NEEDS_TEXT})
+    needs: ClassVar[frozenset[Need]] = frozenset({TEXT})
     has_automatic_budget: ClassVar[bool] = True
     has_mean_token: ClassVar[bool] = True
 
