@@ -6,6 +6,7 @@ GT-Vision-Lab/VQA `vqaEval.py` (2021-03-11, and as it was before), the VizWiz AP
 `m4c_evaluators.py`, written anew.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import groupby
@@ -55,8 +56,12 @@ def grade_textvqa(prediction: str, references: Sequence[str]) -> float:
 
 
 def normalize_vizwiz(text: str) -> str:
-    """Rewrite a prediction as the VizWiz scorer does."""
     return normalize_vqa(flatten_lines(text), VIZWIZ_CONTRACTIONS)
+
+
+def rank_references(references: Sequence[str]) -> tuple[str, ...]:
+    """List the distinct reference answers, most frequent first; ties are in the order given."""
+    return tuple(text for text, _ in Counter(references).most_common())
 
 
 def round_half_up(percent: float) -> float:
@@ -92,7 +97,6 @@ def summarize_grades(
 
 
 def average_percent(grades: Sequence[float]) -> float:
-    """Average fractions, as percent."""
     return 100 * sum(grades) / len(grades)
 
 
