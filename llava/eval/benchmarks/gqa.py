@@ -87,7 +87,7 @@ def make_annotation(row: HubRow) -> dict[str, Any]:
     }
 
 
-def parse_cell(cell: Any) -> Any:
+def parse_cell(cell: object) -> Any:
     """Return a cell's value; lists and records may be stored as text, in JSON or Python's form."""
     if not isinstance(cell, str):
         return cell

@@ -208,11 +208,9 @@ def read_vizwiz_answers(path: Path) -> dict[str, VizWizAnswers]:
     annotations = {}
     for number, record in enumerate(read_official(path)):
         where = f"{path} question {number}"
-        annotations[take(record, "image", str, where)] = VizWizAnswers(
-            answer_type=take(record, "answer_type", str, where),
-            answerable=bool(take(record, "answerable", int, where)),
-            references=take_references(record, where),
-        )
+        answer_type, answerable = take(record, "answer_type", str, where), take(record, "answerable", int, where)
+        references = take_references(record, where)
+        annotations[take(record, "image", str, where)] = VizWizAnswers(references, answer_type, bool(answerable))
     return annotations
 
 
@@ -228,7 +226,6 @@ def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], anno
     Raises:
         InputError: questions and annotations are not of the same set, or an image has several questions.
     """
-    # 1. Pair each answer with its annotation by the image, in the order of the annotations.
     annotations = read_vizwiz_answers(annotation_file)
     names = list(map(image_name, questions))
     require_annotations(questions, names, annotations, annotation_file)
@@ -236,52 +233,33 @@ def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], anno
         repeated, _ = Counter(names).most_common(1)[0]
         raise InputError(f"vizwiz: several questions are about {repeated}; there must be one per image")
     keys = {name: row_key(each.head(), VizWiz.key_fields) for name, each in zip(names, questions, strict=True)}
-    rows = {name: answers[keys[name]] for name in annotations if keys.get(name) in answers}
-    answered = {name: annotations[name] for name in rows}
-
-    # 2. Grade what LLaVA uploads, and the text as it is for comparison.
-    texts = [row["text"] for row in rows.values()]
-    uploaded = list(map(normalize_m4c, texts))
-    grades = grade_answers(answered, uploaded)
-    main = summarize_answers(answered, uploaded, grades)
-
-    # 3. The headline is the mean of the verdicts' points.
-    verdicts = [
-        Verdict(
-            key=keys[name],
-            prediction=rows[name]["text"],
-            reference=rank_references(annotation.references),
-            points=points,
-            parsed=parsed,
-            category=annotation.answer_type,
-        )
-        for (name, annotation), parsed, points in zip(answered.items(), uploaded, grades, strict=True)
-    ]
+    answered = {name: annotation for name, annotation in annotations.items() if keys.get(name) in answers}
+    verdicts = [judge_answer(keys[name], answers[keys[name]], annotation) for name, annotation in answered.items()]
+    texts = [each.prediction for each in verdicts]
+    grades = [grade_vizwiz(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
+    main = summarize_answers(answered, [str(each.parsed) for each in verdicts], [each.points for each in verdicts])
     exact = main["accuracy_unrounded"]
     return Scores(
         headline=exact["overall"],
-        scores={**main, "raw": summarize_answers(answered, texts, grade_answers(answered, texts))},
+        scores={**main, "raw": summarize_answers(answered, texts, grades)},
         count=len(verdicts),
         columns={"Accuracy": exact["overall"], **exact["perAnswerType"]},
         verdicts=verdicts,
     )
 
 
-def grade_answers(answered: Mapping[str, VizWizAnswers], texts: Sequence[str]) -> list[float]:
-    """Grade answers, fractions, in the order of their annotations."""
-    return [grade_vizwiz(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
+def judge_answer(key: str, row: Row, annotation: VizWizAnswers) -> Verdict:
+    """Grade what LLaVA uploads of an answer."""
+    text, references = row["text"], annotation.references
+    uploaded = normalize_m4c(text)
+    points, category = grade_vizwiz(uploaded, references), annotation.answer_type
+    return Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category)
 
 
 def summarize_answers(
     answered: Mapping[str, VizWizAnswers], texts: Sequence[str], grades: Sequence[float]
 ) -> dict[str, Any]:
-    """List the official numbers.
-
-    Args:
-        answered: annotations of the answered questions, by image.
-        texts: the answers, in the same order.
-        grades: of the answers, fractions.
-    """
+    """List the official numbers of answers, given the annotations of their questions by image and their grades."""
     annotations = answered.values()
     labels = [not each.answerable for each in annotations]
     called = [normalize_vizwiz(text) == UNANSWERABLE for text in texts]

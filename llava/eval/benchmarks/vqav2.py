@@ -219,11 +219,8 @@ def read_vqa_answers(path: Path) -> dict[int, VqaAnswers]:
     annotations = {}
     for number, record in enumerate(take(read_document(path), "annotations", list, str(path))):
         where = f"{path} annotation {number}"
-        annotations[take(record, "question_id", int, where)] = VqaAnswers(
-            answer_type=take(record, "answer_type", str, where),
-            question_type=take(record, "question_type", str, where),
-            references=take_references(record, where),
-        )
+        types = (take(record, name, str, where) for name in ("answer_type", "question_type"))
+        annotations[take(record, "question_id", int, where)] = VqaAnswers(take_references(record, where), *types)
     return annotations
 
 
@@ -239,55 +236,45 @@ def score_vqav2(questions: Sequence[Question], answers: Mapping[str, Row], annot
     Raises:
         InputError: questions and annotations are not of the same set.
     """
-    # 1. Pair each answer with its annotation, in the order of the annotations.
     annotations = read_vqa_answers(annotation_file)
     require_annotations(questions, [question.id for question in questions], annotations, annotation_file)
     rows = {row["question_id"]: row for row in answers.values()}
     answered = {identity: annotation for identity, annotation in annotations.items() if identity in rows}
-    texts = [rows[identity]["text"] for identity in answered]
+    verdicts = [judge_answer(rows[identity], annotation) for identity, annotation in answered.items()]
 
-    # 2. Grade what LLaVA uploads; the text as it is and the older rules are for comparison.
-    def grade(rule: Callable[[str, Sequence[str]], float], predictions: Sequence[str]) -> list[float]:
-        pairs = zip(predictions, answered.values(), strict=True)
-        return [rule(prediction, annotation.references) for prediction, annotation in pairs]
+    def grade(rule: Callable[[str, Sequence[str]], float], texts: Iterable[str]) -> list[float]:
+        return [rule(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
 
-    uploaded = [normalize_m4c(text) for text in texts]
-    grades = grade(grade_vqa, uploaded)
-    main = summarize_answers(answered, grades)
-    variants = {
-        "pre2021_scorer_on_raw": round_half_up(average_percent(grade(grade_vqa_before_2021, texts))),
-        "pre2021_scorer_on_upload": round_half_up(average_percent(grade(grade_vqa_before_2021, uploaded))),
+    texts, uploaded = [each.prediction for each in verdicts], [str(each.parsed) for each in verdicts]
+    main = summarize_answers(answered, [each.points for each in verdicts])
+    older = {
+        "pre2021_scorer_on_raw": average_percent(grade(grade_vqa_before_2021, texts)),
+        "pre2021_scorer_on_upload": average_percent(grade(grade_vqa_before_2021, uploaded)),
     }
-
-    # 3. The headline is the mean of the verdicts' points.
-    verdicts = [
-        Verdict(
-            key=row_key(rows[identity], Vqav2.key_fields),
-            prediction=rows[identity]["text"],
-            reference=rank_references(annotation.references),
-            points=points,
-            parsed=parsed,
-            category=annotation.answer_type,
-        )
-        for (identity, annotation), parsed, points in zip(answered.items(), uploaded, grades, strict=True)
-    ]
     exact = main["accuracy_unrounded"]
     return Scores(
         headline=exact["overall"],
-        scores={**main, "raw": summarize_answers(answered, grade(grade_vqa, texts)), "variants": variants},
+        scores={
+            **main,
+            "raw": summarize_answers(answered, grade(grade_vqa, texts)),
+            "variants": {name: round_half_up(value) for name, value in older.items()},
+        },
         count=len(verdicts),
         columns={"Accuracy": exact["overall"], **exact["perAnswerType"]},
         verdicts=verdicts,
     )
 
 
-def summarize_answers(answered: Mapping[int, VqaAnswers], grades: Sequence[float]) -> dict[str, Any]:
-    """List the official numbers.
+def judge_answer(row: Row, annotation: VqaAnswers) -> Verdict:
+    """Grade what LLaVA uploads of an answer."""
+    text, references = row["text"], annotation.references
+    uploaded, key = normalize_m4c(text), row_key(row, Vqav2.key_fields)
+    points, category = grade_vqa(uploaded, references), annotation.answer_type
+    return Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category)
 
-    Args:
-        answered: annotations of the answered questions, by id.
-        grades: of the answers, fractions in the same order.
-    """
+
+def summarize_answers(answered: Mapping[int, VqaAnswers], grades: Sequence[float]) -> dict[str, Any]:
+    """List the official numbers of answers, given the annotations of their questions by id and their grades."""
     groupings = {
         "perAnswerType": [annotation.answer_type for annotation in answered.values()],
         "perQuestionType": [annotation.question_type for annotation in answered.values()],

@@ -117,14 +117,14 @@ def test_prompts_and_queries_are_those_of_llava_in_every_record(name: str, folde
     task = find_benchmark(name)
     questions = task.load(folder)
     expected = [json.loads(line) for line in (folder / "expected_prompts.jsonl").read_text().splitlines()]
-    for question, published in zip(questions, expected, strict=True):
-        assert wrap_prompt(question.prompt, len(question.images), "vicuna_v1") == published["prompt_sent_to_llm"]
-        assert question.query == published["trim_text"]
+    for question, recorded in zip(questions, expected, strict=True):
+        assert wrap_prompt(question.prompt, len(question.images), "vicuna_v1") == recorded["prompt_sent_to_llm"]
+        assert question.query == recorded["trim_text"]
         assert question.head() == {
-            "question_id": published["question_id"],
-            "prompt": published["answers_file_prompt"],
+            "question_id": recorded["question_id"],
+            "prompt": recorded["answers_file_prompt"],
         }
-        assert task.max_new_tokens == published["max_new_tokens"]
+        assert task.max_new_tokens == recorded["max_new_tokens"]
         assert question.images[0].parent == folder / IMAGE_FOLDERS[name]
 
 
