@@ -61,7 +61,6 @@ def ask_by_ids(loaded: tuple, text: str) -> None:
     model.generate(input_ids, images=pixels, max_new_tokens=1)
 
 
-
 ENTRY_POINTS: list[tuple[str, Callable[[tuple, str], None], str, str]] = [
     ("chat, run_llava", ask_in_chat, "What is it?", "What is it?"),
     ("chat, placeholder first", ask_in_chat, "<image>\nWhat is it?", "What is it?"),

@@ -1,4 +1,4 @@
-"""A benchmark is one file: the example of docs/adding_a_benchmark.md, from a folder of its own, through every command."""
+"""A benchmark is one file: the example of docs/adding_a_benchmark.md, from a folder of its own, in every command."""
 
 import json
 import re
@@ -41,7 +41,9 @@ def test_the_example_passes_the_repositorys_lint(example: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_thirteenth_benchmark_runs_through_every_command(example: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_thirteenth_benchmark_runs_through_every_command(
+    example: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     answers, scores = tmp_path / "answers.jsonl", tmp_path / "scores.json"
     task = [example, "--root", tmp_path / "data" / "colors", "--answers", answers]
     answered = run("answer", *task, "--model-path", tiny_checkpoint, "--max-new-tokens", 4)
