@@ -114,6 +114,11 @@ class TrainingArguments(transformers.TrainingArguments):
         """Whether DeepSpeed trains: by `--deepspeed`, or by the launcher's own settings."""
         return self.deepspeed_plugin is not None
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the run computes in."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
     def __post_init__(self) -> None:
         """Map the old names, and move to the CPU where there is no accelerator."""
         if self.evaluation_strategy is not None:

@@ -38,9 +38,9 @@ def save_trained(trainer: "LlavaTrainer", only_projector: bool) -> None:
         save_projector(model, folder, is_writer=trainer.args.should_save)
         return
     keeps_masters = trainer.args.runs_deepspeed or trainer.args.lora_enable
-    if (trainer.args.bf16 or trainer.args.fp16) and not keeps_masters:
-        # Master weights are float32; the run computed in 16 bit, and so does whoever loads the checkpoint.
-        model.to(torch.bfloat16 if trainer.args.bf16 else torch.float16)
+    if not keeps_masters:
+        # Master weights are float32; a run that computed in 16 bit saves 16 bit.
+        model.to(trainer.args.compute_dtype)
     trainer.save_model(str(folder))
 
 

@@ -44,20 +44,52 @@ def check_engine(path: object) -> None:
         )
 
 
-def start_engine(runs_deepspeed: bool) -> None:
+def start_engine(dtype: torch.dtype) -> None:
     """Let DeepSpeed take over the process group, so that ZeRO-3 knows the number of ranks when weights are loaded.
 
     Args:
-        runs_deepspeed: whether the run uses it at all.
+        dtype: what the run computes in.
+
+    Raises:
+        InputError: DeepSpeed does not compute in this dtype on this device.
     """
-    if not runs_deepspeed:
-        return
     import deepspeed
 
+    check_precision(dtype)
     if not torch.accelerator.is_available():
         # Serves inference only, but would be compiled here, for which not every machine has a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
+
+
+def check_precision(dtype: torch.dtype) -> None:
+    """Check that DeepSpeed computes in a dtype on this device; its own check comes after the weights are loaded.
+
+    Args:
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        InputError: it does not; names what it does instead.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    # DeepSpeed answers None for "no" where the processor has no half-precision matrix products.
+    is_supported = {
+        torch.float32: True,
+        torch.bfloat16: bool(accelerator.is_bf16_supported()),
+        torch.float16: bool(accelerator.is_fp16_supported()),
+    }
+    if is_supported[dtype]:
+        return
+    name, other, other_dtype = (
+        ("fp16", "bf16", torch.bfloat16) if dtype is torch.float16 else ("bf16", "fp16", torch.float16)
+    )
+    instead = f"--{other} True (scripts: PRECISION={other}), or " if is_supported[other_dtype] else ""
+    raise InputError(
+        f"--{name} True: DeepSpeed does not compute in {name} on this {accelerator.device_name()} device; "
+        f"use {instead}float32, without either flag (scripts: PRECISION=fp32)"
+    )
 
 
 def leave_engine() -> None:

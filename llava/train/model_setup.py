@@ -134,7 +134,7 @@ def _choose_weight_dtype(training_args: TrainingArguments, is_trained: bool = Tr
     """Choose float32 for weights whose masters they are, else the dtype that the run computes in."""
     if is_trained and not training_args.runs_deepspeed:
         return torch.float32
-    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    return training_args.compute_dtype
 
 
 def add_vision(

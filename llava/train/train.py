@@ -44,7 +44,8 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         InputError: flags, files or records that cannot be trained with.
     """
     model_args, data_args, training_args = parse_arguments(arguments)
-    start_engine(training_args.runs_deepspeed)
+    if training_args.runs_deepspeed:
+        start_engine(training_args.compute_dtype)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     config = read_config(model_args)
     model_args, data_args = complete_arguments(model_args, data_args, config)

@@ -287,6 +287,14 @@ start_training() {
     trap "kill $training 2>/dev/null || true" INT TERM
     wait "$training" || code=$?
     wait "$tee" || true
+    ((code != 2)) || die "$(last_refusal) (log: $LOG)"
     ((code == 0)) || die "training stopped with exit code $code (log: $LOG); the same command goes on from the last checkpoint in $OUTPUT"
     note "trained: $OUTPUT (log: $LOG)"
+}
+
+# Why the trainer refused to start: its own line, which each rank has printed among the launcher's.
+last_refusal() {
+    local line
+    line=$(grep -a '^error: ' "$LOG" | tail -n 1) || line="error: the trainer refused to start"
+    printf '%s\n' "${line#error: }"
 }
