@@ -76,14 +76,14 @@ def run_ranks(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.fixture(scope="module")
 def data(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Training files: the six records over and over; pictures and texts in turn; captions alone."""
+    """Training files: the six records over and over; images and texts in turn; captions alone."""
     records = json.loads((golden / "data/questions/train6.json").read_text())
-    pictures = [raw for raw in records if "image" in raw]
+    images = [raw for raw in records if "image" in raw]
     text = next(raw for raw in records if "image" not in raw)
     contents = {
         "mixed": records * 5,  # two epochs are begun: the order of the second is made anew
-        "in_turn": [raw for picture in pictures[:3] for raw in (picture, text)],
-        "captions": [raw for raw in pictures if len(raw["conversations"]) == 2] * 2,
+        "in_turn": [raw for image in images[:3] for raw in (image, text)],
+        "captions": [raw for raw in images if len(raw["conversations"]) == 2] * 2,
     }
     folder = tmp_path_factory.mktemp("data")
     for name, content in contents.items():
@@ -167,13 +167,13 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(name: str, resumed: Pa
     assert furthest(weights(resumed, f"{name}-resumed"), weights(resumed, name)) < 1e-6
 
 
-def test_another_number_of_ranks_is_told_before_training(resumed: Path):
+def test_another_number_of_ranks_is_refused_before_training(resumed: Path):
     error = json.loads((resumed / "alone.json").read_text())["error"]
-    assert "was left by 2 ranks, this run has 1" in error
+    assert "was written by 2 ranks, this run has 1" in error
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_a_rank_of_texts_beside_a_rank_of_pictures_gives_the_right_gradients(name: str, runs: Path):
+def test_a_rank_of_texts_beside_a_rank_of_images_gives_the_right_gradients(name: str, runs: Path):
     # Plain gradient descent: the weights' way is the sum of the gradients.
     assert losses(runs, f"uneven-{name}") == pytest.approx(losses(runs, "uneven-one"), abs=1e-4)
     alone, together = weights(runs, "uneven-one"), weights(runs, f"uneven-{name}")

@@ -34,7 +34,7 @@ def captions(conversations: list[dict], write_records: Callable) -> Path:
 
 @pytest.fixture
 def texts(conversations: list[dict], write_records: Callable) -> Path:
-    """The record without a picture, several times."""
+    """The record without a image, several times."""
     return write_records([raw for raw in conversations if "image" not in raw] * 4, "texts.json")
 
 
@@ -188,7 +188,7 @@ def test_reduction_takes_effect_on_an_existing_llava_checkpoint(run_training: Ca
     assert losses(reduced)[0] != losses(plain)[0]
 
 
-def test_a_checkpoint_keeps_its_reduction_unless_told_otherwise(run_training: Callable, tmp_path: Path):
+def test_a_checkpoint_keeps_its_reduction_unless_flags_say_otherwise(run_training: Callable, tmp_path: Path):
     start = {"model_name_or_path": "llava-v1.5-tiny84-TRIM", "vision_tower": None, "max_steps": 1}
     kept = run_training(**start, output_dir=tmp_path / "kept")
     off = run_training(**start, mm_vision_token_reduce_func="none", output_dir=tmp_path / "off")
@@ -196,7 +196,7 @@ def test_a_checkpoint_keeps_its_reduction_unless_told_otherwise(run_training: Ca
     assert off.model.config.mm_vision_token_reduce_func is None
 
 
-def test_flags_that_need_eyes_are_refused_without(run_training: Callable, texts: Path):
+def test_flags_that_need_a_vision_tower_are_refused_without_one(run_training: Callable, texts: Path):
     with pytest.raises(InputError, match=r"--mm_vision_token_reduce_func: .* has no vision tower"):
         run_training(vision_tower=None, data_path=texts, **TRIM)
 
@@ -291,11 +291,11 @@ def test_stage_1_leaves_a_projector_that_stage_2_starts_from(run_training: Calla
 
 
 def test_image_start_and_end_are_learned_with_the_projector(run_training: Callable, captions: Path, tmp_path: Path):
-    marks = {"mm_use_im_start_end": True}
-    first = run_training(data_path=captions, output_dir=tmp_path / "stage1", **STAGE_1, **marks)
+    tokens = {"mm_use_im_start_end": True}
+    first = run_training(data_path=captions, output_dir=tmp_path / "stage1", **STAGE_1, **tokens)
     table = first.model.get_input_embeddings().weight.detach()
     second = run_training(
-        pretrain_mm_mlp_adapter=tmp_path / "stage1/mm_projector.bin", learning_rate=0.0, **marks,
+        pretrain_mm_mlp_adapter=tmp_path / "stage1/mm_projector.bin", learning_rate=0.0, **tokens,
         output_dir=tmp_path / "stage2",
     )  # fmt: skip
     assert table.shape[0] == 1002
