@@ -22,7 +22,7 @@ def tokenizer(golden: Path) -> LlamaTokenizer:
 
 @pytest.fixture(scope="session")
 def conversations(golden: Path) -> list[dict]:
-    """Six records: five with a image, one without."""
+    """Six records: five with an image, one without."""
     return json.loads((golden / "data/questions/train6.json").read_text())
 
 

@@ -34,7 +34,7 @@ def captions(conversations: list[dict], write_records: Callable) -> Path:
 
 @pytest.fixture
 def texts(conversations: list[dict], write_records: Callable) -> Path:
-    """The record without a image, several times."""
+    """The record without an image, several times."""
     return write_records([raw for raw in conversations if "image" not in raw] * 4, "texts.json")
 
 
