@@ -30,16 +30,16 @@ def settings(**variables: str) -> dict[str, str]:
     return own | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"} | variables
 
 
-def run(name: str, *words: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
-    command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *words]
+def run(name: str, *arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *arguments]
     return subprocess.run(
         command, cwd=cwd, env=settings(**variables), capture_output=True, text=True, check=False, timeout=590
     )
 
 
-def dry_run(name: str, *words: str, **variables: str) -> tuple[list[str], dict[str, str]]:
+def dry_run(name: str, *arguments: str, **variables: str) -> tuple[list[str], dict[str, str]]:
     """The command of a script, and its flags with their last values."""
-    done = run(name, *words, DRY_RUN="1", **variables)
+    done = run(name, *arguments, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
     command = shlex.split(done.stdout)
     return command, {word[2:]: value for word, value in itertools.pairwise(command) if word.startswith("--")}
@@ -70,7 +70,7 @@ def test_the_trim_script_trains_as_published():
 
 def test_every_variable_can_be_set_from_outside():
     variables = {
-        "MODEL": "some/model", "DATA": "some/data", "IMAGES": "/pictures", "VISION_TOWER": "some/clip",
+        "MODEL": "some/model", "DATA": "some/data", "IMAGES": "/images", "VISION_TOWER": "some/clip",
         "PROJECTOR": "/p/mm_projector.bin", "OUTPUT": "/out/run", "ZERO": "/z.json", "BATCH_SIZE": "2",
         "GRADIENT_ACCUMULATION": "3", "LEARNING_RATE": "7e-6", "EPOCHS": "2", "MAX_LENGTH": "512", "SAVE_STEPS": "9",
         "NUM_WORKERS": "1", "SEED": "5", "REPORT_TO": "tensorboard", "ASPECT_RATIO": "square", "VERSION": "v1_mmtag",
@@ -102,7 +102,7 @@ def test_the_visible_gpus_are_used_and_no_others():
     assert flags["include"] == "localhost:4,6"
 
 
-def test_a_language_model_alone_gets_no_flag_about_pictures():
+def test_a_language_model_alone_gets_no_vision_flag():
     command, _ = dry_run("finetune", VISION_TOWER="", IMAGES="")
     assert not [word for word in command if "vision" in word or "image" in word or "projector" in word]
 
@@ -112,7 +112,7 @@ def test_no_reduction_and_the_checkpoints_own_differ():
     assert "mm_vision_token_reduce_func" not in dry_run("v1_5/finetune_task")[1]
 
 
-def test_paths_are_meant_from_where_the_user_stands(tmp_path: Path):
+def test_paths_are_relative_to_the_users_folder(tmp_path: Path):
     (tmp_path / "clip").mkdir()
     done = run("finetune", cwd=tmp_path, DRY_RUN="1", VISION_TOWER="clip", OUTPUT="runs/new", DATA="liuhaotian/some")
     flags = shlex.split(done.stdout)
@@ -144,7 +144,7 @@ def test_several_machines_start_through_the_same_launcher(tmp_path: Path):
         ({"NUM_GPUS": "2", "DATA": "{file}", "IMAGES": "{folder}"}, "PROJECTOR: no file checkpoints/"),
         ({"NUM_GPUS": "2", "MODEL": "./nowhere"}, "MODEL: nothing at ./nowhere"),
         ({"NUM_GPUS": "2", "ZERO": "none.json"}, "ZERO: no DeepSpeed settings at none.json"),
-        ({"NUM_GPUS": "3", "DRY_RUN": "1"}, "GLOBAL_BATCH=128 is no multiple of 48"),
+        ({"NUM_GPUS": "3", "DRY_RUN": "1"}, "GLOBAL_BATCH=128 is not a multiple of 48"),
         ({"NUM_GPUS": "2", "DRY_RUN": "1", "PRECISION": "fp8"}, "PRECISION=fp8: expected bf16, fp16 or fp32"),
         ({"NUM_NODES": "2", "NUM_GPUS": "8", "BATCH_SIZE": "8", "DRY_RUN": "1"}, "NUM_NODES=2 needs HOSTFILE"),
     ],
@@ -158,17 +158,44 @@ def test_what_is_missing_is_named_before_anything_loads(variables: dict, says: s
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_option_in_the_wrong_place_is_told():
+def test_an_option_in_the_wrong_place_is_refused():
     assert "options such as --max_steps go after --" in run("finetune", "--max_steps", "3").stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (2, "error: --fp16 True: refused (log: {log})"),
+        (
+            1,
+            "error: training stopped with exit code 1 (log: {log}); the same command resumes at the last checkpoint in",
+        ),
+    ],
+)
+def test_the_last_line_says_why_the_training_ended(code: int, says: str, tmp_path: Path):
+    # A launcher that fails as DeepSpeed's does: the trainer's own line is among others, once per rank.
+    launcher = tmp_path / "python"
+    lines = "noise\nerror: --fp16 True: refused\nerror: --fp16 True: refused\nmore noise"
+    launcher.write_text(
+        f'#!/bin/sh\n[ "$1" != -c ] || exec {sys.executable} "$@"\nprintf \'{lines}\\n\' >&2\nexit {code}\n'
+    )
+    launcher.chmod(0o755)
+    (tmp_path / "data.json").write_text("[]")
+    done = run(
+        "finetune", NUM_GPUS="2", PYTHON=str(launcher), MODEL=str(tmp_path), VISION_TOWER=str(tmp_path), PROJECTOR="",
+        DATA=str(tmp_path / "data.json"), IMAGES=str(tmp_path), OUTPUT=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(says.format(log=tmp_path / "run.log"))
 
 
 # ------------------------------------------------------------------------------------------------ real runs
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    words = ["--train-images", "30", "--samples-per-image", "2", "--eval-images", "8", "--seed", "11"]
+    sizes = ["--train-images", "30", "--samples-per-image", "2", "--eval-images", "8", "--seed", "11"]
     subprocess.run(
-        [sys.executable, "-m", "playground.shapes.generate", "--out", str(folder), "--benchmarks", "pope", *words],
+        [sys.executable, "-m", "playground.shapes.generate", "--out", str(folder), "--benchmarks", "pope", *sizes],
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
     return folder
@@ -227,7 +254,9 @@ def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_loads(world: Path):
     finally:
         script.terminate()
     assert "error: training stopped with exit code" in (world / "screen.txt").read_text()
-    time.sleep(1)
+    ends = time.monotonic() + ENDS_WITHIN_SECONDS
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < ends:
+        time.sleep(0.1)
     assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
     complete = sorted((world / "killed").glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     load_pretrained_model(str(complete[-1].parent), device="cpu")
