@@ -14,7 +14,7 @@ from PIL import Image
 from llava.conversation import SeparatorStyle, conv_templates, conversation_name_for, default_conversation
 
 GOLDEN = Path(__file__).parent / "golden"
-RECORDED = json.loads((GOLDEN / "conv_prompts.json").read_text())
+RECORDED = json.loads((GOLDEN / "conv_prompts.json").read_text(encoding="utf-8"))
 DIALOGUES = {
     "prompt_one": ["<image>\nHello?", None],
     "prompt_two": ["<image>\nHello?", "Hi.", "More?", None],

@@ -158,21 +158,21 @@ def test_images_are_read_from_base64():
 
 
 def test_text_ids_are_the_recorded_ones(tokenizer):
-    items = json.loads((GOLDEN / "tokenizers.json").read_text())["items"]
+    items = json.loads((GOLDEN / "tokenizers.json").read_text(encoding="utf-8"))["items"]
     ids = tokenize_texts([item["text"] for item in items], tokenizer)
     differing = [item["text"] for item, own in zip(items, ids, strict=True) if own != item["llama"]]
     assert len(items) > 30 and differing == []
 
 
 def test_prompt_ids_are_the_recorded_ones(tokenizer):
-    recorded = json.loads((GOLDEN / "train_data.json").read_text())["tokenizer_image_token"]
+    recorded = json.loads((GOLDEN / "train_data.json").read_text(encoding="utf-8"))["tokenizer_image_token"]
     for prompt, input_ids in recorded.items():
         assert tokenizer_image_token(prompt, tokenizer) == input_ids
         assert tokenizer_image_token(prompt, tokenizer, return_tensors="pt").tolist() == input_ids
 
 
 def test_prompts_tokenized_together_are_tokenized_as_alone(tokenizer):
-    prompts = list(json.loads((GOLDEN / "train_data.json").read_text())["tokenizer_image_token"])
+    prompts = list(json.loads((GOLDEN / "train_data.json").read_text(encoding="utf-8"))["tokenizer_image_token"])
     prompts += ["", " ", "<image>", prompts[0], "<image>\n" + prompts[-1]]
     alone = [tokenizer_image_token(prompt, tokenizer) for prompt in prompts]
     assert tokenize_prompts(prompts, tokenizer) == alone

@@ -214,7 +214,7 @@ def pope_accuracy(world: Path, checkpoint: Path) -> float:
     done = run("v1_5/eval/pope", checkpoint.name, str(checkpoint), LLAVA_EVAL_ROOT=str(world / "eval"))
     assert done.returncode == 0, done.stderr[-2000:]
     scores = world / "eval/pope/answers" / checkpoint.name / "merge.scores.json"
-    return json.loads(scores.read_text())["scores"]["average_accuracy"]
+    return json.loads(scores.read_text(encoding="utf-8"))["scores"]["average_accuracy"]
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_the_trim_script_trains_on_two_cpu_ranks_as_one_process_does(world: Path
     for zero in ("zero2", "zero3"):
         done = run("finetune_8gpu_TRIM", "--", *few, ZERO=f"scripts/{zero}.json", **shapes_settings(world, zero))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        assert "'train_loss'" in (world / f"{zero}.log").read_text()
+        assert "'train_loss'" in (world / f"{zero}.log").read_text(encoding="utf-8")
     command, _ = dry_run("finetune_8gpu_TRIM", "--", *few, **shapes_settings(world, "alone"))
     alone = command[command.index("llava/train/train_mem.py") :]
     place = alone.index("--deepspeed")
@@ -245,15 +245,20 @@ def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_loads(world: Path):
     try:
         deadline = time.monotonic() + 300
         while not list((world / "killed").glob("checkpoint-*/trainer_state.json")):
-            assert script.poll() is None and time.monotonic() < deadline, (world / "screen.txt").read_text()[-3000:]
+            assert script.poll() is None and time.monotonic() < deadline, (world / "screen.txt").read_text(
+                encoding="utf-8"
+            )[-3000:]
             time.sleep(0.5)
-        ranks = [int(number) for number in re.findall(r"process (\d+) spawned", (world / "killed.log").read_text())]
+        ranks = [
+            int(number)
+            for number in re.findall(r"process (\d+) spawned", (world / "killed.log").read_text(encoding="utf-8"))
+        ]
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
         assert script.wait(timeout=ENDS_WITHIN_SECONDS) != 0
     finally:
         script.terminate()
-    assert "error: training stopped with exit code" in (world / "screen.txt").read_text()
+    assert "error: training stopped with exit code" in (world / "screen.txt").read_text(encoding="utf-8")
     ends = time.monotonic() + ENDS_WITHIN_SECONDS
     while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < ends:
         time.sleep(0.1)

@@ -29,8 +29,10 @@ pytestmark = pytest.mark.slow
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    result = json.loads((folder / f"{name}.json").read_text())
-    assert "error" not in result, f"{name}: {result['error']}\n{(folder / f'{name}.0.log').read_text()[-3000:]}"
+    result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert "error" not in result, (
+        f"{name}: {result['error']}\n{(folder / f'{name}.0.log').read_text(encoding='utf-8')[-3000:]}"
+    )
     return result["losses"]
 
 
@@ -77,7 +79,7 @@ def run_ranks(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 @pytest.fixture(scope="module")
 def data(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Training files: the six records over and over; images and texts in turn; captions alone."""
-    records = json.loads((golden / "data/questions/train6.json").read_text())
+    records = json.loads((golden / "data/questions/train6.json").read_text(encoding="utf-8"))
     images = [raw for raw in records if "image" in raw]
     text = next(raw for raw in records if "image" not in raw)
     contents = {
@@ -168,7 +170,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(name: str, resumed: Pa
 
 
 def test_another_number_of_ranks_is_refused_before_training(resumed: Path):
-    error = json.loads((resumed / "alone.json").read_text())["error"]
+    error = json.loads((resumed / "alone.json").read_text(encoding="utf-8"))["error"]
     assert "was written by 2 ranks, this run has 1" in error
 
 
@@ -214,9 +216,9 @@ def test_a_16_bit_run_saves_a_whole_16_bit_checkpoint_or_is_refused_where_the_pr
     name: str, dtype: torch.dtype, runs: Path, checkpoints: Path
 ):
     if dtype is torch.float16 and not CPU_Accelerator().is_fp16_supported():
-        error = json.loads((runs / "fp16.json").read_text())["error"]
+        error = json.loads((runs / "fp16.json").read_text(encoding="utf-8"))["error"]
         assert error.startswith("InputError: --fp16 True: DeepSpeed does not compute in fp16 on this cpu device; use ")
-        assert "Loading weights" not in (runs / "fp16.0.log").read_text()
+        assert "Loading weights" not in (runs / "fp16.0.log").read_text(encoding="utf-8")
         return
     assert len(losses(runs, name)) == 3
     assert {value.dtype for value in weights(runs, name).values()} == {dtype}

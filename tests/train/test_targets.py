@@ -23,7 +23,7 @@ from llava.train.targets import (
     render,
 )
 
-RECORDED = json.loads((Path(__file__).parents[1] / "golden/train_data.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[1] / "golden/train_data.json").read_text(encoding="utf-8"))
 RECORDS = {raw["id"]: parse_record(raw, number) for number, raw in enumerate(RECORDED["conversations"])}
 MISTAKEN = "c6_system"  # a separator inside the answer: the published code masks the whole sample
 DIALOGUE = ("<image>\nWhat is red?", "The circle.", "And USER: blue?", "A box. ASSISTANT: no", "Is it 一?", "一个 🙂")

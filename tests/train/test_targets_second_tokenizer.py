@@ -18,7 +18,7 @@ from llava.train.records import parse_record
 from llava.train.targets import Targets, build_targets, choose_template, render
 
 ALT = Path(__file__).parents[1] / "golden" / "alt"
-RECORDED = json.loads((ALT / "train_data_tokenizerA.json").read_text())
+RECORDED = json.loads((ALT / "train_data_tokenizerA.json").read_text(encoding="utf-8"))
 RECORDS = {raw["id"]: parse_record(raw, number) for number, raw in enumerate(RECORDED["conversations"])}
 # Several turns whose roles have more pieces after an end mark, and a separator inside an answer: masked as a whole.
 MISTAKEN = ["c1", "c3", "c6_system"]
@@ -29,7 +29,10 @@ NUM_IDS, FIRST_BYTE = 1000, 3
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """LLaMA's numbering: three special tokens, 256 bytes, pieces."""
-    pieces = {int(number): piece for number, piece in json.loads((ALT / "tokenizerA_pieces.json").read_text()).items()}
+    pieces = {
+        int(number): piece
+        for number, piece in json.loads((ALT / "tokenizerA_pieces.json").read_text(encoding="utf-8")).items()
+    }
     vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
     vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     for number in range(len(vocabulary), NUM_IDS):
