@@ -18,7 +18,7 @@ import torch
 
 from llava.train.train import train
 
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600  # for one scenario, which takes ten seconds where nothing else runs
 
 
 def find_port() -> int:

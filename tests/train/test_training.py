@@ -211,6 +211,12 @@ def test_an_absent_model_is_one_line(run_training: Callable):
         run_training(model_name_or_path="./nowhere")
 
 
+def test_an_output_that_is_no_folder_is_refused_before_anything_loads(run_training: Callable, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*file: File exists"):
+        run_training(output_dir=tmp_path / "file")
+
+
 def test_another_architecture_is_refused(run_training: Callable):
     with pytest.raises(InputError, match="a clip model; only Llama models are trained"):
         run_training(model_name_or_path="openai/clip-vit-tiny-patch14-84")
