@@ -140,7 +140,7 @@ check_benchmarks
 export LLAVA_EVAL_ROOT
 LLAVA_EVAL_ROOT=$(absolute_path "${LLAVA_EVAL_ROOT:-$REPO_ROOT/playground/data/eval}")
 [[ -d $LLAVA_EVAL_ROOT || ${DRY_RUN:-0} == 1 ]] ||
-    die "no folder $LLAVA_EVAL_ROOT: playground/data/eval/README.md tells what to download;" \
+    die "no folder $LLAVA_EVAL_ROOT: playground/data/eval/README.md lists what to download;" \
         "LLAVA_EVAL_ROOT names another place"
 check_data
 run_all

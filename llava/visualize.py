@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from llava.chat import describe_tokens
-from llava.command_line import add_model_options, load_model, prepare_terminal
+from llava.cli import add_model_options, load_model, prepare_terminal
 from llava.errors import InputError, run_command
 from llava.image import load_image
 from llava.mm_utils import process_images

@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from llava.errors import run_command
+from llava.eval.benchmarks.mme import QUESTION_FILE, Mme
 from llava.eval.results import export_answers
-from llava.eval.tasks.mme import QUESTION_FILE, Mme
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "playground" / "data" / "eval" / "MME"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from llava.errors import run_command
 from llava.eval.answers import read_answers
-from llava.eval.short_answer import write_upload
-from llava.eval.tasks.gqa import make_predictions
+from llava.eval.benchmarks._files import write_upload
+from llava.eval.benchmarks.gqa import make_predictions
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from llava.errors import run_command
 from llava.eval.answers import pair_answers, read_answers
+from llava.eval.benchmarks.mmbench import MmBench, write_upload
 from llava.eval.mmbench_table import load_table_questions
 from llava.eval.results import require_complete
-from llava.eval.tasks.mmbench import MmBench, write_upload
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import argparse
 from llava.errors import run_command
 from llava.eval.__main__ import user_path
 from llava.eval.answers import read_answers
-from llava.eval.tasks.mmvet import write_predictions
+from llava.eval.benchmarks.mmvet import write_predictions
 
 
 def main() -> None:

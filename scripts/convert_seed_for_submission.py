@@ -6,8 +6,8 @@ from pathlib import Path
 
 from llava.errors import run_command
 from llava.eval.answers import read_answers
+from llava.eval.benchmarks.seed import Seed, mark_answers, read_annotations, summarize_hits, write_seed_upload
 from llava.eval.results import append_line, format_line
-from llava.eval.tasks.seed import Seed, mark_answers, read_annotations, summarize_hits, write_seed_upload
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import run_command
+from llava.eval.benchmarks.sqa import SPLIT, read_problems
 from llava.eval.metrics.choice import LETTERS
 from llava.eval.results import write_json
-from llava.eval.tasks.sqa import SPLIT, read_problems
 
 PROMPT_FORMAT = "CQM-A"
 

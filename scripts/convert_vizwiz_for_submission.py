@@ -6,8 +6,8 @@ from pathlib import Path
 
 from llava.errors import run_command
 from llava.eval.answers import pair_answers, read_answers
-from llava.eval.short_answer import load_pictured_questions, write_upload
-from llava.eval.tasks.vizwiz import VizWiz, make_upload
+from llava.eval.benchmarks._files import load_question_file, write_upload
+from llava.eval.benchmarks.vizwiz import VizWiz, make_upload
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--result-file", type=Path, required=True, help="the answers file")
     parser.add_argument("--result-upload-file", type=Path, required=True, help="where the upload goes")
     arguments = parser.parse_args()
-    questions = load_pictured_questions(arguments.annotation_file, arguments.annotation_file.parent)
+    questions = load_question_file(arguments.annotation_file, arguments.annotation_file.parent, needs_image=True)
     answers = pair_answers(questions, read_answers(arguments.result_file), VizWiz.key_fields)
     write_upload(arguments.result_upload_file, make_upload(answers, questions))
     print(f"total results: {len(answers)}, total split: {len(questions)}, error_line: 0")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from llava.command_line import choose_template, list_image_sources
+from llava.cli import choose_template, list_image_sources
 from llava.errors import run_command
 from llava.eval import run_llava
 from llava.eval.run_llava import eval_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.tasks import TASKS
+from llava.eval.benchmarks import BENCHMARKS
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "playground" / "shapes" / "checkpoints"
@@ -55,8 +55,8 @@ def test_demo_ends_with_twelve_rows_and_the_pictures_it_names(demo, runs):
     ):
         assert word in printed
     table = json.loads((folder / "table.json").read_text())
-    assert {row["task"] for row in table["benchmarks"]} == set(TASKS)
-    assert all(set(results) == set(TASKS) for name, results in runs.items() if name != "plain-random")
+    assert {row["task"] for row in table["benchmarks"]} == set(BENCHMARKS)
+    assert all(set(results) == set(BENCHMARKS) for name, results in runs.items() if name != "plain-random")
     assert all(len((folder / f"{name}.txt").read_text().splitlines()) == len(runs[name]) for name in runs)
     for word in ("Accuracy", "F1", "Tokens", "Random, training-free"):
         assert word in printed
@@ -67,7 +67,7 @@ def test_demo_ends_with_twelve_rows_and_the_pictures_it_names(demo, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", BENCHMARKS)
 def test_finetuned_trim_reads_at_most_a_quarter_of_the_tokens(runs, task):
     tokens = runs["finetuned-trim"][task]["tokens"]
     assert tokens["mean_tokens"] <= 0.25 * tokens["mean_patches"]
@@ -120,13 +120,13 @@ def test_finetuned_trim_beats_random_patches_at_the_same_budget_by_eight_points_
 
 @pytest.mark.slow
 def test_finetuned_trim_keeps_at_least_95_percent_of_the_plain_average_of_the_twelve(runs):
-    retained = [runs["finetuned-trim"][task]["headline"] / runs["plain"][task]["headline"] for task in TASKS]
+    retained = [runs["finetuned-trim"][task]["headline"] / runs["plain"][task]["headline"] for task in BENCHMARKS]
     assert sum(retained) / len(retained) >= 0.95
 
 
 @pytest.mark.slow
 def test_finetuned_trim_beats_random_patches_on_at_least_nine_of_the_twelve(runs):
-    ahead = [task for task in TASKS
+    ahead = [task for task in BENCHMARKS
              if runs["finetuned-trim"][task]["headline"] > runs["finetuned-random"][task]["headline"]]  # fmt: skip
     assert len(ahead) >= 9, ahead
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from llava.eval.answers import make_row
+from llava.eval.benchmark import Question
+from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.judge import make_judge
 from llava.eval.results import score_answers, write_json
-from llava.eval.task import Question
-from llava.eval.tasks import TASKS
 from llava.image import load_image
 from playground.shapes import choice, sentence
 from playground.shapes.benchmark import FOLDERS
@@ -117,7 +117,7 @@ TRUTHS = {
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_picture_of_a_benchmark_is_there(name: str, root: Path) -> None:
-    questions = TASKS[name].load(root / FOLDERS[name][1])
+    questions = BENCHMARKS[name].load(root / FOLDERS[name][1])
     assert len(questions) >= NUM_PICTURES - 2
     assert not any(question.fault for question in questions)
     pictures = {picture for question in questions for picture in question.images}
@@ -127,7 +127,7 @@ def test_every_picture_of_a_benchmark_is_there(name: str, root: Path) -> None:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_right_answers_score_full_marks(name: str, root: Path, tmp_path: Path) -> None:
-    task, folder = TASKS[name], root / FOLDERS[name][1]
+    task, folder = BENCHMARKS[name], root / FOLDERS[name][1]
     truth = TRUTHS[name](folder)
     rows = [make_row(question, truth(question), "truth", {}) for question in task.load(folder)]
     answers = tmp_path / "answers.jsonl"
@@ -140,7 +140,7 @@ def test_right_answers_score_full_marks(name: str, root: Path, tmp_path: Path) -
 
 
 def test_every_benchmark_has_a_writer() -> None:
-    assert set(FOLDERS) == set(TASKS)
+    assert set(FOLDERS) == set(BENCHMARKS)
 
 
 def test_circular_rows_turn_options_and_answer_together(root: Path) -> None:

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from llava.errors import InputError, run_command
-from llava.eval.judging import Judge
-from llava.eval.prompting import DEFAULT_CONV_MODE
+from llava.eval.benchmark import Benchmark, Judge
+from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.report import format_latex, format_markdown, list_numbers, make_report, write_picture, write_text
 from llava.eval.results import (
     ServerOnlyError,
@@ -19,8 +19,7 @@ from llava.eval.results import (
     score_answers,
     write_json,
 )
-from llava.eval.task import Task
-from llava.eval.tasks import TASKS, find_task
+from llava.prompt import DEFAULT_CONV_MODE
 
 EXIT_UNANSWERED = 3
 """Exit code of `answer` when questions stayed without an answer; 2 is a mistake in the command or its files."""
@@ -173,21 +172,22 @@ def list_tasks(arguments: argparse.Namespace) -> None:
     """Print the benchmarks."""
     rows = [
         {"Word": task.name, "Line in the results": task.row, "New tokens": task.max_new_tokens}
-        for task in TASKS.values()
+        for task in BENCHMARKS.values()
     ]
     print(format_table(rows))
 
 
-def choose_task(arguments: argparse.Namespace) -> Task:
+def choose_task(arguments: argparse.Namespace) -> Benchmark:
     """Return the benchmark that `add_task_options` names, and see that its data is there if that is the hub's."""
-    task = find_task(arguments.task)
+    task = find_benchmark(arguments.task)
     if arguments.split is not None:
         task = task.with_split(arguments.split)
     if arguments.source == "hub":
         # The one place that needs the `datasets` library.
-        from llava.eval.hub import fetch_benchmark
+        from llava.eval.hub import fetch
 
-        fetch_benchmark(task, arguments.root, arguments.hub_dataset)
+        split, form = task.find_hub_form()
+        fetch(form, split, arguments.root, arguments.hub_dataset)
     elif arguments.hub_dataset is not None:
         raise InputError("--hub-dataset goes with --source hub")
     return task
@@ -280,7 +280,7 @@ def score_task(arguments: argparse.Namespace) -> None:
     print(line)
 
 
-def find_judge(arguments: argparse.Namespace, task: Task) -> Judge | None:
+def find_judge(arguments: argparse.Namespace, task: Benchmark) -> Judge | None:
     """Return the judge that the options of `score` name; None for a benchmark that is scored by rules."""
     if task.uses_judge == "never":
         return None

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.answers import explain_write_errors, name_questions
+from llava.eval.benchmark import Question, index_questions, row_key
 from llava.eval.runner import Fault, Settings, answer_questions
 from llava.eval.store import AnswerStore
-from llava.eval.task import Question, index_questions, row_key
 from llava.mm_utils import get_model_name_from_path
 
 BATCH_SETTINGS = ("batch_size", "cached_images", "num_workers")

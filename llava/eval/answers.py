@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.task import Question, Row, index_questions, row_key
+from llava.eval.benchmark import Question, Row, index_questions, row_key
 
 ANSWER_ID_LENGTH = 22
 # The alphabet of the `shortuuid` package, whose ids the published answers files carry: no 0, 1, I, O, l.

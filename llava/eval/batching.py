@@ -7,10 +7,7 @@ sequences of like length, so that little is padded. Neither changes an answer.
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from llava.eval.task import Question
+from llava.eval.benchmark import Question
 
 Item = TypeVar("Item")
 
@@ -85,21 +82,3 @@ def take_chunk(items: Sequence[Item], num_chunks: int, chunk_index: int) -> list
     """Return one of `num_chunks` consecutive slices of ceil(n / num_chunks) items; late ones may be empty."""
     size = -(-len(items) // num_chunks)
     return list(items[chunk_index * size : (chunk_index + 1) * size])
-
-
-def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack prompts of different lengths, padded on the left.
-
-    Args:
-        rows: int64[T_s] each.
-
-    Returns:
-        int64[S, T] ids (0 at padding) and bool[S, T], False at padding.
-    """
-    width = max(len(row) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        input_ids[index, width - len(row) :] = row
-        attention_mask[index, width - len(row) :] = True
-    return input_ids, attention_mask

@@ -13,10 +13,8 @@ from pathlib import Path
 from llava.errors import InputError, run_command
 from llava.eval.__main__ import positive, user_path
 from llava.eval.answers import explain_write_errors, pair_answers, read_answers
-from llava.eval.judge import DEFAULT_MODEL, make_judge
-from llava.eval.results import require_complete
-from llava.eval.sources import load_question_file, read_records
-from llava.eval.tasks.llavabench import (
+from llava.eval.benchmarks._files import load_question_file, read_records
+from llava.eval.benchmarks.llavabench import (
     IMAGE_FOLDER,
     MAX_TOKENS,
     OWN_RULE_FILE,
@@ -25,6 +23,8 @@ from llava.eval.tasks.llavabench import (
     make_review,
     pair_comparisons,
 )
+from llava.eval.judge import make_judge
+from llava.eval.results import require_complete
 
 NUM_ANSWER_FILES = 2
 
@@ -51,7 +51,9 @@ def main() -> None:
     )
     parser.add_argument("--max-tokens", type=positive, default=MAX_TOKENS, help="length limit of a reply")
     parser.add_argument("--judge", metavar="NAME", help="exact: an offline stand-in; default: the endpoint")
-    parser.add_argument("--judge-model", metavar="MODEL", help=f"model at the endpoint (default: {DEFAULT_MODEL})")
+    parser.add_argument(
+        "--judge-model", metavar="MODEL", help=f"model at the endpoint (default: {LlavaBench.judge_model})"
+    )
     arguments = parser.parse_args()
     judge = make_judge(
         arguments.judge, arguments.judge_model, arguments.output.with_suffix(".judge.jsonl"), LlavaBench()

@@ -11,9 +11,9 @@ from typing import Any
 
 from llava.errors import run_command
 from llava.eval.answers import pair_answers, read_answers
+from llava.eval.benchmarks._files import load_question_file
+from llava.eval.benchmarks.pope import IMAGE_FOLDER, Pope, score_pope
 from llava.eval.results import append_line, format_line, require_complete
-from llava.eval.sources import load_question_file
-from llava.eval.tasks.pope import IMAGE_FOLDER, Pope, score_pope
 
 
 def main() -> None:

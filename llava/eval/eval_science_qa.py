@@ -12,10 +12,8 @@ from typing import Any
 
 from llava.errors import run_command
 from llava.eval.answers import pair_answers, read_answers
-from llava.eval.metrics.choice import LETTERS
-from llava.eval.results import append_line, format_line, require_complete, write_json
-from llava.eval.task import Question, row_key
-from llava.eval.tasks.sqa import (
+from llava.eval.benchmark import Question, row_key
+from llava.eval.benchmarks.sqa import (
     SPLIT,
     MarkedAnswer,
     Sqa,
@@ -25,6 +23,8 @@ from llava.eval.tasks.sqa import (
     mark_answers,
     read_problems,
 )
+from llava.eval.metrics.choice import LETTERS
+from llava.eval.results import append_line, format_line, require_complete, write_json
 
 
 def main() -> None:

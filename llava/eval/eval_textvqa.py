@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llava.errors import InputError, run_command
 from llava.eval.answers import read_answers
+from llava.eval.benchmarks.textvqa import TextVqa, score_textvqa
 from llava.eval.results import append_line, format_line
-from llava.eval.tasks.textvqa import TextVqa, score_textvqa
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from llava.eval.benchmark import ImageSource
 from llava.eval.reading import PictureReader
-from llava.eval.task import Picture
 from llava.model.multimodal_encoder.tower import ImageFeatures
 
 Item = TypeVar("Item")
@@ -72,15 +72,15 @@ class FeatureCache:
         """
         self._model = model
         self._reader = PictureReader(image_processor, model.config)
-        self._kept: RecentlyUsed[Picture, EncodedImage] = RecentlyUsed(capacity)
+        self._kept: RecentlyUsed[ImageSource, EncodedImage] = RecentlyUsed(capacity)
 
-    def announce(self, pictures: Iterable[Picture]) -> None:
+    def announce(self, pictures: Iterable[ImageSource]) -> None:
         """Say which pictures `encode` will be called with, so that they are read meanwhile."""
         wanted = list(dict.fromkeys(pictures))
         kept = self._kept.find(wanted)
         self._reader.announce(picture for picture in wanted if picture not in kept)
 
-    def encode(self, pictures: Iterable[Picture]) -> tuple[dict[Picture, EncodedImage], dict[Picture, str]]:
+    def encode(self, pictures: Iterable[ImageSource]) -> tuple[dict[ImageSource, EncodedImage], dict[ImageSource, str]]:
         """Encode pictures, those in the cache excepted.
 
         Args:
@@ -94,7 +94,7 @@ class FeatureCache:
         self._reader.forget(found)
         absent = [picture for picture in wanted if picture not in found]
         self._reader.announce(absent)
-        faults: dict[Picture, str] = {}
+        faults: dict[ImageSource, str] = {}
         for start in range(0, len(absent), TOWER_BATCH):
             fresh, unreadable = self._encode_batch(absent[start : start + TOWER_BATCH])
             found |= fresh
@@ -106,9 +106,11 @@ class FeatureCache:
         """Stop reading ahead."""
         self._reader.close()
 
-    def _encode_batch(self, pictures: Sequence[Picture]) -> tuple[dict[Picture, EncodedImage], dict[Picture, str]]:
-        faults: dict[Picture, str] = {}
-        read: dict[Picture, tuple[Tensor, tuple[int, int]]] = {}
+    def _encode_batch(
+        self, pictures: Sequence[ImageSource]
+    ) -> tuple[dict[ImageSource, EncodedImage], dict[ImageSource, str]]:
+        faults: dict[ImageSource, str] = {}
+        read: dict[ImageSource, tuple[Tensor, tuple[int, int]]] = {}
         for picture in pictures:
             try:
                 read[picture] = self._reader.take(picture)

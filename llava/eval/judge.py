@@ -18,18 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.errors import InputError
-from llava.eval.judging import Case, Item, Judge, Result
-from llava.eval.metrics.overlap import choose_option, find_elements, overlap_f1
+from llava.eval.benchmark import Benchmark, Case, Item, Judge, Result
 from llava.eval.replies import ReplyCache
-from llava.eval.task import Task
 
 EXACT, API = "exact", "api"
 KEY_VARIABLE, ADDRESS_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
-
-DEFAULT_MODEL = "gpt-4-0613"
-DEFAULT_MODELS = {"mmbench": "gpt-3.5-turbo-0613", "mmbench_cn": "gpt-3.5-turbo-0613"}
-"""Judges by benchmark, as published: LLaVA-Bench gpt-4-0613 (TRIM; LLaVA's own script: gpt-4-0314), MM-Vet gpt-4-0613,
-MMBench ChatGPT. Numbers of different judges can't be compared."""
 
 MAX_TRIES = 6
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
@@ -44,7 +37,7 @@ SPENT_QUOTA = "insufficient_quota"
 MAX_QUOTED_CHARACTERS = 200
 
 
-def make_judge(kind: str | None, model: str | None, cache: Path, task: Task, *, num_runs: int = 1) -> Judge | None:
+def make_judge(kind: str | None, model: str | None, cache: Path, task: Benchmark, *, num_runs: int = 1) -> Judge | None:
     """Make the judge of a benchmark.
 
     Args:
@@ -68,7 +61,7 @@ def make_judge(kind: str | None, model: str | None, cache: Path, task: Task, *, 
     if kind == EXACT:
         if model:
             raise InputError(f"--judge {EXACT} compares texts: it takes no model (--judge-model {model})")
-        return ExactJudge()
+        return ExactJudge(task)
     if task.uses_judge == "optional" and kind is None and model is None:
         return None  # a key in the environment is no wish to spend money on what a rule can do
     if kind not in (None, API):
@@ -80,11 +73,11 @@ def make_judge(kind: str | None, model: str | None, cache: Path, task: Task, *, 
         raise InputError(explain_missing_endpoint(task))
     if address and not address.startswith(("https://", "http://")):
         raise InputError(f"{ADDRESS_VARIABLE} must be an address such as https://api.openai.com/v1, not {address!r}")
-    model = model or DEFAULT_MODELS.get(task.name, DEFAULT_MODEL)
+    model = model or task.judge_model
     return ApiJudge(model, ReplyCache(cache), address=address or None, key=key or None, num_runs=num_runs)
 
 
-def explain_missing_endpoint(task: Task) -> str:
+def explain_missing_endpoint(task: Benchmark) -> str:
     """Say what a judged benchmark lacks, and how to go on."""
     return (
         f"{task.name} needs a language model as judge and there is no endpoint: the answers are ready; set "
@@ -104,6 +97,9 @@ class ExactJudge:
     offline = True
     num_runs = 1
 
+    def __init__(self, benchmark: Benchmark):
+        self._benchmark = benchmark
+
     def ask(
         self,
         case: Case,
@@ -114,35 +110,11 @@ class ExactJudge:
         max_tokens: int = 1024,
     ) -> str:
         """Return the computed reply; the messages are not read."""
-        return OFFLINE_REPLIES[case.task](case)
+        return self._benchmark.offline_reply(case)
 
     def map(self, judge_one: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Judge items one after another."""
         return [judge_one(item) for item in items]
-
-
-def rate_against_reference(case: Case) -> str:
-    """Reply for LLaVA-Bench: 10 for the reference, 1 to 10 for the answer by the words they share."""
-    likeness = max(overlap_f1(case.prediction, reference) for reference in case.references)
-    return f"10 {1 + 9 * likeness:.1f}\nWords in common with the reference, not a judgement."
-
-
-def grade_elements(case: Case) -> str:
-    """Reply for MM-Vet: the share of the `<AND>` elements that occur in the answer, of `<OR>` any, in tenths."""
-    return f"{max(find_elements(case.prediction, reference) for reference in case.references):.1f}"
-
-
-def pick_option(case: Case) -> str:
-    """Reply for MMBench: the letter of the option most like the answer; `Z` for none."""
-    return choose_option(case.prediction, case.options or {}) or "Z"
-
-
-OFFLINE_REPLIES: Mapping[str, Callable[[Case], str]] = {
-    "llavabench": rate_against_reference,
-    "mmvet": grade_elements,
-    "mmbench": pick_option,
-    "mmbench_cn": pick_option,
-}
 
 
 class ApiJudge:

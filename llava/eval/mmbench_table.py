@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.eval.prompting import derive_query
-from llava.eval.sources import find_file
-from llava.eval.task import Question
+from llava.eval.benchmark import Question
+from llava.eval.benchmarks._files import find_file
 from llava.image import EmbeddedImage
+from llava.prompt import query_of
 
 LETTERS = ("A", "B", "C", "D")
 ROTATION_STEP = 1_000_000
@@ -187,7 +187,7 @@ def make_table_questions(
             Question(
                 id=row.index,
                 prompt=f"{text}\n{letter_line}" if letter_line else text,
-                query=derive_query(text),
+                query=query_of(text),
                 images=(picture,),
                 record=text,
                 category=row.cells.get("category"),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llava.errors import run_command
 from llava.eval.__main__ import add_model_options, answer_and_exit, positive
-from llava.eval.sources import load_question_file
-from llava.eval.task import LOADER_MAX_NEW_TOKENS
+from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS
+from llava.eval.benchmarks._files import load_question_file
 
 KEY_FIELDS = ("question_id", "prompt")
 """Ids alone repeat in the question files of TextVQA and MME."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llava.errors import run_command
 from llava.eval.__main__ import add_model_options, answer_and_exit
+from llava.eval.benchmarks.sqa import Sqa, load_science_questions
 from llava.eval.metrics.choice import LETTER_LINE
-from llava.eval.tasks.sqa import Sqa, load_science_questions
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.eval.task import Picture
+from llava.eval.benchmark import ImageSource
 from llava.image import load_image
 from llava.mm_utils import process_images
 
@@ -31,16 +31,16 @@ class PictureReader:
         """Take the image processor and what `process_images` reads of the config; threads start with the first use."""
         self._image_processor = image_processor
         self._config = model_config
-        self._announced: OrderedDict[Picture, None] = OrderedDict()
-        self._started: dict[Picture, Future[Pixels]] = {}
+        self._announced: OrderedDict[ImageSource, None] = OrderedDict()
+        self._started: dict[ImageSource, Future[Pixels]] = {}
         self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="picture")
 
-    def announce(self, pictures: Iterable[Picture]) -> None:
+    def announce(self, pictures: Iterable[ImageSource]) -> None:
         """Say which pictures will be asked for, in this order."""
         self._announced.update((picture, None) for picture in pictures if picture not in self._started)
         self._top_up()
 
-    def forget(self, pictures: Iterable[Picture]) -> None:
+    def forget(self, pictures: Iterable[ImageSource]) -> None:
         """Say that announced pictures are not needed."""
         for picture in pictures:
             self._announced.pop(picture, None)
@@ -49,7 +49,7 @@ class PictureReader:
                 future.cancel()
         self._top_up()
 
-    def take(self, picture: Picture) -> Pixels:
+    def take(self, picture: ImageSource) -> Pixels:
         """Return a picture, announced or not.
 
         Raises:
@@ -72,7 +72,7 @@ class PictureReader:
             picture, _ = self._announced.popitem(last=False)
             self._started[picture] = self._pool.submit(self._read, picture)
 
-    def _read(self, picture: Picture) -> Pixels:
+    def _read(self, picture: ImageSource) -> Pixels:
         image = load_image(picture)
         pixels = process_images([image], self._image_processor, self._config)[0]
         return torch.as_tensor(pixels), image.size

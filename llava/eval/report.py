@@ -10,8 +10,8 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.eval.answers import explain_write_errors
+from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.results import Result, compare_runs, format_cell, format_table, label_result, mark_judge
-from llava.eval.tasks import TASKS
 
 AVERAGE_LABEL = "Average"
 MARK = "*"
@@ -66,7 +66,7 @@ def group_by_benchmark(runs: Iterable[Run]) -> list[dict[str, Any]]:
     Results that different judges gave are different benchmarks here: they do not compare.
 
     Returns:
-        In the order of `TASKS`: `label`, `task` and `runs`, which has for each model `headline`, `retained_percent`
+        In the order of `BENCHMARKS`: `label`, `task` and `runs`: for each model `headline`, `retained_percent`
         (of the first model's headline; None where that is unknown or not positive), `mean_tokens`, `mean_patches`,
         `count`, `missing`, `judge`, `offline_judge`.
     """
@@ -93,7 +93,7 @@ def group_by_benchmark(runs: Iterable[Run]) -> list[dict[str, Any]]:
         first = group["runs"].get(reference, {}).get("headline")
         for run in group["runs"].values():
             run["retained_percent"] = 100 * run["headline"] / first if first and first > 0 else None
-    order = list(TASKS)
+    order = list(BENCHMARKS)
     return sorted(
         groups.values(), key=lambda group: order.index(group["task"]) if group["task"] in order else len(order)
     )

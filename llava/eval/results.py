@@ -13,8 +13,7 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.eval.answers import explain_write_errors, name_questions, pair_answers, read_answers
-from llava.eval.judging import Judge
-from llava.eval.task import Question, Row, Task, row_key
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, row_key
 
 Result = dict[str, Any]
 
@@ -27,7 +26,7 @@ class ServerOnlyError(InputError):
 
 
 def score_answers(
-    task: Task, answers_file: Path, root: Path, allow_partial: bool = False, judge: Judge | None = None
+    task: Benchmark, answers_file: Path, root: Path, allow_partial: bool = False, judge: Judge | None = None
 ) -> Result:
     """Score an answers file.
 
@@ -69,7 +68,7 @@ def score_answers(
 
 
 def pair_with_questions(
-    task: Task, answers_file: Path, root: Path, allow_partial: bool = False
+    task: Benchmark, answers_file: Path, root: Path, allow_partial: bool = False
 ) -> tuple[list[Question], dict[str, Row]]:
     """Read a benchmark's questions and the answers to them.
 
@@ -93,7 +92,7 @@ def pair_with_questions(
 
 
 def export_answers(
-    task: Task, answers_file: Path, root: Path, destination: Path, allow_partial: bool = False
+    task: Benchmark, answers_file: Path, root: Path, destination: Path, allow_partial: bool = False
 ) -> list[Path]:
     """Write the files that the benchmark's server or official script reads; return them.
 

@@ -20,13 +20,13 @@ from tqdm import tqdm
 from llava.errors import InputError
 from llava.eval.allocator import keep_freed_memory
 from llava.eval.answers import make_row
-from llava.eval.batching import batch_by_length, pad_left, plan_units
+from llava.eval.batching import batch_by_length, plan_units
+from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, ImageSource, Question, Row, row_key
 from llava.eval.features import EncodedImage, FeatureCache, QueryCache, apply_in_parts
-from llava.eval.greedy import GreedyDecoder, is_plain, share_pictures
-from llava.eval.prompting import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
 from llava.eval.sizing import choose_limits, choose_unit_size
-from llava.eval.task import LOADER_MAX_NEW_TOKENS, Picture, Question, Row, row_key
+from llava.generation import GreedyDecoder, is_plain, pad_left, share_pictures
 from llava.mm_utils import tokenize_prompts
+from llava.prompt import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
 
 CACHED_IMAGES = 64
 REDUCTION_BATCH = 64
@@ -249,7 +249,7 @@ class Asker:
         pairs = [(path, queries[question.query]) for question, _ in asked for path in question.images]
         distinct = list(dict.fromkeys(pairs))
 
-        def reduce_some(some: Sequence[tuple[Picture, str]]) -> list[Any]:
+        def reduce_some(some: Sequence[tuple[ImageSource, str]]) -> list[Any]:
             return self.model.make_image_tokens(
                 [encoded[path].patches for path, _ in some],
                 [query for _, query in some],

@@ -23,7 +23,7 @@ from typing import Any
 
 from llava.errors import InputError
 from llava.eval.answers import dump_row, explain_write_errors, parse_rows, write_answers
-from llava.eval.task import Question, Row, row_key
+from llava.eval.benchmark import Question, Row, row_key
 
 
 class AnswerStore:

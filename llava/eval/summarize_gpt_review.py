@@ -11,8 +11,8 @@ from typing import Any
 
 from llava.errors import InputError, run_command
 from llava.eval.__main__ import user_path
-from llava.eval.sources import read_records
-from llava.eval.tasks.llavabench import UNREADABLE, Summary, summarize_marks
+from llava.eval.benchmarks._files import read_records
+from llava.eval.benchmarks.llavabench import UNREADABLE, Summary, summarize_marks
 
 REVIEW_PREFIXES = ("gpt4_text", "reviews_", "review_")
 LONG_RULE = "================================="

@@ -5,32 +5,17 @@ Every file appears complete or not at all, and the same answers give the same by
 
 import datetime
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
-from llava.eval.answers import explain_write_errors
+from llava.files import write_bytes
 
 # The earliest time that a zip archive can hold stands for "no time".
 NO_TIME = datetime.datetime(1980, 1, 1)
 PROPERTY_FILE = "docProps/core.xml"
 
 Cell = str | int | None
-
-
-def write_content(path: Path, content: bytes) -> Path:
-    """Write a file as a whole and return its path."""
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
-    return path
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> Path:
-    """Write lines of text, each ended by a newline, and return the path."""
-    return write_content(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def write_workbook(path: Path, rows: Sequence[Sequence[Cell]]) -> Path:
@@ -62,7 +47,7 @@ def write_workbook(path: Path, rows: Sequence[Sequence[Cell]]) -> Path:
     saved = BytesIO()
     workbook.save(saved)
     workbook.properties.created = workbook.properties.modified = NO_TIME
-    return write_content(path, _drop_times(saved, tostring(workbook.properties.to_tree())))
+    return write_bytes(path, _drop_times(saved, tostring(workbook.properties.to_tree())))
 
 
 def _drop_times(archive: BytesIO, properties: bytes) -> bytes:

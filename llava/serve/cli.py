@@ -10,7 +10,7 @@ import sys
 from transformers import TextStreamer
 
 from llava.chat import ChatSession, Sampling, find_template
-from llava.command_line import (
+from llava.cli import (
     add_image_options,
     add_model_options,
     choose_template,

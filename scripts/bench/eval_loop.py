@@ -22,13 +22,13 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.timing import time_in_turns
 from llava.errors import run_command
 from llava.eval.__main__ import positive_or_auto
-from llava.eval.prompting import DEFAULT_CONV_MODE, wrap_prompt
+from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, Question
 from llava.eval.runner import Settings, answer_questions
-from llava.eval.task import LOADER_MAX_NEW_TOKENS, Question
 from llava.image import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.loading import load_quietly
+from llava.prompt import DEFAULT_CONV_MODE, wrap_prompt
 from playground.shapes.sentence import UNANSWERABLE_HINT
 from scripts.bench import side_by_side
 

@@ -17,7 +17,7 @@ from llava.efficiency.random_model import build_random_model
 from llava.efficiency.shapes import PUBLISHED_TOWERS
 from llava.efficiency.timing import Spread, ratio_by_round
 from llava.errors import InputError
-from llava.eval.task import Question, Row
+from llava.eval.benchmark import Question, Row
 from playground.shapes import sentence
 from playground.shapes.world import draw_scene
 

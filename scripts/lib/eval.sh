@@ -78,7 +78,7 @@ find_root() {
         fi
     done
     if [[ ${DRY_RUN:-0} != 1 && $FROM_HUB == 0 ]]; then
-        die "no folder $base/${1%% *}: playground/data/eval/README.md tells what to download;" \
+        die "no folder $base/${1%% *}: playground/data/eval/README.md lists what to download;" \
             "LLAVA_EVAL_ROOT names another place"
     fi
     printf '%s\n' "$base/${1%% *}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.tasks import TASKS
+from llava.eval.benchmarks import BENCHMARKS
 from tests.eval.test_promises import draw_pictures
 from tests.eval.test_scripts import ENVIRONMENT, NO_GPU
 
@@ -121,7 +121,7 @@ def test_what_only_a_server_scores_is_named_and_is_no_failure(run_all: Callable)
 def test_a_benchmark_without_data_is_named_before_anything_runs(run_all: Callable, here: Path) -> None:
     done = run_all(*MODELS, BENCHMARKS="pope seed")
     first = done.stderr.splitlines()[0]
-    assert first.startswith(f"seed: error: no folder {here}/data/seed_bench: playground/data/eval/README.md tells")
+    assert first.startswith(f"seed: error: no folder {here}/data/seed_bench: playground/data/eval/README.md lists")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: failed: seed of plain, seed of trim"
     assert "| POPE (Avg. F1) |" in done.stdout
@@ -196,15 +196,15 @@ def test_the_real_scripts_answer_score_and_tabulate_all_twelve(
     shutil.rmtree(here / "data")
     for source, folder in DATA_FOLDERS.items():
         shutil.copytree(golden / "oracle" / source, here / "data" / folder)
-    for task, folder in zip(TASKS.values(), DATA_FOLDERS.values(), strict=True):
+    for task, folder in zip(BENCHMARKS.values(), DATA_FOLDERS.values(), strict=True):
         draw_pictures(task, here / "data" / folder, spare_last=False)
     options = ["--", "--batch-size", "32", "--max-new-tokens", "4", "--judge", "exact"]
     # One model: each costs a start of Python and a load of the checkpoint per benchmark.
     model = f"trim={tiny_checkpoint} --reduce TRIM:-1"
-    done = run_all(model, *options, PYTHON=sys.executable, BENCHMARKS=" ".join(TASKS))
+    done = run_all(model, *options, PYTHON=sys.executable, BENCHMARKS=" ".join(BENCHMARKS))
     assert done.returncode == 0, done.stderr[-3000:]
     table = json.loads((here / "out" / "table.json").read_text())
-    assert [group["task"] for group in table["benchmarks"]] == list(TASKS)
+    assert [group["task"] for group in table["benchmarks"]] == list(BENCHMARKS)
     assert 1 <= table["average"]["trim"]["mean_tokens"] < 36
     lines = (here / "out" / "trim.txt").read_text().splitlines()
     assert len(lines) == 12

@@ -14,7 +14,7 @@ from llava.eval.answers import (
     read_answers,
     write_answers,
 )
-from llava.eval.task import Question
+from llava.eval.benchmark import Question
 
 QUESTION = Question(id="7", prompt="Is it?\nAnswer.", query="Is it?", images=(Path("a.jpg"),))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval.batching import batch_by_length, plan_units, take_chunk
-from llava.eval.task import Question
+from llava.eval.benchmark import Question
 
 
 def ask(identity: int, *images: str) -> Question:

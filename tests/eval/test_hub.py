@@ -17,15 +17,20 @@ from PIL import Image as PillowImage
 
 from llava.errors import InputError
 from llava.eval import hub
-from llava.eval.hub.gqa import list_steps, parse_cell
-from llava.eval.hub.layout import Layout, guess_suffix, safe_name
-from llava.eval.hub.table import HubTable, name_alternatives, read_rows
-from llava.eval.task import Question, Task, row_key
-from llava.eval.tasks import find_task
+from llava.eval.benchmark import Benchmark, Question, row_key
+from llava.eval.benchmarks import BENCHMARKS as ALL_BENCHMARKS
+from llava.eval.benchmarks import find_benchmark
+from llava.eval.benchmarks._hub_gqa import list_steps, parse_cell
+from llava.eval.hub import HubTable, Layout, guess_suffix, name_alternatives, read_rows, safe_name
 from tests.eval.test_commands import run
 
 ORACLE = Path(__file__).parents[1] / "golden" / "oracle"
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+
+
+def fetch_benchmark(benchmark: Benchmark, root: Path, dataset: str | None = None) -> None:
+    split, form = benchmark.find_hub_form()
+    hub.fetch(form, split, root, dataset)
 
 
 def draw(name: str) -> bytes:
@@ -305,10 +310,10 @@ BENCHMARKS: dict[str, tuple[str, str | None, str, Make]] = {
 """Word, split, folder of the local data, how to make the dataset."""
 
 
-def prepare(name: str, tmp_path: Path) -> tuple[Task, Path, Path]:
+def prepare(name: str, tmp_path: Path) -> tuple[Benchmark, Path, Path]:
     """Return the benchmark, a copy of its local folder, and the folder of the dataset."""
     word, split, folder, make = BENCHMARKS[name]
-    task = find_task(word) if split is None else find_task(word).with_split(split)
+    task = find_benchmark(word) if split is None else find_benchmark(word).with_split(split)
     local, dataset = tmp_path / "local", tmp_path / "dataset"
     shutil.copytree(ORACLE / folder, local)
     make(local, dataset)
@@ -331,7 +336,7 @@ def name_picture(name: str, path: Path) -> str:
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_hubs_questions_prompts_and_pictures_are_those_of_the_local_layout(name: str, tmp_path: Path) -> None:
     task, local, dataset = prepare(name, tmp_path)
-    hub.fetch_benchmark(task, tmp_path / "hub", str(dataset))
+    fetch_benchmark(task, tmp_path / "hub", str(dataset))
     ours, theirs = task.load(local), task.load(tmp_path / "hub")
     assert len(ours) == len(theirs) > 20
     for own, other in zip(ours, theirs, strict=True):
@@ -345,7 +350,7 @@ def test_the_hubs_questions_prompts_and_pictures_are_those_of_the_local_layout(n
         assert [other.id for other in theirs] == [own.id for own in ours]
 
 
-def answer_both(task: Task, local: Path, other: Path, answers_file: Path) -> list[dict]:
+def answer_both(task: Benchmark, local: Path, other: Path, answers_file: Path) -> list[dict]:
     """Give the answers to the local questions to those of the hub, too; return both by key."""
     ours, theirs = task.load(local), task.load(other)
     rows = {row_key(row, task.key_fields): row for row in read_lines(answers_file)}
@@ -361,7 +366,7 @@ def answer_both(task: Task, local: Path, other: Path, answers_file: Path) -> lis
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in ("llavabench", "mmvet")])
 def test_answers_score_the_same_on_the_hubs_data(name: str, tmp_path: Path) -> None:
     task, local, dataset = prepare(name, tmp_path)
-    hub.fetch_benchmark(task, tmp_path / "hub", str(dataset))
+    fetch_benchmark(task, tmp_path / "hub", str(dataset))
     ours, theirs = answer_both(task, local, tmp_path / "hub", local / "answers.jsonl")
     own, other = task.score(ours, local), task.score(theirs, tmp_path / "hub")
     assert own.count == other.count > 20
@@ -373,8 +378,8 @@ def test_vqav2_test_dev_asks_test_dev_and_uploads_all_of_test(tmp_path: Path) ->
     local, dataset, root = tmp_path / "local", tmp_path / "dataset", tmp_path / "hub"
     shutil.copytree(ORACLE / "vqav2", local)
     make_vqav2_test(local, dataset)
-    task = find_task("vqav2").with_split("test-dev2015")
-    hub.fetch_benchmark(task, root, str(dataset))
+    task = find_benchmark("vqav2").with_split("test-dev2015")
+    fetch_benchmark(task, root, str(dataset))
     ours, theirs = task.load(local), task.load(root)
     assert [(each.id, each.prompt) for each in theirs] == [(each.id, each.prompt) for each in ours]
     assert all(picture_of(each) == draw(own.images[0].name) for each, own in zip(theirs, ours, strict=True))
@@ -386,7 +391,7 @@ def test_vqav2_test_dev_asks_test_dev_and_uploads_all_of_test(tmp_path: Path) ->
 
 def test_llava_bench_has_its_contexts_and_references(tmp_path: Path) -> None:
     task, local, dataset = prepare("llavabench", tmp_path)
-    hub.fetch_benchmark(task, tmp_path / "hub", str(dataset))
+    fetch_benchmark(task, tmp_path / "hub", str(dataset))
     for name, columns in (
         ("context.jsonl", ("caption",)),
         ("answers_gpt4.jsonl", ("question_id", "prompt", "text")),
@@ -400,43 +405,41 @@ def test_llava_bench_has_its_contexts_and_references(tmp_path: Path) -> None:
 
 def test_mmvet_has_its_answers_and_capabilities(tmp_path: Path) -> None:
     task, local, dataset = prepare("mmvet", tmp_path)
-    hub.fetch_benchmark(task, tmp_path / "hub", str(dataset))
+    fetch_benchmark(task, tmp_path / "hub", str(dataset))
     ours, theirs = read_json(local / "mm-vet.json"), read_json(tmp_path / "hub" / "mm-vet.json")
     for record in (*ours.values(), *theirs.values()):
         record.pop("imagename")
     assert theirs == ours
 
 
-def test_every_benchmark_has_a_source_and_every_source_is_tried_here() -> None:
-    from llava.eval.tasks import TASKS
-
-    assert set(hub.SOURCES) == set(TASKS) == set(BENCHMARKS)
+def test_every_hub_form_is_tried_here() -> None:
+    assert set(BENCHMARKS) == {name for name, benchmark in ALL_BENCHMARKS.items() if benchmark.hub}
 
 
 # The folder's life: written once, whole or not at all, never over other data.
 
 
 @pytest.fixture
-def pope(tmp_path: Path) -> tuple[Task, Path, Path]:
+def pope(tmp_path: Path) -> tuple[Benchmark, Path, Path]:
     """The benchmark, its folder to be, the folder of its dataset."""
     make_pope(ORACLE / "pope", tmp_path / "dataset")
-    return find_task("pope"), tmp_path / "root", tmp_path / "dataset"
+    return find_benchmark("pope"), tmp_path / "root", tmp_path / "dataset"
 
 
-def test_a_second_call_reads_nothing(pope: tuple[Task, Path, Path]) -> None:
+def test_a_second_call_reads_nothing(pope: tuple[Benchmark, Path, Path]) -> None:
     task, root, dataset = pope
-    hub.fetch_benchmark(task, root, str(dataset))
+    fetch_benchmark(task, root, str(dataset))
     shutil.rmtree(dataset)
-    hub.fetch_benchmark(task, root, str(dataset))
+    fetch_benchmark(task, root, str(dataset))
     assert not (root / hub.PARTIAL_FOLDER).exists()
 
 
 def test_a_call_that_is_cut_off_leaves_no_questions_and_the_next_keeps_its_pictures(
-    pope: tuple[Task, Path, Path], monkeypatch: pytest.MonkeyPatch
+    pope: tuple[Benchmark, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, root, dataset = pope
     saved: list[str] = []
-    save = Layout.save_picture
+    save = Layout.save_image
 
     def save_some(layout: Layout, name: str, picture: object) -> None:
         if len(saved) == 10:
@@ -444,26 +447,26 @@ def test_a_call_that_is_cut_off_leaves_no_questions_and_the_next_keeps_its_pictu
         save(layout, name, picture)
         saved.append(name)
 
-    monkeypatch.setattr(Layout, "save_picture", save_some)
+    monkeypatch.setattr(Layout, "save_image", save_some)
     with pytest.raises(KeyboardInterrupt):
-        hub.fetch_benchmark(task, root, str(dataset))
+        fetch_benchmark(task, root, str(dataset))
     assert not (root / "llava_pope_test.jsonl").exists()
     written = []
-    monkeypatch.setattr(Layout, "save_picture", save)
-    write = Layout._write
-    monkeypatch.setattr(
-        Layout, "_write", lambda layout, name, content: (written.append(name), write(layout, name, content))[1]
-    )
-    hub.fetch_benchmark(task, root, str(dataset))
-    assert not set(saved) & set(written)
+    monkeypatch.setattr(Layout, "save_image", save)
+    write = hub.write_bytes
+    monkeypatch.setattr(hub, "write_bytes", lambda path, content: (written.append(path), write(path, content))[1])
+    fetch_benchmark(task, root, str(dataset))
+    names = {str(path.relative_to(root / hub.PARTIAL_FOLDER / "coco")) for path in written}
+    assert names
+    assert not set(saved) & names
     assert len(task.load(root)) == 176
 
 
 def test_a_call_that_is_cut_off_while_moving_is_finished_by_the_next(
-    pope: tuple[Task, Path, Path], monkeypatch: pytest.MonkeyPatch
+    pope: tuple[Benchmark, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, root, dataset = pope
-    publish = hub.publish
+    publish = hub._publish
 
     def publish_half(partial: Path, root: Path, files: tuple[str, ...]) -> None:
         for path in sorted((partial / "val2014").iterdir())[:5]:
@@ -471,63 +474,63 @@ def test_a_call_that_is_cut_off_while_moving_is_finished_by_the_next(
             path.replace(root / "val2014" / path.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub, "publish", publish_half)
+    monkeypatch.setattr(hub, "_publish", publish_half)
     with pytest.raises(KeyboardInterrupt):
-        hub.fetch_benchmark(task, root, str(dataset))
-    monkeypatch.setattr(hub, "publish", publish)
+        fetch_benchmark(task, root, str(dataset))
+    monkeypatch.setattr(hub, "_publish", publish)
     shutil.rmtree(dataset)
-    hub.fetch_benchmark(task, root, str(dataset))
+    fetch_benchmark(task, root, str(dataset))
     assert all(picture.exists() for question in task.load(root) for picture in question.images)
 
 
-def test_other_data_is_never_overwritten(pope: tuple[Task, Path, Path]) -> None:
+def test_other_data_is_never_overwritten(pope: tuple[Benchmark, Path, Path]) -> None:
     task, root, dataset = pope
     root.mkdir()
     (root / "llava_pope_test.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match=r"llava_pope_test.jsonl is there already and is not from the hub"):
-        hub.fetch_benchmark(task, root, str(dataset))
+        fetch_benchmark(task, root, str(dataset))
     assert (root / "llava_pope_test.jsonl").read_text() == "mine\n"
     (root / "llava_pope_test.jsonl").unlink()
-    hub.fetch_benchmark(task, root, str(dataset))
+    fetch_benchmark(task, root, str(dataset))
     with pytest.raises(InputError, match="already; name another --root for someone/POPE"):
-        hub.fetch_benchmark(task, root, "someone/POPE")
+        fetch_benchmark(task, root, "someone/POPE")
 
 
-def test_a_row_without_picture_keeps_its_question(pope: tuple[Task, Path, Path]) -> None:
+def test_a_row_without_picture_keeps_its_question(pope: tuple[Benchmark, Path, Path]) -> None:
     task, root, dataset = pope
     path = dataset / "Full" / "popular-00000-of-00001.parquet"
     rows = list(read_rows(str(dataset), HubTable("popular", (), config="Full")))
     write_parquet(path, [{**rows[0], "image": cell("x"), "image_source": "lost"}, *rows[1:]])
     rows[0] = {**rows[0], "image_source": "lost", "image": None}
     write_parquet(path, rows[1:] + rows[:1])
-    hub.fetch_benchmark(task, root, str(dataset))
+    fetch_benchmark(task, root, str(dataset))
     questions = task.load(root)
     assert len(questions) == 176
     assert [question.images[0].name for question in questions if not question.images[0].exists()] == ["lost.jpg"]
 
 
-def test_what_a_dataset_lacks_is_named(pope: tuple[Task, Path, Path], tmp_path: Path) -> None:
+def test_what_a_dataset_lacks_is_named(pope: tuple[Benchmark, Path, Path], tmp_path: Path) -> None:
     task, root, dataset = pope
     path = dataset / "Full" / "adversarial-00000-of-00001.parquet"
     write_parquet(path, [{"question_id": "1", "image": cell("x"), "text": "?"}])
     with pytest.raises(InputError, match="has no column question, answer, image_source; it has question_id, image"):
-        hub.fetch_benchmark(task, root, str(dataset))
+        fetch_benchmark(task, root, str(dataset))
     path.unlink()
     with pytest.raises(InputError, match=r"has no Full/adversarial-\*.parquet \(config Full, split adversarial\)"):
-        hub.fetch_benchmark(task, root, str(dataset))
+        fetch_benchmark(task, root, str(dataset))
     path.write_bytes(b"no parquet")
     with pytest.raises(InputError, match="cannot be read"):
-        hub.fetch_benchmark(task, root, str(dataset))
+        fetch_benchmark(task, root, str(dataset))
     assert not (root / hub.MARKER_FILE).exists()
 
 
-def test_without_network_one_line_says_so(pope: tuple[Task, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_one_line_says_so(pope: tuple[Benchmark, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str, **_: object) -> None:
         raise ConnectionError(f"could not reach {path}\nand more")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(InputError, match=r"lmms-lab/POPE \(config Full, split adversarial\) cannot be read: Conn") as e:
-        hub.fetch_benchmark(pope[0], pope[1])
+        fetch_benchmark(pope[0], pope[1])
     assert "\n" not in str(e.value)
 
 
@@ -540,14 +543,14 @@ def test_splits_live_side_by_side(tmp_path: Path) -> None:
     task, local, dataset = prepare("vqav2", tmp_path)
     make_vqav2_test(local, dataset)
     root = tmp_path / "hub"
-    hub.fetch_benchmark(task, root, str(dataset))
-    hub.fetch_benchmark(find_task("vqav2").with_split("test-dev2015"), root, str(dataset))
+    fetch_benchmark(task, root, str(dataset))
+    fetch_benchmark(find_benchmark("vqav2").with_split("test-dev2015"), root, str(dataset))
     assert set(read_json(root / hub.MARKER_FILE)) == {"val2014", "test-dev2015"}
     with pytest.raises(InputError, match="vqav2: no hub dataset of split test2015; known: test-dev2015, val2014"):
-        hub.fetch_benchmark(find_task("vqav2").with_split("test2015"), root, str(dataset))
+        fetch_benchmark(find_benchmark("vqav2").with_split("test2015"), root, str(dataset))
 
 
-def test_the_commands_read_the_hub_and_go_on_as_with_local_data(pope: tuple[Task, Path, Path]) -> None:
+def test_the_commands_read_the_hub_and_go_on_as_with_local_data(pope: tuple[Benchmark, Path, Path]) -> None:
     _, root, dataset = pope
     fixed = ["score", "pope", "--answers", ORACLE / "pope" / "answers.jsonl", "--root", root]
     first = run(*fixed, "--source", "hub", "--hub-dataset", dataset)
@@ -559,7 +562,7 @@ def test_the_commands_read_the_hub_and_go_on_as_with_local_data(pope: tuple[Task
 
 @pytest.mark.parametrize("name", ["", "/etc/x", "../x", "a/../../x", "a\\b"])
 def test_names_that_lead_out_of_the_folder_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="is no file name"):
+    with pytest.raises(InputError, match="is not a file name"):
         safe_name(name, "here")
 
 

@@ -13,20 +13,18 @@ from collections.abc import Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from llava.errors import InputError
-from llava.eval import judge as judging
+from llava.eval.benchmark import Case
+from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.judge import ApiJudge, ExactJudge, make_judge
-from llava.eval.judging import Case
 from llava.eval.replies import ReplyCache
-from llava.eval.tasks import TASKS, find_task
 
 MESSAGES = [{"role": "user", "content": "How good is it?"}]
-LLAVABENCH, MMVET, POPE = find_task("llavabench"), find_task("mmvet"), find_task("pope")
-OPTIONAL = SimpleNamespace(name="mmbench", uses_judge="optional")
+LLAVABENCH, MMVET, POPE = find_benchmark("llavabench"), find_benchmark("mmvet"), find_benchmark("pope")
+OPTIONAL = find_benchmark("mmbench")
 
 
 def make_case(number: int = 0, task: str = "mmvet") -> Case:
@@ -312,7 +310,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from llava.eval.judge import ApiJudge
-from llava.eval.judging import Case
+from llava.eval.benchmark import Case
 from llava.eval.replies import ReplyCache
 judge = ApiJudge("m", ReplyCache(Path(sys.argv[1])), address=sys.argv[2], num_threads=4)
 def ask(number):
@@ -454,13 +452,13 @@ def test_the_offline_stand_in_compares_texts(
     task: str, references: tuple, prediction: str, options: dict | None, reply: str
 ) -> None:
     case = Case(task, "1", "What?", references, prediction, options)
-    assert ExactJudge().ask(case, MESSAGES) == reply
+    assert ExactJudge(find_benchmark(case.task)).ask(case, MESSAGES) == reply
 
 
 def test_the_offline_stand_in_marks_llavabench_between_1_and_10_by_common_words() -> None:
     def mark(prediction: str) -> float:
         case = Case("llavabench", "1", "What?", ("A cat sits on a mat.",), prediction)
-        first, second = map(float, ExactJudge().ask(case, MESSAGES).split("\n")[0].split(" "))
+        first, second = map(float, ExactJudge(find_benchmark(case.task)).ask(case, MESSAGES).split("\n")[0].split(" "))
         assert first == 10
         return second
 
@@ -470,5 +468,7 @@ def test_the_offline_stand_in_marks_llavabench_between_1_and_10_by_common_words(
 
 
 def test_every_judged_benchmark_has_an_offline_stand_in() -> None:
-    judged = {name for name, task in TASKS.items() if task.uses_judge != "never"}
-    assert judged <= set(judging.OFFLINE_REPLIES)
+    judged = {name for name, task in BENCHMARKS.items() if task.uses_judge != "never"}
+    for name in judged:
+        case = Case(name, "1", "What?", ("a cat",), "a cat", {"A": "a cat", "B": "a dog"})
+        assert BENCHMARKS[name].offline_reply(case)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from llava.eval.answers import pair_answers
+from llava.eval.benchmark import Benchmark, Row, row_key
+from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.runner import Settings, answer_questions
-from llava.eval.task import Row, Task, row_key
-from llava.eval.tasks import TASKS
 
 FOLDERS = {
     "sqa": "scienceqa",
@@ -82,18 +82,18 @@ QUESTION_FILES: dict[str, tuple[str, Callable[[Path], None]]] = {
 }
 
 
-@pytest.fixture(params=list(TASKS))
-def broken(request: pytest.FixtureRequest, golden: Path, tmp_path: Path) -> tuple[Task, Path]:
+@pytest.fixture(params=list(BENCHMARKS))
+def broken(request: pytest.FixtureRequest, golden: Path, tmp_path: Path) -> tuple[Benchmark, Path]:
     """A benchmark with all pictures but one, and one broken record."""
     name = request.param
     root = tmp_path / name
     shutil.copytree(golden / "oracle" / FOLDERS.get(name, name), root)
     file, break_record = QUESTION_FILES[name]
     break_record(root / file)
-    return TASKS[name], root
+    return BENCHMARKS[name], root
 
 
-def draw_pictures(task: Task, root: Path, spare_last: bool = True) -> Path | None:
+def draw_pictures(task: Benchmark, root: Path, spare_last: bool = True) -> Path | None:
     """Put a picture wherever a question wants one, but for the last; return that, or None where they are embedded."""
     pictures = {
         picture: None for question in task.load(root) for picture in question.images if isinstance(picture, Path)
@@ -108,7 +108,7 @@ def draw_pictures(task: Task, root: Path, spare_last: bool = True) -> Path | Non
 
 
 def test_a_broken_record_and_a_missing_picture_are_reported_by_id_and_the_rest_is_answered(
-    broken: tuple[Task, Path], fake_parts: tuple
+    broken: tuple[Benchmark, Path], fake_parts: tuple
 ) -> None:
     task, root = broken
     missing = draw_pictures(task, root)
@@ -126,7 +126,7 @@ def test_a_broken_record_and_a_missing_picture_are_reported_by_id_and_the_rest_i
     assert sink.count == len(sink.done) == len(questions) - len(faults)
 
 
-def test_answers_find_their_questions_in_any_order(broken: tuple[Task, Path], fake_parts: tuple) -> None:
+def test_answers_find_their_questions_in_any_order(broken: tuple[Benchmark, Path], fake_parts: tuple) -> None:
     task, root = broken
     draw_pictures(task, root)
     questions = task.load(root)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval.benchmark import Question, Row, row_key
+from llava.eval.benchmarks.pope import Pope
 from llava.eval.runner import Fault, Settings, answer_questions, claim_units
-from llava.eval.task import Question, Row, row_key
-from llava.eval.tasks.pope import Pope
 from llava.model.builder import load_pretrained_model
 
 
@@ -192,7 +192,7 @@ def test_a_broken_record_and_stray_marks_are_faults(make_pope: Callable[..., Pat
     assert len(sink.done) == 18
     assert [(fault.question.id, fault.reason) for fault in faults] == [
         ("line 9", "not JSON"),
-        ("marks", "the question has 2 <image> marks for 0 images"),
+        ("marks", "the question has 2 <image> placeholders for 0 new images: write one per image, or none"),
     ]
 
 

@@ -162,7 +162,7 @@ def test_another_data_root_and_python_are_taken_from_the_environment(repository:
         (["a", "models/llava", "--", "--split"], "error: --split needs a value"),
         (["a", "models/none/here"], "error: no model at models/none/here: give a checkpoint folder or a hub id"),
         (["a", "models/llava", "r.tsv", "./nowhere"], "error: no model at ./nowhere"),
-        (["a", "models/llava"], "error: no folder {here}/data/pope: playground/data/eval/README.md tells"),
+        (["a", "models/llava"], "error: no folder {here}/data/pope: playground/data/eval/README.md lists"),
     ],
 )
 def test_mistakes_end_in_one_line(repository: Path, here: Path, arguments: list[str], words: str) -> None:

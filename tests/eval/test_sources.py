@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.sources import load_question_file, read_records
+from llava.eval.benchmarks._files import load_question_file, read_records
 
 
 def load(tmp_path: Path, *lines: str | dict) -> list:
@@ -36,7 +36,7 @@ def test_several_images_and_none_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "identity", "words"),
     [
-        ('{"question_id": 1, "im', "questions.jsonl line 2", "not JSON"),
+        ('{"question_id": 1, "im', "questions.jsonl line 2", "is not JSON"),
         ("[1, 2]", "questions.jsonl line 2", "a JSON object is needed, not list"),
         ({"image": "a.jpg", "text": "x"}, "questions.jsonl line 2", '"question_id" must be'),
         (GOOD | {"question_id": True}, "questions.jsonl line 2", '"question_id" must be'),
@@ -56,12 +56,12 @@ def test_a_broken_record_becomes_a_fault_and_spares_the_others(
 
 
 def test_a_file_without_a_sound_record_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is not a question file: questions.jsonl line 1: not JSON"):
+    with pytest.raises(InputError, match=r"is not a question file: questions.jsonl line 1: is not JSON"):
         load(tmp_path, "index\tquestion", "1\tWhy?")
 
 
 def test_missing_empty_and_binary_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such file: .*questions.jsonl; playground/data/eval/README.md tells"):
+    with pytest.raises(InputError, match=r"no such file: .*questions.jsonl; playground/data/eval/README.md lists"):
         load_question_file(tmp_path / "questions.jsonl", tmp_path)
     with pytest.raises(InputError, match="is empty"):
         load(tmp_path, "", "  ")
@@ -73,5 +73,5 @@ def test_missing_empty_and_binary_files_are_named(tmp_path: Path) -> None:
 def test_annotation_files_must_be_intact(tmp_path: Path) -> None:
     file = tmp_path / "labels.json"
     file.write_text('{"a": 1}\n\n{"a": \n')
-    with pytest.raises(InputError, match=r"labels.json line 3: not JSON"):
+    with pytest.raises(InputError, match=r"labels.json line 3 is not JSON"):
         read_records(file)

@@ -13,15 +13,15 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval.answers import dump_row, make_row, read_answers
+from llava.eval.benchmark import Question
 from llava.eval.store import AnswerStore
-from llava.eval.task import Question
 
 WORKER = """
 import sys, time
 from pathlib import Path
 from llava.eval.answers import make_row
 from llava.eval.store import AnswerStore
-from llava.eval.task import Question, row_key
+from llava.eval.benchmark import Question, row_key
 
 path, worker, seconds, model = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 repeats, key_fields = int(sys.argv[5]), sys.argv[6].split(",")

@@ -36,7 +36,7 @@ class ChoiceRow:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GroupVerdict:
     """Whether a question is right, and the rows for which a judge had to be asked."""
 
     is_right: bool
@@ -53,7 +53,7 @@ def group_rows(rows: Sequence[ChoiceRow]) -> dict[int, list[ChoiceRow]]:
 
 def judge_group(
     rows: Sequence[ChoiceRow], infer: InferLetter, settle: Callable[[ChoiceRow], str | None] | None = None
-) -> Verdict:
+) -> GroupVerdict:
     """Judge one question.
 
     A letter that the rule reads and that is wrong decides at once. Rows that it can't read go to the judge in turn,
@@ -66,16 +66,16 @@ def judge_group(
     """
     letters = [infer(row.prediction, row.options) for row in rows]
     if any(letter not in (None, row.answer) for letter, row in zip(letters, rows, strict=True)):
-        return Verdict(False)
+        return GroupVerdict(False)
     unread = [row for letter, row in zip(letters, rows, strict=True) if letter is None]
     if settle is None:
-        return Verdict(not unread)
+        return GroupVerdict(not unread)
     judged: list[str] = []
     for row in unread:
         judged.append(row.name)
         if settle(row) != row.answer:
-            return Verdict(False, tuple(judged))
-    return Verdict(True, tuple(judged))
+            return GroupVerdict(False, tuple(judged))
+    return GroupVerdict(True, tuple(judged))
 
 
 def average(flags: Sequence[bool]) -> float:

@@ -1,0 +1,188 @@
+"""What benchmarks share: question files, annotations whose fields are checked, files for a server.
+
+A file that is missing or is not JSON stops the command. A single broken record of a question file does not: it becomes
+a `Question` with a `fault`, is reported at the end, and leaves the answers incomplete. Every field of an annotation
+that a metric reads is checked, so that a wrong file is named instead of a wrong number given.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llava.errors import InputError
+from llava.eval.benchmark import Question, Row
+from llava.files import FileError, parse_record, read_json, read_jsonl, read_lines, write_text
+from llava.prompt import query_of
+
+Kind = TypeVar("Kind")
+
+DOWNLOAD_HINT = "playground/data/eval/README.md lists what to download and where it goes"
+SHORT_ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
+KIND_NAMES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+# ---------------------------------------------------------------------------------------------------------- questions
+def load_question_file(path: Path, image_folder: Path, *, needs_image: bool = False) -> list[Question]:
+    """Read a LLaVA question file: one `{"question_id", "image", "text"}` object per line.
+
+    `image` may be a list of names, or be absent for a question of text alone.
+
+    Args:
+        path: the question file.
+        image_folder: where the `image` names of the records are looked up.
+        needs_image: a record without image cannot be asked.
+
+    Raises:
+        InputError: the file is missing, empty or not a single record of it can be used.
+    """
+    questions = []
+    for number, line in read_lines(path, DOWNLOAD_HINT):
+        where = f"{path.name} line {number}"
+        try:
+            question = _make_question(parse_record(line, where), where, image_folder)
+        except FileError as fault:
+            question = Question(id=where, fault=str(fault).removeprefix(where).lstrip(": "))
+        if needs_image and not question.images and not question.fault:
+            question = replace(question, fault="the record has no image")
+        questions.append(question)
+    if not questions:
+        raise InputError(f"{path} is empty")
+    if all(question.fault for question in questions):
+        raise InputError(f"{path} is not a question file: {questions[0].id}: {questions[0].fault}")
+    return questions
+
+
+def _make_question(record: Mapping[str, Any], where: str, image_folder: Path) -> Question:
+    """Make the question of one record; a record without id is called `where`."""
+    identity, category = record.get("question_id"), record.get("category")
+    if isinstance(identity, bool) or not isinstance(identity, int | str):
+        return Question(id=where, category=category, fault='"question_id" must be a number or a string')
+    text = record.get("text")
+    if not isinstance(text, str):
+        return Question(id=identity, category=category, fault=f'{where}: "text" must be a string')
+    names = record.get("image")
+    names = [] if names is None else names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) and name for name in names):
+        return Question(id=identity, category=category, fault=f'{where}: "image" must be a file name or a list of them')
+    images = tuple(image_folder / name for name in names)
+    return Question(id=identity, prompt=text, query=query_of(text), images=images, category=category)
+
+
+def build_question(identity: int | str, text: str, image: Path) -> Question:
+    """Make a question as a line of a LLaVA question file would have it."""
+    return Question(id=identity, prompt=text, query=query_of(text), images=(image,), category="default")
+
+
+# -------------------------------------------------------------------------------------------------------- annotations
+def read_document(path: Path) -> Any:
+    """Read a benchmark's file that is one JSON document; a missing one is named with where to get it."""
+    return read_json(path, DOWNLOAD_HINT)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a benchmark's JSON Lines file of objects, all of them intact."""
+    return read_jsonl(path, DOWNLOAD_HINT)
+
+
+def find_file(path: Path) -> Path:
+    """Return `path` if it is a file.
+
+    Raises:
+        InputError: it is not; names where to get it.
+    """
+    if not path.is_file():
+        raise InputError(f"no such file: {path}; {DOWNLOAD_HINT}")
+    return path
+
+
+def find_first(candidates: Sequence[Path]) -> Path:
+    """Return the first of several places of a file that is there.
+
+    Raises:
+        InputError: none is; names the first, where the documentation puts the file.
+    """
+    return next((path for path in candidates if path.is_file()), None) or find_file(candidates[0])
+
+
+def take(record: object, name: str, kind: type[Kind], where: str) -> Kind:
+    """Return a field of an annotation.
+
+    Args:
+        record: the annotation.
+        name: the field.
+        kind: what it must be.
+        where: file and record, for the message.
+
+    Raises:
+        InputError: the annotation is not an object, or the field is missing or something else.
+    """
+    value = record.get(name) if isinstance(record, Mapping) else None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise InputError(f'{where}: "{name}" must be {KIND_NAMES[kind]}')
+    return value
+
+
+def take_references(record: object, where: str) -> list[str]:
+    """Return people's answers of a VQAv2 or VizWiz annotation: the field `answers`, of objects with an `answer`.
+
+    Raises:
+        InputError: there are none, or one is not a string.
+    """
+    references = [take(each, "answer", str, f"{where} answers") for each in take(record, "answers", list, where)]
+    if not references:
+        raise InputError(f'{where}: "answers" is empty')
+    return references
+
+
+def require_annotations(
+    questions: Sequence[Question],
+    names: Sequence[int | str],
+    annotated: Collection[int | str],
+    annotation_file: Path,
+    required: Collection[int | str] | None = None,
+) -> None:
+    """Make sure that questions and annotations are of the same set, as the official scorers do.
+
+    Args:
+        questions: all questions of the benchmark.
+        names: what each question's annotation is found by.
+        annotated: what there are annotations of.
+        annotation_file: where they are from.
+        required: the annotations that need a question; None for all.
+
+    Raises:
+        InputError: a question has no annotation, or, unless a broken question could explain it, the other way round.
+    """
+    known = set(annotated)
+    unknown = [
+        name for question, name in zip(questions, names, strict=True) if name not in known and not question.fault
+    ]
+    if unknown:
+        raise InputError(
+            f"{annotation_file} has no annotation of {len(unknown)} questions (such as {unknown[0]}); "
+            "questions and annotations must be of the same split"
+        )
+    unasked = set(annotated if required is None else required).difference(names)
+    if unasked and not any(question.fault for question in questions):
+        raise InputError(
+            f"{annotation_file} annotates {len(unasked)} questions that the question file does not ask "
+            f"(such as {min(map(str, unasked))}); questions and annotations must be of the same split"
+        )
+
+
+def require_any(answers: Mapping[str, Row], benchmark: str) -> None:
+    """Refuse to score nothing.
+
+    Raises:
+        InputError: no question has an answer.
+    """
+    if not answers:
+        raise InputError(f"{benchmark}: none of the questions has an answer")
+
+
+# ------------------------------------------------------------------------------------------------------------ uploads
+def write_upload(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Write what a server reads: JSON on one line without a newline, to the byte as the released scripts write it."""
+    return write_text(path, json.dumps(records))

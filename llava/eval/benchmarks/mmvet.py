@@ -1,0 +1,320 @@
+"""MM-Vet: free answers, graded 0 to 1 by a language model; six capabilities and their combinations.
+
+Files: `llava-mm-vet.jsonl` (questions), `mm-vet.json` (questions, answers, capabilities), `images/`, also under a
+folder `mm-vet` as the archive has them; optionally `judge_prompt.txt`, the official words to the judge. Source of the
+rules: yuweihao/MM-Vet `mm-vet_evaluator.py`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any, ClassVar
+
+from llava.errors import InputError
+from llava.eval.answers import explain_write_errors
+from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, row_key
+from llava.eval.benchmarks._files import find_file, load_question_file
+from llava.eval.benchmarks._hub_mmvet import MMVet as MmVetForm
+from llava.eval.hub import HubForm
+from llava.eval.metrics.overlap import find_elements
+
+QUESTION_FILE = "llava-mm-vet.jsonl"
+ANNOTATION_FILE = "mm-vet.json"
+IMAGE_FOLDER = "images"
+ARCHIVE_FOLDER = "mm-vet"
+PROMPT_FILE = "judge_prompt.txt"
+KEY_PREFIX = "v1_"
+
+CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
+
+RETRY_SUFFIX = "\nPredict the correctness of the answer (digit): "
+RETRY_TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
+"""Of the repeated questions, after a first one at 0. The last reply is not even read: it counts 0."""
+MAX_CALLS = 1 + len(RETRY_TEMPERATURES)
+MAX_TOKENS = 3
+NUM_DIGITS = 1
+"""Of the published percentages."""
+
+OWN_PROMPT = """\
+Grade how far the prediction agrees with the ground truth. Where the ground truth joins elements by <AND>, a right \
+prediction has all of them; where it joins them by <OR>, one of them is enough. The grade is one of 0.0, 0.1, 0.2, \
+0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 and 1.0, from wrong to fully right. Write nothing but the missing last field of the \
+table.
+
+Question | Ground truth | Prediction | Correctness
+--- | --- | --- | ---
+Which numbers solve the equation on the board? | -2 <AND> 7 | x = 4 | 0.0
+Which numbers solve the equation on the board? | -2 <AND> 7 | x = 7 | 0.5
+Which numbers solve the equation on the board? | -2 <AND> 7 | x = 7 or x = 2 | 0.5
+Which numbers solve the equation on the board? | -2 <AND> 7 | They are 7 and -2. | 1.0
+Which numbers solve the equation on the board? | -2 <AND> 7 | 0 = (x + 2)(x - 7) | 0.5
+Why is this picture funny? | Under a sign "fresh fish daily" sits a cat with fork and napkin, like a guest who has \
+ordered. | A cat is sitting next to a sign in the street, which one does not see every day. | 0.3
+Why is this picture funny? | Under a sign "fresh fish daily" sits a cat with fork and napkin, like a guest who has \
+ordered. | The joke is that the cat waits for its fish with cutlery, as if the sign were a restaurant's. | 1.0"""
+"""Built like the official prompt: an instruction, the head of a table, five rows about roots and two about a joke. The
+words are ours (docs/parity.md)."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A question with its annotation and answer.
+
+    Attributes:
+        key: `v1_<id>`, as in the annotation and result files.
+        question: as the annotation words it.
+        truth: right answer, elements joined by `<AND>` and `<OR>`.
+        capabilities: what it takes.
+        prediction: the model's answer.
+    """
+
+    key: str
+    question: str
+    truth: str
+    capabilities: tuple[str, ...]
+    prediction: str
+
+    @property
+    def integration(self) -> str:
+        """Name of the set of capabilities, whatever order the annotation gives them in."""
+        return "_".join(sorted(self.capabilities))
+
+    def case(self) -> Case:
+        """Return what is graded, for judges that compute."""
+        return Case(MmVet.name, self.key, self.question, (self.truth,), self.prediction)
+
+    def row(self) -> str:
+        """Return the table row that the judge is to complete."""
+        truth = self.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        return f"{self.question} | {truth} | {self.prediction} | "
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What one run of the judge says about a question.
+
+    Attributes:
+        content: the last reply, up to its first blank.
+        score: 0 to 1.
+        num_calls: how often the judge was asked.
+    """
+
+    content: str
+    score: float
+    num_calls: int
+
+
+class MmVet(Benchmark):
+    """MM-Vet: the mean grade."""
+
+    name = "mmvet"
+    row = "MM-Vet"
+    folders = ("mm-vet", "mmvet")
+    hub: ClassVar[Mapping[str, HubForm]] = {"all": MmVetForm()}
+    max_new_tokens = 1024
+    uses_judge = "always"
+
+    def offline_reply(self, case: Case) -> str:
+        """Grade by the share of the `<AND>` elements that occur in the answer, of `<OR>` any, in tenths."""
+        return f"{max(find_elements(case.prediction, reference) for reference in case.references):.1f}"
+
+    def load(self, root: Path) -> list[Question]:
+        """Read the questions; each is about one picture."""
+        questions = load_question_file(locate(root, QUESTION_FILE), locate(root, IMAGE_FOLDER))
+        return [
+            question if question.images or question.fault else replace(question, fault="the record has no image")
+            for question in questions
+        ]
+
+    def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
+        """Let the judge grade every answer, as often as it is told to; numbers of the first run and of all runs.
+
+        Raises:
+            InputError: a file of the benchmark is missing or does not fit, or there is no judge.
+        """
+        if judge is None:
+            raise InputError(f"{self.name} is scored by a judge, and none is given")
+        subjects = pair_subjects(self.load(root), answers, read_annotations(locate(root, ANNOTATION_FILE)))
+        prompt = read_prompt(locate(root, PROMPT_FILE))
+        grades = judge.map(lambda subject: grade_subject(judge, subject, prompt), subjects)
+        numbers = {
+            f"num_run_{num_runs}": summarize(subjects, [each[:num_runs] for each in grades])
+            for num_runs in sorted({1, judge.num_runs})
+        }
+        final = numbers[f"num_run_{judge.num_runs}"]
+        columns = {"Total": final["total"], **final["capability"]}
+        return Scores(headline=final["total_unrounded"], scores=numbers, count=len(subjects), columns=columns)
+
+    def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
+        """Write `<model>.json`, the file that the official evaluator (and its server) reads."""
+        model_id = next((str(row.get("model_id") or "") for row in answers.values()), "")
+        path = destination / f"{Path(model_id).name or self.name}.json"
+        write_predictions(list(answers.values()), path)
+        return [path]
+
+
+def locate(root: Path, name: str) -> Path:
+    """Return a file or folder of the benchmark: in its folder, or where unpacking the archive there puts it."""
+    unpacked = root / ARCHIVE_FOLDER / name
+    return unpacked if unpacked.exists() and not (root / name).exists() else root / name
+
+
+def read_annotations(path: Path) -> dict[str, dict[str, Any]]:
+    """Read the annotation file.
+
+    Raises:
+        InputError: it is missing, or something else.
+    """
+    try:
+        annotations = json.loads(find_file(path).read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{path} is not JSON") from None
+    if not isinstance(annotations, dict):
+        raise InputError(f'{path} is no annotation file: {{"{KEY_PREFIX}0": {{"question", ...}}, ...}} is needed')
+    return annotations
+
+
+def read_prompt(path: Path) -> str:
+    """Return a user's words to the judge, if there are any, or ours."""
+    if not path.is_file():
+        return OWN_PROMPT
+    try:
+        prompt = path.read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if not prompt.strip():
+        raise InputError(f"{path} is empty: it must hold the words to the judge, or not be there")
+    return prompt
+
+
+def pair_subjects(
+    questions: Sequence[Question], answers: Mapping[str, Row], annotations: Mapping[str, Mapping[str, Any]]
+) -> list[Subject]:
+    """Give each answered question its annotation, by id.
+
+    Raises:
+        InputError: nothing was answered, or a question has no (sound) annotation.
+    """
+    subjects = []
+    for question in questions:
+        row = answers.get(row_key(question.head(), MmVet.key_fields))
+        if row is None:
+            continue
+        key = f"{KEY_PREFIX}{question.id}"
+        subjects.append(make_subject(key, annotations.get(key), row["text"]))
+    if not subjects:
+        raise InputError("MM-Vet: none of the questions has an answer")
+    return subjects
+
+
+def make_subject(key: str, annotation: Mapping[str, Any] | None, prediction: str) -> Subject:
+    """Make a subject of an annotation and an answer.
+
+    Raises:
+        InputError: there is no annotation, or it lacks something.
+    """
+    if not isinstance(annotation, dict):
+        raise InputError(f"{ANNOTATION_FILE} has no {key}; it and {QUESTION_FILE} must come from the same version")
+    question, truth, capabilities = (annotation.get(name) for name in ("question", "answer", "capability"))
+    if not isinstance(question, str) or not isinstance(truth, str):
+        raise InputError(f'{ANNOTATION_FILE}, {key}: "question" and "answer" must be strings')
+    if (
+        not isinstance(capabilities, list)
+        or not capabilities
+        or not all(isinstance(name, str) for name in capabilities)
+    ):
+        raise InputError(f'{ANNOTATION_FILE}, {key}: "capability" must be a list of names')
+    return Subject(key, question, truth, tuple(capabilities), prediction)
+
+
+def grade_subject(judge: Judge, subject: Subject, prompt: str) -> list[Grade]:
+    """Grade an answer once per run."""
+    return [grade_once(judge, subject, prompt, run) for run in range(judge.num_runs)]
+
+
+def grade_once(judge: Judge, subject: Subject, prompt: str, run: int) -> Grade:
+    """Grade an answer, with the official retries: reworded, hotter each time, and 0 after the last."""
+    content = f"{prompt}\n{subject.row()}"
+    for number, temperature in enumerate((0.0, *RETRY_TEMPERATURES)):
+        text = content if number == 0 else content + RETRY_SUFFIX
+        reply = judge.ask(
+            subject.case(),
+            [{"role": "user", "content": text}],
+            attempt=run * MAX_CALLS + number,
+            temperature=temperature,
+            max_tokens=MAX_TOKENS,
+        )
+        first = reply.split(" ")[0].strip()
+        score = parse_score(first)
+        if score is not None and number < MAX_CALLS - 1:
+            return Grade(first, score, number + 1)
+    return Grade(first, 0.0, MAX_CALLS)
+
+
+def parse_score(text: str) -> float | None:
+    """Read a score from 0 to 1; None for anything else."""
+    try:
+        score = float(text)
+    except ValueError:
+        return None
+    return score if 0.0 <= score <= 1.0 else None
+
+
+def summarize(subjects: Sequence[Subject], grades: Sequence[Sequence[Grade]]) -> dict[str, Any]:
+    """Compute the official numbers.
+
+    Args:
+        subjects: the questions.
+        grades: of each, one per run.
+
+    Returns:
+        `total`, `capability` and `capability_integration`: percent, means over the runs, one digit; `runs`: each run's
+        total; `std`: their population standard deviation; `total_unrounded`; `grade` and `n_calls` by question.
+    """
+    scores = [[grade.score for grade in each] for each in grades]
+    totals = [100 * fmean(run) for run in zip(*scores, strict=True)]
+    present = {name for subject in subjects for name in subject.capabilities}
+    names = [name for name in CAPABILITIES if name in present] + sorted(present.difference(CAPABILITIES))
+    integrations = list(dict.fromkeys(subject.integration for subject in subjects))
+
+    def average(chosen: Sequence[bool]) -> float:
+        runs = zip(*(each for each, is_chosen in zip(scores, chosen, strict=True) if is_chosen), strict=True)
+        return round(fmean(100 * fmean(run) for run in runs), NUM_DIGITS)
+
+    return {
+        "total": round(fmean(totals), NUM_DIGITS),
+        "total_unrounded": fmean(totals),
+        "std": round(pstdev(totals), NUM_DIGITS),
+        "runs": [round(total, NUM_DIGITS) for total in totals],
+        "capability": {name: average([name in subject.capabilities for subject in subjects]) for name in names},
+        "capability_integration": {
+            name: average([subject.integration == name for subject in subjects]) for name in integrations
+        },
+        "grade": {
+            subject.key: {"content": [grade.content for grade in each], "score": [grade.score for grade in each]}
+            for subject, each in zip(subjects, grades, strict=True)
+        },
+        "n_calls": {
+            subject.key: sum(grade.num_calls for grade in each) for subject, each in zip(subjects, grades, strict=True)
+        },
+    }
+
+
+def write_predictions(rows: Sequence[Row], path: Path) -> None:
+    """Write answers as the official evaluator reads them: `{"v1_<id>": answer}`, byte for byte as published.
+
+    Raises:
+        InputError: the file can't be written, or a question has two different answers.
+    """
+    predictions: dict[str, str] = {}
+    for row in rows:
+        key = f"{KEY_PREFIX}{row['question_id']}"
+        if predictions.setdefault(key, row["text"]) != row["text"]:
+            raise InputError(f"two different answers to question {row['question_id']}")
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(predictions, indent=2), encoding="utf-8")
+        partial.replace(path)

@@ -1,0 +1,92 @@
+"""The texts around a question: conversation template, image placeholders, and what the CLIP text tower reads.
+
+Answers depend on every character here; the tests compare with prompts recorded from the released scripts, and
+docs/parity.md lists what each entry point sends.
+"""
+
+import difflib
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.conversation import Conversation, SeparatorStyle, conv_templates
+from llava.errors import InputError
+
+DEFAULT_CONV_MODE = "vicuna_v1"
+
+
+def query_of(text: str) -> str:
+    """Return what the CLIP text tower reads for a user's text: all of it, each image placeholder replaced by a space.
+
+    The one rule of every entry point (as in the released scripts). White space at the ends does not matter to CLIP's
+    tokenizer. Which text it is differs: a benchmark's question with or without its answering instruction, a user's
+    turn, all turns of a training sample; see docs/parity.md.
+    """
+    return text.replace(DEFAULT_IMAGE_TOKEN, " ")
+
+
+def find_template(conv_mode: str) -> Conversation:
+    """Look up a conversation template.
+
+    Raises:
+        InputError: there is no template of that name; lists those there are, and the closest.
+    """
+    if conv_mode not in conv_templates:
+        closest = difflib.get_close_matches(conv_mode, conv_templates, n=1)
+        hint = f'; did you mean "{closest[0]}"?' if closest else ""
+        known = ", ".join(sorted(conv_templates))
+        raise InputError(f'no conversation template "{conv_mode}"; known: {known}{hint}')
+    return conv_templates[conv_mode]
+
+
+def choose_conv_mode(conv_mode: str, model_name: str) -> str:
+    """Check the conversation template; models trained on plain captions alone get its `_mmtag` variant (LLaVA's rule).
+
+    Where a template has no such variant, it is used as it is (the released code crashes).
+
+    Raises:
+        InputError: there is no such template.
+    """
+    find_template(conv_mode)
+    is_plain = "plain" in model_name and "finetune" not in model_name.lower()
+    variant = f"{conv_mode}_mmtag"
+    return variant if is_plain and variant in conv_templates else conv_mode
+
+
+def place_images(text: str, num_images: int, use_im_start_end: bool = False) -> str:
+    """Make sure that a user's turn has one placeholder per image.
+
+    Args:
+        text: the turn. If it has exactly one `<image>` per image, they stay where they are; without any, a line with a
+            placeholder goes before it for each image.
+        num_images: images that enter the dialogue with this turn.
+        use_im_start_end: put `<im_start>` and `<im_end>` around each (`mm_use_im_start_end` of the checkpoint).
+
+    Raises:
+        InputError: the text has another number of placeholders.
+    """
+    count = text.count(DEFAULT_IMAGE_TOKEN)
+    if count not in (0, num_images):
+        raise InputError(
+            f"the question has {count} {DEFAULT_IMAGE_TOKEN} placeholders for {num_images} new images: "
+            "write one per image, or none"
+        )
+    turn = text if count else f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + text
+    return enclose_images(turn) if use_im_start_end else turn
+
+
+def enclose_images(text: str) -> str:
+    """Put `<im_start>` and `<im_end>` around each image placeholder."""
+    return text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
+
+
+def wrap_prompt(text: str, num_images: int, conv_mode: str, use_im_start_end: bool = False) -> str:
+    """Make the prompt of a dialogue of one turn; arguments and errors as for `place_images` and `find_template`."""
+    conversation = find_template(conv_mode).copy()
+    conversation.append_message(conversation.roles[0], place_images(text, num_images, use_im_start_end))
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def end_of_turn(conversation: Conversation) -> str:
+    """Return the text with which the template ends the assistant's turn."""
+    two_sided = conversation.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
+    return conversation.sep2 if two_sided else conversation.sep
