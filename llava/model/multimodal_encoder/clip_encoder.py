@@ -24,7 +24,7 @@ class CLIPVisionTower(VisionTower):
     text_tower: CLIPTextTower
     has_joint_head = False
 
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
 
         Raises:
@@ -36,7 +36,7 @@ class CLIPVisionTower(VisionTower):
         if TEXT in self.needs:
             self.load_text_tower()
 
-    def load_vision_tower(self, device: object, dtype: torch.dtype) -> None:
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         """See `VisionTower.load_vision_tower`."""
         vision, missing = load_quietly(
             CLIPVisionModelWithProjection, self.name, dtype=dtype, what="vision tower", optional=(JOINT_WEIGHT,)

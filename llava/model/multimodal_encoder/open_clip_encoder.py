@@ -69,7 +69,7 @@ class OpenClipVisionTower(VisionTower):
         super().__init__(f"open_clip:{spec}", **settings)
         self.source = parse_source(spec, folder)
 
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
 
         Raises:
@@ -79,11 +79,11 @@ class OpenClipVisionTower(VisionTower):
             return
         self._load(device, dtype, with_text=TEXT in self.needs)
 
-    def load_vision_tower(self, device: object, dtype: torch.dtype) -> None:
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         """See `VisionTower.load_vision_tower`."""
         self._load(device, dtype, with_text=False)
 
-    def _load(self, device: object, dtype: torch.dtype, *, with_text: bool) -> None:
+    def _load(self, device: torch.device | str | None, dtype: torch.dtype, *, with_text: bool) -> None:
         # Settings that do not fit are refused before the weights are read.
         num_layers, self.image_processor = self.num_layers_to_run(self.needs), build_image_processor(self.source)
         model = self.source.load()

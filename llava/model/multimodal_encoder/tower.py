@@ -94,7 +94,7 @@ class VisionTower(nn.Module, ABC):
 
     # What a library's tower provides.
     @abstractmethod
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """Read weights, image processor and, where `needs` has text, the text tower; freeze everything.
 
         Layers that neither the selected hidden state nor a need reads are dropped.
@@ -109,7 +109,7 @@ class VisionTower(nn.Module, ABC):
         """
 
     @abstractmethod
-    def load_vision_tower(self, device: object, dtype: torch.dtype) -> None:
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         """Read the vision side, with the layers that are used."""
 
     @property
