@@ -15,10 +15,9 @@ from llava.errors import InputError
 from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmark import Case
 from llava.eval.benchmarks import find_benchmark
+from llava.eval.benchmarks.mmbench import load_table_questions, write_workbook
 from llava.eval.judge import ExactJudge
-from llava.eval.mmbench_table import load_table_questions
 from llava.eval.results import ServerOnlyError, export_answers, score_answers
-from llava.eval.upload import write_workbook
 from llava.image import EmbeddedImage, load_image
 from llava.prompt import wrap_prompt
 
@@ -249,7 +248,7 @@ def test_an_empty_cell_ends_the_options_and_drops_the_hint(mmbench: Path, cell: 
         ({"image": "77777"}, "its image is said to be in row 77777, which has none"),
         ({"image": "abcde"}, "its image is not base64"),
         ({"A": ""}, "it has no options"),
-        ({"index": "x"}, "the index is no whole number"),
+        ({"index": "x"}, "the index is not a whole number"),
     ],
 )
 def test_a_broken_row_costs_its_own_question_only(mmbench: Path, change: dict, words: str) -> None:

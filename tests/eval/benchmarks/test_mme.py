@@ -118,7 +118,7 @@ def test_a_picture_with_one_answer_takes_no_part(mme: Path) -> None:
     assert partial["scores"]["subtasks"]["code_reasoning"]["n_images"] == 3
     assert (partial["count"], partial["missing"]) == (132, 1)
     write_answers(mme / "some.jsonl", rows[:1])
-    with pytest.raises(InputError, match="no picture of the perception subtasks has answers to both"):
+    with pytest.raises(InputError, match="no image of the perception subtasks has answers to both"):
         score_answers(MME, mme / "some.jsonl", mme, allow_partial=True)
 
 
@@ -127,7 +127,7 @@ def test_a_picture_without_two_questions_is_refused(mme: Path) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     rows = read_answers(mme / "answers.jsonl")[1:]
     write_answers(mme / "some.jsonl", rows)
-    with pytest.raises(InputError, match=r"code_reasoning/3124.jpg has 1 questions, each picture needs two"):
+    with pytest.raises(InputError, match=r"code_reasoning/3124.jpg has 1 questions, each image needs two"):
         score_answers(MME, mme / "some.jsonl", mme)
 
 

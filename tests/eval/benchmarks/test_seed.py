@@ -78,7 +78,7 @@ def test_without_frames_the_videos_are_left_out_with_a_word_about_it(
     assert len(questions) == 110
     assert all(isinstance(question.id, int) for question in questions)
     [record] = caplog.records
-    assert "so 20 video questions are left out and 110 about pictures stay" in record.getMessage()
+    assert "so 20 video questions are left out and 110 about images stay" in record.getMessage()
     write_answers(
         seed / "images.jsonl",
         [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], int)],
