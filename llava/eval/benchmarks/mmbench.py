@@ -112,8 +112,6 @@ class MmBench(Benchmark):
     name = "mmbench"
     row = "MMBench (Circular)"
     folders = ("mmbench",)
-    answers_file = "answers/{table}/{run}/merge.jsonl"
-    upload_folder = "answers_upload/{table}/{run}"
     hub: ClassVar[Mapping[str, HubForm]] = {
         "mmbench_dev_20230712": MmBenchForm(),
         "mmbench_dev_en_20231003": MmBenchOctoberForm(),
@@ -148,27 +146,29 @@ class MmBench(Benchmark):
             return type(self)(split.removesuffix(".tsv"))
         return type(self)(table.removesuffix(".tsv") or None, all_rounds=True)
 
-    def find_own_table(self, root: Path) -> str | None:
-        """Return the first of `tables` that is there."""
-        return next((name for name in self.tables if (root / f"{name}.tsv").is_file()), None)
-
     def find_table(self, root: Path) -> Path:
         """Return the file of the questions.
 
         Raises:
-            InputError: no table is there.
+            InputError: none of the files that are looked for is there.
         """
-        table = self.table or self.find_own_table(root)
-        if table is None:
-            names = " or ".join(f"{name}.tsv" for name in self.tables)
-            raise InputError(f"no {names} in {root}; {DOWNLOAD_HINT}")
-        return root / f"{table}.tsv"
+        if self.table is not None:
+            return root / f"{self.table}.tsv"
+        for name in self.tables:
+            if (root / f"{name}.tsv").is_file():
+                return root / f"{name}.tsv"
+        names = " or ".join(f"{name}.tsv" for name in self.tables)
+        raise InputError(f"no {names} in {root}; {DOWNLOAD_HINT}")
 
     def place_answers(self, root: Path, run: str) -> Path:
-        return root / self.answers_file.format(table=self.find_own_table(root) or self.tables[0], run=run)
+        return root / "answers" / self._name_folder(root) / run / "merge.jsonl"
 
     def place_upload(self, root: Path, run: str) -> Path:
-        return root / self.upload_folder.format(table=self.find_own_table(root) or self.tables[0], run=run)
+        return root / "answers_upload" / self._name_folder(root) / run
+
+    def _name_folder(self, root: Path) -> str:
+        """Return the name of the first table that is there, or could be, whatever table is asked."""
+        return next((name for name in self.tables if (root / f"{name}.tsv").is_file()), self.tables[0])
 
     def load(self, root: Path) -> list[Question]:
         """Read the table, row by row, and each row round by round."""
@@ -183,13 +183,17 @@ class MmBench(Benchmark):
         groups = collect_groups(table, answers, self.all_rounds)
         if not groups:
             raise InputError(f"{self.name}: no question has answers to all of its rows, so none can be scored")
-        rows = [row for members in groups.values() for row in members]
         # 2. CircularEval by exact matching gives the verdicts and the headline.
         exact = score_circular(groups, VLMEVALKIT)
         verdicts = [
             make_verdict(group, members, exact["hits"][str(group)], answers) for group, members in groups.items()
         ]
-        scores = {**exact, "variants": score_variants(groups), "per_row_inferred": infer_rows(rows)}
+        letters = {
+            row.name: {rule.name: rule.infer(row.prediction, row.options) for rule in (VLMEVALKIT, OPENCOMPASS)}
+            for rows in groups.values()
+            for row in rows
+        }
+        scores = {**exact, "variants": score_variants(groups), "per_row_inferred": letters}
         columns = {"Circular": exact["overall"]}
         # 3. A judge's numbers are beside it, by the rules of both scripts.
         if judge:
@@ -409,10 +413,10 @@ def read_predictions(answers: Mapping[str, Row]) -> dict[str, str]:
     if not answers:
         return {}
     texts = [row["text"] for row in answers.values()]
-    written = StringIO(pandas.Series(texts, dtype=object).to_csv(index=False, header=False))
-    cells = pandas.read_csv(written, header=None, dtype=str, skip_blank_lines=False, encoding_errors="replace")[0]
-    empty = cells.isna()
-    return {key: EMPTY_PREDICTION if no else text for key, text, no in zip(answers, texts, empty, strict=True)}
+    quoted = ('"{}"\n'.format(text.replace('"', '""')) for text in texts)
+    cells = pandas.read_csv(StringIO("".join(quoted)), header=None, dtype=str, encoding_errors="replace")[0]
+    predictions = (EMPTY_PREDICTION if empty else text for text, empty in zip(texts, cells.isna(), strict=True))
+    return dict(zip(answers, predictions, strict=True))
 
 
 def make_choice_row(
@@ -522,27 +526,18 @@ def score_variants(groups: Mapping[int, Sequence[ChoiceRow]]) -> dict[str, float
 
     `literal_letter` takes nothing but the bare letter; `vanilla` counts rows instead of questions.
     """
+
+    def match(row: ChoiceRow) -> bool:
+        return infer_letter(row.prediction, row.options) == row.answer
+
     rows = [row for members in groups.values() for row in members]
     base = [row for row in rows if row.is_base]
     circular = [all(row.prediction == row.answer for row in members) for members in groups.values()]
     return {
         "literal_letter_circular": mean_percent(circular),
         "literal_letter_base_rows_only": mean_percent([row.prediction == row.answer for row in base]),
-        "vanilla_base_rows_exact_matching": mean_percent(match_rows(base)),
-        "vanilla_all_rows_exact_matching": mean_percent(match_rows(rows)),
-    }
-
-
-def match_rows(rows: Sequence[ChoiceRow]) -> list[bool]:
-    """Decide for each row by itself whether it is right, by VLMEvalKit's rule."""
-    return [infer_letter(row.prediction, row.options) == row.answer for row in rows]
-
-
-def infer_rows(rows: Sequence[ChoiceRow]) -> dict[str, dict[str, str | None]]:
-    """Return the letter that each rule reads in each row."""
-    return {
-        row.name: {rule.name: rule.infer(row.prediction, row.options) for rule in (VLMEVALKIT, OPENCOMPASS)}
-        for row in rows
+        "vanilla_base_rows_exact_matching": mean_percent(list(map(match, base))),
+        "vanilla_all_rows_exact_matching": mean_percent(list(map(match, rows))),
     }
 
 
@@ -554,26 +549,21 @@ def ask_for_letter(row: ChoiceRow, rule: LetterRule, name: str, judge: Judge) ->
         A letter, or None if no reply could be read. The official scripts then draw a letter at random; here the row
         counts as wrong, so that a score does not change from run to run.
     """
+    options = "\n".join(f"{letter}. {text}" for letter, text in row.options.items())
+    message = (
+        "Below are a multiple-choice question, its options and somebody's answer. Say which option the answer means. "
+        "Do not solve the question: compare the meaning of the answer with the options, even if the answer is wrong. "
+        f"Reply with a single capital letter: the option's, or {rule.no_match} if the answer means none of the "
+        f"options.\n\nQuestion: {row.question}\nOptions:\n{options}\n{rule.no_match}. none of the options\n\n"
+        f"Answer: {row.prediction}\n\nLetter:"
+    )
     case = Case(name, f"{rule.name} {row.name}", row.question, (row.answer,), row.prediction, row.options)
-    message = write_judge_message(row, rule.no_match)
     for attempt in range(JUDGE_TRIES):
         reply = judge.ask(case, [{"role": "user", "content": message}], attempt=attempt, max_tokens=JUDGE_MAX_TOKENS)
         letter = rule.infer(reply, row.options)
         if letter is not None:
             return letter
     return None
-
-
-def write_judge_message(row: ChoiceRow, no_match: str) -> str:
-    """Write what the judge reads."""
-    options = "\n".join(f"{letter}. {text}" for letter, text in row.options.items())
-    return (
-        "Below are a multiple-choice question, its options and somebody's answer. Say which option the answer means. "
-        "Do not solve the question: compare the meaning of the answer with the options, even if the answer is wrong. "
-        f"Reply with a single capital letter: the option's, or {no_match} if the answer means none of the options.\n\n"
-        f"Question: {row.question}\nOptions:\n{options}\n{no_match}. none of the options\n\n"
-        f"Answer: {row.prediction}\n\nLetter:"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------ upload

@@ -21,18 +21,7 @@ from llava.files import read_lines, write_text
 QUESTION_FILE = "llava_mme.jsonl"
 DATA_FOLDER = "MME_Benchmark_release_version"
 IMAGE_SUBFOLDER, LABEL_SUBFOLDER = "images", "questions_answers_YN"
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 LABEL_ENDING = "Please answer yes or no."
@@ -171,7 +160,7 @@ def collect_pairs(
             continue
         if len(members) != IMAGE_QUESTIONS:
             raise InputError(f"{QUESTION_FILE}: {image} has {len(members)} questions, each image needs two")
-        subtask, labels = read_labels(folder, image)
+        subtask, labels = PurePosixPath(image).parts[0], read_labels(folder, image)
         pair = collected.setdefault(subtask, {}).setdefault(image, [])
         for question in members:
             text, label = find_label(labels, question)
@@ -181,16 +170,8 @@ def collect_pairs(
     return collected
 
 
-def read_labels(folder: Path, image: str) -> tuple[str, dict[str, str]]:
-    """Read the questions on an image with their labels.
-
-    Args:
-        folder: with a folder for each subtask.
-        image: its path, such as `artwork/images/1.jpg` or `count/1.jpg`.
-
-    Returns:
-        The subtask, and label by question.
-    """
+def read_labels(folder: Path, image: str) -> dict[str, str]:
+    """Read the labels of an image, such as `artwork/images/1.jpg` or `count/1.jpg`, by question."""
     subtask, name = PurePosixPath(image).parts[0], f"{PurePosixPath(image).stem}.txt"
     if subtask not in PERCEPTION + COGNITION:
         raise InputError(f"{QUESTION_FILE}: {image} belongs to no subtask; known: {', '.join(PERCEPTION + COGNITION)}")
@@ -202,7 +183,7 @@ def read_labels(folder: Path, image: str) -> tuple[str, dict[str, str]]:
         if not tab or label.strip().lower() not in (YES, NO):
             raise InputError(f"{path} line {number}: a question, a tab and Yes or No are needed")
         labels[question] = label.strip()
-    return subtask, labels
+    return labels
 
 
 def find_label(labels: Mapping[str, str], question: Question) -> tuple[str, str]:

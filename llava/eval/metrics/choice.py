@@ -32,21 +32,8 @@ TRUSTED_TAIL_WORDS = 4
 MAX_LENGTH_RATIO = 2
 """Answers longer than twice all options together are not searched for an option's text."""
 
-OPENCOMPASS_DECORATIONS = (
-    ("", "."),
-    ("", ","),
-    ("", ":"),
-    ("", ")"),
-    ("", ")."),
-    ("(", ")"),
-    ("(", ")."),
-    (":", ""),
-    (":", ","),
-    (":", "."),
-    (":", ")"),
-    (":", ")."),
-)
-"""Forms of a letter as (before, after), in the order in which the opencompass script tries them."""
+OPENCOMPASS_FORMS = ("X.", "X,", "X:", "X)", "X).", "(X)", "(X).", ":X", ":X,", ":X.", ":X)", ":X).")
+"""Forms of a letter X, in the order in which the opencompass script tries them."""
 OPENCOMPASS_ARTICLE_WORDS = 3
 """In answers of more words a bare `A` may be the article."""
 
@@ -108,20 +95,15 @@ def _find_text(prediction: str, options: Mapping[str, str], max_length_ratio: fl
 
 
 def infer_letter_opencompass(prediction: str, options: Mapping[str, str]) -> str | None:
-    """Read an answer as the first MMBench script did: letters A to E whatever the options are.
-
-    Args:
-        prediction: as for `infer_letter`.
-        options: text by letter, of the options that are there.
-    """
+    """Read an answer as the first MMBench script did: letters A to E whatever the options are; see `infer_letter`."""
     words = prediction.split()
     present = [letter for letter in LETTERS if letter in words]
     if len(present) == 1 and (present[0] != "A" or len(words) <= OPENCOMPASS_ARTICLE_WORDS):
         return present[0]
-    for before, after in OPENCOMPASS_DECORATIONS:
-        decorated = [letter for letter in LETTERS if f"{before}{letter}{after}" in words]
-        if len(decorated) == 1:
-            return decorated[0]
+    for form in OPENCOMPASS_FORMS:
+        present = [letter for letter in LETTERS if form.replace("X", letter) in words]
+        if len(present) == 1:
+            return present[0]
     return _find_text(prediction, options)
 
 
