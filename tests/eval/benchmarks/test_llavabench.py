@@ -19,8 +19,7 @@ from llava.eval.benchmarks.llavabench import (
     read_rules,
     summarize_marks,
 )
-from llava.eval.judge import ApiJudge, make_judge
-from llava.eval.replies import ReplyCache
+from llava.eval.judge import ApiJudge, ReplyCache, make_judge
 from llava.eval.results import format_line, score_answers
 from llava.prompt import wrap_prompt
 

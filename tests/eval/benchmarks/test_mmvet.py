@@ -16,8 +16,7 @@ from llava.errors import InputError
 from llava.eval import model_vqa, model_vqa_loader
 from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.mmvet import OWN_PROMPT, RETRY_SUFFIX, MmVet, parse_score
-from llava.eval.judge import ApiJudge, make_judge
-from llava.eval.replies import ReplyCache
+from llava.eval.judge import ApiJudge, ReplyCache, make_judge
 from llava.eval.results import score_answers
 from llava.prompt import wrap_prompt
 
