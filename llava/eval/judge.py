@@ -351,8 +351,9 @@ class Secrets:
 
     def clip(self, what: object) -> str:
         """Quote something from outside: on one line, not at length, without secrets and control characters."""
-        visible = "".join(sign if sign.isprintable() else " " for sign in str(what))
-        text = " ".join(self.hide(visible).split()) or type(what).__name__
+        line = " ".join(self.hide(str(what)).split())
+        # What no terminal shows may also hide in a key.
+        text = self.hide("".join(filter(str.isprintable, line))) or type(what).__name__
         return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
 
 

@@ -73,6 +73,10 @@ FAULTS = {
     "web page": {"body": "<html>log in first</html>", "content_type": "text/html"},
     "torn JSON": {"body": '{"choices": [{"mess'},
     "a list": {"body": "[1, 2]"},
+    "endless nesting": {"body": "[" * 100_000},
+    "a number of 5,000 digits": {"body": "7" * 5000},
+    "broken compression": {"body": "x", "headers": (("Content-Encoding", "gzip"),)},
+    "a redirect to nowhere": {"status": 302, "headers": (("Location", "http://[::1/x"),)},
     "a number": {"body": "7"},
     "no choices": {"body": '{"choices": []}'},
     "choices of null": {"body": '{"choices": null}'},
@@ -448,6 +452,7 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_printed(
         "x" * 190 + "{key}",
         "got Authorization: Bearer {key}, quoted {quoted}, coded {coded}, upper {upper}",
         "\x1b[31m{key}\x1b]0;title\x07\r\x9b\u202e",
+        "in two pieces: {split}",
     ],
 )
 @pytest.mark.parametrize("form", ["error", "text", "completion of a web page"])
@@ -455,7 +460,9 @@ def test_a_key_that_the_endpoint_echoes_is_not_printed_nor_its_control_character
     text: str, form: str, endpoint, connect, fault
 ) -> None:
     coded = base64.b64encode(KEY.encode()).decode()
-    text = text.format(key=KEY, quoted=quote(KEY, ""), coded=coded, upper=KEY.upper())
+    text = text.format(
+        key=KEY, quoted=quote(KEY, ""), coded=coded, upper=KEY.upper(), split="\x00\u200b".join((KEY[:7], KEY[7:]))
+    )
     if form == "error":
         answer = fault(401, json.dumps({"error": {"message": text}}))
     else:
