@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from llava.errors import InputError
 from llava.model.crops import MERGE_TYPES, layout_tiles, merge_crops
-from llava.model.multimodal_encoder.tower import VisionTower
-from llava.model.token_reduction.base import NEEDS_TEXT, ReducedTokens, TokenReducer, VisualTokens
+from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
+from llava.model.token_reduction.base import PROJECTED, TEXT, ReducedTokens, TokenReducer, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -99,38 +99,56 @@ def embed_distinct(tower: VisionTower, texts: list[str]) -> Tensor:
 def reduce_patches(
     reducer: TokenReducer,
     tower: VisionTower,
-    patches: list[Tensor],
+    projector: nn.Module,
+    images: list[ImageFeatures],
     texts: list[str],
     text_embeds: Tensor | None = None,
 ) -> list[ReducedTokens]:
-    """Reduce each crop of each picture on its own.
+    """Reduce each crop of each image on its own.
 
     Args:
         reducer: the method.
         tower: where the joint space comes from.
-        patches: one `[C, N, D]` per picture.
-        texts: one query per picture.
-        text_embeds: `float32[I, P]` the same queries, embedded already; None: they are embedded here.
+        projector: `[..., D]` to `[..., E]`, for reducers that look at projected patches.
+        images: what the tower gave, one record per image.
+        texts: one query per image.
+        text_embeds: `float32[images, P]` the same queries, embedded already; None: they are embedded here.
 
     Returns:
-        One record per picture, over its crops.
+        One record per image, over its crops.
+
+    Raises:
+        InputError: the images were encoded without something that the reducer looks at.
     """
-    num_crops = [picture.shape[0] for picture in patches]
-    stacked = torch.cat(patches)
+    num_crops = [image.num_crops for image in images]
+    crops = ImageFeatures.concatenate(images)  # patches [I, N, D], I crops in all
+    intermediates = dict(crops.intermediates)
     joint = text = None
-    if NEEDS_TEXT in reducer.needs:
-        joint = tower.project_to_joint(stacked)
-        text = embed_distinct(tower, texts) if text_embeds is None else text_embeds
-        if len(stacked) != len(patches):
-            text = text[[index for index, crops in enumerate(num_crops) for _ in range(crops)]]
+    if TEXT in reducer.needs:
+        joint = tower.project_to_joint(crops.patches)  # [I, N, P]
+        text = embed_distinct(tower, texts) if text_embeds is None else text_embeds  # [images, P]
+        if crops.num_crops != len(images):
+            # Each crop is reduced for its image's query.
+            text = text[[index for index, count in enumerate(num_crops) for _ in range(count)]]
+    if PROJECTED in reducer.needs:
+        with torch.no_grad():
+            intermediates[PROJECTED] = project(projector, crops.patches)  # [I, N, E]
     with tower.own_precision():
-        reduced = reducer(VisualTokens(patches=stacked, grid=tower.grid, joint=joint, text=text))
+        reduced = reducer(VisualTokens(crops.patches, tower.grid, joint, text, intermediates))
 
     def split(field: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * len(patches) if field is None else field.split(num_crops)
+        return (None,) * len(images) if field is None else field.split(num_crops)
 
     rows = zip(*map(split, (reduced.features, reduced.lengths, reduced.kept, reduced.scores)), strict=True)
     return [ReducedTokens(*row) for row in rows]
+
+
+def project(projector: nn.Module, features: Tensor) -> Tensor:
+    """Project `[..., D]` to `[..., E]`, where the projector is and in its dtype."""
+    parameter = next(projector.parameters(), None)
+    if parameter is not None:
+        features = features.to(device=parameter.device, dtype=parameter.dtype)
+    return projector(features)
 
 
 def project_tokens(
@@ -155,10 +173,7 @@ def project_tokens(
     lengths = [length for picture in reduced for length in picture.lengths.tolist()]
     rows = [crop for picture in reduced for crop in picture.features]
     valid = torch.cat([crop[:length] for crop, length in zip(rows, lengths, strict=True)])
-    parameter = next(projector.parameters(), None)
-    if parameter is not None:
-        valid = valid.to(device=parameter.device, dtype=parameter.dtype)
-    projected = iter(projector(valid).split(lengths))
+    projected = iter(project(projector, valid).split(lengths))
     tokens = []
     for index, picture in enumerate(reduced):
         crops = [next(projected) for _ in range(picture.lengths.shape[0])]
@@ -169,13 +184,13 @@ def project_tokens(
     return tokens
 
 
-def keep_everything(patches: list[Tensor]) -> list[ReducedTokens]:
-    """The record of no reduction: all tokens of each picture `[C, N, D]`, in their places."""
+def keep_everything(images: list[ImageFeatures]) -> list[ReducedTokens]:
+    """The record of no reduction: all patches of each image `[C, N, D]`, in their places."""
     return [
         ReducedTokens(
-            features=picture,
-            lengths=torch.full((picture.shape[0],), picture.shape[1]),
-            kept=torch.ones(picture.shape[:2], dtype=torch.bool),
+            features=image.patches,
+            lengths=torch.full((image.num_crops,), image.patches.shape[1]),
+            kept=torch.ones(image.patches.shape[:2], dtype=torch.bool),
         )
-        for picture in patches
+        for image in images
     ]

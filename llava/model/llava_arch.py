@@ -28,12 +28,11 @@ from llava.model.image_tokens import (
     reduce_patches,
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.query import recover_query
 from llava.model.splice import assign_images, count_image_marks, pad_batch, splice_sample, strip_padding
-from llava.model.token_reduction import CONFIG_KEY, TokenReducer, parse_reducer
-from llava.model.token_reduction.base import NEEDS_TEXT, ReducedTokens
+from llava.model.token_reduction import CONFIG_KEY, TEXT, Need, ReducedTokens, TokenReducer, parse_reducer
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "get_anyres_image_grid_shape", "unpad_image"]
 
@@ -61,7 +60,7 @@ class LlavaMetaModel:
             folder=getattr(config, "_name_or_path", None),
             select_layer=getattr(config, "mm_vision_select_layer", -2),
             select_feature=select_feature,
-            needs_text=reducer is not None and NEEDS_TEXT in reducer.needs,
+            needs=reducer.needs if reducer else frozenset(),
         )
 
     def _add_newline(self, config) -> None:
@@ -148,34 +147,36 @@ class LlavaMetaForCausalLM(ABC):
             spec: as `mm_vision_token_reduce_func`; None or "none" for no reduction.
 
         Raises:
-            InputError: for a spec that does not parse, or a tower without text half where one is needed.
+            InputError: for a spec that does not parse, or that needs what the tower does not have.
         """
         reducer = parse_reducer(spec)
         tower = self.get_vision_tower()
         if reducer is not None and tower is not None:
             if tower.select_feature != "patch":
                 raise InputError(f"token reduction works on patches: set mm_vision_select_feature to patch ({spec})")
-            if NEEDS_TEXT in reducer.needs:
-                tower.needs_text = True
-                if tower.is_loaded:
-                    tower.load_text_tower()
+            tower.provide(reducer.needs)
         self.token_reducer = reducer
         setattr(self.config, CONFIG_KEY, reducer.spec() if reducer else None)
 
-    def encode_patches(self, images: Tensor | list[Tensor]) -> list[Tensor]:
-        """Run the vision tower over a batch of pictures; the result depends on the pictures alone.
+    @property
+    def _needs(self) -> frozenset[Need]:
+        return self.token_reducer.needs if self.token_reducer else frozenset()
+
+    def encode_patches(self, images: Tensor | list[Tensor]) -> list[ImageFeatures]:
+        """Run the vision tower over a batch of images; the result depends on the images alone.
 
         Args:
             images: `[I, 3, S, S]`, `[I, C, 3, S, S]`, or a list of `[3, S, S]` and `[C, 3, S, S]`.
 
         Returns:
-            One `[C, N, D]` per picture (C = 1 for single-crop models), in the tower's dtype.
+            One record per image: patches `[C, N, D]` (C = 1 for single-crop models) in the tower's dtype, and what else
+            the token reduction needs of the tower.
         """
-        pictures = [image[None] if image.dim() == 3 else image for image in images]
-        if not pictures:
+        crops = [image[None] if image.dim() == 3 else image for image in images]
+        if not crops:
             return []
-        num_crops = [picture.shape[0] for picture in pictures]
-        return list(self.get_vision_tower().encode(torch.cat(pictures)).split(num_crops))
+        features = self.get_vision_tower().extract(torch.cat(crops), self._needs)
+        return features.split([image.shape[0] for image in crops])
 
     def embed_queries(self, texts: list[str]) -> Tensor | None:
         """Run the CLIP text tower, for callers that meet the same query again.
@@ -186,21 +187,22 @@ class LlavaMetaForCausalLM(ABC):
         Returns:
             `float32[I, P]`, one row per text; None where the token reduction reads no text.
         """
-        if self.token_reducer is None or NEEDS_TEXT not in self.token_reducer.needs:
+        if TEXT not in self._needs:
             return None
         return embed_distinct(self.get_vision_tower(), texts)
 
     def choose_tokens(
-        self, patches: list[Tensor], texts: list[str], text_embeds: Tensor | None = None
+        self, images: list[ImageFeatures], texts: list[str], text_embeds: Tensor | None = None
     ) -> list[ReducedTokens]:
-        """Apply the token reduction to pictures, each for its question; arguments as in `make_image_tokens`.
+        """Apply the token reduction to images, each for its question; arguments as in `make_image_tokens`.
 
         Returns:
-            One record per picture, over its crops, before the projector.
+            One record per image, over its crops, before the projector.
         """
         if self.token_reducer is None:
-            return keep_everything(patches)
-        return reduce_patches(self.token_reducer, self.get_vision_tower(), patches, texts, text_embeds)
+            return keep_everything(images)
+        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
+        return reduce_patches(self.token_reducer, tower, projector, images, texts, text_embeds)
 
     def project_chosen(
         self, reduced: list[ReducedTokens], image_sizes: list[tuple[int, int]] | None = None
@@ -211,7 +213,7 @@ class LlavaMetaForCausalLM(ABC):
 
     def make_image_tokens(
         self,
-        patches: list[Tensor],
+        images: list[ImageFeatures],
         texts: list[str],
         image_sizes: list[tuple[int, int]] | None = None,
         *,
@@ -220,7 +222,7 @@ class LlavaMetaForCausalLM(ABC):
         """Choose and project the tokens of pictures, each for its question.
 
         Args:
-            patches: one `[C, N, D]` per picture, from `encode_patches`.
+            images: one record per image, from `encode_patches`.
             texts: one query per picture, read by the CLIP text tower; not looked at where the reducer needs no text.
             image_sizes: (width, height) of each picture in pixels, needed for spatial merges of crops only.
             text_embeds: `float32[I, P]` the queries as `embed_queries` gives them; None: they are embedded here.
@@ -228,9 +230,9 @@ class LlavaMetaForCausalLM(ABC):
         Returns:
             One record per picture.
         """
-        if not patches:
+        if not images:
             return []
-        return self.project_chosen(self.choose_tokens(patches, texts, text_embeds), image_sizes)
+        return self.project_chosen(self.choose_tokens(images, texts, text_embeds), image_sizes)
 
     def encode_images(
         self, images: Tensor | list[Tensor], texts: list[str], image_sizes: list[tuple[int, int]] | None = None
@@ -271,8 +273,7 @@ class LlavaMetaForCausalLM(ABC):
     def _sample_texts(self, texts: str | list[str] | None, input_ids: Tensor, real: Tensor) -> list[str]:
         """One query per sample: as given, one for all, or recovered from the ids."""
         num_samples = input_ids.shape[0]
-        needs_text = self.token_reducer is not None and NEEDS_TEXT in self.token_reducer.needs
-        if not needs_text:
+        if TEXT not in self._needs:
             return [""] * num_samples
         if texts is None:
             return self.recover_queries(input_ids, real)
