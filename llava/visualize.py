@@ -27,6 +27,7 @@ from llava.cli import add_model_options, load_model, prepare_terminal
 from llava.errors import InputError, run_command
 from llava.image import load_image
 from llava.mm_utils import process_images
+from llava.prompt import query_of
 
 # (left, top, right, bottom) in pixels of the picture; may reach beyond its borders.
 Box = tuple[float, float, float, float]
@@ -211,7 +212,7 @@ def visualize(model: Any, image_processor: Any, image: Image.Image, question: st
     if model.token_reducer is None:
         raise InputError('this checkpoint keeps every patch: name a token reduction, such as --reduce "TRIM:-1"')
     values = process_images([image], image_processor, model.config)
-    (tokens,) = model.encode_images(values, [question], [image.size])
+    (tokens,) = model.encode_images(values, [query_of(question)], [image.size])
     aspect_ratio = getattr(model.config, "image_aspect_ratio", None)
     return draw_reduction(image, tokens, model.get_vision_tower().grid, aspect_ratio, question)
 
