@@ -7,7 +7,8 @@ from pathlib import Path
 from llava.errors import run_command
 from llava.eval.answers import read_answers
 from llava.eval.benchmarks.seed import Seed, mark_answers, read_annotations, summarize_hits, write_seed_upload
-from llava.eval.results import append_line, format_line
+from llava.eval.results import Result, format_line
+from llava.files import append_line
 
 
 def main() -> None:
@@ -32,8 +33,8 @@ def main() -> None:
         print(f"{missing} of {len(annotations)} questions have no answer: wrong above, empty in the upload")
     write_seed_upload(arguments.result_upload_file, list(annotations), texts)
     if arguments.path_to_all_results and scores["n_image"]:
-        result = {"row": Seed.row, "headline": scores["image_accuracy"], "count": len(annotations) - missing}
-        append_line(arguments.path_to_all_results, format_line({**result, "missing": missing}))
+        result = Result(Seed.name, Seed.row, scores["image_accuracy"], missing=missing)
+        append_line(arguments.path_to_all_results, format_line(result))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import run_command
 from llava.eval.benchmarks.sqa import SPLIT, read_problems
 from llava.eval.metrics.choice import LETTERS
-from llava.eval.results import write_json
+from llava.files import write_json
 
 PROMPT_FORMAT = "CQM-A"
 

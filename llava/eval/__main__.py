@@ -8,17 +8,16 @@ from pathlib import Path
 from llava.errors import InputError, run_command
 from llava.eval.benchmark import Benchmark, Judge
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
-from llava.eval.report import format_latex, format_markdown, list_numbers, make_report, write_picture, write_text
+from llava.eval.report import format_latex, format_markdown, format_table, format_terminal, make_report, write_plot
 from llava.eval.results import (
     ServerOnlyError,
-    append_line,
     export_answers,
     format_line,
-    format_table,
     read_result,
     score_answers,
-    write_json,
+    write_result,
 )
+from llava.files import append_line, write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE
 
 EXIT_UNANSWERED = 3
@@ -56,10 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
     score.add_argument("--results", type=user_path, metavar="FILE", help="append the line `name<TAB>value` here")
     score.add_argument("--allow-partial", action="store_true", help="score although answers are missing")
     score.add_argument(
-        "--judge", metavar="NAME", help="who judges, where a benchmark needs it; exact: offline stand-in"
+        "--judge", metavar="NAME", help="the judge, where a benchmark needs one; exact: offline stand-in"
     )
     score.add_argument("--judge-model", metavar="MODEL", help="language model that judges (default: the benchmark's)")
-    score.add_argument("--judge-runs", type=positive, default=1, metavar="N", help="judge so often, and average (1)")
+    score.add_argument("--judge-runs", type=positive, default=1, metavar="N", help="average N judgements (1)")
     score.add_argument(
         "--judge-cache", type=user_path, metavar="FILE", help="the judge's replies (default: beside the answers)"
     )
@@ -83,10 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     layout.add_argument(
         "--by-benchmark", action="store_false", dest="overview", help="a table per benchmark, a row per NAME"
     )
-    report.add_argument("--json", type=user_path, metavar="OUT", help="write the table as JSON, too")
-    report.add_argument("--markdown", type=user_path, metavar="OUT", help="write what is printed, too")
-    report.add_argument("--latex", type=user_path, metavar="OUT", help="write the table as LaTeX (booktabs), too")
-    report.add_argument("--png", type=user_path, metavar="OUT", help="draw the table, too")
+    report.add_argument("--json", type=user_path, metavar="OUT", help="write every number as JSON, too")
+    report.add_argument("--markdown", type=user_path, metavar="OUT", help="write every number as Markdown, too")
+    report.add_argument("--latex", type=user_path, metavar="OUT", help="write every number as LaTeX (booktabs), too")
+    report.add_argument("--png", type=user_path, metavar="OUT", help="plot the scores, too")
     report.set_defaults(command=report_results)
     return parser
 
@@ -171,7 +170,7 @@ def _read_number(text: str, least: int) -> int:
 def list_tasks(arguments: argparse.Namespace) -> None:
     """Print the benchmarks."""
     rows = [
-        {"Word": task.name, "Line in the results": task.row, "New tokens": task.max_new_tokens}
+        {"Name": task.name, "Row in the results": task.row, "New tokens": task.max_new_tokens}
         for task in BENCHMARKS.values()
     ]
     print(format_table(rows))
@@ -271,10 +270,9 @@ def score_task(arguments: argparse.Namespace) -> None:
     except ServerOnlyError as reason:
         _tell(str(reason))
         raise SystemExit(EXIT_SERVER_ONLY) from None
-    result["answers"] = str(arguments.answers)
     line = format_line(result)
     if arguments.json:
-        write_json(arguments.json, result)
+        write_result(arguments.json, result)
     if arguments.results:
         append_line(arguments.results, line)
     print(line)
@@ -301,23 +299,22 @@ def export_task(arguments: argparse.Namespace) -> None:
 
 
 def report_results(arguments: argparse.Namespace) -> None:
-    """Print results as Markdown, a row per benchmark or a table per benchmark; write what was asked for."""
+    """Print results, a row per benchmark or a table per benchmark; write what was asked for, with every number."""
     runs = []
     for argument in arguments.results:
         name, _, file = argument.rpartition("=")
         result = read_result(user_path(file))
-        runs.append((name or result["model_id"] or Path(file).stem, result))
+        runs.append((name or result.model_id or Path(file).stem, result))
     report = make_report(runs, arguments.overview)
-    text = format_markdown(report)
     if arguments.json:
-        write_json(arguments.json, list_numbers(report))
+        write_json(arguments.json, report.to_json())
     if arguments.markdown:
-        write_text(arguments.markdown, f"{text}\n")
+        write_text(arguments.markdown, f"{format_markdown(report)}\n")
     if arguments.latex:
         write_text(arguments.latex, format_latex(report))
     if arguments.png:
-        write_picture(arguments.png, report)
-    print(text)
+        write_plot(arguments.png, report)
+    print(format_terminal(report))
 
 
 def _tell(line: str) -> None:

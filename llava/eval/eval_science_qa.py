@@ -24,7 +24,8 @@ from llava.eval.benchmarks.sqa import (
     read_problems,
 )
 from llava.eval.metrics.choice import LETTERS
-from llava.eval.results import append_line, format_line, require_complete, write_json
+from llava.eval.results import Result, format_line, require_complete
+from llava.files import append_line, write_json
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     if arguments.path_to_all_results:
         with_image = [answer for answer in marked if answer.is_multimodal]
         missing = len(questions) - len(answers)
-        result = {"row": Sqa.row, "headline": average_right(with_image), "count": len(answers), "missing": missing}
+        result = Result(Sqa.name, Sqa.row, average_right(with_image), missing=missing)
         append_line(arguments.path_to_all_results, format_line(result))
 
 

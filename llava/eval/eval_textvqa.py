@@ -10,7 +10,8 @@ from pathlib import Path
 from llava.errors import InputError, run_command
 from llava.eval.answers import read_answers
 from llava.eval.benchmarks.textvqa import TextVqa, score_textvqa
-from llava.eval.results import append_line, format_line
+from llava.eval.results import Result, format_line
+from llava.files import append_line
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def score_file(path: Path, annotation_file: Path, results: Path | None) -> None:
     print(path.stem)
     print(f"Samples: {scores.count}\nAccuracy: {scores.headline:.2f}%\n")
     if results:
-        append_line(results, format_line({"row": TextVqa.row, "headline": scores.headline, "count": 0, "missing": 0}))
+        append_line(results, format_line(Result(TextVqa.name, TextVqa.row, scores.headline)))
 
 
 if __name__ == "__main__":
