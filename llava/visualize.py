@@ -45,8 +45,8 @@ PANEL, GAP, MARGIN, LINE, BAR = 3.1, 0.2, 0.2, 0.21, 0.75
 MIN_WIDTH, LETTER = 6.9, 0.088
 """Inches: of the figure, and of a letter of text on average."""
 HEADING_LINES, TEXT_LINES, DPI = 8, 3, 150
-LINEAR_RANGE = 20
-"""The largest score over the median from which the scale of scores is logarithmic."""
+LINEAR_RANGE, LOG_RANGE = 20, 1e30
+"""Scores are drawn on a logarithmic scale if the largest is so far above the median; and its largest range."""
 # Drawn with when installed, so that questions in Chinese, Japanese and Korean are readable.
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
 
@@ -257,8 +257,9 @@ def _draw_row(figure: Figure, frames: Sequence[tuple[float, float, float, float]
     if view.scores is not None:
         # Most of a softmax is close to 0: what it ranks among the kept patches shows on a logarithmic scale.
         steep = view.scores.min() >= 0 and np.median(view.scores) < view.scores.max() / LINEAR_RANGE
-        kept_scores = view.scores[view.kept & (view.scores > 0)]
-        norm = LogNorm(kept_scores.min(initial=view.scores.max()) / 3, view.scores.max(), clip=True) if steep else None
+        top = float(view.scores.max())
+        least = float(view.scores[view.kept].min(initial=top))
+        norm = LogNorm(max(least / 3, top / LOG_RANGE), top, clip=True) if steep else None
         caption = f"{prefix}score per patch" + ", log scale" * bool(norm)
         panel = _add_panel(figure, frames[2], view.extent, caption)
         left, top, right, bottom = view.box

@@ -77,6 +77,14 @@ def test_a_figure_shows_padding_and_cut_off_parts_outlines_and_any_number_of_row
     assert (255, 214, 10) in colors and (0xEC, 0xEC, 0xEC) in colors
 
 
+@pytest.mark.parametrize("scores", [[1e-45, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [-1, 0, 0, 100], [float("nan")] * 4])
+@pytest.mark.parametrize("kept", [[True, True, False, False], [False] * 4])
+def test_scores_of_any_range_are_drawn(scores, kept):
+    image, grid = Image.new("RGB", (8, 8)), (2, 2)
+    view = View(image, "", np.array(kept).reshape(grid), np.float32(scores).reshape(grid), (0, 0, 8, 8))
+    assert draw_figure([view], "?").width > 1000
+
+
 def test_what_the_crop_cut_off_is_dimmed():
     kept = np.ones((2, 2), dtype=bool)
     dimmed = int(200 * DIMMED)
