@@ -25,7 +25,7 @@ from llava.errors import InputError, run_command
 from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.model.multimodal_encoder.builder import load_tower
-from llava.model.token_reduction import VisualTokens, parse_reducer
+from llava.model.token_reduction import TEXT, VisualTokens, parse_reducer
 
 OPTIONS = ("TRIM:-1", "TRIM:-1,similarity=direct")
 MIN_COVERED = 0.5  # a cell belongs to an object when its box covers at least this share of it
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     rows = read_rows(arguments.pictures)
-    figures = calibrate(load_tower(arguments.vision_tower, needs_text=True), rows)
+    figures = calibrate(load_tower(arguments.vision_tower, needs={TEXT}), rows)
     best = choose_option(figures)
     fits = best.option if best else "neither"
     print(format_table(figures))  # noqa: T201

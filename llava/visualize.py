@@ -33,6 +33,7 @@ from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.model.image_tokens import ImageTokens
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.prompt import query_of
 from llava.protocols import ImageProcessor
 
 # (left, top, right, bottom) in pixels of the image; may reach beyond its borders.
@@ -371,7 +372,7 @@ def visualize(
     """
     if model.token_reducer is None:
         raise InputError('this checkpoint keeps every patch: name a token reduction, such as --reduce "TRIM:-1"')
-    tokens = reduce_image(model, image_processor, image, question)
+    tokens = reduce_image(model, image_processor, image, query_of(question))
     aspect_ratio = getattr(model.config, "image_aspect_ratio", None)
     return draw_reduction(image, tokens, model.get_vision_tower().grid, aspect_ratio, question)
 

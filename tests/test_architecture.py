@@ -89,6 +89,19 @@ def test_imports_run_one_way(path):
     assert not upward
 
 
+def test_no_import_circle_anywhere():
+    """Imports for type checking and imports inside functions count as well."""
+    names = {module_name(path) for path in MODULES}
+    imports = {module_name(path): imports_of(path) & names for path in MODULES}
+    # A module in a circle is reachable from itself.
+    for name in names:
+        reached, front = set(), set(imports[name])
+        while front:
+            reached |= front
+            front = set().union(*(imports[each] for each in front)) - reached
+        assert name not in reached, f"{name} imports itself by way of {sorted(reached)}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_train_eval_and_serve_never_import_each_other(path):
     name = module_name(path)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava.eval.benchmark import ImageSource
 from llava.eval.reading import PictureReader
+from llava.model.multimodal_encoder.tower import ImageFeatures
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,11 +30,11 @@ class EncodedImage:
     """A picture as the vision tower sees it.
 
     Attributes:
-        patches: `[C, N, D]` patches of each crop (C = 1 in LLaVA-1.5).
+        patches: what the vision tower gives for its crops.
         size: (width, height) of the picture in pixels.
     """
 
-    patches: Tensor
+    patches: ImageFeatures
     size: tuple[int, int]
 
 

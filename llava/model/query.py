@@ -1,7 +1,7 @@
-"""The question a prompt asks, recovered from its ids: what clients that pass no query get TRIM by.
+"""The question a prompt asks, recovered from its ids: what TRIM reads where clients pass no query.
 
 Third-party clients call `generate(input_ids, images=...)` without any text. The query is then the last user turn of
-the prompt, without roles, system sentence and image marks.
+the prompt, without roles, system prompt and image placeholders.
 """
 
 import re
@@ -9,9 +9,10 @@ import re
 from torch import Tensor
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.protocols import Tokenizer
 
 # (what opens a user turn, what closes it) in the known conversation templates, most specific first.
-TURN_MARKS = (
+USER_TURNS = (
     ("<|im_start|>user", "<|im_end|>"),
     ("[INST]", "[/INST]"),
     ("USER:", "ASSISTANT:"),
@@ -26,27 +27,27 @@ def find_question(prompt: str) -> str:
     """Cut the last user turn out of a decoded prompt.
 
     Args:
-        prompt: the whole prompt, image marks already removed or still as `<image>`.
+        prompt: the whole prompt, image placeholders removed already or still as `<image>`.
 
     Returns:
-        The turn's text, stripped; the whole prompt where no known role mark stands in it.
+        The turn's text, stripped; the whole prompt where it has no known role.
     """
-    for opening, closing in TURN_MARKS:
+    for opening, closing in USER_TURNS:
         start = prompt.rfind(opening)
         if start >= 0:
             prompt = prompt[start + len(opening) :].split(closing)[0]
             break
     prompt = SYSTEM_BLOCK.sub("", prompt)
-    for mark in (DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, DEFAULT_IM_END_TOKEN):
-        prompt = prompt.replace(mark, "")
+    for token in (DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, DEFAULT_IM_END_TOKEN):
+        prompt = prompt.replace(token, "")
     return prompt.strip()
 
 
-def recover_query(input_ids: Tensor, tokenizer: object) -> str:
+def recover_query(input_ids: Tensor, tokenizer: Tokenizer) -> str:
     """Recover the question from one sample's ids.
 
     Args:
-        input_ids: `int64[T]` without padding, with IMAGE_TOKEN_INDEX marks.
+        input_ids: `int64[T]` without padding, with IMAGE_TOKEN_INDEX at placeholders.
         tokenizer: the language model's tokenizer.
 
     Returns:

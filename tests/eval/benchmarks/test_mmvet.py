@@ -16,8 +16,7 @@ from llava.errors import InputError
 from llava.eval import model_vqa, model_vqa_loader
 from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.mmvet import OWN_PROMPT, RETRY_SUFFIX, MmVet, parse_score
-from llava.eval.judge import ApiJudge, make_judge
-from llava.eval.replies import ReplyCache
+from llava.eval.judge import ApiJudge, ReplyCache, make_judge
 from llava.eval.results import score_answers
 from llava.prompt import wrap_prompt
 
@@ -78,6 +77,44 @@ def test_every_number_of_the_official_evaluator_is_reproduced_at_an_endpoint(
     assert result.count == expected["n_questions"] == 48
     calls = Counter(map(name_question, endpoint.requests))
     assert calls == expected["main"][f"num_run_{num_runs}"]["n_calls"]
+
+
+@pytest.mark.usefixtures("canned")
+@pytest.mark.parametrize("part", [slice(None), slice(1, None, 2), slice(3)])
+@pytest.mark.parametrize("num_runs", [1, 3])
+def test_the_headline_follows_from_the_verdicts(oracle: Path, connect, num_runs: int, part: slice) -> None:
+    rows = read_answers(oracle / "answers.jsonl")[part]
+    scores = MMVET.score({f"[{row['question_id']}]": row for row in rows}, oracle, connect(num_runs))
+    assert MMVET.headline(scores.verdicts) == pytest.approx(scores.headline, abs=1e-9)
+    assert scores.headline == pytest.approx(scores.scores[f"num_run_{num_runs}"]["total_unrounded"], abs=1e-9)
+    assert len(scores.verdicts) == scores.count == len(rows)
+
+
+@pytest.mark.usefixtures("canned")
+def test_verdicts_hold_answer_reference_and_mean_grade(oracle: Path, connect) -> None:
+    rows = read_answers(oracle / "answers.jsonl")
+    scores = MMVET.score({f"[{row['question_id']}]": row for row in rows}, oracle, connect(3))
+    annotations = json.loads((oracle / "mm-vet.json").read_text())
+    grades = scores.scores["num_run_3"]["grade"]
+    verdicts = {json.loads(verdict.key)[0]: verdict for verdict in scores.verdicts}
+    for row in rows:
+        key, verdict = f"v1_{row['question_id']}", verdicts[row["question_id"]]
+        assert (verdict.prediction, verdict.reference) == (row["text"], annotations[key]["answer"])
+        assert verdict.category == "_".join(sorted(annotations[key]["capability"]))
+        assert (verdict.unit, verdict.parsed, verdict.details) == ("question", None, {})
+        assert verdict.points == pytest.approx(sum(grades[key]["score"]) / 3)
+    # By the recorded replies 0.8, 0.6, 0.4; 0.0, 0.1, 0.7; "1.0 because", 0.9, 1.0.
+    assert [verdicts[number].points for number in (0, 1, 4)] == pytest.approx([0.6, 0.8 / 3, 2.9 / 3])
+    assert (verdicts[0].reference, verdicts[0].category, verdicts[0].correct) == ("basket", "ocr_rec", True)
+    assert (verdicts[1].category, verdicts[1].correct) == ("math_ocr_spat", False)
+
+
+def test_files_have_the_places_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "mmvet").mkdir()
+    root = MMVET.find_root(tmp_path)
+    assert root == tmp_path / "mmvet"
+    assert MMVET.place_answers(root, "run-1") == root / "answers" / "run-1.jsonl"
+    assert MMVET.place_upload(root, "run-1") == root / "results" / "run-1"
 
 
 @pytest.mark.usefixtures("canned")
@@ -227,8 +264,10 @@ def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda data: data.pop("v1_7"), "mm-vet.json has no v1_7; it and llava-mm-vet.jsonl must come from the same"),
-        (lambda data: data["v1_7"].pop("answer"), 'v1_7: "question" and "answer" must be strings'),
-        (lambda data: data["v1_7"].update(capability="ocr"), 'v1_7: "capability" must be a list of names'),
+        (lambda data: data["v1_7"].pop("answer"), 'v1_7: "answer" must be a string'),
+        (lambda data: data["v1_7"].update(capability="ocr"), 'v1_7: "capability" must be a list'),
+        (lambda data: data["v1_7"].update(capability=["ocr", 1]), 'v1_7: "capability" must be a list of names'),
+        (lambda data: data.update(v1_7=["ocr"]), 'v1_7: "question" must be a string'),
     ],
 )
 def test_an_annotation_that_is_missing_or_broken_is_named(
