@@ -26,7 +26,7 @@ from llava.eval.benchmarks.sqa import (
     judge_answers,
     read_problems,
 )
-from llava.eval.results import format_line, require_complete
+from llava.eval.results import Result, format_line, require_complete
 from llava.files import append_line, write_json
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     write_json(arguments.output_result, list_results(problems, verdicts))
     if arguments.path_to_all_results:
         headline, missing = average_points(choose_with_image(verdicts.values())), len(questions) - len(answers)
-        result = {"row": Sqa.row, "headline": headline, "count": len(answers), "missing": missing}
+        result = Result(Sqa.name, Sqa.row, headline, missing=missing)
         append_line(arguments.path_to_all_results, format_line(result))
 
 

@@ -69,12 +69,12 @@ def test_every_number_of_the_official_evaluator_is_reproduced_at_an_endpoint(
     expected = json.loads((oracle / "expected.json").read_text())
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect(num_runs))
     for part in {"num_run_1", f"num_run_{num_runs}"}:
-        found, wanted = result["scores"][part], dict(expected["main"][part])
+        found, wanted = result.scores[part], dict(expected["main"][part])
         if "total_unrounded" in wanted:
             assert found["total_unrounded"] == pytest.approx(wanted.pop("total_unrounded"), abs=1e-6)
         assert {name: found[name] for name in wanted} == wanted
-    assert round(result["headline"], 1) == expected["main"][f"num_run_{num_runs}"]["total"]
-    assert result["count"] == expected["n_questions"] == 48
+    assert round(result.headline, 1) == expected["main"][f"num_run_{num_runs}"]["total"]
+    assert result.count == expected["n_questions"] == 48
     calls = Counter(map(name_question, endpoint.requests))
     assert calls == expected["main"][f"num_run_{num_runs}"]["n_calls"]
 
@@ -120,9 +120,9 @@ def test_files_have_the_places_of_the_script(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("canned")
 def test_the_headline_is_not_rounded(oracle: Path, connect) -> None:
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect())
-    assert result["headline"] == pytest.approx(37.708333333333336, abs=1e-9)
-    assert result["columns"]["Total"] == 37.7
-    assert list(result["columns"]) == ["Total", "rec", "ocr", "know", "gen", "spat", "math"]
+    assert result.headline == pytest.approx(37.708333333333336, abs=1e-9)
+    assert result.columns["Total"] == 37.7
+    assert list(result.columns) == ["Total", "rec", "ocr", "know", "gen", "spat", "math"]
 
 
 @pytest.mark.usefixtures("canned")
@@ -150,8 +150,8 @@ def test_a_judged_run_is_never_asked_again_and_more_runs_ask_only_the_new_ones(o
     assert len(endpoint.requests) == num_calls
     expected = json.loads((oracle / "expected.json").read_text())["main"]["num_run_3"]
     more = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect(3))
-    assert more["scores"]["num_run_1"] == first["scores"]["num_run_1"]
-    assert more["scores"]["num_run_3"]["runs"] == expected["runs"]
+    assert more.scores["num_run_1"] == first.scores["num_run_1"]
+    assert more.scores["num_run_3"]["runs"] == expected["runs"]
     assert len(endpoint.requests) == sum(expected["n_calls"].values())
 
 
@@ -210,7 +210,7 @@ def test_files_are_found_where_unpacking_the_archive_puts_them(copied: Path) -> 
     (copied / "mm-vet.json").rename(copied / "mm-vet" / "mm-vet.json")
     (copied / "mm-vet" / "images").mkdir()
     judge = make_judge("exact", None, copied / "c.jsonl", MMVET)
-    assert score_answers(MMVET, copied / "answers.jsonl", copied, judge=judge)["count"] == 48
+    assert score_answers(MMVET, copied / "answers.jsonl", copied, judge=judge).count == 48
     assert MMVET.load(copied)[0].images[0] == copied / "mm-vet" / "images" / "v1_0.jpg"
 
 
@@ -249,15 +249,15 @@ def test_answers_are_paired_by_id_not_by_position(oracle: Path, tmp_path: Path) 
     write_answers(tmp_path / "shuffled.jsonl", rows)
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     shuffled = score_answers(MMVET, tmp_path / "shuffled.jsonl", oracle, judge=judge)
-    assert shuffled["scores"] == score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge)["scores"]
+    assert shuffled.scores == score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge).scores
 
 
 def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
     write_answers(tmp_path / "some.jsonl", read_answers(oracle / "answers.jsonl")[:10])
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     partial = score_answers(MMVET, tmp_path / "some.jsonl", oracle, allow_partial=True, judge=judge)
-    assert (partial["count"], partial["missing"]) == (10, 38)
-    assert len(partial["scores"]["num_run_1"]["grade"]) == 10
+    assert (partial.count, partial.missing) == (10, 38)
+    assert len(partial.scores["num_run_1"]["grade"]) == 10
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_faults_on_the_way_do_not_count_as_replies(oracle: Path, endpoint, tmp_p
     judge = ApiJudge("m", cache, address=endpoint.address, first_pause_seconds=0.001, max_tries=30)
     expected = json.loads((oracle / "expected.json").read_text())["main"]["num_run_1"]
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge)
-    assert result["scores"]["num_run_1"]["grade"] == expected["grade"]
+    assert result.scores["num_run_1"]["grade"] == expected["grade"]
     assert len(cache) == sum(expected["n_calls"].values()) < len(endpoint.requests)
 
 

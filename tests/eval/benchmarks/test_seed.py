@@ -10,7 +10,7 @@ from llava.errors import InputError
 from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmark import row_key
 from llava.eval.benchmarks import find_benchmark
-from llava.eval.results import export_answers, score_answers
+from llava.eval.results import Result, export_answers, score_answers
 from llava.prompt import wrap_prompt
 
 SEED = find_benchmark("seed")
@@ -29,7 +29,7 @@ def expected(seed: Path) -> dict:
     return json.loads((seed / "expected.json").read_text())
 
 
-def score(seed: Path, split: str | None = None, answers: str = "answers.jsonl") -> dict:
+def score(seed: Path, split: str | None = None, answers: str = "answers.jsonl") -> Result:
     task = SEED.with_split(split) if split else SEED
     return score_answers(task, seed / answers, seed, allow_partial=True)
 
@@ -37,12 +37,12 @@ def score(seed: Path, split: str | None = None, answers: str = "answers.jsonl") 
 def test_every_number_of_the_released_script_is_reproduced(seed: Path, expected: dict) -> None:
     result = score(seed)
     per_type = expected["main"].pop("per_type")
-    assert set(result["scores"]["per_type"]) == set(per_type)
+    assert set(result.scores["per_type"]) == set(per_type)
     for name, numbers in per_type.items():
-        assert result["scores"]["per_type"][name] == pytest.approx(numbers, abs=1e-6)
-    assert {name: result["scores"][name] for name in expected["main"]} == pytest.approx(expected["main"], abs=1e-6)
-    assert result["headline"] == result["scores"]["image_accuracy"]
-    assert (result["count"], result["missing"]) == (130, 9)
+        assert result.scores["per_type"][name] == pytest.approx(numbers, abs=1e-6)
+    assert {name: result.scores[name] for name in expected["main"]} == pytest.approx(expected["main"], abs=1e-6)
+    assert result.headline == result.scores["image_accuracy"]
+    assert (result.count, result.missing) == (130, 9)
 
 
 @pytest.mark.parametrize("split", [None, "image", "video", "all"])
@@ -94,7 +94,7 @@ def test_nothing_but_the_bare_letter_is_right(seed: Path, text: str) -> None:
     (seed / "SEED-Bench.json").write_text(json.dumps(annotations))
     rows = read_answers(seed / "answers.jsonl")
     write_answers(seed / "all.jsonl", [row | {"text": text} for row in rows])
-    assert score(seed, answers="all.jsonl")["scores"]["total_accuracy"] == 0
+    assert score(seed, answers="all.jsonl").scores["total_accuracy"] == 0
 
 
 def test_without_frames_the_videos_are_left_out_with_a_warning(
@@ -111,7 +111,7 @@ def test_without_frames_the_videos_are_left_out_with_a_warning(
         seed / "images.jsonl",
         [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], int)],
     )
-    scores = score(seed, answers="images.jsonl")["scores"]
+    scores = score(seed, answers="images.jsonl").scores
     assert scores["image_accuracy"] == pytest.approx(expected["main"]["image_accuracy"])
     assert "video_accuracy" not in scores
     assert scores["n_video"] == 0
@@ -135,8 +135,8 @@ def test_the_video_split_is_named_in_its_line(seed: Path, expected: dict) -> Non
     videos = [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], str)]
     write_answers(seed / "videos.jsonl", videos)
     result = score(seed, "video", "videos.jsonl")
-    assert result["row"] == "SEEDBench (Video)"
-    assert result["headline"] == pytest.approx(expected["main"]["video_accuracy"])
+    assert result.row == "SEEDBench (Video)"
+    assert result.headline == pytest.approx(expected["main"]["video_accuracy"])
     assert SEED.row == "SEEDBench (Image)"
 
 
