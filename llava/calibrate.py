@@ -232,8 +232,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = read_labelled_images(arguments.pictures)
     from llava.model.multimodal_encoder.builder import load_tower
+    from llava.model.token_reduction import TEXT
 
-    figures = calibrate(load_tower(arguments.vision_tower, needs_text=True), rows)
+    figures = calibrate(load_tower(arguments.vision_tower, needs={TEXT}), rows)
     best = choose_option(figures)
     fits = best.option if best else "neither"
     print(format_table(figures))  # noqa: T201

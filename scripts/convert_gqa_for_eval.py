@@ -10,7 +10,6 @@ from llava.eval.predictions import read_answers
 
 
 def main() -> None:
-    """Convert."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--src", type=Path, required=True, help="the answers file")
     parser.add_argument("--dst", type=Path, required=True, help="testdev_balanced_predictions.json")

@@ -1,6 +1,6 @@
 """Turn an answers file of VizWiz into the file that the server reads."""
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from llava.eval.predictions import pair_answers, read_answers
 
 
 def main() -> None:
-    """Convert, and say how many questions have an answer."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--annotation-file", type=Path, required=True, help="the questions: llava_test.jsonl")
     parser.add_argument("--result-file", type=Path, required=True, help="the answers file")

@@ -1,6 +1,6 @@
 """Turn an answers file of VQAv2, `DIR/answers/SPLIT/CKPT/merge.jsonl`, into the file that the server reads."""
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from llava.eval.predictions import read_answers
 
 
 def main() -> None:
-    """Convert, and say how many questions of the upload have an answer."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--dir", type=Path, default=Path("./playground/data/eval/vqav2"))
     parser.add_argument("--ckpt", required=True, help="name of the run")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that CI runs: lint, unit tests, then the slow tier that runs the real scripts.
-#   bash scripts/test.sh            everything
+# Everything that CI runs: lint, unit tests, then the slow tier, which runs the real scripts.
+#   bash scripts/test.sh                             everything
 #   bash scripts/test.sh -m "not slow" -k splice     arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,5 +11,6 @@ use_environment
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 git ls-files -z '*.sh' .ci/run | xargs -0 "$(dirname "$PYTHON")/shellcheck" -x
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# UTF-8 whatever the locale is: the tests' own files are.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUTF8=1
 "$PYTHON" -m pytest "$@"

@@ -112,7 +112,7 @@ SETTINGS = ["TRIM:-1", "TRIM:1.0", "TRIM:0.001", "TextSim:-1", "TRIM:-1,fence=10
 WRONG_SETTINGS = {
     "TRIM:0": "out of range",
     "TRIMM:-1": 'did you mean "TRIM"?',
-    "TRIM:abc": '"abc" is no budget',
+    "TRIM:abc": '"abc" is not a budget',
     "TRIM:-1,foo=2": 'no option "foo=2"',
 }
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, CLIPTokenizer
 from llava.calibrate import LabelledImage, calibrate
 from llava.conversation import conv_templates
 from llava.model.multimodal_encoder.builder import load_tower
+from llava.model.token_reduction import TEXT
 from playground.shapes import clip_data, sentence, train_clip
 from playground.shapes.base_llm import write_base_llm
 from playground.shapes.benchmark import pope
@@ -221,7 +222,7 @@ def test_a_saved_clip_is_measured_alike_by_the_tower_and_while_training(tmp_path
         Image.fromarray(probe.pictures.pixels[index]).save(tmp_path / f"{index}.png")
         about = next(item for item in scene.objects if item.name in query)
         rows.append(LabelledImage(tmp_path / f"{index}.png", query, (about.box,)))
-    measured = calibrate(load_tower(str(tmp_path / "clip"), needs_text=True), rows)
+    measured = calibrate(load_tower(str(tmp_path / "clip"), needs={TEXT}), rows)
     for one, other in zip(figures, measured, strict=True):
         assert one.kept_ratio == pytest.approx(other.kept_ratio)
         assert one.auc == pytest.approx(other.auc, abs=1e-3)

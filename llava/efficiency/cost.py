@@ -9,7 +9,8 @@ Bytes are the least that must move between memory and the arithmetic units: each
 input and output, and the key-value cache. Activations inside a stage are not counted.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from llava.efficiency.shapes import LanguageShape, ModelShape, TowerShape, TransformerShape
 
@@ -47,18 +48,33 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """What a token reduction leaves of one picture.
+class Look:
+    """One look of a token reduction at a layer's attention in the vision tower.
 
     Attributes:
-        num_kept: patches copied verbatim; may be a mean over pictures, rounded.
+        layer: counted as `mm_vision_select_layer`: the layer whose output is hidden state `layer`.
+        num_queries: rows whose attention is computed.
+    """
+
+    layer: int
+    num_queries: int
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a token reduction leaves of one image, and what it looks at.
+
+    Attributes:
+        num_kept: patches copied verbatim; may be a mean over images, rounded.
         num_tokens: tokens that the language model reads, a mean token included.
         reads_text: whether patches are scored against the query.
+        looks: what it looks at in the vision tower besides the patches.
     """
 
     num_kept: int
     num_tokens: int
     reads_text: bool
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +92,25 @@ def encoder_flops(shape: TransformerShape, num_tokens: int) -> int:
     return shape.layers * (2 * num_tokens * linear + 4 * num_tokens**2 * width)
 
 
-def vision_flops(shape: TowerShape) -> int:
-    """FLOPs of the vision tower on one picture, up to the selected layer."""
-    patches = 2 * shape.num_patches * 3 * shape.patch_size**2 * shape.vision.width
-    return patches + encoder_flops(shape.vision, shape.num_patches + 1)
+def vision_flops(shape: TowerShape, looks: Sequence[Look] = ()) -> int:
+    """FLOPs of the vision tower on one image.
+
+    Args:
+        shape: the tower.
+        looks: at a layer's attention. Layers behind the selected one are run if one is looked at; a layer that is
+            looked at projects its keys, and the queries of the rows looked at, once more.
+    """
+    width, num_tokens = shape.vision.width, shape.num_patches + 1
+    num_queries: dict[int, int] = {}
+    for look in looks:
+        number = look.layer if look.layer > 0 else shape.num_layers + 1 + look.layer
+        num_queries[number] = max(look.num_queries, num_queries.get(number, 0))
+    layers = replace(shape.vision, layers=max(shape.vision.layers, *num_queries, 0))
+    patches = 2 * shape.num_patches * 3 * shape.patch_size**2 * width
+    looked_at = sum(
+        2 * width * width * (num_tokens + rows) + 2 * rows * num_tokens * width for rows in num_queries.values()
+    )
+    return patches + encoder_flops(layers, num_tokens) + looked_at
 
 
 def text_flops(shape: TowerShape, num_tokens: int) -> int:
@@ -184,7 +215,7 @@ def stage_costs(shape: ModelShape, reduction: Reduction, work: Workload, precisi
     tokens = size * reduction.num_tokens
     costs = {
         "vision tower": Cost(
-            size * vision_flops(tower),
+            size * vision_flops(tower, reduction.looks),
             weights["vision tower"] + size * 3 * tower.image_size**2 * precision.tower + patches,
         )
     }

@@ -3,31 +3,29 @@
 from dataclasses import fields, replace
 from typing import Any
 
-import torch
-
-from llava.efficiency.cost import Reduction
+from llava.efficiency.cost import Look, Reduction
 from llava.errors import InputError
-from llava.model.token_reduction.base import NEEDS_TEXT, VisualTokens
+from llava.model.token_reduction.base import TEXT, make_example
 
 PUBLISHED_KEPT_RATIO = 0.21
 """Share of patches that TRIM:-1 keeps on average: its abstract says that 79 % of the tokens are dropped."""
 
 
 def count_left(reducer: Any, grid: tuple[int, int]) -> Reduction:
-    """Count the tokens that a reducer leaves, by letting it reduce an empty picture.
+    """Count the tokens that a reducer leaves, by letting it reduce a made-up image.
 
     Args:
-        reducer: a token reducer whose budget does not depend on the picture, or None.
+        reducer: a token reducer whose budget does not depend on the image, or None.
         grid: rows and columns of patches.
     """
     num_patches = grid[0] * grid[1]
     if reducer is None:
         return Reduction(num_patches, num_patches, reads_text=False)
-    nothing = torch.zeros(1, num_patches, 1)
-    reduced = reducer(VisualTokens(patches=nothing, grid=grid, joint=nothing, text=torch.zeros(1, 1)))
+    reduced = reducer(make_example(reducer.needs, grid))
     num_tokens = int(reduced.lengths[0])
     num_kept = num_tokens if reduced.kept is None else int(reduced.kept.sum())
-    return Reduction(num_kept, num_tokens, reads_text=NEEDS_TEXT in reducer.needs)
+    looks = [Look(need.layer, need.num_queries(num_patches)) for need in reducer.needs if need.layer is not None]
+    return Reduction(num_kept, num_tokens, reads_text=TEXT in reducer.needs, looks=tuple(looks))
 
 
 def fix_kept(reducer: Any, num_patches: int, kept_ratio: float) -> Any:

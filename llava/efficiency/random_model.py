@@ -4,7 +4,7 @@ What it says is noise; how long it takes and how much memory it needs is what th
 disk or the network: CLIP's vocabulary comes with open_clip.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from llava.efficiency.cost import Precision, weight_bytes
 from llava.efficiency.memory import available_bytes
 from llava.efficiency.shapes import ModelSource
 from llava.errors import InputError
+from llava.model.token_reduction import TEXT, Need
 
 TOWER_NAME = "random/clip"
 WEIGHT_STD = 0.02  # Llama's initializer_range
@@ -47,6 +48,7 @@ def build_random_model(
     config: Mapping[str, Any],
     tower_config: Mapping[str, Any],
     *,
+    needs: Collection[Need] = frozenset(),
     device: torch.device,
     dtype: torch.dtype,
     tower_dtype: torch.dtype = torch.float32,
@@ -58,6 +60,7 @@ def build_random_model(
     Args:
         config: config.json of the model; its token reduction is obeyed.
         tower_config: config.json of a CLIP, in Hugging Face's keys.
+        needs: what token reductions that the model will be switched to look at, besides text.
         device: where it goes.
         dtype: of the language model and projector.
         tower_dtype: of both towers.
@@ -78,8 +81,8 @@ def build_random_model(
         model = LlavaLlamaForCausalLM._from_config(llava_config, dtype=dtype, **settings)
         vision, text_tower = _build_clip(tower_config, tower_dtype)
     tower = model.get_vision_tower()
+    tower.provide({TEXT, *needs})
     tower.take_parts(vision, _image_processor(vision.config.image_size), text_tower)
-    tower.needs_text = True
     model.to(device)
     draw_weights(model, torch.Generator(device).manual_seed(seed))
     model.generation_config.eos_token_id = None  # a random answer must not end early

@@ -1,12 +1,13 @@
 """The runs of a report: what a reduction leaves, counted without a model or measured on one."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava.efficiency.cost import Precision, Reduction, Workload, cache_bytes
+from llava.efficiency.cost import Precision, Workload, cache_bytes
 from llava.efficiency.estimate import PUBLISHED_KEPT_RATIO, count_left, fix_kept
 from llava.efficiency.report import Run
 from llava.efficiency.shapes import ModelSource
@@ -65,7 +66,7 @@ def measure_runs(
         counted, found = count_run(spec, source, args.kept), measured[spec]
         is_own = own_choice and bool(counted.kept_source)
         kept = counted.reduction.num_kept if found.num_kept is None else round(found.num_kept)
-        left = Reduction(kept, round(found.num_tokens), counted.reduction.reads_text)
+        left = replace(counted.reduction, num_kept=kept, num_tokens=round(found.num_tokens))
         note = f"measured on {args.image_file}" if is_own else counted.kept_source
         runs.append(Run(spec, left, note, found))
     device = runner.model.device
@@ -83,7 +84,6 @@ def load(
 
     device = choose_device(args.device)
     if not args.random_weights:
-        # The first spec that reads text makes the loader bring the text tower along.
         _, model, image_processor, _ = load_pretrained_model(
             args.model_path, device=device, dtype=args.dtype, tower_dtype=args.tower_dtype, reduce=specs[0],
             attn_implementation=args.attn_implementation,
@@ -93,10 +93,12 @@ def load(
         return model, image_processor
     from llava.efficiency.random_model import build_random_model, check_memory
 
+    needs = {need for spec in specs for need in getattr(parse_reducer(spec), "needs", ())}
     check_memory(source, precision, torch.device(device), work_bytes(source, work, precision))
     return build_random_model(
         {**source.config, CONFIG_KEY: None},
         source.tower_config,
+        needs=needs,
         device=torch.device(device),
         dtype=resolve_dtype(args.dtype),
         tower_dtype=resolve_dtype(args.tower_dtype),

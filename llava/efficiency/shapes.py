@@ -82,7 +82,8 @@ class TowerShape:
     """A CLIP.
 
     Attributes:
-        vision: the vision layers that are run, those behind the selected one excepted.
+        vision: the vision layers that lead to the selected hidden state.
+        num_layers: all vision layers, those that are not run included.
         patch_size: side of a patch in pixels.
         image_size: side of the picture in pixels.
         text: the text layers.
@@ -92,6 +93,7 @@ class TowerShape:
     """
 
     vision: TransformerShape
+    num_layers: int
     patch_size: int
     image_size: int
     text: TransformerShape
@@ -269,6 +271,7 @@ def _tower_shape(config: Mapping[str, Any], tower_config: Mapping[str, Any]) -> 
         raise ValueError(f"mm_vision_select_layer {select} of a tower with {num_layers} layers")
     return TowerShape(
         vision=TransformerShape(layers_run, int(vision["hidden_size"]), int(vision["intermediate_size"])),
+        num_layers=num_layers,
         patch_size=int(vision["patch_size"]),
         image_size=int(vision["image_size"]),
         text=TransformerShape(int(text["num_hidden_layers"]), int(text["hidden_size"]), int(text["intermediate_size"])),

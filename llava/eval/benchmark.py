@@ -275,7 +275,13 @@ class Benchmark(ABC):
         """
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
-        """Compute the headline from verdicts alone; by default the mean of their points, in percent."""
+        """Compute the headline from verdicts alone; by default the mean of their points, in percent.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not verdicts:
+            raise InputError(f"{self.name}: none of the questions has an answer")
         return 100 * sum(verdict.points for verdict in verdicts) / len(verdicts)
 
     # Where files go --------------------------------------------------------------------------------------------

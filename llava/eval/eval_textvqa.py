@@ -1,20 +1,19 @@
-"""The published command `python -m llava.eval.eval_textvqa`: score answers files of TextVQA.
+"""LLaVA's command `python -m llava.eval.eval_textvqa`: score answers files of TextVQA.
 
-Flags, printed lines and the line in the results file are the published ones (`--result-dir` works again).
+Flags, printed lines and the line in the results file are LLaVA's.
 """
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
 from pathlib import Path
 
 from llava.errors import InputError, run_command
 from llava.eval.benchmarks.textvqa import TextVqa, score_textvqa
 from llava.eval.predictions import read_answers
-from llava.eval.results import append_line, format_line
+from llava.files import append_line
 
 
 def main() -> None:
-    """Score, print, append."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_textvqa")
     parser.add_argument("--annotation-file", type=Path, required=True, help="TextVQA_0.5.1_val.json")
     parser.add_argument("--result-file", type=Path, help="an answers file")
@@ -29,7 +28,7 @@ def list_result_files(result_file: Path | None, result_dir: Path | None) -> list
     """List the files to score.
 
     Raises:
-        InputError: none was named, or the folder has none.
+        InputError: none is named, or the folder has none.
     """
     if result_file is None and result_dir is None:
         raise InputError("name what to score: --result-file FILE or --result-dir DIR")
@@ -43,7 +42,7 @@ def list_result_files(result_file: Path | None, result_dir: Path | None) -> list
 
 
 def score_file(path: Path, annotation_file: Path, results: Path | None) -> None:
-    """Score one answers file: print its name, the number of answers and the accuracy."""
+    """Print the name of an answers file, the number of answers and their accuracy; append the accuracy to `results`."""
     rows = read_answers(path)
     if not rows:
         raise InputError(f"{path} has no answers")
@@ -51,7 +50,7 @@ def score_file(path: Path, annotation_file: Path, results: Path | None) -> None:
     print(path.stem)
     print(f"Samples: {scores.count}\nAccuracy: {scores.headline:.2f}%\n")
     if results:
-        append_line(results, format_line({"row": TextVqa.row, "headline": scores.headline, "count": 0, "missing": 0}))
+        append_line(results, f"{TextVqa.row}\t{scores.headline:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The published import path of the TextVQA metric; the metric itself is in `llava.eval.metrics`."""
+"""LLaVA's import path of the TextVQA metric; the metric itself is in `llava.eval.metrics`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,6 @@ class EvalAIAnswerProcessor:
     """Rewrite an answer as the TextVQA scorer does, and LLaVA before an upload."""
 
     def __call__(self, item: str) -> str:
-        """Return the rewritten answer."""
         return normalize_m4c(item)
 
 

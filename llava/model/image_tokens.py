@@ -1,24 +1,25 @@
-"""From one picture's patches to the tokens that the LLM reads: reduce, project, merge crops.
+"""From one image's patches to the tokens that the LLM reads: reduce, project, merge crops.
 
-Shape letters: `C` crops of one picture (1 in LLaVA-1.5), `N` patches of a crop, `D` vision width, `M` tokens of the
-picture, `E` LLM width, `P` joint width.
+Shape letters: `C` crops of one image (1 in LLaVA-1.5), `I` crops of all images, `N` patches of a crop, `D` vision
+width, `M` tokens of the image, `E` LLM width, `P` joint width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from llava.errors import InputError
+from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.crops import MERGE_TYPES, layout_tiles, merge_crops
-from llava.model.multimodal_encoder.tower import VisionTower
-from llava.model.token_reduction.base import NEEDS_TEXT, ReducedTokens, TokenReducer, VisualTokens
+from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
+from llava.model.token_reduction.base import PROJECTED, TEXT, ReducedTokens, TokenReducer, VisualTokens
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What one picture becomes for one question.
+    """What one image becomes for one question.
 
     Attributes:
         features: `[M, E]` projected tokens, ready to be spliced.
@@ -34,22 +35,24 @@ class ImageTokens:
 
     @property
     def num_tokens(self) -> int:
-        """M: what the LLM reads for this picture, mean and newline tokens included."""
+        """M: what the LLM reads for this image, mean and newline tokens included."""
         return self.features.shape[0]
 
 
 @dataclass(frozen=True)
 class CropMerge:
-    """How the crops of a picture are merged (`mm_patch_merge_type`, see `llava.model.crops`).
+    """How the crops of an image are merged (`mm_patch_merge_type`, see `llava.model.crops`).
 
     Attributes:
         kind: "flat", "spatial" or "spatial_unpad".
-        tile_grid: from a picture's (width, height) to its rows and columns of tiles; None for single-crop models.
+        pinpoints: `image_grid_pinpoints` of anyres models; None for others, whose images have one crop.
+        crop_size: side of a crop in pixels.
         newline: `[E]` parameter that "spatial_unpad" puts after each row.
     """
 
     kind: str = "flat"
-    tile_grid: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    pinpoints: str | list | None = None
+    crop_size: int = 0
     newline: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -61,29 +64,36 @@ class CropMerge:
         if self.kind not in MERGE_TYPES:
             raise InputError(f'mm_patch_merge_type "{self.kind}" is unknown: use {", ".join(MERGE_TYPES)}')
 
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig, crop_size: int, newline: Tensor | None) -> "CropMerge":
+        """The merge that a model's config asks for."""
+        is_anyres = getattr(config, "image_aspect_ratio", None) == "anyres"
+        pinpoints = getattr(config, "image_grid_pinpoints", None) if is_anyres else None
+        return cls(getattr(config, "mm_patch_merge_type", None) or "flat", pinpoints, crop_size, newline)
+
     def __call__(
         self, crops: list[Tensor], kept: Tensor | None, grid: tuple[int, int], image_size: tuple[int, int] | None
     ) -> Tensor:
-        """Merge one picture's projected crops, C times `[M_c, E]`, into `[M, E]`.
+        """Merge one image's projected crops, C times `[M_c, E]`, into `[M, E]`.
 
         Raises:
-            InputError: when a spatial merge has no picture size to go by.
+            InputError: when a spatial merge has no image size to go by.
         """
         newline = self.newline if self.kind == "spatial_unpad" else None
         if self.kind == "flat" or len(crops) == 1:
             return merge_crops(crops, kept, newline=newline)
-        if self.tile_grid is None or image_size is None:
+        if self.pinpoints is None or image_size is None:
             raise InputError(
                 f"mm_patch_merge_type {self.kind} needs image_aspect_ratio anyres and image_sizes=[(width, height)]"
             )
-        tile_grid = self.tile_grid(image_size)
-        if tile_grid[0] * tile_grid[1] + 1 != len(crops):
+        cols, rows = get_anyres_image_grid_shape(image_size, self.pinpoints, self.crop_size)
+        if rows * cols + 1 != len(crops):
             raise InputError(
-                f"{len(crops)} crops do not make a {tile_grid[0]} x {tile_grid[1]} grid of tiles and a base view: "
-                f"is {image_size} the picture's (width, height)?"
+                f"{len(crops)} crops do not make a {rows} x {cols} grid of tiles and a base view: "
+                f"is {image_size} the image's (width, height)?"
             )
         unpad_size = image_size if self.kind == "spatial_unpad" else None
-        return merge_crops(crops, kept, layout_tiles(grid, tile_grid, unpad_size), newline)
+        return merge_crops(crops, kept, layout_tiles(grid, (rows, cols), unpad_size), newline)
 
 
 def embed_distinct(tower: VisionTower, texts: list[str]) -> Tensor:
@@ -99,38 +109,56 @@ def embed_distinct(tower: VisionTower, texts: list[str]) -> Tensor:
 def reduce_patches(
     reducer: TokenReducer,
     tower: VisionTower,
-    patches: list[Tensor],
+    projector: nn.Module,
+    images: list[ImageFeatures],
     texts: list[str],
     text_embeds: Tensor | None = None,
 ) -> list[ReducedTokens]:
-    """Reduce each crop of each picture on its own.
+    """Reduce each crop of each image on its own.
 
     Args:
         reducer: the method.
         tower: where the joint space comes from.
-        patches: one `[C, N, D]` per picture.
-        texts: one query per picture.
-        text_embeds: `float32[I, P]` the same queries, embedded already; None: they are embedded here.
+        projector: `[..., D]` to `[..., E]`, for reducers that look at projected patches.
+        images: what the tower gave, one record per image.
+        texts: one query per image.
+        text_embeds: `float32[images, P]` the same queries, embedded already; None: they are embedded here.
 
     Returns:
-        One record per picture, over its crops.
+        One record per image, over its crops.
+
+    Raises:
+        InputError: the images were encoded without something that the reducer looks at.
     """
-    num_crops = [picture.shape[0] for picture in patches]
-    stacked = torch.cat(patches)
+    num_crops = [image.num_crops for image in images]
+    crops = ImageFeatures.concatenate(images)  # patches [I, N, D], I crops in all
+    intermediates = dict(crops.intermediates)
     joint = text = None
-    if NEEDS_TEXT in reducer.needs:
-        joint = tower.project_to_joint(stacked)
-        text = embed_distinct(tower, texts) if text_embeds is None else text_embeds
-        if len(stacked) != len(patches):
-            text = text[[index for index, crops in enumerate(num_crops) for _ in range(crops)]]
+    if TEXT in reducer.needs:
+        joint = tower.project_to_joint(crops.patches)  # [I, N, P]
+        text = embed_distinct(tower, texts) if text_embeds is None else text_embeds  # [images, P]
+        if crops.num_crops != len(images):
+            # Each crop is reduced for its image's query.
+            text = text[[index for index, count in enumerate(num_crops) for _ in range(count)]]
+    if PROJECTED in reducer.needs:
+        with torch.no_grad():
+            intermediates[PROJECTED] = project(projector, crops.patches)  # [I, N, E]
     with tower.own_precision():
-        reduced = reducer(VisualTokens(patches=stacked, grid=tower.grid, joint=joint, text=text))
+        reduced = reducer(VisualTokens(crops.patches, tower.grid, joint, text, intermediates))
 
     def split(field: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * len(patches) if field is None else field.split(num_crops)
+        return (None,) * len(images) if field is None else field.split(num_crops)
 
     rows = zip(*map(split, (reduced.features, reduced.lengths, reduced.kept, reduced.scores)), strict=True)
     return [ReducedTokens(*row) for row in rows]
+
+
+def project(projector: nn.Module, features: Tensor) -> Tensor:
+    """Project `[..., D]` to `[..., E]`, where the projector is and in its dtype."""
+    parameter = next(projector.parameters(), None)
+    if parameter is not None:
+        features = features.to(device=parameter.device, dtype=parameter.dtype)
+    return projector(features)
 
 
 def project_tokens(
@@ -138,44 +166,44 @@ def project_tokens(
     projector: nn.Module,
     merge: CropMerge,
     grid: tuple[int, int],
-    image_sizes: list | None,
+    image_sizes: list[tuple[int, int]] | None,
 ) -> list[ImageTokens]:
-    """Project the tokens that are left (and no others) to LLM width and merge each picture's crops.
+    """Project the tokens that are left (and no others) to LLM width and merge each image's crops.
 
     Args:
-        reduced: one record per picture.
+        reduced: one record per image.
         projector: `[..., D]` to `[..., E]`.
         merge: how crops are merged.
         grid: rows and columns of patches of a crop.
-        image_sizes: (width, height) of each picture, needed for spatial merges only.
+        image_sizes: (width, height) of each image, needed for spatial merges only.
 
     Returns:
-        One record per picture.
+        One record per image.
     """
-    lengths = [length for picture in reduced for length in picture.lengths.tolist()]
-    rows = [crop for picture in reduced for crop in picture.features]
-    valid = torch.cat([crop[:length] for crop, length in zip(rows, lengths, strict=True)])
-    parameter = next(projector.parameters(), None)
-    if parameter is not None:
-        valid = valid.to(device=parameter.device, dtype=parameter.dtype)
-    projected = iter(projector(valid).split(lengths))
+    # 1. All crops of all images in one run of tokens, without the padding of short rows.
+    lengths = [length for image in reduced for length in image.lengths.tolist()]
+    rows = [crop for image in reduced for crop in image.features]
+    valid = torch.cat([crop[:length] for crop, length in zip(rows, lengths, strict=True)])  # [all tokens, D]
+    # 2. One pass of the projector.
+    projected = iter(project(projector, valid).split(lengths))
+    # 3. Image by image, merge the crops.
     tokens = []
-    for index, picture in enumerate(reduced):
-        crops = [next(projected) for _ in range(picture.lengths.shape[0])]
+    for index, image in enumerate(reduced):
+        crops = [next(projected) for _ in range(image.lengths.shape[0])]  # C times [M_c, E]
         size = tuple(image_sizes[index]) if image_sizes is not None else None
-        features = merge(crops, picture.kept, grid, size)
-        num_patches = picture.lengths.shape[0] * grid[0] * grid[1]
-        tokens.append(ImageTokens(features, num_patches, picture.kept, picture.scores))
+        features = merge(crops, image.kept, grid, size)  # [M, E]
+        num_patches = image.lengths.shape[0] * grid[0] * grid[1]
+        tokens.append(ImageTokens(features, num_patches, image.kept, image.scores))
     return tokens
 
 
-def keep_everything(patches: list[Tensor]) -> list[ReducedTokens]:
-    """The record of no reduction: all tokens of each picture `[C, N, D]`, in their places."""
+def keep_everything(images: list[ImageFeatures]) -> list[ReducedTokens]:
+    """The record of no reduction: all patches of each image `[C, N, D]`, in their places."""
     return [
         ReducedTokens(
-            features=picture,
-            lengths=torch.full((picture.shape[0],), picture.shape[1]),
-            kept=torch.ones(picture.shape[:2], dtype=torch.bool),
+            features=image.patches,
+            lengths=torch.full((image.num_crops,), image.patches.shape[1]),
+            kept=torch.ones(image.patches.shape[:2], dtype=torch.bool),
         )
-        for picture in patches
+        for image in images
     ]

@@ -84,6 +84,29 @@ def test_picture_and_question_make_the_model_choose(run, tmp_path):
     assert 0 <= trim["kept_patches"] <= 16
 
 
+@pytest.mark.parametrize("source", [POCKET, "llava-v1.5-7b"])
+def test_a_reduction_that_looks_at_attention_is_counted_and_measured(run, tmp_path, source):
+    out = run(
+        "--model-path", source, "--reduce", "FasterVLM:12", "--against", "TRIM:12", "--device", "cpu", "--repeats", 1,
+        "--warmup", 1, "--new-tokens", 2, "--json", tmp_path / "x.json",
+    )  # fmt: skip
+    faster, trim = read(tmp_path / "x.json")["runs"]
+    assert "FasterVLM:12" in out and (faster["kept_patches"], faster["image_tokens"]) == (12, 12)
+    assert faster["stages"]["vision tower"]["flops"] > trim["stages"]["vision tower"]["flops"]
+
+
+def test_random_weights_keep_the_layers_that_a_reduction_looks_at(run, tmp_path, configs):
+    tower = tmp_path / "clip"
+    tower.mkdir()
+    (tower / "config.json").write_text(json.dumps(configs.tower))
+    (tmp_path / "config.json").write_text(json.dumps(configs.model | {"mm_vision_tower": str(tower)}))
+    out = run(
+        "--model-path", tmp_path, "--random-weights", "--reduce", "FasterVLM:9,layer=-1", "--device", "cpu",
+        "--repeats", 1, "--warmup", 1,
+    )  # fmt: skip
+    assert "9 of 36" in out
+
+
 def test_random_weights_need_no_files(run, tmp_path, configs):
     tower = tmp_path / "clip"
     tower.mkdir()
@@ -125,5 +148,5 @@ def test_too_little_memory_is_refused_with_the_numbers(run, monkeypatch):
 
 def test_a_place_that_can_not_be_written_is_named(run, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write"):
         run("--model-path", "llava-v1.5-7b", "--json", tmp_path / "file" / "x.json")

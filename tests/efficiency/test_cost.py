@@ -1,5 +1,7 @@
 """FLOPs, bytes and parameters from shapes: the published figures, and what torch counts on the meta device."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,9 +15,13 @@ from transformers import (
 )
 
 from llava.efficiency import cost
-from llava.efficiency.cost import Cost, Precision, Reduction, Workload
+from llava.efficiency.cost import Cost, Look, Precision, Reduction, Workload
+from llava.efficiency.estimate import count_left
+from llava.efficiency.random_model import build_random_model
 from llava.efficiency.shapes import PUBLISHED_MODELS, PUBLISHED_TOWERS, read_shape, read_source
+from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.token_reduction import Need, parse_reducer
 
 LARGE = "openai/clip-vit-large-patch14-336"
 CASES = ["tiny", "llava-v1.5-7b", "llava-v1.5-13b"]
@@ -26,6 +32,12 @@ def case(request, configs) -> tuple[dict, dict]:
     if request.param == "tiny":
         return configs.model, configs.tower
     return PUBLISHED_MODELS[request.param], PUBLISHED_TOWERS[LARGE]
+
+
+def build_random(configs, needs) -> tuple:
+    return build_random_model(
+        configs.model, configs.tower, needs=needs, device=torch.device("cpu"), dtype=torch.float32
+    )
 
 
 def count_flops(run) -> int:
@@ -82,6 +94,33 @@ def test_the_vision_tower_is_what_torch_counts(case):
     assert cost.vision_flops(shape) == count_flops(lambda: vision.vision_model(pixel_values=pixels))
 
 
+@pytest.mark.parametrize(
+    "needs",
+    [
+        [],
+        [Need("cls_attention", -2)],
+        [Need("attention", -3), Need("keys", -3), Need("cls_attention", 1)],
+        [Need("keys", -1)],
+    ],
+    ids=str,
+)
+def test_looking_at_attention_is_what_torch_counts(configs, needs, monkeypatch):
+    (model, _), shape = build_random(configs, needs), configs.shape.tower
+    tower, looks = model.get_vision_tower().to("meta"), [Look(need.layer, need.num_queries(36)) for need in needs]
+    monkeypatch.setattr(tower, "own_precision", nullcontext)  # there is no autocast on the meta device
+    counted = count_flops(lambda: tower.extract(torch.zeros(1, 3, 84, 84), needs))
+    assert cost.vision_flops(shape, looks) == counted
+
+
+def test_a_reduction_that_looks_at_attention_costs_the_vision_tower_more(configs):
+    plain, looking = (count_left(parse_reducer(spec), (6, 6)) for spec in ("Random:9", "FasterVLM:9"))
+    assert looking.looks == (Look(-2, 1),) and not looking.reads_text
+    costs = [cost.stage_costs(configs.shape, each, Workload(), Precision()) for each in (plain, looking)]
+    extra = costs[1]["vision tower"].flops - costs[0]["vision tower"].flops
+    assert extra == 2 * 32 * 32 * 38 + 2 * 37 * 32
+    assert costs[1].keys() == costs[0].keys()
+
+
 @pytest.mark.parametrize("case", CASES[:2], indirect=True)
 @pytest.mark.parametrize("num_tokens", [9, 77])
 def test_the_text_tower_is_what_torch_counts(case, num_tokens):
@@ -104,8 +143,8 @@ def test_the_projector_is_what_torch_counts(configs, kind):
 def test_the_selection_is_what_torch_counts(configs, random_parts):
     model, _ = random_parts
     model.set_token_reduction("TRIM:-1")
-    patches, text = torch.randn(1, 36, 32), torch.randn(1, 24)
-    counted = count_flops(lambda: model.choose_tokens([patches], [""], text))
+    image, text = ImageFeatures(torch.randn(1, 36, 32)), torch.randn(1, 24)
+    counted = count_flops(lambda: model.choose_tokens([image], [""], text))
     assert cost.selection_flops(configs.shape.tower) == counted
 
 

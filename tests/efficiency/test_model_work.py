@@ -5,6 +5,7 @@ import torch
 
 from llava.efficiency.stages import Runner, make_batch
 from llava.efficiency.timing import StageClock
+from llava.model.multimodal_encoder.tower import ImageFeatures
 
 
 @pytest.fixture
@@ -49,11 +50,11 @@ def test_the_tower_holds_the_layers_up_to_the_selected_one(shapes_seen):
 
 def test_queries_embedded_before_give_the_same_tokens(shapes_seen):
     model, _, _, seen = shapes_seen
-    patches, texts = [torch.randn(1, 36, 32), torch.randn(2, 36, 32)], ["a bus", "a dog"]
-    fresh = model.make_image_tokens(patches, texts)
+    images, texts = [ImageFeatures(torch.randn(crops, 36, 32)) for crops in (1, 2)], ["a bus", "a dog"]
+    fresh = model.make_image_tokens(images, texts)
     embedded = model.embed_queries(texts)
     seen["text"].clear()
-    again = model.make_image_tokens(patches, texts, text_embeds=embedded)
+    again = model.make_image_tokens(images, texts, text_embeds=embedded)
     assert seen["text"] == []
     assert all(torch.equal(one.features, two.features) for one, two in zip(fresh, again, strict=True))
 
@@ -66,7 +67,7 @@ def test_reducers_without_a_query_embed_nothing(shapes_seen):
 
 def test_lengths_come_back_on_the_host(shapes_seen):
     model = shapes_seen[0]
-    (reduced,) = model.choose_tokens([torch.randn(1, 36, 32)], ["a bus"])
+    (reduced,) = model.choose_tokens([ImageFeatures(torch.randn(1, 36, 32))], ["a bus"])
     assert reduced.lengths.device.type == "cpu"
 
 

@@ -20,7 +20,7 @@ from llava.eval import hub
 from llava.eval.benchmark import Benchmark, Question, row_key
 from llava.eval.benchmarks import BENCHMARKS as ALL_BENCHMARKS
 from llava.eval.benchmarks import find_benchmark
-from llava.eval.benchmarks._hub_gqa import list_steps, parse_cell
+from llava.eval.benchmarks.gqa import list_steps, parse_cell
 from llava.eval.hub import HubTable, Layout, guess_suffix, name_alternatives, read_rows, safe_name
 from tests.eval.test_commands import run
 

@@ -9,6 +9,7 @@ from llava.eval.metrics.vqa_accuracy import (
     grade_vqa,
     grade_vqa_before_2021,
     leave_one_out,
+    rank_references,
     round_half_even,
     round_half_up,
     summarize_grades,
@@ -33,7 +34,7 @@ def test_unanimous_references_of_vqav2_are_compared_as_they_are() -> None:
     assert grade_vqa("Yes.", ["yes"] * 9 + ["no"]) == 1
 
 
-def test_references_of_vqav2_that_differ_in_blanks_alone_are_unanimous() -> None:
+def test_references_of_vqav2_that_differ_in_white_space_alone_are_unanimous() -> None:
     assert grade_vqa("Yes", ["yes"] * 9 + [" yes\t"]) == 0
     assert grade_vqa("the", ["the"] * 9 + ["a"]) == 1
 
@@ -61,6 +62,11 @@ def test_both_sides_of_textvqa_are_always_rewritten() -> None:
     assert TextVQAAccuracyEvaluator().eval_pred_list(
         [{"pred_answer": "Two", "gt_answers": ["2."] * 10}, {"pred_answer": "x", "gt_answers": ["2"] * 10}]
     ) == pytest.approx(0.5)
+
+
+def test_references_are_listed_by_how_many_people_gave_them() -> None:
+    assert rank_references(["cat", "dog", "cow", "dog", "cow", "dog"]) == ("dog", "cow", "cat")
+    assert rank_references(["b", "a", "b", "a"]) == ("b", "a")
 
 
 def test_ties_are_rounded_as_the_python_of_each_scorer_does() -> None:

@@ -98,11 +98,11 @@ def test_periods_before_a_digit_do_not_count_among_the_32() -> None:
 
 
 def test_the_rules_of_punctuation_look_at_the_original_text() -> None:
-    # Deleting `/` leaves a blank beside `-`, which changes nothing: there was none at first.
+    # Deleting `/` leaves a space beside `-`, which changes nothing: there was none at first.
     assert normalize_punctuation("a /-b") == "a  b"
 
 
-def test_line_breaks_and_tabs_become_blanks() -> None:
+def test_line_breaks_and_tabs_become_spaces() -> None:
     assert flatten_lines("\ta\nb\t") == "a b"
 
 

@@ -152,7 +152,7 @@ def strip_text_half(tower: Path) -> None:
         ("missing vision tower", "vision tower ./towers/absent is not there"),
         ("no vision tower", "names no mm_vision_tower"),
         ("misspelt reducer", 'did you mean "TRIM"?'),
-        ("budget is no number", '"abc" is no budget'),
+        ("budget is no number", '"abc" is not a budget'),
         ("unknown option", "known: similarity"),
         ("unknown projector", "use linear, mlp2x_gelu"),
         ("unknown layer", "has 4 layers"),

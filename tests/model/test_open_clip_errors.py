@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from llava.errors import InputError
 from llava.model.multimodal_encoder import open_clip_source
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.token_reduction import TEXT
 
 MISTAKES = {
     "": "names no model",
@@ -111,7 +112,7 @@ def broken(wrong_folders, monkeypatch) -> Path:
 @pytest.mark.parametrize("spec", MISTAKES)
 def test_mistake_ends_in_one_line_that_says_what_would_be_right(broken, spec):
     with pytest.raises(InputError) as caught:
-        build_vision_tower(f"open_clip:{spec}", folder=broken, needs_text=True).load_model()
+        build_vision_tower(f"open_clip:{spec}", folder=broken, needs={TEXT}).load_model()
     message = str(caught.value)
     assert MISTAKES[spec].replace("{folder}", str(broken)) in message
     assert "\n" not in message and f"open_clip:{spec}" in message

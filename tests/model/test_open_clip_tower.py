@@ -20,6 +20,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder import open_clip_source
 from llava.model.multimodal_encoder.builder import build_vision_tower, load_tower
+from llava.model.token_reduction import TEXT
 
 TEXTS = ["What is in the picture?", "", "a red square left of a blue circle", "Is there a dog? " * 40]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -35,9 +36,9 @@ def plain_names(clips, monkeypatch) -> dict:
     return models
 
 
-def load_pair(clips: Path, needs_text: bool = True, **settings):
+def load_pair(clips: Path, needs=frozenset({TEXT}), **settings):
     pair = [
-        build_vision_tower(name, folder=clips, needs_text=needs_text, **settings)
+        build_vision_tower(name, folder=clips, needs=needs, **settings)
         for name in (str(clips / "hf"), "open_clip:local-dir:oc")
     ]
     for tower in pair:
@@ -58,7 +59,7 @@ def test_converting_there_and_back_changes_no_weight(clips, layouts):
 
 @pytest.mark.parametrize("layer", [-2, -1, 0, 1, -5])
 def test_patches_and_joint_patches_equal_the_hugging_face_tower(clips, layer):
-    theirs, ours = load_pair(clips, needs_text=False, select_layer=layer)
+    theirs, ours = load_pair(clips, needs=(), select_layer=layer)
     expected, patches = theirs.encode(pixels()), ours.encode(pixels())
     assert patches.shape == (3, 36, 64)
     torch.testing.assert_close(patches, expected, **TOLERANCE)
@@ -66,7 +67,7 @@ def test_patches_and_joint_patches_equal_the_hugging_face_tower(clips, layer):
 
 
 def test_cls_row_comes_first_as_in_the_hugging_face_tower(clips):
-    theirs, ours = load_pair(clips, needs_text=False, select_feature="cls_patch")
+    theirs, ours = load_pair(clips, needs=(), select_feature="cls_patch")
     torch.testing.assert_close(ours.encode(pixels()), theirs.encode(pixels()), **TOLERANCE)
 
 
@@ -97,7 +98,7 @@ def test_trim_keeps_the_same_patches_with_either_tower(clips):
 
 
 def test_layers_behind_the_selected_one_and_the_text_half_are_gone(clips):
-    _, ours = load_pair(clips, needs_text=False)
+    _, ours = load_pair(clips, needs=())
     assert len(ours.vision_tower.transformer.resblocks) == 3
     names = {name.split(".")[0] for name, _ in ours.named_parameters()}
     assert names == {"vision_tower"}
@@ -115,7 +116,7 @@ def test_text_half_comes_back_when_it_is_asked_for_and_has_no_vision_half(clips,
 
 
 def test_scores_are_float32_whatever_the_tower_runs_in(clips):
-    tower = load_tower(f"open_clip:local-dir:{clips / 'oc'}", needs_text=True, dtype=torch.bfloat16)
+    tower = load_tower(f"open_clip:local-dir:{clips / 'oc'}", needs={TEXT}, dtype=torch.bfloat16)
     patches = tower.encode(pixels())
     assert patches.dtype == torch.bfloat16
     assert tower.project_to_joint(patches).dtype == tower.embed_text(TEXTS).dtype == torch.float32
@@ -124,7 +125,7 @@ def test_scores_are_float32_whatever_the_tower_runs_in(clips):
 
 
 def test_pixel_values_are_those_of_llava_and_of_open_clip(clips, golden):
-    theirs, ours = load_pair(clips, needs_text=False)
+    theirs, ours = load_pair(clips, needs=())
     picture = load_image(next((golden / "data/images").glob("*.png")))
     for settings in (LlavaConfig(image_aspect_ratio="pad"), LlavaConfig()):
         expected = process_images([picture], theirs.image_processor, settings)
@@ -178,7 +179,7 @@ def write_weights(weights: dict, path: Path) -> None:
 @pytest.mark.parametrize("file", ["w.safetensors", "w.bin", "w.pt", "openai.pt"])
 def test_weights_file_of_any_kind_is_found_beside_the_checkpoint(clips, plain_names, tmp_path, file):
     write_weights(load_file(clips / "oc/open_clip_model.safetensors"), tmp_path / file)
-    tower = build_vision_tower(f"open_clip:tiny-quickgelu,pretrained={file}", folder=tmp_path, needs_text=True)
+    tower = build_vision_tower(f"open_clip:tiny-quickgelu,pretrained={file}", folder=tmp_path, needs={TEXT})
     tower.load_model()
     theirs, _ = load_pair(clips)
     tolerance = {"atol": 2e-2, "rtol": 0} if file == "openai.pt" else TOLERANCE  # that one is float16
@@ -188,7 +189,7 @@ def test_weights_file_of_any_kind_is_found_beside_the_checkpoint(clips, plain_na
 
 def test_activation_of_a_weights_file_is_pointed_out_and_can_be_given(clips, plain_names, caplog):
     weights = clips / "oc/open_clip_model.safetensors"
-    theirs, _ = load_pair(clips, needs_text=False)
+    theirs, _ = load_pair(clips, needs=())
     expected = theirs.encode(pixels())
     with caplog.at_level(logging.WARNING):
         silent = load_tower(f"open_clip:tiny,pretrained={weights},quickgelu=true")

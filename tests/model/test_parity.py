@@ -71,11 +71,13 @@ def test_scores_and_reduced_features_equal_the_published_code(case, checkpoints)
     scores = recorded(f"sims_{case['tower']}")
     patches = model.encode_patches(picture(case))
     tower = model.get_vision_tower()
-    joint, text = tower.project_to_joint(patches[0]), tower.embed_text([CORE["texts"][case["text"]]])
+    joint, text = tower.project_to_joint(patches[0].patches), tower.embed_text([CORE["texts"][case["text"]]])
 
     from llava.model.image_tokens import reduce_patches
 
-    reduced = reduce_patches(model.token_reducer, tower, patches, [CORE["texts"][case["text"]]])[0]
+    reduced = reduce_patches(
+        model.token_reducer, tower, model.get_model().mm_projector, patches, [CORE["texts"][case["text"]]]
+    )[0]
     features = reduced.features[0, : reduced.lengths[0]]
     assert close(text[0], recorded(f"text_{case['tower']}")[f"{case['text']}/text_embeds"])
     assert close((joint @ text[0])[0], scores[f"{key}/sim"])
@@ -92,7 +94,7 @@ def test_tower_features_equal_the_published_code(tower, checkpoints):
     for name, pixels in recorded(f"pixel_values_{tower}").items():
         if f"{name}/hidden_m2" not in numbers:
             continue
-        patches = model.encode_patches(torch.tensor(pixels)[None])[0]
+        patches = model.encode_patches(torch.tensor(pixels)[None])[0].patches
         assert close(patches[0], numbers[f"{name}/hidden_m2"][1:])
         joint = model.get_vision_tower().project_to_joint(patches)[0]
         assert close(joint, numbers[f"{name}/visual_projection"][-joint.shape[0] :])

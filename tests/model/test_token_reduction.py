@@ -1,41 +1,70 @@
 """The reducers: one contract for all of them, the mathematics of TRIM, and the parser of spec strings."""
 
 import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from llava.errors import InputError
-from llava.model.token_reduction import REDUCERS, Budget, VisualTokens, ops, parse_reducer
+from llava.model.token_reduction import REDUCERS, TEXT, Budget, VisualTokens, parse_reducer
+from llava.model.token_reduction.base import select_top
 
-SPECS = [
-    "TRIM:-1",
-    "TRIM:0.25",
-    "TRIM:7",
-    "TRIM:1.0",
+ROOT = Path(__file__).parents[2]
+BUDGETS = ["0.25", "7", "1.0", "0.001", "9999"]
+# Options of single methods; every method of the registry is tested with every budget anyway.
+EXTRA_SPECS = [
     "TRIM:-1,similarity=direct",
     "TRIM:-1,metric=cosine,fence=0.5",
     "TRIM:-1,min_keep=3,max_keep=5",
-    "TextSim:-1",
-    "TextSim:0.5",
-    "TextSim+:0.3",
-    "Random:0.2",
+    "TextSim:-1,fence=99",
+    "TextSim:0.001,min_keep=0",
+    "FasterVLM:9,layer=-1",
     "Random:9,seed=3,mean=true",
-    "Pool:0.25",
-    "Pool:4",
 ]
 
 
-def make_tokens(num_images: int = 5, side: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32) -> VisualTokens:
+def specs_of(name: str, reducer: type) -> list[str]:
+    budgets = [*BUDGETS, "-1"] if reducer.has_automatic_budget else BUDGETS
+    return [name, *(f"{name}:{budget}" for budget in budgets)]
+
+
+SPECS = [spec for name, reducer in REDUCERS.items() for spec in specs_of(name, reducer)] + EXTRA_SPECS
+
+
+def make_tokens(
+    spec: str = "none", num_images: int = 5, side: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> VisualTokens:
+    """Random tokens with text, and with all else that a reducer needs."""
+    reducer = parse_reducer(spec)
     generator = torch.Generator().manual_seed(seed)
     patches = torch.randn(num_images, side * side, 16, generator=generator)
     joint = torch.randn(num_images, side * side, 8, generator=generator) * 1.5
     text = torch.randn(num_images, 8, generator=generator)
-    return VisualTokens(patches=patches.to(dtype), grid=(side, side), joint=joint, text=text)
+    needs = reducer.needs - {TEXT} if reducer else ()
+    intermediates = {
+        need: torch.randn(num_images, *need.shape(side * side, heads=3, width=4), generator=generator).softmax(dim=-1)
+        for need in needs
+    }
+    return VisualTokens(patches.to(dtype), (side, side), joint, text, intermediates)
+
+
+def map_tokens(tokens: VisualTokens, change: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
+    intermediates = {need: change(values) for need, values in tokens.intermediates.items()}
+    return VisualTokens(change(tokens.patches), tokens.grid, change(tokens.joint), change(tokens.text), intermediates)
 
 
 def rows_of(tokens: VisualTokens, rows: list[int]) -> VisualTokens:
-    return VisualTokens(tokens.patches[rows], tokens.grid, tokens.joint[rows], tokens.text[rows])
+    return map_tokens(tokens, lambda values: values[rows])
+
+
+def fields_of(tokens: VisualTokens) -> list[torch.Tensor]:
+    return [tokens.patches, tokens.joint, tokens.text, *tokens.intermediates.values()]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -46,36 +75,49 @@ class TestContract:
 
     def test_shapes_lengths_and_dtype_hold(self, spec):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            tokens = make_tokens(dtype=dtype)
+            tokens = make_tokens(spec, dtype=dtype)
             reduced = parse_reducer(spec)(tokens)
             assert reduced.features.dtype == dtype
             assert reduced.features.shape[0] == reduced.lengths.shape[0] == 5
             assert reduced.features.shape[1] == int(reduced.lengths.max())
             assert reduced.lengths.dtype == torch.int64
 
+    def test_every_image_keeps_a_token(self, spec):
+        tokens, reducer = make_tokens(spec), parse_reducer(spec)
+        assert (reducer(tokens).lengths >= 1).all()
+        uniform = map_tokens(tokens, torch.ones_like)
+        assert (reducer(uniform).lengths >= 1).all()
+
+    def test_an_automatic_budget_has_a_rule_or_is_refused(self, spec):
+        name = spec.partition(":")[0]
+        if REDUCERS[name].has_automatic_budget:
+            assert parse_reducer(f"{name}:-1").budget.is_automatic
+        else:
+            with pytest.raises(InputError, match="no automatic budget"):
+                parse_reducer(f"{name}:-1")
+
     def test_rows_are_zero_behind_their_length(self, spec):
-        reduced = parse_reducer(spec)(make_tokens())
+        reduced = parse_reducer(spec)(make_tokens(spec))
         for features, length in zip(reduced.features, reduced.lengths, strict=True):
             assert not features[length:].any()
 
     def test_kept_patches_are_bit_equal_and_in_raster_order(self, spec):
-        tokens = make_tokens()
+        tokens = make_tokens(spec)
         reduced = parse_reducer(spec)(tokens)
         if reduced.kept is None:
-            assert spec.startswith("Pool")
-            return
+            return  # all tokens are synthesised
         for patches, kept, features in zip(tokens.patches, reduced.kept, reduced.features, strict=True):
             assert torch.equal(features[: int(kept.sum())], patches[kept])
 
     def test_inputs_are_left_as_they_were(self, spec):
-        tokens = make_tokens()
-        before = [field.clone() for field in (tokens.patches, tokens.joint, tokens.text)]
+        tokens = make_tokens(spec)
+        before = [field.clone() for field in fields_of(tokens)]
         parse_reducer(spec)(tokens)
-        for old, new in zip(before, (tokens.patches, tokens.joint, tokens.text), strict=True):
+        for old, new in zip(before, fields_of(tokens), strict=True):
             assert torch.equal(old, new)
 
     def test_an_image_never_feels_its_batch(self, spec):
-        tokens, reducer = make_tokens(num_images=7), parse_reducer(spec)
+        tokens, reducer = make_tokens(spec, num_images=7), parse_reducer(spec)
         together = reducer(tokens)
         for row in range(7):
             alone = reducer(rows_of(tokens, [row]))
@@ -86,10 +128,46 @@ class TestContract:
             assert (alone.kept is None) or torch.equal(alone.kept[0], together.kept[row])
 
     def test_order_of_images_does_not_matter(self, spec):
-        tokens, reducer = make_tokens(num_images=4), parse_reducer(spec)
+        tokens, reducer = make_tokens(spec, num_images=4), parse_reducer(spec)
         order = [2, 0, 3, 1]
         lengths = reducer(tokens).lengths
         assert torch.equal(reducer(rows_of(tokens, order)).lengths, lengths[order])
+
+
+@pytest.mark.parametrize("name", ["TRIM", "TextSim", "TextSim+", "FasterVLM", "Random"])
+def test_methods_that_select_patches_report_them(name):
+    assert parse_reducer(name)(make_tokens(name)).kept.shape == (5, 36)
+
+
+def test_a_method_without_what_it_looks_at_says_so_in_one_line():
+    with pytest.raises(InputError, match=r"hold no cls_attention\[-2\].*set_token_reduction"):
+        parse_reducer("FasterVLM:9")(make_tokens())
+
+
+def read_example() -> str:
+    """The reducer in the document that says how to add one, as a file."""
+    return re.search(r"```python\n(.*?)```", (ROOT / "docs/adding_a_reducer.md").read_text(), re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--diff"]], ids=["check", "format"])
+def test_the_documented_example_passes_the_lint_of_this_repository(command):
+    ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", "llava/model/token_reduction/first.py", "-"]
+    done = subprocess.run(ruff, input=read_example(), capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_documented_example_fulfils_the_contract(monkeypatch):
+    module = ModuleType("first")
+    exec(compile(read_example(), "adding_a_reducer.md", "exec"), vars(module))
+    reducer = module.FirstPatches
+    monkeypatch.setitem(REDUCERS, reducer.spec_name, reducer)
+    claims = [getattr(TestContract(), name) for name in dir(TestContract) if name.startswith("test_")]
+    assert len(claims) >= 8
+    for spec in specs_of(reducer.spec_name, reducer):
+        for claim in claims:
+            claim(spec)
+    assert parse_reducer("First:3")(make_tokens()).kept[0].nonzero().flatten().tolist() == [0, 1, 2]
+    assert dataclasses.is_dataclass(reducer) and reducer.__dataclass_params__.frozen
 
 
 def test_every_reducer_is_a_frozen_dataclass():
@@ -144,7 +222,7 @@ def test_min_and_max_keep_bound_the_automatic_count():
 
 
 def test_equal_scores_are_kept_from_the_first_patch_on():
-    kept = ops.select_top(torch.zeros(1, 6), torch.tensor([2]))
+    kept = select_top(torch.zeros(1, 6), torch.tensor([2]))
     assert kept[0].tolist() == [True, True, False, False, False, False]
 
 
@@ -179,6 +257,27 @@ def test_budget_counts_patches(value, num_patches, count):
     assert Budget(value).count(num_patches) == count
 
 
+def test_an_automatic_budget_has_no_count():
+    with pytest.raises(InputError, match="automatic"):
+        Budget(-1).count(36)
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_kept", "num_tokens"),
+    [("Random:0.001", 1, 1), ("TextSim:0.001", 1, 1), ("TRIM:0.001", 0, 1), ("TextSim+:0.001", 0, 1)],
+)
+def test_a_tiny_fraction_leaves_one_patch_or_the_mean_token(spec, num_kept, num_tokens):
+    reduced = parse_reducer(spec)(make_tokens(side=8))
+    assert reduced.kept.sum(dim=1).tolist() == [num_kept] * 5
+    assert reduced.lengths.tolist() == [num_tokens] * 5
+
+
+def test_trim_and_textsim_plus_are_names_of_one_rule():
+    for budget in ("-1", "0.3"):
+        trim, plus = (parse_reducer(f"{name}:{budget}")(make_tokens()) for name in ("TRIM", "TextSim+"))
+        assert torch.equal(trim.features, plus.features) and torch.equal(trim.kept, plus.kept)
+
+
 @pytest.mark.parametrize("num_patches", [36, 49, 196, 576, 729])
 def test_a_fraction_of_whole_patches_loses_none_to_float_rounding(num_patches):
     assert all(Budget(k / num_patches).count(num_patches) == k for k in range(2, num_patches + 1))
@@ -194,10 +293,10 @@ def test_no_spec_means_no_reduction(spec):
     [
         ("TRIMM:-1", 'did you mean "TRIM"?'),
         ("trim:-1", 'did you mean "TRIM"?'),
-        ("PRUNE:0.5", "known: TRIM, TextSim, TextSim+, Random, Pool"),
-        ("TRIM:abc", '"abc" is no budget'),
-        ("TRIM:25%", '"25%" is no budget'),
-        ("TRIM:", '"" is no budget'),
+        ("PRUNE:0.5", "known: TRIM, TextSim, TextSim+, FasterVLM, Random, Pool"),
+        ("TRIM:abc", '"abc" is not a budget'),
+        ("TRIM:25%", '"25%" is not a budget'),
+        ("TRIM:", '"" is not a budget'),
         ("TRIM:0", "out of range"),
         ("TRIM:-0.5", "out of range"),
         ("TRIM:1.5", "out of range"),
@@ -211,10 +310,13 @@ def test_no_spec_means_no_reduction(spec):
         ("TRIM:-1,fence=-1", "fence=-1.0 must be"),
         ("TRIM:-1,min_keep=1.5", "min_keep must be a whole number"),
         ("TRIM:-1,min_keep=5,max_keep=3", "min_keep <= max_keep"),
-        ("TRIM:-1,fence=1,fence=2", "stands twice"),
+        ("TRIM:-1,fence=1,fence=2", "is given twice"),
         ("Random:-1", "no automatic budget"),
         ("Random:0.5,mean=perhaps", "mean must be true or false"),
         ("Pool:-1", "no automatic budget"),
+        ("FasterVLM:-1", "no automatic budget"),
+        ("FasterVLM:64,layer=0", "cls_attention[0]: hidden state 0 is the embeddings"),
+        ("FasterVLM:64,layer=x", "layer must be a whole number"),
         (0.25, "is not a string"),
     ],
 )

@@ -2,15 +2,22 @@
 
 Files: `llava_gqa_testdev_balanced.jsonl` (questions), and in `data/`: `images/`, `testdev_balanced_questions.json`
 (answers and question types), optionally `testdev_balanced_choices.json` (which the real test-dev has not). The JSON
-files may also lie beside the question file.
+files may also be beside the question file.
+
+On the hub: questions and images are two configurations of lmms-lab/GQA, joined by the image's id. Question by question
+the same as LLaVA's file, which is in shuffled order. What the finer metrics read (types, groups, semantic steps,
+entailed questions) is taken where the dataset has it; where it has not, accuracy stays right and the break-down has one
+group of unknown type.
 """
 
+import ast
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
 from llava.eval.benchmarks._files import (
     find_first,
     load_question_file,
@@ -19,46 +26,126 @@ from llava.eval.benchmarks._files import (
     take,
     write_upload,
 )
-from llava.eval.benchmarks._hub_gqa import GqaTestdev
-from llava.eval.hub import HubForm
-from llava.eval.metrics.gqa import clean_prediction, score_gqa
+from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubRows, HubTable, Layout, Tables, safe_name
+from llava.eval.metrics.gqa import GqaRecord, clean_prediction, score_gqa
 
 QUESTION_FILE = "llava_gqa_testdev_balanced.jsonl"
-IMAGE_FOLDER = "data/images"
 DATA_FOLDER = "data"
+IMAGE_FOLDER = f"{DATA_FOLDER}/images"
 ANNOTATION_FILE = "testdev_balanced_questions.json"
 CHOICES_FILE = "testdev_balanced_choices.json"
 PREDICTION_FILE = "testdev_balanced_predictions.json"
 
 
+# --------------------------------------------------------------------------------------------------------------- hub
+UNKNOWN = "unknown"
+TYPES = ("structural", "semantic", "detailed")
+STEP_FIELDS = ("operation", "argument", "dependencies")
+
+
+class HubTestdev(HubForm):
+    """The balanced questions of test-dev."""
+
+    dataset = "lmms-lab/GQA"
+    tables: ClassVar[Tables] = {
+        "questions": HubTable(
+            "testdev", ("id", "imageId", "question", "answer", "isBalanced"), config="testdev_balanced_instructions"
+        ),
+        "images": HubTable("testdev", ("id", "image"), config="testdev_balanced_images"),
+    }
+    files = (QUESTION_FILE, f"{DATA_FOLDER}/{ANNOTATION_FILE}")
+
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        for row in rows["images"]:
+            layout.save_image(f"{IMAGE_FOLDER}/{safe_name(row['id'], self.dataset)}.jpg", row["image"])
+        questions, annotations = [], {}
+        for row in rows["questions"]:
+            identity, image = str(row["id"]), f"{safe_name(row['imageId'], self.dataset)}.jpg"
+            annotations[identity] = make_annotation(row)
+            text = row["question"] + SHORT_ANSWER_LINE
+            questions.append({"question_id": identity, "image": image, "text": text, "category": "default"})
+        layout.write_json(f"{DATA_FOLDER}/{ANNOTATION_FILE}", annotations)
+        layout.write_lines(QUESTION_FILE, questions)
+
+
+def make_annotation(row: HubRow) -> dict[str, Any]:
+    """Make a question's record of the official file."""
+    types, groups = parse_cell(row.get("types")) or {}, parse_cell(row.get("groups")) or {}
+    steps = list_steps(parse_cell(row.get("semantic")))
+    return {
+        "semantic": [{name: step.get(name) for name in STEP_FIELDS} for step in steps],
+        "entailed": [str(each) for each in parse_cell(row.get("entailed")) or []],
+        "equivalent": [str(each) for each in parse_cell(row.get("equivalent")) or []],
+        "question": row["question"],
+        "imageId": row["imageId"],
+        "isBalanced": bool(row["isBalanced"]),
+        "groups": {"global": groups.get("global"), "local": groups.get("local")},
+        "answer": row["answer"],
+        "semanticStr": row.get("semanticStr") or "",
+        "types": {name: types.get(name) or UNKNOWN for name in TYPES},
+        "fullAnswer": row.get("fullAnswer") or "",
+    }
+
+
+def parse_cell(cell: object) -> Any:
+    """Return a cell's value; lists and records may be stored as text, in JSON or Python's form."""
+    if not isinstance(cell, str):
+        return cell
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(cell)
+        except (ValueError, SyntaxError):
+            continue
+    return None
+
+
+def list_steps(cell: Any) -> list[dict[str, Any]]:
+    """Return the steps of a question's program; a list of records may be stored as a record of lists."""
+    if isinstance(cell, dict):
+        names = [name for name in STEP_FIELDS if name in cell]
+        return [dict(zip(names, step, strict=True)) for step in zip(*(cell[name] for name in names), strict=True)]
+    return list(cell or [])
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
 class Gqa(Benchmark):
     """GQA: accuracy on the balanced questions of test-dev."""
 
     name = "gqa"
     row = "GQA (Acc)"
     folders = ("gqa",)
-    hub: ClassVar[Mapping[str, HubForm]] = {"testdev_balanced": GqaTestdev()}
+    answers_file = "answers/llava_gqa_testdev_balanced/{run}/merge.jsonl"
+    upload_folder = "answers/llava_gqa_testdev_balanced/{run}"
+    hub: ClassVar[Mapping[str, HubForm]] = {"testdev_balanced": HubTestdev()}
 
     def load(self, root: Path) -> list[Question]:
-        """Read the questions."""
         return load_question_file(root / QUESTION_FILE, root / IMAGE_FOLDER, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
-        """Compute every number of the official script that the files at hand allow."""
+        """Compute every number of the official script that the files in the folder allow.
+
+        Only balanced questions have verdicts; the others count for consistency.
+        """
         questions = self.load(root)
         path = find_first(places(root, ANNOTATION_FILE))
-        records = read_annotations(path)
+        records = read_scene_questions(path)
         balanced = {identity for identity, record in records.items() if record["isBalanced"]}
         require_annotations(questions, [str(question.id) for question in questions], records, path, required=balanced)
-        predictions = {each["questionId"]: each["prediction"] for each in make_predictions(answers.values())}
-        if balanced.isdisjoint(predictions):
+        verdicts = [
+            judge_answer(key, row, records[str(row["question_id"])])
+            for key, row in answers.items()
+            if str(row["question_id"]) in balanced
+        ]
+        if not verdicts:
             raise InputError("GQA: none of the balanced questions has an answer")
+        predictions = {each["questionId"]: each["prediction"] for each in make_predictions(answers.values())}
         scores = score_gqa(records, predictions, read_choices(root, balanced))
         return Scores(
-            headline=scores["accuracy"],
+            headline=self.headline(verdicts),
             scores=scores,
-            count=len(balanced.intersection(predictions)),
+            count=len(verdicts),
             columns={"Accuracy": scores["accuracy"], "Binary": scores["binary"], "Open": scores["open"]},
+            verdicts=verdicts,
         )
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
@@ -66,9 +153,10 @@ class Gqa(Benchmark):
         return [write_upload(destination / PREDICTION_FILE, make_predictions(answers.values()))]
 
 
-def places(root: Path, name: str) -> list[Path]:
-    """List where a file of GQA may lie: in the published layout, or beside the question file."""
-    return [root / DATA_FOLDER / name, root / name]
+def judge_answer(key: str, row: Row, record: GqaRecord) -> Verdict:
+    """Compare the answer to a balanced question, whose category is its structural type, with the reference."""
+    said, right = clean_prediction(row["text"]), record["answer"]
+    return Verdict(key, row["text"], right, float(said == right), parsed=said, category=record["types"]["structural"])
 
 
 def make_predictions(rows: Iterable[Row]) -> list[dict[str, str]]:
@@ -76,8 +164,14 @@ def make_predictions(rows: Iterable[Row]) -> list[dict[str, str]]:
     return [{"questionId": str(row["question_id"]), "prediction": clean_prediction(row["text"])} for row in rows]
 
 
-def read_annotations(path: Path) -> dict[str, dict[str, Any]]:
-    """Read GQA's questions by id.
+# ------------------------------------------------------------------------------------------------------- annotations
+def places(root: Path, name: str) -> list[Path]:
+    """List where a file of GQA may be: in LLaVA's layout, or beside the question file."""
+    return [root / DATA_FOLDER / name, root / name]
+
+
+def read_scene_questions(path: Path) -> dict[str, GqaRecord]:
+    """Read GQA's questions by id, each with what the metrics read.
 
     Raises:
         InputError: the file is missing, or a question of it lacks something that the metrics read.
@@ -86,11 +180,11 @@ def read_annotations(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(records, dict) or not records:
         raise InputError(f"{path} must be an object of questions by id")
     for identity, record in records.items():
-        check_annotation(record, f"{path} question {identity}")
+        check_scene_question(record, f"{path} question {identity}")
     return records
 
 
-def check_annotation(record: Any, where: str) -> None:
+def check_scene_question(record: object, where: str) -> None:
     """Make sure that a question has what the metrics read.
 
     Raises:

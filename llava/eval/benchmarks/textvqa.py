@@ -1,22 +1,24 @@
-"""TextVQA: questions about text in pictures, each answered by ten people, on the validation split.
+"""TextVQA: questions about text in images, each answered by ten people, on the validation split.
 
-Files: `llava_textvqa_val_v051_ocr.jsonl` (questions, with the words that a text reader saw), `TextVQA_0.5.1_val.json`
-(answers), `train_images/`. A question's id is that of its picture and repeats; the annotation of an answer is found by
-this id and the question within its prompt. Source of the rules: LLaVA `eval_textvqa.py` over facebookresearch/mmf
-`m4c_evaluators.py`.
+Files: `llava_textvqa_val_v051_ocr.jsonl` (questions, with the tokens that an OCR system read in the image),
+`TextVQA_0.5.1_val.json` (answers), `train_images/`. A question's id is that of its image and repeats; the annotation of
+an answer is found by this id and the question within its prompt. Source of the rules: LLaVA `eval_textvqa.py` over
+facebookresearch/mmf `m4c_evaluators.py`.
+
+On the hub: the `ocr_tokens` of lmms-lab/textvqa make the reference line of LLaVA's prompts. LLaVA's file was made with
+tokens of the same OCR system; a few of its lines are in another order, which the dataset does not record.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import load_question_file, read_document, require_any, take
-from llava.eval.benchmarks._hub_textvqa import TextVqaVal
-from llava.eval.hub import HubForm
-from llava.eval.metrics.vqa_accuracy import grade_textvqa, round_half_even
+from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRows, HubTable, Layout, Tables, safe_name
+from llava.eval.metrics.vqa_accuracy import grade_textvqa, rank_references, round_half_even
 from llava.eval.metrics.vqa_text import normalize_m4c
 
 QUESTION_FILE = "llava_textvqa_val_v051_ocr.jsonl"
@@ -24,28 +26,65 @@ ANNOTATION_FILE = "TextVQA_0.5.1_val.json"
 IMAGE_FOLDER = "train_images"
 NUM_REFERENCES = 10
 
-_OLD_PROMPT_START = "OCR tokens: "
-_OLD_QUESTION = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
-_OCR_LINE_START = "Reference OCR token:"
+OCR_LINE_START = "Reference OCR token:"
+OLD_PROMPT_START = "OCR tokens: "
+OLD_QUESTION = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
+# --------------------------------------------------------------------------------------------------------------- hub
+ANNOTATION_COLUMNS = ("question", "image_id", "answers", "question_id")
+MORE_COLUMNS = (
+    "image_classes",
+    "flickr_original_url",
+    "flickr_300k_url",
+    "image_width",
+    "image_height",
+    "question_tokens",
+    "set_name",
+)
+
+
+class HubVal(HubForm):
+    """The validation split."""
+
+    dataset = "lmms-lab/textvqa"
+    tables: ClassVar[Tables] = {"questions": HubTable("validation", (*ANNOTATION_COLUMNS, "image", "ocr_tokens"))}
+    files = (QUESTION_FILE, ANNOTATION_FILE)
+
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        questions, annotations = [], []
+        for row in rows["questions"]:
+            image = f"{safe_name(row['image_id'], self.dataset)}.jpg"
+            layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
+            annotations.append({name: row[name] for name in (*ANNOTATION_COLUMNS, *MORE_COLUMNS) if name in row})
+            tokens = ", ".join(row["ocr_tokens"] or [])
+            text = f"{row['question'].capitalize()}\n{OCR_LINE_START} {tokens}{SHORT_ANSWER_LINE}"
+            questions.append({"question_id": row["image_id"], "image": image, "text": text, "category": "default"})
+        head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+        layout.write_json(ANNOTATION_FILE, {**head, "data": annotations})
+        layout.write_lines(QUESTION_FILE, questions)
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
 class TextVqa(Benchmark):
     """TextVQA: accuracy on val."""
 
     name = "textvqa"
     row = "TextVQA (Acc)"
     folders = ("textvqa",)
-    hub: ClassVar[Mapping[str, HubForm]] = {"val": TextVqaVal()}
+    hub: ClassVar[Mapping[str, HubForm]] = {"val": HubVal()}
     key_fields = ("question_id", "prompt")
 
     def load(self, root: Path) -> list[Question]:
-        """Read the questions."""
         return load_question_file(root / QUESTION_FILE, root / IMAGE_FOLDER, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
-        """Score every answer, and average."""
         require_any(answers, "TextVQA")
         return score_textvqa(answers.values(), root / ANNOTATION_FILE)
+
+    def headline(self, verdicts: Sequence[Verdict]) -> float:
+        """Average the points, in percent, in the order of operations of the official script."""
+        return 100 * (sum(verdict.points for verdict in verdicts) / len(verdicts))
 
 
 def score_textvqa(rows: Iterable[Row], annotation_file: Path) -> Scores:
@@ -58,22 +97,25 @@ def score_textvqa(rows: Iterable[Row], annotation_file: Path) -> Scores:
     Raises:
         InputError: an answer is to no question of the annotations.
     """
-    annotations = read_annotations(annotation_file)
-    lines: list[dict[str, Any]] = []
+    annotations = read_textvqa_answers(annotation_file)
+    verdicts, lines = [], []
     for row in rows:
         question = extract_question(row.get("prompt"), row["question_id"])
         annotation = annotations.get((str(row["question_id"]), question))
         if annotation is None:
-            raise InputError(f'{annotation_file} has no question "{question}" about picture {row["question_id"]}')
-        lines.append(
-            {
-                "question_id": annotation["question_id"],
-                "image_id": annotation["image_id"],
-                "score": grade_textvqa(row["text"], annotation["answers"]),
-                "processed": normalize_m4c(row["text"]),
-            }
+            raise InputError(f'{annotation_file} has no question "{question}" about image {row["question_id"]}')
+        references, text = annotation["answers"], row["text"]
+        verdict = Verdict(
+            key=row_key(row, TextVqa.key_fields),
+            prediction=text,
+            reference=rank_references(references),
+            points=grade_textvqa(text, references),
+            parsed=normalize_m4c(text),
         )
-    accuracy = 100 * (sum(line["score"] for line in lines) / len(lines))
+        ids = {name: annotation[name] for name in ("question_id", "image_id")}
+        lines.append({**ids, "score": verdict.points, "processed": verdict.parsed})
+        verdicts.append(verdict)
+    accuracy = TextVqa().headline(verdicts)
     return Scores(
         headline=accuracy,
         scores={
@@ -81,12 +123,13 @@ def score_textvqa(rows: Iterable[Row], annotation_file: Path) -> Scores:
             "accuracy_unrounded": accuracy,
             "per_answer_line": lines,
         },
-        count=len(lines),
+        count=len(verdicts),
         columns={"Accuracy": accuracy},
+        verdicts=verdicts,
     )
 
 
-def extract_question(prompt: Any, identity: int | str) -> str:
+def extract_question(prompt: object, identity: int | str) -> str:
     """Return the question within a prompt, in lower case.
 
     Args:
@@ -99,11 +142,11 @@ def extract_question(prompt: Any, identity: int | str) -> str:
     """
     text = prompt if isinstance(prompt, str) else ""
     lines = text.split("\n")
-    if text.startswith(_OLD_PROMPT_START):
-        match = _OLD_QUESTION.search(text)
+    if text.startswith(OLD_PROMPT_START):
+        match = OLD_QUESTION.search(text)
         question = match.group(1) if match else None
-    elif f"{_OCR_LINE_START} " in text and len(lines) == 3:
-        question = lines[1] if text.startswith(_OCR_LINE_START) else lines[0]
+    elif f"{OCR_LINE_START} " in text and len(lines) == 3:
+        question = lines[1] if text.startswith(OCR_LINE_START) else lines[0]
     else:
         question = lines[0] if len(lines) == 2 else None
     if question is None:
@@ -111,8 +154,8 @@ def extract_question(prompt: Any, identity: int | str) -> str:
     return question.lower()
 
 
-def read_annotations(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Read the annotations by picture and question in lower case.
+def read_textvqa_answers(path: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Read the official annotations by image id and question in lower case.
 
     Raises:
         InputError: the file is missing, or something else; a question has not ten answers.
@@ -124,6 +167,5 @@ def read_annotations(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
         if len(answers) != NUM_REFERENCES or not all(isinstance(answer, str) for answer in answers):
             raise InputError(f'{where}: "answers" must be a list of {NUM_REFERENCES} strings')
         take(record, "question_id", int, where)
-        key = take(record, "image_id", str, where), take(record, "question", str, where).lower()
-        annotations[key] = record
+        annotations[take(record, "image_id", str, where), take(record, "question", str, where).lower()] = record
     return annotations

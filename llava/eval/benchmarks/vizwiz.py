@@ -2,13 +2,16 @@
 
 Splits:
     val: `val.json` (official questions and answers), `llava_val.jsonl` (questions; built from `val.json` where absent),
-        pictures in `val/`. Scored here.
-    test: `llava_test.jsonl` (or the official `test.json`), pictures in `test/`. Its answers are not public: a server
+        images in `val/`. Scored here.
+    test: `llava_test.jsonl` (or the official `test.json`), images in `test/`. Its answers are not public: a server
         scores what `export` writes.
 
 Source of the rules: the VizWiz API. As in LLaVA, answers go through the TextVQA normaliser before they are scored or
-uploaded; the scores of the answers as they are stand under `raw`. The official task of telling whether a question can
-be answered wants a number per question; here it is 0 where the answer is `unanswerable`, else 1.
+uploaded; the scores of the untouched answers are under `raw`. The official task of predicting whether a question can be
+answered wants a number per question; here it is 0 where the answer is `unanswerable`, else 1.
+
+On the hub: lmms-lab/VizWiz-VQA has ten answers per question without the annotators' confidence, which no metric reads,
+and the type of the answer as `category`; whether a question can be answered follows from that type.
 """
 
 from collections import Counter
@@ -18,9 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, row_key
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import (
-    SHORT_ANSWER_SUFFIX,
     build_question,
     find_first,
     load_question_file,
@@ -31,50 +33,98 @@ from llava.eval.benchmarks._files import (
     take_references,
     write_upload,
 )
-from llava.eval.benchmarks._hub_vizwiz import VizWizTest, VizWizVal
-from llava.eval.hub import HubForm
+from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubRows, HubTable, Layout, Tables, safe_name
 from llava.eval.metrics.vqa_accuracy import (
     UNANSWERABLE,
     average_precision,
     f1_score,
     grade_vizwiz,
     normalize_vizwiz,
+    rank_references,
     round_half_even,
     summarize_grades,
 )
 from llava.eval.metrics.vqa_text import normalize_m4c
 
 VAL, TEST = "val", "test"
-SUFFIX = f"\nWhen the provided information is insufficient, respond with 'Unanswerable'.{SHORT_ANSWER_SUFFIX}"
+SUFFIX = f"\nWhen the provided information is insufficient, respond with 'Unanswerable'.{SHORT_ANSWER_LINE}"
 OFFICIAL_FOLDER = "Annotations"
 """Folder inside the official archive; its files may stay there."""
 
 
+# --------------------------------------------------------------------------------------------------------------- hub
+HUB_DATASET = "lmms-lab/VizWiz-VQA"
+
+
+class HubVal(HubForm):
+    """The validation split, with its answers."""
+
+    dataset = HUB_DATASET
+    tables: ClassVar[Tables] = {"questions": HubTable(VAL, ("question_id", "image", "question", "answers", "category"))}
+    files = ("val.json", "llava_val.jsonl")
+
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        questions, records = [], []
+        for row in rows["questions"]:
+            questions.append(save_question(row, VAL, len(questions), layout))
+            records.append(
+                {
+                    "image": questions[-1]["image"],
+                    "question": row["question"],
+                    "answers": [{"answer": answer, "answer_confidence": "yes"} for answer in row["answers"]],
+                    "answer_type": row["category"],
+                    "answerable": int(row["category"] != UNANSWERABLE),
+                }
+            )
+        layout.write_json("val.json", records)
+        layout.write_lines("llava_val.jsonl", questions)
+
+
+class HubTest(HubForm):
+    """The split of the papers, without answers."""
+
+    dataset = HUB_DATASET
+    tables: ClassVar[Tables] = {"questions": HubTable(TEST, ("question_id", "image", "question"))}
+    files = ("llava_test.jsonl",)
+
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        questions = [save_question(row, TEST, number, layout) for number, row in enumerate(rows["questions"])]
+        layout.write_lines("llava_test.jsonl", questions)
+
+
+def save_question(row: HubRow, split: str, number: int, layout: Layout) -> dict[str, Any]:
+    """Save a row's image and return its line of LLaVA's question file; the dataset's id is the image's name."""
+    name = safe_name(row["question_id"], HUB_DATASET)
+    image = name if "." in name else f"{name}.jpg"
+    layout.save_image(f"{split}/{image}", row["image"])
+    text = row["question"].capitalize() + SUFFIX
+    return {"question_id": number, "image": image, "text": text, "category": "default"}
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
 @dataclass(frozen=True)
 class VizWiz(Benchmark):
     """VizWiz: accuracy on val.
 
     Attributes:
-        split: None is val where its annotations are at hand, because only there a score is to be had; else test, the
+        split: None is val where its annotations are in the folder, because only it can be scored here; else test, the
             split of the papers, for the server.
     """
 
     name = "vizwiz"
     row = "VizWiz val (Acc)"
     folders = ("vizwiz",)
-    hub: ClassVar[Mapping[str, HubForm]] = {"test": VizWizTest(), "val": VizWizVal()}
+    hub: ClassVar[Mapping[str, HubForm]] = {TEST: HubTest(), VAL: HubVal()}
     server = "EvalAI challenge 2185 (VizWiz-VQA)"
 
     split: str | None = None
 
     def with_split(self, split: str) -> "VizWiz":
-        """Return VizWiz on `val` or `test`."""
         if split not in (VAL, TEST):
             raise InputError(f"vizwiz has no split {split!r}; known: {VAL}, {TEST}")
         return VizWiz(split)
 
     def load(self, root: Path) -> list[Question]:
-        """Read the questions of the split."""
         split = self.split_in(root)
         path = root / f"llava_{split}.jsonl"
         official = next(filter(Path.is_file, official_places(root, split)), None)
@@ -83,11 +133,16 @@ class VizWiz(Benchmark):
         return load_question_file(path, root / split, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores | None:
-        """Score val as the official scorer does; the answers of test are not public."""
         if self.split_in(root) != VAL:
             return None
         require_any(answers, "VizWiz")
         return score_vizwiz(self.load(root), answers, find_first(official_places(root, VAL)))
+
+    def place_answers(self, root: Path, run: str) -> Path:
+        return root / ("answers/val" if self.split_in(root) == VAL else "answers") / f"{run}.jsonl"
+
+    def place_upload(self, root: Path, run: str) -> Path | None:
+        return None if self.split_in(root) == VAL else root / "answers_upload" / run
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write the upload file `vizwiz_<split>.json`."""
@@ -99,8 +154,9 @@ class VizWiz(Benchmark):
         return self.split or (VAL if any(map(Path.is_file, official_places(root, VAL))) else TEST)
 
 
+# --------------------------------------------------------------------------------------------- questions and answers
 def official_places(root: Path, split: str) -> list[Path]:
-    """List where the official file of a split may lie."""
+    """List where the official file of a split may be."""
     return [root / f"{split}.json", root / OFFICIAL_FOLDER / f"{split}.json"]
 
 
@@ -129,8 +185,22 @@ def build_questions(path: Path, image_folder: Path) -> list[Question]:
     return questions
 
 
-def read_annotations(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the annotations by picture, in their order, each with its `references` (the ten answers).
+def image_name(question: Question) -> str:
+    """Return the name of a question's image, by which its annotation is found; of a broken question its id."""
+    return question.images[0].name if question.images else str(question.id)
+
+
+@dataclass(frozen=True)
+class VizWizAnswers:
+    """The ten people's answers to a question, their type, and whether the image answers it at all."""
+
+    references: Sequence[str]
+    answer_type: str
+    answerable: bool
+
+
+def read_vizwiz_answers(path: Path) -> dict[str, VizWizAnswers]:
+    """Read the official annotations by the name of their image, in their order.
 
     Raises:
         InputError: the file is missing, or something else.
@@ -138,14 +208,13 @@ def read_annotations(path: Path) -> dict[str, dict[str, Any]]:
     annotations = {}
     for number, record in enumerate(read_official(path)):
         where = f"{path} question {number}"
-        annotations[take(record, "image", str, where)] = {
-            "answer_type": take(record, "answer_type", str, where),
-            "answerable": bool(take(record, "answerable", int, where)),
-            "references": take_references(record, where),
-        }
+        answer_type, answerable = take(record, "answer_type", str, where), take(record, "answerable", int, where)
+        references = take_references(record, where)
+        annotations[take(record, "image", str, where)] = VizWizAnswers(references, answer_type, bool(answerable))
     return annotations
 
 
+# ------------------------------------------------------------------------------------------------------------- score
 def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], annotation_file: Path) -> Scores:
     """Score answers by the official rules.
 
@@ -155,56 +224,58 @@ def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], anno
         annotation_file: the official file of val.
 
     Raises:
-        InputError: questions and annotations are not of the same set, or a picture has several questions.
+        InputError: questions and annotations are not of the same set, or an image has several questions.
     """
-    annotations = read_annotations(annotation_file)
-    names = [name_picture(question) for question in questions]
+    annotations = read_vizwiz_answers(annotation_file)
+    names = list(map(image_name, questions))
     require_annotations(questions, names, annotations, annotation_file)
     if len(set(names)) < len(names):
         repeated, _ = Counter(names).most_common(1)[0]
-        raise InputError(f"vizwiz: several questions are about {repeated}; there must be one per picture")
-    rows = {
-        name: answers.get(row_key(each.head(), VizWiz.key_fields)) for name, each in zip(names, questions, strict=True)
-    }
-    texts = {name: row["text"] for name in annotations if (row := rows.get(name)) is not None}
-    main = summarize_answers({name: normalize_m4c(text) for name, text in texts.items()}, annotations)
+        raise InputError(f"vizwiz: several questions are about {repeated}; there must be one per image")
+    keys = {name: row_key(each.head(), VizWiz.key_fields) for name, each in zip(names, questions, strict=True)}
+    answered = {name: annotation for name, annotation in annotations.items() if keys.get(name) in answers}
+    verdicts = [judge_answer(keys[name], answers[keys[name]], annotation) for name, annotation in answered.items()]
+    texts = [each.prediction for each in verdicts]
+    grades = [grade_vizwiz(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
+    main = summarize_answers(answered, [str(each.parsed) for each in verdicts], [each.points for each in verdicts])
     exact = main["accuracy_unrounded"]
     return Scores(
         headline=exact["overall"],
-        scores={**main, "raw": summarize_answers(texts, annotations)},
-        count=len(texts),
+        scores={**main, "raw": summarize_answers(answered, texts, grades)},
+        count=len(verdicts),
         columns={"Accuracy": exact["overall"], **exact["perAnswerType"]},
+        verdicts=verdicts,
     )
 
 
-def name_picture(question: Question) -> str:
-    """Return the name of a question's picture, by which its annotation is found; of a broken question its id."""
-    return question.images[0].name if question.images else str(question.id)
+def judge_answer(key: str, row: Row, annotation: VizWizAnswers) -> Verdict:
+    """Grade what LLaVA uploads of an answer."""
+    text, references = row["text"], annotation.references
+    uploaded = normalize_m4c(text)
+    points, category = grade_vizwiz(uploaded, references), annotation.answer_type
+    return Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category)
 
 
-def summarize_answers(texts: Mapping[str, str], annotations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Grade answers and list the official numbers.
-
-    Args:
-        texts: answers by picture, in the order of the annotations.
-        annotations: by picture.
-    """
-    grades = [grade_vizwiz(text, annotations[name]["references"]) for name, text in texts.items()]
-    groupings = {"perAnswerType": [annotations[name]["answer_type"] for name in texts]}
-    labels = [not annotations[name]["answerable"] for name in texts]
-    called = [normalize_vizwiz(text) == UNANSWERABLE for text in texts.values()]
+def summarize_answers(
+    answered: Mapping[str, VizWizAnswers], texts: Sequence[str], grades: Sequence[float]
+) -> dict[str, Any]:
+    """List the official numbers of answers, given the annotations of their questions by image and their grades."""
+    annotations = answered.values()
+    labels = [not each.answerable for each in annotations]
+    called = [normalize_vizwiz(text) == UNANSWERABLE for text in texts]
     unanswerability = {
-        "average_precision": 100 * average_precision(labels, [float(each) for each in called]),
+        "average_precision": 100 * average_precision(labels, list(map(float, called))),
         "f1_score": 100 * f1_score(labels, called),
     }
     return {
-        **summarize_grades(grades, groupings, round_half_even),
+        **summarize_grades(grades, {"perAnswerType": [each.answer_type for each in annotations]}, round_half_even),
         "unanswerability": {name: round_half_even(value) for name, value in unanswerability.items()},
         "unanswerability_unrounded": unanswerability,
-        "per_image": {name: round_half_even(100 * grade) for name, grade in zip(texts, grades, strict=True)},
+        "per_image": {name: round_half_even(100 * grade) for name, grade in zip(answered, grades, strict=True)},
     }
 
 
+# ------------------------------------------------------------------------------------------------------------ upload
 def make_upload(answers: Mapping[str, Row], questions: Sequence[Question]) -> list[dict[str, str]]:
     """Make the upload: an entry for each question, in their order.
 
@@ -216,5 +287,5 @@ def make_upload(answers: Mapping[str, Row], questions: Sequence[Question]) -> li
         row = answers.get(row_key(question.head(), VizWiz.key_fields))
         if row is None:
             raise InputError(f"vizwiz: question {question.id} has no answer, and the server wants one to each")
-        upload.append({"image": name_picture(question), "answer": normalize_m4c(row["text"])})
+        upload.append({"image": image_name(question), "answer": normalize_m4c(row["text"])})
     return upload

@@ -2,12 +2,12 @@
 
 Splits:
     val2014: `llava_vqav2_mscoco_val2014.jsonl` (or, without it, the official `v2_OpenEnded_..._questions.json`),
-        `v2_mscoco_val2014_annotations.json`, pictures in `val2014/`. Scored here.
-    test-dev2015, test2015: `llava_vqav2_mscoco_<split>.jsonl`, pictures in `test2015/`. Their answers are not public: a
+        `v2_mscoco_val2014_annotations.json`, images in `val2014/`. Scored here.
+    test-dev2015, test2015: `llava_vqav2_mscoco_<split>.jsonl`, images in `test2015/`. Their answers are not public: a
         server scores what `export` writes, which lists every question of `llava_vqav2_mscoco_test2015.jsonl`.
 
 Source of the rules: GT-Vision-Lab/VQA at 2021-03-11. As in LLaVA, answers go through the TextVQA normaliser before they
-are scored or uploaded; the scores of the answers as they are stand under `raw`.
+are scored or uploaded; the scores of the untouched answers are under `raw`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import (
-    SHORT_ANSWER_SUFFIX,
     build_question,
     load_question_file,
     read_document,
@@ -29,12 +28,12 @@ from llava.eval.benchmarks._files import (
     take_references,
     write_upload,
 )
-from llava.eval.benchmarks._hub_vqav2 import Vqav2TestDev, Vqav2Val
-from llava.eval.hub import HubForm
+from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubRows, HubTable, Layout, Tables
 from llava.eval.metrics.vqa_accuracy import (
     average_percent,
     grade_vqa,
     grade_vqa_before_2021,
+    rank_references,
     round_half_up,
     summarize_grades,
 )
@@ -43,24 +42,94 @@ from llava.eval.metrics.vqa_text import normalize_m4c
 VAL, TEST_DEV, TEST = "val2014", "test-dev2015", "test2015"
 IMAGE_FOLDERS = {VAL: "val2014", TEST_DEV: "test2015", TEST: "test2015"}
 SHORT_NAMES = {"val": VAL, "test": TEST_DEV, "test-dev": TEST_DEV}
-QUESTION_FILE_PREFIX = "llava_vqav2_mscoco_"
+PREFIX = "llava_vqav2_mscoco_"
+"""Of LLaVA's question files and of the folders of answers; the name of the split follows."""
 VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 VAL_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
+# --------------------------------------------------------------------------------------------------------------- hub
+HUB_DATASET = "lmms-lab/VQAv2"
+HUB_COLUMNS = ("question_id", "image_id", "question")
+
+
+class HubVal(HubForm):
+    """The validation split, with its answers."""
+
+    dataset = HUB_DATASET
+    tables: ClassVar[Tables] = {
+        "questions": HubTable("validation", (*HUB_COLUMNS, "image", "question_type", "answer_type", "answers")),
+    }
+    files = (f"{PREFIX}{VAL}.jsonl", VAL_QUESTIONS, VAL_ANNOTATIONS)
+
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        asked, official, annotations = [], [], []
+        for row in rows["questions"]:
+            asked.append(save_question(row, VAL, layout))
+            ids = {"image_id": row["image_id"], "question_id": row["question_id"]}
+            official.append({**ids, "question": row["question"]})
+            annotations.append(
+                {
+                    "question_type": row["question_type"],
+                    "multiple_choice_answer": row.get("multiple_choice_answer"),
+                    # The dataset may have dropped the numbers of the ten answers.
+                    "answers": [
+                        {"answer_id": number, **({"answer": answer} if isinstance(answer, str) else answer)}
+                        for number, answer in enumerate(row["answers"], start=1)
+                    ],
+                    "answer_type": row["answer_type"],
+                    **ids,
+                }
+            )
+        head = {"data_type": "mscoco", "data_subtype": VAL, "info": {}, "license": {}}
+        layout.write_json(VAL_QUESTIONS, {**head, "task_type": "Open-Ended", "questions": official})
+        layout.write_json(VAL_ANNOTATIONS, {**head, "annotations": annotations})
+        layout.write_lines(f"{PREFIX}{VAL}.jsonl", asked)
+
+
+class HubTestDev(HubForm):
+    """The split of the papers, without answers; an upload also lists the questions of `test`."""
+
+    dataset = HUB_DATASET
+    tables: ClassVar[Tables] = {
+        "questions": HubTable("testdev", (*HUB_COLUMNS, "image")),
+        "upload": HubTable("test", HUB_COLUMNS, columns_only=True),
+    }
+    files = (f"{PREFIX}{TEST_DEV}.jsonl", f"{PREFIX}{TEST}.jsonl")
+
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        questions = [save_question(row, TEST_DEV, layout) for row in rows["questions"]]
+        layout.write_lines(f"{PREFIX}{TEST}.jsonl", (word_question(row, TEST) for row in rows["upload"]))
+        layout.write_lines(f"{PREFIX}{TEST_DEV}.jsonl", questions)
+
+
+def save_question(row: HubRow, split: str, layout: Layout) -> dict[str, Any]:
+    """Save a row's image and return its line of LLaVA's question file."""
+    question = word_question(row, split)
+    layout.save_image(f"{IMAGE_FOLDERS[split]}/{question['image']}", row["image"])
+    return question
+
+
+def word_question(row: HubRow, split: str) -> dict[str, Any]:
+    """Return a row's line of LLaVA's question file."""
+    image, text = coco_file_name(split, int(row["image_id"])), row["question"] + SHORT_ANSWER_LINE
+    return {"question_id": row["question_id"], "image": image, "text": text, "category": "default"}
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
 @dataclass(frozen=True)
 class Vqav2(Benchmark):
     """VQAv2: accuracy on val2014.
 
     Attributes:
-        split: None is val2014 where its annotations are at hand, because only there a score is to be had; else
+        split: None is val2014 where its annotations are in the folder, because only it can be scored here; else
             test-dev2015, the split of the papers, for the server.
     """
 
     name = "vqav2"
     row = "VQAv2 val (Acc)"
     folders = ("vqav2",)
-    hub: ClassVar[Mapping[str, HubForm]] = {"test-dev2015": Vqav2TestDev(), "val2014": Vqav2Val()}
+    hub: ClassVar[Mapping[str, HubForm]] = {TEST_DEV: HubTestDev(), VAL: HubVal()}
     server = "EvalAI challenge 830 (VQA)"
 
     split: str | None = None
@@ -70,19 +139,24 @@ class Vqav2(Benchmark):
         return Vqav2(find_split(split))
 
     def load(self, root: Path) -> list[Question]:
-        """Read the questions of the split."""
         split = self.split_in(root)
-        path, image_folder = question_file(root, split), root / IMAGE_FOLDERS[split]
+        path, image_folder = root / f"{PREFIX}{split}.jsonl", root / IMAGE_FOLDERS[split]
         if split == VAL and not path.is_file():
             return build_questions(root / VAL_QUESTIONS, image_folder)
         return load_question_file(path, image_folder, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores | None:
-        """Score val2014 as the official scorer does; the other splits have no public answers."""
         if self.split_in(root) != VAL:
             return None
         require_any(answers, "VQAv2")
         return score_vqav2(self.load(root), answers, root / VAL_ANNOTATIONS)
+
+    def place_answers(self, root: Path, run: str) -> Path:
+        return root / "answers" / f"{PREFIX}{self.split_in(root)}" / run / "merge.jsonl"
+
+    def place_upload(self, root: Path, run: str) -> Path | None:
+        split = self.split_in(root)
+        return None if split == VAL else root / "answers_upload" / f"{PREFIX}{split}" / run
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write the upload file `vqav2_<split>.json`."""
@@ -101,15 +175,16 @@ def find_split(name: str) -> str:
     Raises:
         InputError: there is no such split.
     """
-    split = SHORT_NAMES.get(name, name.removeprefix(QUESTION_FILE_PREFIX))
+    split = SHORT_NAMES.get(name, name.removeprefix(PREFIX))
     if split not in IMAGE_FOLDERS:
         raise InputError(f"vqav2 has no split {name!r}; known: {', '.join(IMAGE_FOLDERS)}")
     return split
 
 
-def question_file(root: Path, split: str) -> Path:
-    """Return where a split's LLaVA question file goes."""
-    return root / f"{QUESTION_FILE_PREFIX}{split}.jsonl"
+# --------------------------------------------------------------------------------------------- questions and answers
+def coco_file_name(split: str, image_id: int) -> str:
+    """Return the file name of a COCO image; test-dev2015 has images of test2015."""
+    return f"COCO_{IMAGE_FOLDERS[split]}_{image_id:012d}.jpg"
 
 
 def build_questions(path: Path, image_folder: Path) -> list[Question]:
@@ -118,16 +193,25 @@ def build_questions(path: Path, image_folder: Path) -> list[Question]:
     for number, record in enumerate(take(read_document(path), "questions", list, str(path))):
         where = f"{path.name} question {number}"
         try:
-            text = take(record, "question", str, where) + SHORT_ANSWER_SUFFIX
-            image = image_folder / f"COCO_{VAL}_{take(record, 'image_id', int, where):012d}.jpg"
+            text = take(record, "question", str, where) + SHORT_ANSWER_LINE
+            image = image_folder / coco_file_name(VAL, take(record, "image_id", int, where))
             questions.append(build_question(take(record, "question_id", int, where), text, image))
         except InputError as fault:
             questions.append(Question(id=where, fault=str(fault)))
     return questions
 
 
-def read_annotations(path: Path) -> dict[int, dict[str, Any]]:
-    """Read the annotations by question id, in their order, each with its `references` (the ten answers) besides.
+@dataclass(frozen=True)
+class VqaAnswers:
+    """The ten people's answers to a question, and the groups that it belongs to."""
+
+    references: Sequence[str]
+    answer_type: str
+    question_type: str
+
+
+def read_vqa_answers(path: Path) -> dict[int, VqaAnswers]:
+    """Read the official annotations by question id, in their order.
 
     Raises:
         InputError: the file is missing, or something else.
@@ -135,14 +219,12 @@ def read_annotations(path: Path) -> dict[int, dict[str, Any]]:
     annotations = {}
     for number, record in enumerate(take(read_document(path), "annotations", list, str(path))):
         where = f"{path} annotation {number}"
-        annotations[take(record, "question_id", int, where)] = {
-            "answer_type": take(record, "answer_type", str, where),
-            "question_type": take(record, "question_type", str, where),
-            "references": take_references(record, where),
-        }
+        types = (take(record, name, str, where) for name in ("answer_type", "question_type"))
+        annotations[take(record, "question_id", int, where)] = VqaAnswers(take_references(record, where), *types)
     return annotations
 
 
+# ------------------------------------------------------------------------------------------------------------- score
 def score_vqav2(questions: Sequence[Question], answers: Mapping[str, Row], annotation_file: Path) -> Scores:
     """Score answers by the official rules, and by those before 2021 (`variants`).
 
@@ -154,54 +236,58 @@ def score_vqav2(questions: Sequence[Question], answers: Mapping[str, Row], annot
     Raises:
         InputError: questions and annotations are not of the same set.
     """
-    annotations = read_annotations(annotation_file)
+    annotations = read_vqa_answers(annotation_file)
     require_annotations(questions, [question.id for question in questions], annotations, annotation_file)
-    by_id = {row["question_id"]: row["text"] for row in answers.values()}
-    texts = {identity: by_id[identity] for identity in annotations if identity in by_id}
-    uploaded = {identity: normalize_m4c(text) for identity, text in texts.items()}
-    main = summarize_answers(uploaded, annotations)
-    exact = main["accuracy_unrounded"]
-    variants = {
-        "pre2021_scorer_on_raw": round_half_up(average_percent(grade_all(grade_vqa_before_2021, texts, annotations))),
-        "pre2021_scorer_on_upload": round_half_up(
-            average_percent(grade_all(grade_vqa_before_2021, uploaded, annotations))
-        ),
+    rows = {row["question_id"]: row for row in answers.values()}
+    answered = {identity: annotation for identity, annotation in annotations.items() if identity in rows}
+    verdicts = [judge_answer(rows[identity], annotation) for identity, annotation in answered.items()]
+
+    def grade(rule: Callable[[str, Sequence[str]], float], texts: Iterable[str]) -> list[float]:
+        return [rule(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
+
+    texts, uploaded = [each.prediction for each in verdicts], [str(each.parsed) for each in verdicts]
+    main = summarize_answers(answered, [each.points for each in verdicts])
+    older = {
+        "pre2021_scorer_on_raw": average_percent(grade(grade_vqa_before_2021, texts)),
+        "pre2021_scorer_on_upload": average_percent(grade(grade_vqa_before_2021, uploaded)),
     }
+    exact = main["accuracy_unrounded"]
     return Scores(
         headline=exact["overall"],
-        scores={**main, "raw": summarize_answers(texts, annotations), "variants": variants},
-        count=len(texts),
+        scores={
+            **main,
+            "raw": summarize_answers(answered, grade(grade_vqa, texts)),
+            "variants": {name: round_half_up(value) for name, value in older.items()},
+        },
+        count=len(verdicts),
         columns={"Accuracy": exact["overall"], **exact["perAnswerType"]},
+        verdicts=verdicts,
     )
 
 
-def grade_all(
-    grade: Callable[[str, Sequence[str]], float], texts: Mapping[int, str], annotations: Mapping[int, Mapping[str, Any]]
-) -> list[float]:
-    """Grade answers by a rule."""
-    return [grade(text, annotations[identity]["references"]) for identity, text in texts.items()]
+def judge_answer(row: Row, annotation: VqaAnswers) -> Verdict:
+    """Grade what LLaVA uploads of an answer."""
+    text, references = row["text"], annotation.references
+    uploaded, key = normalize_m4c(text), row_key(row, Vqav2.key_fields)
+    points, category = grade_vqa(uploaded, references), annotation.answer_type
+    return Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category)
 
 
-def summarize_answers(texts: Mapping[int, str], annotations: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Grade answers and list the official numbers.
-
-    Args:
-        texts: answers by question id, in the order of the annotations.
-        annotations: by question id.
-    """
-    grades = grade_all(grade_vqa, texts, annotations)
+def summarize_answers(answered: Mapping[int, VqaAnswers], grades: Sequence[float]) -> dict[str, Any]:
+    """List the official numbers of answers, given the annotations of their questions by id and their grades."""
     groupings = {
-        "perAnswerType": [annotations[identity]["answer_type"] for identity in texts],
-        "perQuestionType": [annotations[identity]["question_type"] for identity in texts],
+        "perAnswerType": [annotation.answer_type for annotation in answered.values()],
+        "perQuestionType": [annotation.question_type for annotation in answered.values()],
     }
-    per_question = {str(identity): round_half_up(100 * grade) for identity, grade in zip(texts, grades, strict=True)}
+    per_question = {str(identity): round_half_up(100 * grade) for identity, grade in zip(answered, grades, strict=True)}
     return {**summarize_grades(grades, groupings, round_half_up), "per_question": per_question}
 
 
+# ------------------------------------------------------------------------------------------------------------ upload
 def list_upload_ids(root: Path, split: str) -> list[int | str]:
     """List the questions of an upload, in its order: all of test2015 for both test splits, as the server wants it."""
     if split != VAL:
-        return [record.get("question_id") for record in read_records(question_file(root, TEST))]
+        return [record.get("question_id") for record in read_records(root / f"{PREFIX}{TEST}.jsonl")]
     return [question.id for question in Vqav2(VAL).load(root) if not question.fault]
 
 

@@ -1,7 +1,7 @@
-"""GQA's metrics: accuracy in many cuts, consistency, validity, plausibility, distribution.
+"""GQA's metrics: accuracy overall and by group, consistency, validity, plausibility, distribution.
 
-Source: GQA `eval.py` version 1.2, written anew; without its grounding score, which needs attention maps. Records are
-those of GQA's question files, percentages are unrounded.
+Source: GQA `eval.py` version 1.2, without its grounding score, which needs attention maps. Records are those of GQA's
+question files, percentages are unrounded.
 """
 
 from collections import Counter
@@ -12,12 +12,12 @@ GqaRecord = Mapping[str, Any]
 
 OPEN_TYPE = "query"
 COMMON_PROPERTIES = ("color", "material", "shape")
-"""What a question for something in common may be answered with; the choices files do not list it."""
+"""Valid answers to a question for something in common; the choices files do not list them."""
 UNCOUNTED_STEPS = ("exist", "query: name", "choose name")
 
 
 def clean_prediction(text: str) -> str:
-    """Rewrite an answer as LLaVA does before GQA's script: drop the periods at its end, lowercase; nothing else."""
+    """Rewrite an answer as LLaVA does for GQA's script: drop the periods at its end, lowercase, nothing else."""
     return text.rstrip(".").lower()
 
 
@@ -30,13 +30,13 @@ def score_gqa(
 
     Args:
         records: GQA's questions by id; unbalanced ones count for consistency alone.
-        predictions: after `clean_prediction`, by id. Balanced questions without one take no part; there is at least one
-            with.
+        predictions: after `clean_prediction`, by id. At least one is to a balanced question; balanced questions
+            without a prediction take no part.
         choices: `valid` and `plausible` answers by id, where there is such a file.
 
     Returns:
         Percent: `accuracy`, `binary`, `open`, with choices `validity` and `plausibility`, `consistency` where all
-        predictions that it looks at are there; `distribution` (lower is better); and `accuracyPer...`, each a mapping
+        predictions that it needs are there; `distribution` (lower is better); and `accuracyPer...`, each a mapping
         from a group to its `accuracy` and its number `n` of questions.
     """
     balanced = {identity: each for identity, each in records.items() if each["isBalanced"] and identity in predictions}
@@ -63,14 +63,14 @@ def score_gqa(
 
 
 def is_allowed(prediction: str, record: GqaRecord, allowed: Collection[str]) -> bool:
-    """Tell whether an answer is among those that make sense for a question."""
+    """Return whether an answer is among those that make sense for a question."""
     return prediction in (COMMON_PROPERTIES if "Common" in (record["types"].get("detailed") or "") else allowed)
 
 
 def measure_consistency(
     records: Mapping[str, GqaRecord], predictions: Mapping[str, str], hits: Mapping[str, bool]
 ) -> float | None:
-    """Average, over rightly answered questions that entail others, the part of those that is answered rightly.
+    """Average, over correctly answered questions that entail others, the fraction of those that is correct too.
 
     Returns:
         Percent; None where an entailed question has no prediction or no record.
@@ -129,4 +129,4 @@ GROUPINGS: Mapping[str, Callable[[GqaRecord], str | int]] = {
     "accuracyPerSteps": count_steps,
     "accuracyPerLength": lambda record: len(record["question"].split()),
 }
-"""Official title of each cut, and what a question is grouped by."""
+"""Official title of each grouping, and the group of a question."""

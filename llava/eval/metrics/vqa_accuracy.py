@@ -1,11 +1,12 @@
 """Open answers against ten people's: leave-one-out accuracy as VQAv2, VizWiz and TextVQA define it.
 
-An answer that three of the other nine people gave is right. The three scorers differ in what they rewrite before they
-compare; each has a function here, from one answer and its references to a fraction in [0, 1]. Sources:
+An answer that three of the other nine people gave counts in full. The three scorers differ in what they rewrite before
+they compare; each has a function here, from one answer and its references to a fraction in [0, 1]. Sources:
 GT-Vision-Lab/VQA `vqaEval.py` (2021-03-11, and as it was before), the VizWiz API, facebookresearch/mmf
 `m4c_evaluators.py`, written anew.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import groupby
@@ -55,12 +56,16 @@ def grade_textvqa(prediction: str, references: Sequence[str]) -> float:
 
 
 def normalize_vizwiz(text: str) -> str:
-    """Rewrite a prediction as the VizWiz scorer does."""
     return normalize_vqa(flatten_lines(text), VIZWIZ_CONTRACTIONS)
 
 
+def rank_references(references: Sequence[str]) -> tuple[str, ...]:
+    """List the distinct reference answers, most frequent first; ties are in the order given."""
+    return tuple(text for text, _ in Counter(references).most_common())
+
+
 def round_half_up(percent: float) -> float:
-    """Round to two digits as Python 2 does, which runs the VQA v2 scorer: a tie goes up, not to the even digit."""
+    """Round to two digits as Python 2 does, which runs the VQA v2 scorer: ties go up, not to the even digit."""
     return float(Decimal(percent).quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
@@ -92,7 +97,6 @@ def summarize_grades(
 
 
 def average_percent(grades: Sequence[float]) -> float:
-    """Average fractions, as percent."""
     return 100 * sum(grades) / len(grades)
 
 
@@ -114,7 +118,7 @@ def average_precision(labels: Sequence[bool], scores: Sequence[float]) -> float:
 
 
 def f1_score(labels: Sequence[bool], predictions: Sequence[bool]) -> float:
-    """Harmonic mean of precision and recall of the positives, a fraction; 0 where there is none at all."""
+    """Return the harmonic mean of precision and recall of the positives, a fraction; 0 where there are none."""
     num_both = sum(label and prediction for label, prediction in zip(labels, predictions, strict=True))
     num_either = sum(labels) + sum(predictions)
     return 2 * num_both / num_either if num_either else 0.0

@@ -20,34 +20,34 @@ NUMBER_WORDS = {
 ARTICLES = frozenset({"a", "an", "the"})
 
 MAX_DELETED_PERIODS = 32
-"""The official code hands a regex flag to the argument that counts replacements; the flag's value is 32."""
+"""The official code passes a regex flag, whose value is 32, as the number of replacements."""
 
 _COMMA_BETWEEN_DIGITS = re.compile(r"[0-9],[0-9]")
 _PERIOD_BEFORE_NO_DIGIT = re.compile(r"\.(?![0-9])")
 
 
 def flatten_lines(text: str) -> str:
-    """Turn newlines and tabs into blanks, and strip."""
+    """Turn newlines and tabs into spaces, and strip."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalize_punctuation(text: str) -> str:
-    """Delete or blank out punctuation.
+    """Delete punctuation, or replace it with a space.
 
-    A character that has a blank beside it somewhere in the text is deleted everywhere, others become a blank; a comma
-    between digits makes it deletion for all. Then the first 32 periods go that no digit follows. Apostrophes, colons
-    and `$ % & # *` stay.
+    A character with a space beside it somewhere in the text is deleted everywhere, others become a space; where there
+    is a comma between digits, all are deleted. Then the first 32 periods that no digit follows are deleted.
+    Apostrophes, colons and `$ % & # *` stay.
     """
     joins = _COMMA_BETWEEN_DIGITS.search(text) is not None
     result = text
-    for mark in PUNCTUATION.intersection(text):
-        deletes = joins or f"{mark} " in text or f" {mark}" in text
-        result = result.replace(mark, "" if deletes else " ")
+    for character in PUNCTUATION.intersection(text):
+        deletes = joins or f"{character} " in text or f" {character}" in text
+        result = result.replace(character, "" if deletes else " ")
     return _PERIOD_BEFORE_NO_DIGIT.sub("", result, count=MAX_DELETED_PERIODS)
 
 
 def normalize_words(text: str, contractions: Mapping[str, str] = VQA_CONTRACTIONS) -> str:
-    """Lowercase, write the numbers up to ten as digits, drop articles, repair contractions; single blanks between."""
+    """Lowercase, write the numbers up to ten as digits, drop articles, repair contractions; join with single spaces."""
     words = (NUMBER_WORDS.get(word, word) for word in text.lower().split())
     return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
@@ -65,7 +65,7 @@ def normalize_vqa(text: str, contractions: Mapping[str, str] = VQA_CONTRACTIONS)
 def normalize_m4c(text: str) -> str:
     """Rewrite an answer as the TextVQA scorer does, and LLaVA before an upload to VQAv2 and VizWiz.
 
-    Commas and question marks vanish before the punctuation rules see them, and each `'s` gets a blank before it.
+    Commas and question marks are deleted before the punctuation rules apply, and each `'s` gets a space before it.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return normalize_words(normalize_punctuation(flatten_lines(text)))

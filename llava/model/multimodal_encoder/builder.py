@@ -1,5 +1,6 @@
 """Build the vision tower that `mm_vision_tower` names: a Hugging Face CLIP, or `open_clip:<model>`."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from llava.errors import InputError
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.loading import resolve_name
 from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.token_reduction import Need
 
 OPEN_CLIP_PREFIX = "open_clip:"
 
@@ -18,7 +20,7 @@ def build_vision_tower(
     folder: str | Path | None = None,
     select_layer: int = -2,
     select_feature: str = "patch",
-    needs_text: bool = False,
+    needs: Collection[Need] = frozenset(),
 ) -> VisionTower:
     """Build a tower without loading its weights.
 
@@ -27,15 +29,15 @@ def build_vision_tower(
         folder: the checkpoint folder, against which relative paths are tried as well.
         select_layer: `mm_vision_select_layer`.
         select_feature: `mm_vision_select_feature`.
-        needs_text: whether the reducer scores with text.
+        needs: what token reductions look at besides the patches.
 
     Returns:
         The tower, empty until `load_model`.
 
     Raises:
-        InputError: for a path that is not there, or settings that don't exist.
+        InputError: for a path that does not exist, or unknown settings.
     """
-    settings = {"select_layer": select_layer, "select_feature": select_feature, "needs_text": needs_text}
+    settings = {"select_layer": select_layer, "select_feature": select_feature, "needs": needs}
     if name.startswith(OPEN_CLIP_PREFIX):
         from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
 
@@ -44,13 +46,17 @@ def build_vision_tower(
 
 
 def load_tower(
-    name: str, *, needs_text: bool = False, device: object = None, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    needs: Collection[Need] = frozenset(),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> VisionTower:
     """Build and load a tower on its own, outside any LLaVA checkpoint.
 
     Args:
         name: as in `build_vision_tower`.
-        needs_text: load the text half as well.
+        needs: what token reductions look at besides the patches; `TEXT` loads the text half.
         device: where to put it.
         dtype: what to run it in.
 
@@ -62,6 +68,6 @@ def load_tower(
     """
     if not name:
         raise InputError("no vision tower given: name a folder, a hub id or open_clip:<model>")
-    tower = build_vision_tower(name, needs_text=needs_text)
+    tower = build_vision_tower(name, needs=needs)
     tower.load_model(device=device, dtype=dtype)
     return tower

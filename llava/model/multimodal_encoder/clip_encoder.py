@@ -1,13 +1,15 @@
-"""The vision tower of LLaVA-1.5: a CLIP in Hugging Face layout, run up to the selected layer and no further."""
+"""The vision tower of LLaVA-1.5: a CLIP in Hugging Face layout."""
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.errors import InputError
 from llava.model.multimodal_encoder.clip_text import CLIPTextTower
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.token_reduction import TEXT
 
 JOINT_WEIGHT = "visual_projection.weight"  # absent from vision-only checkpoints, and then not needed
 
@@ -15,14 +17,14 @@ JOINT_WEIGHT = "visual_projection.weight"  # absent from vision-only checkpoints
 class CLIPVisionTower(VisionTower):
     """CLIP's vision half and, for text-guided reducers, its text half; one copy of each weight.
 
-    Layers behind the selected one are dropped after loading: they would run for nothing.
+    Layers that nothing reads are dropped after loading.
     """
 
     vision_tower: CLIPVisionModelWithProjection
     text_tower: CLIPTextTower
     has_joint_head = False
 
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
 
         Raises:
@@ -30,18 +32,21 @@ class CLIPVisionTower(VisionTower):
         """
         if self.is_loaded:
             return
+        self.load_vision_tower(device, dtype)
+        if TEXT in self.needs:
+            self.load_text_tower()
+
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         vision, missing = load_quietly(
             CLIPVisionModelWithProjection, self.name, dtype=dtype, what="vision tower", optional=(JOINT_WEIGHT,)
         )
         try:
-            # The PIL backend gives the pixels of the published preprocessing bit for bit; the default one does not.
+            # The PIL backend gives the pixels of LLaVA's preprocessing bit for bit; the default one does not.
             image_processor = CLIPImageProcessorPil.from_pretrained(self.name)
         except (OSError, ValueError) as error:
             raise InputError(f"vision tower {self.name}: no readable preprocessor_config.json: {error}") from None
         self.take_parts(vision, image_processor, has_joint_head=not missing)
         self.vision_tower.to(device)
-        if self.needs_text:
-            self.load_text_tower()
 
     def take_parts(
         self,
@@ -51,26 +56,24 @@ class CLIPVisionTower(VisionTower):
         *,
         has_joint_head: bool = True,
     ) -> None:
-        """Become loaded with parts that are there already; the vision half loses the layers that nobody needs.
+        """Become loaded with parts that are there already; the vision half loses the layers that nothing reads.
 
         Args:
             vision: the vision half, changed in place.
-            image_processor: for its pictures.
+            image_processor: for its images.
             text_tower: the text half, or None.
             has_joint_head: whether the vision half's projection is real.
         """
-        layers = vision.vision_model.encoder.layers
-        del layers[self.num_layers_to_run(len(layers)) :]
         self.vision_tower = vision
         self.image_processor = image_processor
         self.has_joint_head = has_joint_head
         if text_tower is not None:
             self.text_tower = text_tower
         self.is_loaded = True
+        del self.layers[self.num_layers_to_run(self.needs) :]
         self.freeze()
 
     def load_text_tower(self) -> None:
-        """See `VisionTower.load_text_tower`."""
         if "text_tower" in self._modules:
             return
         if not self.has_joint_head:
@@ -80,16 +83,29 @@ class CLIPVisionTower(VisionTower):
         self.text_tower = CLIPTextTower.load(self.name, device=self.device, dtype=self.dtype)
         self.freeze()
 
-    def hidden_state(self, pixels: Tensor) -> Tensor:
-        """See `VisionTower.hidden_state`."""
-        return self.vision_tower.vision_model(pixel_values=pixels).last_hidden_state
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.vision_tower.vision_model.encoder.layers
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        vision = self.vision_tower.vision_model
+        return vision.pre_layrnorm(vision.embeddings(pixels))
+
+    def run_layer(self, layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
+        return layer(hidden, None)
+
+    def queries_and_keys(self, layer: CLIPEncoderLayer, hidden: Tensor, num_queries: int) -> tuple[Tensor, Tensor, int]:
+        normed, attention = layer.layer_norm1(hidden), layer.self_attn
+        return attention.q_proj(normed[:, :num_queries]), attention.k_proj(normed), attention.num_heads
 
     def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        """See `VisionTower.joint_head`."""
         return self.vision_tower.vision_model.post_layernorm, self.vision_tower.visual_projection.weight
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """See `VisionTower.text_features`."""
         return self.text_tower(texts)
 
     @property
@@ -99,16 +115,13 @@ class CLIPVisionTower(VisionTower):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """See `VisionTower.grid`."""
         side = self.config.image_size // self.config.patch_size
         return side, side
 
     @property
     def hidden_size(self) -> int:
-        """See `VisionTower.hidden_size`."""
         return self.config.hidden_size
 
     @property
     def image_size(self) -> int:
-        """See `VisionTower.image_size`."""
         return self.config.image_size

@@ -7,8 +7,9 @@ of texts agree too, except that open_clip repairs broken Unicode and HTML entiti
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from open_clip import CLIP, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from PIL.Image import Resampling
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil
@@ -16,6 +17,7 @@ from transformers import CLIPImageProcessorPil
 from llava.errors import InputError
 from llava.model.multimodal_encoder.open_clip_source import OpenClipSource, parse_source
 from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.token_reduction import TEXT
 
 INTERPOLATIONS = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR, "nearest": Resampling.NEAREST}
 
@@ -46,8 +48,8 @@ class OpenClipTextTower(nn.Module):
 class OpenClipVisionTower(VisionTower):
     """The vision half of an open_clip model and, for text-guided reducers, its text half.
 
-    Layers behind the selected one, and the text half where nothing needs it, are dropped after loading; the text half
-    is read again should it be asked for later.
+    Layers that nothing reads, and the text half where nothing needs it, are dropped after loading; they are read again
+    should they be asked for later.
     """
 
     vision_tower: VisionTransformer
@@ -57,7 +59,7 @@ class OpenClipVisionTower(VisionTower):
         """Find the model; no weights are read yet.
 
         Args:
-            spec: what stands behind `open_clip:`, see `llava.model.multimodal_encoder.open_clip_source`.
+            spec: what follows `open_clip:`, see `llava.model.multimodal_encoder.open_clip_source`.
             folder: the checkpoint folder, against which relative paths are tried as well.
             **settings: as in `VisionTower`.
 
@@ -67,7 +69,7 @@ class OpenClipVisionTower(VisionTower):
         super().__init__(f"open_clip:{spec}", **settings)
         self.source = parse_source(spec, folder)
 
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
 
         Raises:
@@ -75,11 +77,17 @@ class OpenClipVisionTower(VisionTower):
         """
         if self.is_loaded:
             return
-        num_layers = self.num_layers_to_run(self.source.vision_config.layers)
-        self.image_processor = build_image_processor(self.source)
+        self._load(device, dtype, with_text=TEXT in self.needs)
+
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        self._load(device, dtype, with_text=False)
+
+    def _load(self, device: torch.device | str | None, dtype: torch.dtype, *, with_text: bool) -> None:
+        # Settings that do not fit are refused before the weights are read.
+        num_layers, self.image_processor = self.num_layers_to_run(self.needs), build_image_processor(self.source)
         model = self.source.load()
         visual = model.visual
-        text_tower = OpenClipTextTower(model, self.source) if self.needs_text else None
+        text_tower = OpenClipTextTower(model, self.source) if with_text else None
         del visual.transformer.resblocks[num_layers:]
         self.vision_tower = visual.to(device=device, dtype=dtype)
         self.is_loaded = True
@@ -88,46 +96,66 @@ class OpenClipVisionTower(VisionTower):
         self.freeze()
 
     def load_text_tower(self) -> None:
-        """See `VisionTower.load_text_tower`."""
         if "text_tower" in self._modules:
             return
         self.text_tower = OpenClipTextTower(self.source.load(), self.source).to(device=self.device, dtype=self.dtype)
         self.freeze()
 
-    def hidden_state(self, pixels: Tensor) -> Tensor:
-        """See `VisionTower.hidden_state`."""
-        # open_clip's public ways to a hidden state need at least one layer; layer 0 is the embeddings.
-        return self.vision_tower.transformer(self.vision_tower._embeds(pixels))
+    @property
+    def num_layers(self) -> int:
+        return self.source.vision_config.layers
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.vision_tower.transformer.resblocks
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        return self.vision_tower._embeds(pixels)
+
+    def run_layer(self, layer: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
+        return layer(hidden)
+
+    def queries_and_keys(
+        self, layer: ResidualAttentionBlock, hidden: Tensor, num_queries: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """See `VisionTower.queries_and_keys`.
+
+        Raises:
+            InputError: for open_clip's own attention variants (normalised queries, cosine attention, ...).
+        """
+        attention = layer.attn
+        if not isinstance(attention, nn.MultiheadAttention):
+            raise InputError(f"vision tower {self.name}: its {type(attention).__name__} is not plain attention")
+        normed = layer.ln_1(hidden)
+        query_weight, key_weight, _ = attention.in_proj_weight.chunk(3)
+        query_bias, key_bias, _ = attention.in_proj_bias.chunk(3)
+        queries = F.linear(normed[:, :num_queries], query_weight, query_bias)
+        return queries, F.linear(normed, key_weight, key_bias), attention.num_heads
 
     def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        """See `VisionTower.joint_head`."""
         return self.vision_tower.ln_post, self.vision_tower.proj.T
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """See `VisionTower.text_features`."""
         return self.text_tower(texts)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """See `VisionTower.grid`."""
         side = self.image_size // self.source.vision_config.patch_size
         return side, side
 
     @property
     def hidden_size(self) -> int:
-        """See `VisionTower.hidden_size`."""
         return self.source.vision_config.width
 
     @property
     def image_size(self) -> int:
-        """See `VisionTower.image_size`."""
         return self.source.vision_config.image_size
 
 
 def build_image_processor(source: OpenClipSource) -> CLIPImageProcessorPil:
     """Build the processor that LLaVA's `process_images` expects, with open_clip's colours and interpolation.
 
-    How a picture becomes a square is LLaVA's business (`image_aspect_ratio`); open_clip's `resize_mode` is not used.
+    How an image becomes a square is up to LLaVA (`image_aspect_ratio`); open_clip's `resize_mode` is not used.
 
     Args:
         source: the model.

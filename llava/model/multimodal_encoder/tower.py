@@ -1,37 +1,85 @@
 """What every vision tower offers, whatever library its weights come from.
 
-`encode` depends on the picture alone; `project_to_joint` and `embed_text` give what text-guided reducers score with.
-Apart, so that a picture met again under another question pays only for the second. Towers run in their own dtype
-(float32 unless asked otherwise, as the published evaluation does); joint-space outputs are always float32.
+`extract` depends on the image alone; `project_to_joint` and `embed_text` give what text-guided reducers score with.
+They are separate, so that an image met again under another question pays only for the second. Towers run in their own
+dtype (float32 unless asked otherwise, as in the released evaluation); joint-space outputs are always float32.
 
-Shape letters: `I` images (or crops), `N` patches, `D` vision width, `P` joint width, `S` texts, `L` layers.
+Shape letters: `I` images (or crops), `C` crops of one image, `N` patches, `D` vision width, `P` joint width, `S` texts,
+`L` layers, `H` attention heads, `d` width of a head.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.errors import InputError
+from llava.model.token_reduction import TEXT, Need
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a tower gives for the crops of an image, or for a batch of images: a function of the pixels alone.
+
+    Caches, runners and clients pass it on as it is; what is in it is between the tower and the token reduction.
+
+    Attributes:
+        patches: `[I, N, D]` features of the selected layer, raster order, in the tower's dtype.
+        intermediates: what was asked for besides, `[I, ...]` by need; see `Need` for the shapes.
+    """
+
+    patches: Tensor
+    intermediates: Mapping[Need, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_crops(self) -> int:
+        return self.patches.shape[0]
+
+    def split(self, sizes: Sequence[int]) -> list["ImageFeatures"]:
+        """Cut a batch into images of these numbers of crops."""
+        columns = {need: values.split(sizes) for need, values in self.intermediates.items()}
+        return [
+            ImageFeatures(patches, {need: parts[index] for need, parts in columns.items()})
+            for index, patches in enumerate(self.patches.split(sizes))
+        ]
+
+    @staticmethod
+    def concatenate(images: Sequence["ImageFeatures"]) -> "ImageFeatures":
+        """Put images together as one batch, with the intermediates that all of them have."""
+        shared = [need for need in images[0].intermediates if all(need in image.intermediates for image in images)]
+        return ImageFeatures(
+            torch.cat([image.patches for image in images]),
+            {need: torch.cat([image.intermediates[need] for image in images]) for need in shared},
+        )
 
 
 class VisionTower(nn.Module, ABC):
-    """Base of the towers: empty until `load_model`, which loads a text tower too where `needs_text` says so.
+    """Base of the towers: empty until `load_model`, which loads what `needs` asks for and no more.
 
     Attributes:
         name: folder, file or hub id, as resolved.
-        select_layer: which hidden state is taken: 0 the embeddings, -1 the last layer, -2 (published) the one before.
-        select_feature: "patch" (published), or "cls_patch" to pass the CLS row on as well.
+        select_layer: which hidden state is taken: 0 the embeddings, -1 the last layer, -2 (LLaVA-1.5) the one before.
+        select_feature: "patch" (LLaVA-1.5), or "cls_patch" to pass the CLS row on as well.
+        needs: what token reductions may ask for besides the patches: a text tower, deeper layers.
         is_loaded: whether the weights are there.
         image_processor: turns PIL images into pixel values; set by `load_model`.
     """
 
-    def __init__(self, name: str, *, select_layer: int = -2, select_feature: str = "patch", needs_text: bool = False):
-        """Note the settings; nothing is read yet.
+    def __init__(
+        self,
+        name: str,
+        *,
+        select_layer: int = -2,
+        select_feature: str = "patch",
+        needs: Collection[Need] = frozenset(),
+    ):
+        """Store the settings; nothing is read yet.
 
         Raises:
-            InputError: for an unknown `select_feature`, or one that does not go with a text-guided reducer.
+            InputError: for an unknown `select_feature`.
         """
         super().__init__()
         if select_feature not in ("patch", "cls_patch"):
@@ -39,26 +87,17 @@ class VisionTower(nn.Module, ABC):
         self.name = name
         self.select_layer = select_layer
         self.select_feature = select_feature
-        self.needs_text = needs_text
+        self.needs = frozenset(needs)
         self.is_loaded = False
         self.image_processor = None
 
-    def num_layers_to_run(self, num_layers: int) -> int:
-        """How many of a tower's L layers lead to the selected hidden state.
-
-        Raises:
-            InputError: when there is no such hidden state.
-        """
-        used = self.select_layer if self.select_layer >= 0 else num_layers + 1 + self.select_layer
-        if not 0 <= used <= num_layers:
-            raise InputError(
-                f"mm_vision_select_layer {self.select_layer} does not exist: {self.name} has {num_layers} layers"
-            )
-        return used
-
+    # What a library's tower provides.
     @abstractmethod
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
-        """Read weights, image processor and, where `needs_text`, the text tower; freeze everything."""
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """Read weights, image processor and, where `needs` has text, the text tower; freeze everything.
+
+        Layers that neither the selected hidden state nor a need reads are dropped.
+        """
 
     @abstractmethod
     def load_text_tower(self) -> None:
@@ -69,8 +108,39 @@ class VisionTower(nn.Module, ABC):
         """
 
     @abstractmethod
-    def hidden_state(self, pixels: Tensor) -> Tensor:
-        """Run the tower up to the selected layer: `[I, 3, S, S]` to `[I, 1 + N, D]`, CLS first."""
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        """Read the vision side, with the layers that are used."""
+
+    @property
+    @abstractmethod
+    def num_layers(self) -> int:
+        """L, the layers of the checkpoint; fewer may be loaded."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """The loaded layers."""
+
+    @abstractmethod
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Make the input of the first layer, hidden state 0: `[I, 3, S, S]` to `[I, 1 + N, D]`, CLS first."""
+
+    @abstractmethod
+    def run_layer(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Run one layer: `[I, 1 + N, D]` to the same shape."""
+
+    @abstractmethod
+    def queries_and_keys(self, layer: nn.Module, hidden: Tensor, num_queries: int) -> tuple[Tensor, Tensor, int]:
+        """Project a layer's input as its attention does: layer norm, then the query and key matrices.
+
+        Args:
+            layer: one of `layers`.
+            hidden: `[I, 1 + N, D]` its input.
+            num_queries: rows for which queries are made, from the CLS row on.
+
+        Returns:
+            `[I, num_queries, D]`, `[I, 1 + N, D]` and the number of heads.
+        """
 
     @abstractmethod
     def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
@@ -93,40 +163,125 @@ class VisionTower(nn.Module, ABC):
     @property
     @abstractmethod
     def image_size(self) -> int:
-        """Side of the pictures that the tower reads, in pixels."""
+        """Side of the images that the tower reads, in pixels."""
+
+    # What all towers share.
+    def provide(self, needs: Collection[Need]) -> None:
+        """Get ready for a token reduction: from now on `extract` can give it what it needs.
+
+        Args:
+            needs: of the reduction; they add to those of earlier ones.
+
+        Raises:
+            InputError: the checkpoint has no text tower or no such layer.
+        """
+        before, self.needs = self.needs, self.needs | frozenset(needs)
+        if not self.is_loaded:
+            return
+        try:
+            if TEXT in needs:
+                self.load_text_tower()
+            if self.num_layers_to_run(self.needs) > len(self.layers):
+                self.load_vision_tower(self.device, self.dtype)
+        except InputError:
+            self.needs = before
+            raise
+
+    def number_of_layer(self, need: Need) -> int:
+        """Return which layer a need looks at, counted from 1.
+
+        Raises:
+            InputError: when there is no such layer.
+        """
+        number = need.layer if need.layer > 0 else self.num_layers + 1 + need.layer
+        if not 1 <= number <= self.num_layers:
+            raise InputError(f"{need} does not exist: {self.name} has {self.num_layers} layers")
+        return number
+
+    def number_of_selected_layer(self) -> int:
+        """Return which layer's output is the selected hidden state, counted from 1; 0 for the embeddings.
+
+        Raises:
+            InputError: when there is no such layer.
+        """
+        number = self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
+        if not 0 <= number <= self.num_layers:
+            raise InputError(
+                f"mm_vision_select_layer {self.select_layer} does not exist: {self.name} has {self.num_layers} layers"
+            )
+        return number
+
+    def num_layers_to_run(self, needs: Collection[Need]) -> int:
+        """Count the layers that lead to the selected hidden state and to all that is needed."""
+        looked_at = [self.number_of_layer(need) for need in needs if need.layer is not None]
+        return max([self.number_of_selected_layer(), *looked_at])
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Encode pictures.
+    def extract(self, images: Tensor, needs: Collection[Need] = frozenset()) -> ImageFeatures:
+        """Encode images.
 
         Args:
             images: `[I, 3, S, S]` pixel values from the image processor, any float dtype, any device.
+            needs: what to give besides the patches; nothing else is computed.
 
         Returns:
-            `[I, N, D]` features of the selected layer, raster order, in the tower's dtype; with "cls_patch" the CLS
-            row comes first and N is one more.
+            The patches of the selected layer, and the needs that a tower answers. With "cls_patch" the CLS row comes
+            first among the patches, and N is one more.
 
         Raises:
-            InputError: when the pictures have another size than the tower reads.
+            InputError: when the images have another size than the tower reads, or a layer is not loaded (`provide`).
         """
         if images.dim() != 4 or images.shape[-2:] != (self.image_size, self.image_size):
             raise InputError(
                 f"images of shape {tuple(images.shape)} do not fit the vision tower {self.name}: "
                 f"it reads [images, 3, {self.image_size}, {self.image_size}]"
             )
+        # 1. Which layers: up to the selected hidden state, further only for a need.
+        selected, last = self.number_of_selected_layer(), self.num_layers_to_run(needs)
+        if last > len(self.layers):
+            raise InputError(f"layer {last} of {self.name} is not loaded: switch with set_token_reduction")
         with self.own_precision():
-            hidden = self.hidden_state(images.to(device=self.device, dtype=self.dtype))
-        return hidden if self.select_feature == "cls_patch" else hidden[:, 1:]
+            # 2. Hidden state 0.
+            hidden = self.embed_pixels(images.to(device=self.device, dtype=self.dtype))  # [I, 1 + N, D]
+            features, intermediates = hidden, {}
+            # 3. Layer by layer. A layer that is looked at computes its queries and keys once more, from its input; the
+            #    layer itself stays on the library's fast attention, which never makes a map.
+            for number in range(1, last + 1):
+                layer = self.layers[number - 1]
+                wanted = [need for need in needs if need.layer is not None and self.number_of_layer(need) == number]
+                if wanted:
+                    intermediates |= self.look_at(layer, hidden, wanted)
+                hidden = self.run_layer(layer, hidden)
+                if number == selected:
+                    features = hidden
+        # 4. The CLS row leaves.
+        patches = features if self.select_feature == "cls_patch" else features[:, 1:]
+        return ImageFeatures(patches, intermediates)
+
+    def look_at(self, layer: nn.Module, hidden: Tensor, needs: Collection[Need]) -> dict[Need, Tensor]:
+        """Compute what is needed of one layer's attention, from its input `[I, 1 + N, D]`."""
+        num_queries = max(need.num_queries(hidden.shape[1] - 1) for need in needs)
+        queries, keys, num_heads = self.queries_and_keys(layer, hidden, num_queries)
+        queries, keys = (rows.unflatten(-1, (num_heads, -1)).transpose(1, 2) for rows in (queries, keys))
+        scale = keys.shape[-1] ** -0.5
+        products = queries.float() @ keys.float().transpose(-1, -2) * scale  # [I, H, num_queries, 1 + N]
+        attention = products.softmax(dim=-1)
+        found = {"keys": keys, "attention": attention, "cls_attention": attention[:, :, 0, 1:]}
+        return {need: found[need.kind] for need in needs}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images and return the patches alone, `[I, N, D]`; see `extract`."""
+        return self.extract(images).patches
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Encode a stack `[I, 3, S, S]`, or a list of pictures `[3, S, S]` (then a list of `[1, N, D]` comes back)."""
+        """Encode a stack `[I, 3, S, S]`, or a list of images `[3, S, S]` (which returns a list of `[1, N, D]`)."""
         if isinstance(images, list):
             return [self.encode(image[None]) for image in images]
         return self.encode(images)
 
     @torch.no_grad()
     def project_to_joint(self, patches: Tensor) -> Tensor:
-        """Carry patch features into the joint text-image space, as the published code does for scoring.
+        """Project patch features into the joint text-image space, in which TRIM scores them.
 
         The tower's final layer norm belongs to the last layer's CLS output; TRIM applies it to the patches of the
         selected layer.
@@ -158,7 +313,7 @@ class VisionTower(nn.Module, ABC):
             return self.text_features(texts).float()
 
     def own_precision(self) -> torch.autocast:
-        """Keep a training loop's autocast out: the towers run, and score, in their own dtype."""
+        """Switch a training loop's autocast off: the towers run, and score, in their own dtype."""
         return torch.autocast(self.device.type, enabled=False)
 
     def freeze(self) -> None:
@@ -187,5 +342,5 @@ class VisionTower(nn.Module, ABC):
 
     @property
     def num_patches_per_side(self) -> int:
-        """Patches along one side of the (square) picture."""
+        """Patches along one side of the (square) image."""
         return self.grid[0]

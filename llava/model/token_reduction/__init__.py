@@ -1,6 +1,16 @@
-"""Token reduction: which of a picture's tokens reach the projector and the LLM."""
+"""Token reduction: which of an image's tokens reach the projector and the language model."""
 
-from llava.model.token_reduction.base import Budget, ReducedTokens, TokenReducer, VisualTokens
+from llava.model.token_reduction.base import TEXT, Budget, Need, ReducedTokens, TokenReducer, VisualTokens
 from llava.model.token_reduction.registry import CONFIG_KEY, REDUCERS, parse_reducer
 
-__all__ = ["CONFIG_KEY", "REDUCERS", "Budget", "ReducedTokens", "TokenReducer", "VisualTokens", "parse_reducer"]
+__all__ = [
+    "CONFIG_KEY",
+    "REDUCERS",
+    "TEXT",
+    "Budget",
+    "Need",
+    "ReducedTokens",
+    "TokenReducer",
+    "VisualTokens",
+    "parse_reducer",
+]

@@ -1,13 +1,15 @@
-"""The reducer interface: what a reducer may look at, what it gives back, and how many patches it may keep.
+"""The reducer interface: what a reducer may look at, what it returns, and how many patches it may keep.
 
 A reducer is a frozen dataclass that is also a function: `reducer(VisualTokens) -> ReducedTokens`. It holds options
-only: no weights, device, tokenizer or model config. Shape letters: `I` images (or crops), `N` patches, `M` tokens per
-image after reduction, `D` vision width, `P` joint text-image width.
+only: no weights, device, tokenizer or model config. Shape letters: `I` images (or crops), `N` patches, `K` kept
+patches, `M` tokens per image after reduction, `D` vision width, `P` joint text-image width, `H` attention heads, `d`
+width of a head, `E` language model width.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -16,37 +18,151 @@ from torch import Tensor
 from llava.errors import InputError
 
 AUTOMATIC = -1
-NEEDS_TEXT = "text"
 BUDGET_RULE = "-1 (automatic), a fraction in (0, 1], or a whole number above 1"
 
 
 @dataclass(frozen=True)
-class VisualTokens:
-    """What a reducer may look at; the optional fields are filled only for reducers that name them in `needs`.
+class Need:
+    """One thing that a reducer looks at besides the patches, and where in the vision tower it comes from.
+
+    The kinds, per image (or crop):
+
+    - `text`: the query and the patches in the joint text-image space, `VisualTokens.joint` and `.text`.
+    - `projected`: `[N, E]` patches behind the projector.
+    - `cls_attention[layer]`: `float32[H, N]` attention of the CLS row to the patches: the softmax runs over all N + 1
+      keys, then the CLS column is cut off, so rows sum to less than 1.
+    - `keys[layer]`: `[H, N + 1, d]` keys, CLS first, unscaled, in the tower's dtype.
+    - `attention[layer]`: `float32[H, N + 1, N + 1]` the whole attention map, CLS first.
 
     Attributes:
-        patches: `[I, N, D]` patch features that will reach the projector, in raster order.
+        kind: one of them.
+        layer: which layer, counted as `mm_vision_select_layer` counts hidden states: the layer whose output is hidden
+            state `layer`. -2 is number 22 of 0 to 23 in CLIP ViT-L; 0 (the embeddings) is the output of no layer.
+    """
+
+    kind: str
+    layer: int | None = None
+
+    KINDS: ClassVar[tuple[str, ...]] = ("text", "projected", "cls_attention", "keys", "attention")
+
+    def __post_init__(self) -> None:
+        """Check that the kind exists, and that it has a layer where it needs one.
+
+        Raises:
+            ValueError: it does not (a programming error).
+            InputError: layer 0.
+        """
+        if self.kind not in self.KINDS or (self.layer is None) != (self.kind in ("text", "projected")):
+            raise ValueError(f"{self}: a need is text, projected, or cls_attention, keys or attention with a layer")
+        if self.layer == 0:
+            raise InputError(f"{self}: hidden state 0 is the embeddings; use a layer from 1, or from -1 backwards")
+
+    def __str__(self) -> str:
+        """For example `cls_attention[-2]`."""
+        return self.kind if self.layer is None else f"{self.kind}[{self.layer}]"
+
+    def num_queries(self, num_patches: int) -> int:
+        """Rows of a layer whose queries it takes: all for a whole map, else the CLS row at most."""
+        return num_patches + 1 if self.kind == "attention" else 1
+
+    def shape(self, num_patches: int, *, heads: int = 1, width: int = 1) -> tuple[int, ...]:
+        """The shape per image of anything but text.
+
+        Args:
+            num_patches: N.
+            heads: H.
+            width: d of keys, E of projected patches.
+        """
+        return {
+            "projected": (num_patches, width),
+            "cls_attention": (heads, num_patches),
+            "keys": (heads, num_patches + 1, width),
+            "attention": (heads, num_patches + 1, num_patches + 1),
+        }[self.kind]
+
+
+TEXT = Need("text")
+PROJECTED = Need("projected")
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What a reducer may look at; beyond patches and grid only what it names in `needs`.
+
+    Attributes:
+        patches: `[I, N, D]` patch features that would reach the projector, in raster order.
         grid: rows and columns of the patch grid, `rows * cols == N`.
-        joint: `float32[I, N, P]` the patches in the joint text-image space (need "text").
-        text: `float32[I, P]` each image's query in the same space, not normalised (need "text").
+        joint: `float32[I, N, P]` the patches in the joint text-image space (need `text`).
+        text: `float32[I, P]` each image's query in the same space, not normalised (need `text`).
+        intermediates: everything else by need, with a leading axis of `I`; see `Need` for the shapes.
     """
 
     patches: Tensor
     grid: tuple[int, int]
     joint: Tensor | None = None
     text: Tensor | None = None
+    intermediates: Mapping[Need, Tensor] = field(default_factory=dict)
+
+    def require_text(self) -> tuple[Tensor, Tensor]:
+        """Return the joint-space patches `float32[I, N, P]` and queries `float32[I, P]`.
+
+        Raises:
+            ValueError: they are not there (a programming error: the reducer names `TEXT` in `needs`).
+        """
+        if self.joint is None or self.text is None:
+            raise ValueError("a reducer that reads text needs VisualTokens.joint and VisualTokens.text")
+        return self.joint.to(torch.float32), self.text.to(torch.float32)
+
+    def require(self, need: Need) -> Tensor:
+        """Return an intermediate, `[I, ...]` as `Need` says.
+
+        Raises:
+            InputError: the images were encoded without it.
+        """
+        if need not in self.intermediates:
+            raise InputError(
+                f"these image features hold no {need}: they were encoded for another token reduction; "
+                "encode the images again after set_token_reduction"
+            )
+        return self.intermediates[need]
+
+
+def make_example(needs: Collection[Need], grid: tuple[int, int]) -> VisualTokens:
+    """Make up one image with all that a reducer needs, to find out what it leaves of any image.
+
+    Args:
+        needs: of the reducer.
+        grid: rows and columns of patches.
+
+    Returns:
+        Random numbers in [0, 1), always the same, of widths and heads of 1.
+    """
+    num_patches = grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(1, *shape, generator=generator)
+
+    has_text = TEXT in needs
+    return VisualTokens(
+        patches=draw(num_patches, 1),
+        grid=grid,
+        joint=draw(num_patches, 1) if has_text else None,
+        text=draw(1) if has_text else None,
+        intermediates={need: draw(*need.shape(num_patches)) for need in needs if need != TEXT},
+    )
 
 
 @dataclass(frozen=True)
 class ReducedTokens:
-    """What a reducer gives back.
+    """What a reducer returns. Every image keeps at least one token.
 
     Attributes:
         features: `[I, M, D]`, dtype of the patches, zero-padded on the right where lengths differ.
-        lengths: `int64[I]` tokens of each image, between 0 and M, on the CPU: the host cuts by them.
+        lengths: `int64[I]` tokens of each image, between 1 and M, on the CPU: the caller cuts by them.
         kept: `bool[I, N]` patches copied verbatim, in raster order, at the start of each row of `features`;
             None where all tokens are synthesised.
-        scores: `float32[I, N]` the probabilities that the choice was made on (rows sum to 1), or None.
+        scores: `float32[I, N]` what the choice was made on, as probabilities or weights, or None.
     """
 
     features: Tensor
@@ -84,9 +200,14 @@ class Budget:
             num_patches: N.
 
         Returns:
-            Between 0 and N. Fractions are rounded down as in the published code (`int(N * ratio)`), but a product
-            that is whole up to float rounding is not robbed of one patch (0.29 * 100 gives 29, not 28).
+            Between 0 and N. Fractions are rounded down as in TRIM's released code (`int(N * ratio)`), but a product
+            that is whole up to float rounding does not lose a patch (0.29 * 100 is 29, not 28).
+
+        Raises:
+            InputError: an automatic budget; the number depends on the image, and only the reducer's rule knows it.
         """
+        if self.is_automatic:
+            raise InputError(f"an automatic budget ({self}) is not a number of patches: give a fraction or a count")
         if self.value <= 1:
             return min(num_patches, int(num_patches * self.value + 1e-9))
         return min(num_patches, int(self.value))
@@ -96,43 +217,88 @@ class Budget:
         return repr(self.value) if 0 < self.value < 1 else ("1.0" if self.value == 1 else str(int(self.value)))
 
 
+DEFAULT_BUDGET = Budget(0.25)
+
+
 @dataclass(frozen=True)
 class TokenReducer(ABC):
-    """Base of all reducers. Subclasses are frozen dataclasses; their fields are the options of the spec string."""
+    """Base of all reducers. Subclasses are frozen dataclasses; their fields are the options of the spec string.
+
+    Attributes:
+        budget: how many patches to keep.
+        spec_name: the method's name in spec strings.
+        needs: what the method looks at besides the patches; a property where that depends on its options.
+        has_automatic_budget: whether the method has a rule of its own for how many patches an image keeps.
+    """
+
+    budget: Budget = DEFAULT_BUDGET
 
     spec_name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    has_automatic_budget: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options; subclasses with options to check extend this.
+
+        Raises:
+            InputError: an automatic budget for a method that has no rule for one, or a layer that cannot be looked at.
+        """
+        if not isinstance(self.needs, frozenset):
+            raise TypeError(f"{type(self).__name__}.needs is not a frozenset")
+        if self.budget.is_automatic and not self.has_automatic_budget:
+            name = self.spec_name
+            raise InputError(f"{name} has no automatic budget: give a fraction in (0, 1] or a count, as in {name}:0.2")
 
     @abstractmethod
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Reduce each image's tokens on its own: no row may influence another."""
 
+    def count_kept(self, num_patches: int) -> int:
+        """Return how many of N patches a fixed budget keeps: at least one, so that no image is left without a token."""
+        return max(1, self.budget.count(num_patches))
+
     def spec(self) -> str:
         """The spec string of this reducer: `parse_reducer(r.spec()) == r`; options at their default are left out."""
-        words = []
-        budget = ""
+        text = f"{self.spec_name}:{self.budget}"
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name == "budget":
-                budget = f":{value}"
-            elif value != option.default:
-                words.append(f",{option.name}={str(value).lower() if isinstance(value, bool) else value}")
-        return self.spec_name + budget + "".join(words)
+            if option.name != "budget" and value != option.default:
+                text += f",{option.name}={str(value).lower() if isinstance(value, bool) else value}"
+        return text
 
 
-def require_joint(tokens: VisualTokens, name: str) -> tuple[Tensor, Tensor]:
-    """The joint-space patches and text of a record, or a clear error where the caller left them out.
+def select_top(scores: Tensor, counts: Tensor | int) -> Tensor:
+    """Select each image's patches with the highest scores.
 
     Args:
-        tokens: the record.
-        name: the reducer that asks, for the message.
+        scores: `float32[I, N]`.
+        counts: how many, between 0 and N: `int64[I]`, or one number for all images.
 
     Returns:
-        `float32[I, N, P]` and `float32[I, P]`.
-
-    Raises:
-        ValueError: when either is missing (a programming error: the reducer names "text" in `needs`).
+        `bool[I, N]` with `counts[i]` True in row i; among equal scores the earlier patch wins.
     """
-    if tokens.joint is None or tokens.text is None:
-        raise ValueError(f"{name} needs VisualTokens.joint and VisualTokens.text")
-    return tokens.joint.to(torch.float32), tokens.text.to(torch.float32)
+    order = scores.argsort(dim=1, descending=True, stable=True)  # [I, N] patch at each rank
+    ranks = torch.empty_like(order)
+    ranks.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))  # rank of each patch
+    return ranks < torch.as_tensor(counts, device=scores.device).reshape(-1, 1)
+
+
+def gather_kept(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Move each image's kept patches to the front, in raster order, bit for bit.
+
+    Args:
+        patches: `[I, N, D]`.
+        kept: `bool[I, N]`.
+
+    Returns:
+        `[I, K, D]` with K the largest count, zeros behind shorter rows, and `int64[I]` the counts, on the CPU.
+    """
+    counts = kept.sum(dim=1)
+    # The only point of a reduction at which the host waits for the device: everything downstream cuts by these numbers.
+    host_counts = counts.cpu()
+    longest = int(host_counts.max()) if kept.numel() else 0
+    # A stable sort of "dropped" (False before True) lists the kept positions first and keeps their order.
+    front = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]  # [I, K]
+    gathered = patches.gather(1, front[:, :, None].expand(-1, -1, patches.shape[2]))  # [I, K, D]
+    is_filled = torch.arange(longest, device=patches.device)[None, :] < counts[:, None]
+    return gathered.masked_fill(~is_filled[:, :, None], 0), host_counts

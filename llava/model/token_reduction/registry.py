@@ -1,4 +1,4 @@
-"""From the config string to a reducer: the table of names and the parser, used once, when the model is built.
+"""From the config string to a reducer: the table of names and the parser.
 
 Spec: `name[:budget][,option=value]...`, for example `TRIM:-1`, `TextSim+:0.25`, `TRIM:-1,similarity=direct`.
 """
@@ -9,19 +9,15 @@ from dataclasses import Field, fields
 
 from llava.errors import InputError
 from llava.model.token_reduction.base import BUDGET_RULE, Budget, TokenReducer
-from llava.model.token_reduction.pool import Pool
-from llava.model.token_reduction.random_choice import RandomChoice
-from llava.model.token_reduction.text_sim import TextSim, TextSimPlus
-from llava.model.token_reduction.trim import Trim
+from llava.model.token_reduction.baselines import Pool, RandomChoice
+from llava.model.token_reduction.faster_vlm import FasterVLM
+from llava.model.token_reduction.trim import TextSim, TextSimPlus, Trim
 
 CONFIG_KEY = "mm_vision_token_reduce_func"
 
+# Every entry point, the parser's messages and the contract test take the methods from this table.
 REDUCERS: dict[str, type[TokenReducer]] = {
-    "TRIM": Trim,
-    "TextSim": TextSim,
-    "TextSim+": TextSimPlus,
-    "Random": RandomChoice,
-    "Pool": Pool,
+    reducer.spec_name: reducer for reducer in (Trim, TextSim, TextSimPlus, FasterVLM, RandomChoice, Pool)
 }
 
 
@@ -41,18 +37,18 @@ def parse_reducer(spec: str | None) -> TokenReducer | None:
         return None
     if not isinstance(spec, str):
         raise InputError(f'{CONFIG_KEY}: {spec!r} is not a string; use for example "TRIM:-1", or null for no reduction')
-    head, *option_words = [word.strip() for word in spec.split(",")]
+    head, *settings = [part.strip() for part in spec.split(",")]
     name, colon, budget_text = (part.strip() for part in head.partition(":"))
     if name not in REDUCERS:
         raise InputError(f'{CONFIG_KEY}: unknown token reducer "{name}" in "{spec}"{_suggest(name, list(REDUCERS))}')
     options: dict[str, object] = {}
     known = {option.name: option for option in fields(REDUCERS[name]) if option.name != "budget"}
-    for word in option_words:
-        key, equals, value = (part.strip() for part in word.partition("="))
+    for setting in settings:
+        key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or key not in known:
-            raise InputError(f'{CONFIG_KEY}: {name} has no option "{word}" in "{spec}"{_suggest(key, list(known))}')
+            raise InputError(f'{CONFIG_KEY}: {name} has no option "{setting}" in "{spec}"{_suggest(key, list(known))}')
         if key in options:
-            raise InputError(f'{CONFIG_KEY}: option "{key}" stands twice in "{spec}"')
+            raise InputError(f'{CONFIG_KEY}: option "{key}" is given twice in "{spec}"')
         options[key] = _to_option(known[key], value, spec)
     try:
         if colon:
@@ -66,14 +62,14 @@ def _to_number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f'"{text}" is no budget: use {BUDGET_RULE}') from None
+        raise InputError(f'"{text}" is not a budget: use {BUDGET_RULE}') from None
 
 
 def _to_bool(text: str) -> bool:
-    words = {"true": True, "false": False}
-    if text.lower() not in words:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
         raise ValueError(text)
-    return words[text.lower()]
+    return values[text.lower()]
 
 
 def _to_option(option: Field, text: str, spec: str) -> object:
@@ -85,8 +81,8 @@ def _to_option(option: Field, text: str, spec: str) -> object:
         raise InputError(f'{CONFIG_KEY}: "{spec}": {option.name} must be {kind}, not "{text}"') from None
 
 
-def _suggest(word: str, known: list[str]) -> str:
-    lowered = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), lowered, n=1)
+def _suggest(name: str, known: list[str]) -> str:
+    lowered = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
     hint = f'; did you mean "{lowered[close[0]]}"?' if close else ""
     return f"{hint}; known: {', '.join(known)}"

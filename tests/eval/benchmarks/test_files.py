@@ -1,4 +1,4 @@
-"""What holds for all four benchmarks of one picture and a short answer: VQAv2, GQA, VizWiz, TextVQA."""
+"""What holds for all four benchmarks of one image and a short answer: VQAv2, GQA, VizWiz, TextVQA."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from llava.errors import InputError
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks._files import read_document, take
 from llava.eval.predictions import read_answers
-from llava.eval.results import format_line, score_answers
+from llava.eval.results import format_line, pair_with_questions, score_answers
 from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
@@ -73,40 +73,59 @@ def assert_holds(found: Any, expected: Any, where: str = "") -> None:
 def test_every_number_of_the_official_scorer_is_reproduced(name: str, folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
     result = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)
-    assert_holds(result["scores"], expected["main"])
+    assert_holds(result.scores, expected["main"])
     main = expected["main"].get("accuracy_unrounded", expected["main"]["accuracy"])
-    assert result["headline"] == pytest.approx(main["overall"] if isinstance(main, dict) else main, abs=1e-6)
-    assert result["count"] == COUNTS[name]
+    assert result.headline == pytest.approx(main["overall"] if isinstance(main, dict) else main, abs=1e-6)
+    assert result.count == COUNTS[name]
     assert format_line(result) == ROWS[name]
 
 
 def test_every_variant_of_the_official_scorer_is_reproduced(name: str, folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
-    scores = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)["scores"]
+    scores = score_answers(find_benchmark(name), folder / "answers.jsonl", folder).scores
     assert_holds(scores, {key: expected[key] for key in ("raw", "variants") if key in expected})
     assert_holds(scores, expected.get("full", {}))
 
 
 def test_rounded_numbers_are_equal_to_the_last_digit(name: str, folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
-    scores = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)["scores"]
+    scores = score_answers(find_benchmark(name), folder / "answers.jsonl", folder).scores
     for key, part in (("main", scores), ("raw", scores.get("raw"))):
         if key in expected and name != "gqa":
             assert part["accuracy"] == expected[key]["accuracy"]
 
 
-def test_prompts_and_queries_are_the_published_ones_in_every_record(name: str, folder: Path) -> None:
+@pytest.mark.parametrize("num_answers", [None, 100, 37])
+def test_the_headline_follows_from_the_verdicts(
+    name: str, folder: Path, tmp_path: Path, num_answers: int | None
+) -> None:
+    task = find_benchmark(name)
+    write_jsonl(tmp_path / "some.jsonl", read_answers(folder / "answers.jsonl")[:num_answers])
+    _, answers = pair_with_questions(task, tmp_path / "some.jsonl", folder, allow_partial=True)
+    scores = task.score(answers, folder)
+    assert task.headline(scores.verdicts) == pytest.approx(scores.headline, abs=1e-9)
+    assert task.headline(scores.verdicts[::-1]) == pytest.approx(scores.headline, abs=1e-9)
+    assert len(scores.verdicts) == scores.count
+    if num_answers is None:
+        assert scores.count == COUNTS[name]
+    # One for each question, found by its key.
+    assert len({verdict.key for verdict in scores.verdicts}) == scores.count
+    assert all(answers[verdict.key]["text"] == verdict.prediction for verdict in scores.verdicts)
+    assert all(0 <= verdict.points <= 1 and verdict.unit == "question" for verdict in scores.verdicts)
+
+
+def test_prompts_and_queries_are_those_of_llava_in_every_record(name: str, folder: Path) -> None:
     task = find_benchmark(name)
     questions = task.load(folder)
     expected = [json.loads(line) for line in (folder / "expected_prompts.jsonl").read_text().splitlines()]
-    for question, published in zip(questions, expected, strict=True):
-        assert wrap_prompt(question.prompt, len(question.images), "vicuna_v1") == published["prompt_sent_to_llm"]
-        assert question.query == published["trim_text"]
+    for question, recorded in zip(questions, expected, strict=True):
+        assert wrap_prompt(question.prompt, len(question.images), "vicuna_v1") == recorded["prompt_sent_to_llm"]
+        assert question.query == recorded["trim_text"]
         assert question.head() == {
-            "question_id": published["question_id"],
-            "prompt": published["answers_file_prompt"],
+            "question_id": recorded["question_id"],
+            "prompt": recorded["answers_file_prompt"],
         }
-        assert task.max_new_tokens == published["max_new_tokens"]
+        assert task.max_new_tokens == recorded["max_new_tokens"]
         assert question.images[0].parent == folder / IMAGE_FOLDERS[name]
 
 
@@ -116,8 +135,8 @@ def test_answers_are_paired_by_id_not_by_position(name: str, folder: Path, tmp_p
     write_jsonl(tmp_path / "shuffled.jsonl", rows)
     shuffled = score_answers(find_benchmark(name), tmp_path / "shuffled.jsonl", folder)
     right = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)
-    assert shuffled["headline"] == pytest.approx(right["headline"], abs=1e-9)
-    assert shuffled["columns"] == pytest.approx(right["columns"], abs=1e-9)
+    assert shuffled.headline == pytest.approx(right.headline, abs=1e-9)
+    assert shuffled.columns == pytest.approx(right.columns, abs=1e-9)
 
 
 def test_missing_answers_are_refused_unless_allowed(name: str, folder: Path, tmp_path: Path) -> None:
@@ -126,8 +145,8 @@ def test_missing_answers_are_refused_unless_allowed(name: str, folder: Path, tmp
     with pytest.raises(InputError, match=rf"lacks {len(rows) - 100} of {len(rows)} answers"):
         score_answers(find_benchmark(name), tmp_path / "some.jsonl", folder)
     partial = score_answers(find_benchmark(name), tmp_path / "some.jsonl", folder, allow_partial=True)
-    assert partial["missing"] == len(rows) - 100
-    assert 80 < partial["count"] <= 100
+    assert partial.missing == len(rows) - 100
+    assert 80 < partial.count <= 100
 
 
 def test_no_answer_at_all_is_refused_even_if_partial(name: str, folder: Path, tmp_path: Path) -> None:
@@ -136,7 +155,7 @@ def test_no_answer_at_all_is_refused_even_if_partial(name: str, folder: Path, tm
         score_answers(find_benchmark(name), tmp_path / "none.jsonl", folder, allow_partial=True)
 
 
-def test_questions_load_without_annotations_and_pictures(name: str, copied: Path) -> None:
+def test_questions_load_without_annotations_and_images(name: str, copied: Path) -> None:
     (copied / ANNOTATION_FILES[name]).unlink()
     task = find_benchmark(name)
     if name in ("vqav2", "vizwiz"):
@@ -159,7 +178,7 @@ def test_a_spoiled_annotation_file_is_named_in_one_line(name: str, copied: Path,
         score_answers(find_benchmark(name), copied / "answers.jsonl", copied)
 
 
-def test_a_record_without_picture_is_a_fault(name: str, copied: Path) -> None:
+def test_a_record_without_image_is_a_fault(name: str, copied: Path) -> None:
     file = copied / QUESTION_FILES[name]
     file.write_text(file.read_text().replace('"image"', '"picture"', 1))
     faults = [question.fault for question in find_benchmark(name).load(copied)]
@@ -176,8 +195,8 @@ def test_a_broken_question_costs_its_own_answer_only(name: str, copied: Path) ->
     kept = [row for row in rows if (row["question_id"], row["prompt"]) != (lost["question_id"], lost["text"])]
     write_jsonl(copied / "rest.jsonl", kept)
     result = score_answers(find_benchmark(name), copied / "rest.jsonl", copied, allow_partial=True)
-    assert result["missing"] == 1
-    assert result["count"] >= COUNTS[name] - 1
+    assert result.missing == 1
+    assert result.count >= COUNTS[name] - 1
 
 
 def test_a_second_question_file_does_not_pass_for_the_annotated_one(name: str, copied: Path) -> None:
@@ -228,6 +247,60 @@ SCRIPTS = {
 }
 
 
+PLACES = {
+    ("vqav2", "val"): ("answers/llava_vqav2_mscoco_val2014/run-1/merge.jsonl", None),
+    ("vqav2", "test"): (
+        "answers/llava_vqav2_mscoco_test-dev2015/run-1/merge.jsonl",
+        "answers_upload/llava_vqav2_mscoco_test-dev2015/run-1",
+    ),
+    ("vqav2", "test2015"): (
+        "answers/llava_vqav2_mscoco_test2015/run-1/merge.jsonl",
+        "answers_upload/llava_vqav2_mscoco_test2015/run-1",
+    ),
+    ("vizwiz", "val"): ("answers/val/run-1.jsonl", None),
+    ("vizwiz", "test"): ("answers/run-1.jsonl", "answers_upload/run-1"),
+    ("gqa", None): (
+        "answers/llava_gqa_testdev_balanced/run-1/merge.jsonl",
+        "answers/llava_gqa_testdev_balanced/run-1",
+    ),
+    ("textvqa", None): ("answers/run-1/merge.jsonl", None),
+}
+"""Of the answers and the upload of the run `run-1`, by benchmark and split."""
+
+
+@pytest.mark.parametrize("task_and_split", PLACES)
+def test_answers_and_uploads_go_where_the_scripts_of_llava_put_them(
+    tmp_path: Path, task_and_split: tuple[str, str | None]
+) -> None:
+    name, split = task_and_split
+    task = find_benchmark(name) if split is None else find_benchmark(name).with_split(split)
+    answers, upload = PLACES[task_and_split]
+    root = task.find_root(tmp_path)
+    assert root == tmp_path / name
+    assert task.place_answers(root, "run-1") == root / answers
+    assert task.place_upload(root, "run-1") == (None if upload is None else root / upload)
+
+
+@pytest.mark.parametrize(
+    ("name", "annotations", "scored", "served"),
+    [
+        ("vqav2", "v2_mscoco_val2014_annotations.json", ("vqav2", "val"), ("vqav2", "test")),
+        ("vizwiz", "val.json", ("vizwiz", "val"), ("vizwiz", "test")),
+        ("vizwiz", "Annotations/val.json", ("vizwiz", "val"), ("vizwiz", "test")),
+    ],
+)
+def test_answers_go_to_the_split_that_can_be_scored_where_its_annotations_are(
+    tmp_path: Path, name: str, annotations: str, scored: tuple[str, str], served: tuple[str, str]
+) -> None:
+    task = find_benchmark(name)
+    for key in (served, scored):
+        answers, upload = PLACES[key]
+        assert task.place_answers(tmp_path, "run-1") == tmp_path / answers
+        assert task.place_upload(tmp_path, "run-1") == (None if upload is None else tmp_path / upload)
+        (tmp_path / annotations).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / annotations).write_text("{}")
+
+
 def dry_run(repository: Path, script: str, *options: str, root: Path) -> str:
     (root / "model").mkdir()
     (root / "model" / "config.json").write_text("{}")
@@ -237,7 +310,7 @@ def dry_run(repository: Path, script: str, *options: str, root: Path) -> str:
 
 
 @pytest.mark.parametrize(("script", "answers"), SCRIPTS.items())
-def test_scripts_write_the_answers_where_the_published_ones_do(
+def test_scripts_write_the_answers_where_those_of_llava_do(
     repository: Path, tmp_path: Path, script: str, answers: str
 ) -> None:
     assert f"--answers {tmp_path}/{answers} " in dry_run(repository, script, root=tmp_path)

@@ -10,7 +10,7 @@ from llava.errors import InputError
 from llava.eval.benchmarks.gqa import Gqa
 from llava.eval.metrics.gqa import clean_prediction, count_steps, score_gqa
 from llava.eval.predictions import read_answers
-from llava.eval.results import export_answers, score_answers
+from llava.eval.results import export_answers, pair_with_questions, score_answers
 from llava.files import write_jsonl
 
 GQA = Gqa()
@@ -42,15 +42,13 @@ def test_only_the_last_periods_and_the_case_are_cleaned(text: str, expected: str
     assert clean_prediction(text) == expected
 
 
-def test_predictions_for_the_official_script_equal_the_published_ones_byte_for_byte(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_predictions_for_the_official_script_equal_those_of_llava_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     (file,) = export_answers(GQA, folder / "answers.jsonl", folder, tmp_path / "out")
     assert file.name == "testdev_balanced_predictions.json"
     assert file.read_bytes() == (folder / PREDICTIONS).read_bytes()
 
 
-def test_the_published_conversion_command_writes_the_published_file(
+def test_llavas_conversion_command_writes_the_file_of_llava(
     repository: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "data" / "testdev_balanced_predictions.json"
@@ -59,7 +57,7 @@ def test_the_published_conversion_command_writes_the_published_file(
     assert target.read_bytes() == (folder / PREDICTIONS).read_bytes()
 
 
-def test_the_published_layout_gives_the_same_scores(copied: Path) -> None:
+def test_the_layout_of_llava_gives_the_same_scores(copied: Path) -> None:
     flat = score_answers(GQA, copied / "answers.jsonl", copied)
     (copied / "data").mkdir()
     for name in ("testdev_balanced_questions.json", "testdev_balanced_choices.json"):
@@ -68,9 +66,9 @@ def test_the_published_layout_gives_the_same_scores(copied: Path) -> None:
 
 
 def test_without_choices_there_is_no_validity_instead_of_zero(copied: Path) -> None:
-    full = score_answers(GQA, copied / "answers.jsonl", copied)["scores"]
+    full = score_answers(GQA, copied / "answers.jsonl", copied).scores
     (copied / "testdev_balanced_choices.json").unlink()
-    scores = score_answers(GQA, copied / "answers.jsonl", copied)["scores"]
+    scores = score_answers(GQA, copied / "answers.jsonl", copied).scores
     assert full.keys() - scores.keys() == {"validity", "plausibility"}
     assert all(full[name] == scores[name] for name in scores)
 
@@ -97,6 +95,27 @@ def test_a_question_that_lacks_what_the_metrics_read_is_named(copied: Path, fiel
         score_answers(GQA, copied / "answers.jsonl", copied)
 
 
+def test_verdicts_compare_the_cleaned_answer_with_the_reference(folder: Path) -> None:
+    _, answers = pair_with_questions(GQA, folder / "answers.jsonl", folder)
+    verdicts = {verdict.key: verdict for verdict in GQA.score(answers, folder).verdicts}
+    spots = {
+        '["20004292"]': ("MAROON.", "maroon", "maroon", 1.0, "query"),
+        '["20004551"]': ("Teal", "teal", "t-shirt", 0.0, "query"),
+        '["20002738"]': ("left,", "left,", "left", 0.0, "choose"),
+    }
+    for key, expected in spots.items():
+        each = verdicts[key]
+        assert (each.prediction, each.parsed, each.reference, each.points, each.category) == expected
+
+
+def test_only_balanced_questions_have_verdicts(folder: Path) -> None:
+    records = json.loads((folder / "testdev_balanced_questions.json").read_text())
+    _, answers = pair_with_questions(GQA, folder / "answers.jsonl", folder)
+    judged = {json.loads(verdict.key)[0] for verdict in GQA.score(answers, folder).verdicts}
+    assert len(judged) == 127 < len(answers)
+    assert all(records[identity]["isBalanced"] for identity in judged)
+
+
 def test_unbalanced_questions_count_for_consistency_alone() -> None:
     records = {
         "1": make_record("yes", entailed=["2", "3", "1"]),
@@ -120,8 +139,8 @@ def test_without_all_entailed_predictions_there_is_no_consistency(folder: Path, 
     records = json.loads((folder / "testdev_balanced_questions.json").read_text())
     rows = [row for row in read_answers(folder / "answers.jsonl") if records[row["question_id"]]["isBalanced"]]
     write_jsonl(tmp_path / "balanced.jsonl", rows)
-    full = score_answers(GQA, folder / "answers.jsonl", folder)["scores"]
-    scores = score_answers(GQA, tmp_path / "balanced.jsonl", folder, allow_partial=True)["scores"]
+    full = score_answers(GQA, folder / "answers.jsonl", folder).scores
+    scores = score_answers(GQA, tmp_path / "balanced.jsonl", folder, allow_partial=True).scores
     assert full.keys() - scores.keys() == {"consistency"}
     assert all(full[name] == scores[name] for name in scores)
 

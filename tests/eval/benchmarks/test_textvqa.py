@@ -8,7 +8,7 @@ from llava.errors import InputError
 from llava.eval import eval_textvqa
 from llava.eval.benchmarks.textvqa import TextVqa, extract_question
 from llava.eval.predictions import read_answers
-from llava.eval.results import export_answers, score_answers
+from llava.eval.results import export_answers, pair_with_questions, score_answers
 from llava.files import write_jsonl
 
 TEXTVQA = TextVqa()
@@ -36,7 +36,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
         "OCR tokens: FOO\n BAR Question: What Brand is it? Short answer:",
     ],
 )
-def test_the_question_is_found_in_every_published_form_of_the_prompt(prompt: str) -> None:
+def test_the_question_is_found_in_every_form_of_the_prompt(prompt: str) -> None:
     assert extract_question(prompt, "00ab") == "what brand is it?"
 
 
@@ -48,11 +48,26 @@ def test_a_prompt_of_another_form_is_refused_with_its_id(prompt: str | None) -> 
         extract_question(prompt, "00ab")
 
 
-def test_several_questions_about_one_picture_keep_their_own_answers(folder: Path) -> None:
+def test_several_questions_about_one_image_keep_their_own_answers(folder: Path) -> None:
     questions = TEXTVQA.load(folder)
     assert len({question.id for question in questions}) < len(questions)
-    lines = score_answers(TEXTVQA, folder / "answers.jsonl", folder)["scores"]["per_answer_line"]
+    lines = score_answers(TEXTVQA, folder / "answers.jsonl", folder).scores["per_answer_line"]
     assert len({line["question_id"] for line in lines}) == len(questions)
+
+
+def test_verdicts_hold_the_ten_answers_and_what_the_answer_is_worth(folder: Path) -> None:
+    _, answers = pair_with_questions(TEXTVQA, folder / "answers.jsonl", folder)
+    verdicts = {json.loads(each.key)[1].split("?")[0]: each for each in TEXTVQA.score(answers, folder).verdicts}
+    spots = {
+        # Four of ten people say "redteal", and nobody "red,teal".
+        "Which number is on the jersey in item 134": ("red,teal", "redteal", ("redteal", "red", "red teal"), 1.0),
+        "How much is the item in item 34": ("lantern", "lantern", ("kettle", "lantern"), 0.3),  # one of ten people
+        "What is written on the box in item 103": ("a few!", "few", ("dog", "maroon", "maroons"), 0.0),
+    }
+    for question, (prediction, parsed, reference, points) in spots.items():
+        each = verdicts[question]
+        assert (each.prediction, each.parsed, each.reference) == (prediction, parsed, reference)
+        assert each.points == pytest.approx(points)
 
 
 def test_other_than_ten_references_are_refused(copied: Path) -> None:
@@ -74,7 +89,7 @@ def run_command_line(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
     eval_textvqa.main()
 
 
-def test_the_published_command_prints_and_appends_the_published_lines(
+def test_llavas_command_prints_and_appends_the_lines_of_llava(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     expected = json.loads((folder / "expected.json").read_text())["llava_script_stdout"]
@@ -86,7 +101,7 @@ def test_the_published_command_prints_and_appends_the_published_lines(
     assert results.read_text() == "TextVQA (Acc)\t71.42\n"
 
 
-def test_the_published_command_scores_a_folder_of_answers(
+def test_llavas_command_scores_a_folder_of_answers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     rows = read_answers(folder / "answers.jsonl")
@@ -109,7 +124,7 @@ def test_the_published_command_scores_a_folder_of_answers(
         (["--result-file", "empty"], "empty has no answers"),
     ],
 )
-def test_the_published_command_says_what_is_missing(
+def test_llavas_command_says_what_is_missing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.benchmarks.vizwiz import VizWiz, summarize_answers
+from llava.eval.benchmarks.vizwiz import VizWiz, VizWizAnswers, summarize_answers
 from llava.eval.predictions import read_answers
-from llava.eval.results import export_answers, score_answers
+from llava.eval.results import export_answers, pair_with_questions, score_answers
 from llava.files import write_jsonl
 
 VIZWIZ = VizWiz()
@@ -25,7 +25,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "vizwiz"))
 
 
-def test_uploads_equal_the_published_ones_byte_for_byte(folder: Path, tmp_path: Path) -> None:
+def test_uploads_equal_those_of_llava_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     (file,) = export_answers(VIZWIZ, folder / "answers.jsonl", folder, tmp_path / "out")
     assert file.name == "vizwiz_val.json"
     assert file.read_bytes() == (folder / "expected_upload.json").read_bytes()
@@ -60,7 +60,7 @@ def test_an_unknown_split_is_answered_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_questions_built_from_the_official_file_are_those_of_the_llava_file(copied: Path, split: str) -> None:
-    published = VIZWIZ.load(copied)
+    expected = VIZWIZ.load(copied)
     (copied / "llava_val.jsonl").unlink()
     document = json.loads((copied / "val.json").read_text())
     for record in document:
@@ -68,26 +68,43 @@ def test_questions_built_from_the_official_file_are_those_of_the_llava_file(copi
     (copied / f"{split}.json").write_text(json.dumps(document))
     built = VIZWIZ.with_split(split).load(copied)
     assert [(each.id, each.prompt, each.query) for each in built] == [
-        (each.id, each.prompt, each.query) for each in published
+        (each.id, each.prompt, each.query) for each in expected
     ]
-    assert [each.images[0].name for each in built] == [each.images[0].name for each in published]
+    assert [each.images[0].name for each in built] == [each.images[0].name for each in expected]
     assert {each.images[0].parent for each in built} == {copied / split}
 
 
 def test_the_official_files_may_stay_in_their_own_folder(copied: Path) -> None:
     (copied / "Annotations").mkdir()
     (copied / "val.json").rename(copied / "Annotations" / "val.json")
-    assert score_answers(VIZWIZ, copied / "answers.jsonl", copied)["count"] == 143
+    assert score_answers(VIZWIZ, copied / "answers.jsonl", copied).count == 143
 
 
-def test_annotations_are_found_by_picture_not_by_position(copied: Path) -> None:
+def test_annotations_are_found_by_image_not_by_position(copied: Path) -> None:
     right = score_answers(VIZWIZ, copied / "answers.jsonl", copied)
     document = json.loads((copied / "val.json").read_text())
     (copied / "val.json").write_text(json.dumps(document[::-1]))
-    assert score_answers(VIZWIZ, copied / "answers.jsonl", copied)["columns"] == pytest.approx(right["columns"])
+    assert score_answers(VIZWIZ, copied / "answers.jsonl", copied).columns == pytest.approx(right.columns)
 
 
-def test_two_questions_about_one_picture_are_refused(copied: Path) -> None:
+def test_verdicts_hold_the_ten_answers_and_what_the_answer_is_worth(folder: Path) -> None:
+    _, answers = pair_with_questions(VIZWIZ, folder / "answers.jsonl", folder)
+    verdicts = {verdict.key: verdict for verdict in VIZWIZ.score(answers, folder).verdicts}
+    spots = {
+        # The upload says "0", as four of ten people do.
+        "[2]": ("None", "0", ("0", "1", "none"), 1.0, "number"),
+        # Three of ten people say it.
+        "[41]": ("unanswerable", "unanswerable", ("tractor", "unanswerable", "unsuitable image"), 0.9, "other"),
+        # The upload lacks the comma, and no reference answer is written like that.
+        "[13]": ("red,maroon", "redmaroon", ("red,maroon", "red", "red maroon"), 0.0, "other"),
+    }
+    for key, (prediction, parsed, reference, points, category) in spots.items():
+        each = verdicts[key]
+        assert (each.prediction, each.parsed, each.reference) == (prediction, parsed, reference)
+        assert (each.points, each.category) == (pytest.approx(points), category)
+
+
+def test_two_questions_about_one_image_are_refused(copied: Path) -> None:
     file = copied / "llava_val.jsonl"
     lines = file.read_text().splitlines()
     twin = json.loads(lines[4]) | {"question_id": 7777}
@@ -103,7 +120,7 @@ def convert(repository: Path, monkeypatch: pytest.MonkeyPatch, *arguments: objec
     runpy.run_path(str(repository / "scripts" / "convert_vizwiz_for_submission.py"))["main"]()
 
 
-def test_the_published_conversion_command_writes_the_published_file(
+def test_llavas_conversion_command_writes_the_file_of_llava(
     repository: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     upload = tmp_path / "answers_upload" / "run.json"
@@ -114,9 +131,7 @@ def test_the_published_conversion_command_writes_the_published_file(
 
 
 def test_only_the_word_alone_calls_a_question_unanswerable() -> None:
-    annotations = {
-        name: {"answer_type": "other", "answerable": False, "references": ["mug"] * 10} for name in ("a", "b", "c", "d")
-    }
-    texts = {"a": "Unanswerable.", "b": "unanswerable mug", "c": "answerable", "d": "the unanswerable"}
-    found = summarize_answers(texts, annotations)["unanswerability_unrounded"]
+    answered = {name: VizWizAnswers(["mug"] * 10, "other", answerable=False) for name in ("a", "b", "c", "d")}
+    texts = ["Unanswerable.", "unanswerable mug", "answerable", "the unanswerable"]
+    found = summarize_answers(answered, texts, [0.0] * 4)["unanswerability_unrounded"]
     assert found["f1_score"] == pytest.approx(100 * 2 / 3)

@@ -8,7 +8,7 @@ import pytest
 from llava.errors import InputError
 from llava.eval.benchmarks.vqav2 import Vqav2
 from llava.eval.predictions import read_answers
-from llava.eval.results import export_answers, score_answers
+from llava.eval.results import export_answers, pair_with_questions, score_answers
 from llava.files import write_jsonl
 
 VQAV2 = Vqav2()
@@ -35,7 +35,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
         ("val2014", "answers.jsonl", "expected_upload_val.json"),
     ],
 )
-def test_uploads_equal_the_published_ones_byte_for_byte(
+def test_uploads_equal_those_of_llava_byte_for_byte(
     folder: Path, tmp_path: Path, split: str, answers: str, expected: str
 ) -> None:
     (file,) = export_answers(VQAV2.with_split(split), folder / answers, folder, tmp_path / "out")
@@ -95,9 +95,9 @@ def test_an_unknown_split_is_answered_with_the_known_ones() -> None:
 
 
 def test_questions_built_from_the_official_file_are_those_of_the_llava_file(copied: Path) -> None:
-    published = VQAV2.load(copied)
+    expected = VQAV2.load(copied)
     (copied / "llava_vqav2_mscoco_val2014.jsonl").unlink()
-    assert VQAV2.load(copied) == published
+    assert VQAV2.load(copied) == expected
 
 
 def test_a_broken_official_question_is_a_fault(copied: Path) -> None:
@@ -116,6 +116,20 @@ def test_a_question_id_of_another_json_type_is_no_answer(folder: Path, tmp_path:
         score_answers(VQAV2, tmp_path / "strings.jsonl", folder)
 
 
+def test_verdicts_hold_the_ten_answers_and_what_the_answer_is_worth(folder: Path) -> None:
+    _, answers = pair_with_questions(VQAV2, folder / "answers.jsonl", folder)
+    verdicts = {verdict.key: verdict for verdict in VQAV2.score(answers, folder).verdicts}
+    shirt, kettle, one = verdicts["[485968000]"], verdicts["[112712011]"], verdicts["[391973009]"]
+    # Five of ten people say "t-shirt" and two "t shirt", which the scorer reads alike.
+    assert (shirt.prediction, shirt.parsed, shirt.points, shirt.correct) == ("T-shirt", "t shirt", 1.0, True)
+    assert shirt.reference == ("t-shirt", "tshirt", "t shirt")
+    # Two of ten people say "kettle".
+    assert (kettle.prediction, kettle.parsed, kettle.points) == ("An kettle", "kettle", pytest.approx(0.6))
+    assert kettle.reference == ("bucket", "teapot", "kettle")
+    assert (one.prediction, one.parsed, one.points, one.correct) == ("the 1", "1", 0.0, False)
+    assert (one.reference, one.category) == (("violin", "meadow"), "other")
+
+
 def test_an_annotation_without_answers_is_named(copied: Path) -> None:
     file = copied / "v2_mscoco_val2014_annotations.json"
     document = json.loads(file.read_text())
@@ -130,7 +144,7 @@ def convert(repository: Path, monkeypatch: pytest.MonkeyPatch, *arguments: objec
     runpy.run_path(str(repository / "scripts" / "convert_vqav2_for_submission.py"))["main"]()
 
 
-def test_the_published_conversion_command_writes_the_published_file(
+def test_llavas_conversion_command_writes_the_file_of_llava(
     repository: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     answers = copied / "answers" / TEST_DEV / "llava-v1.5-13b" / "merge.jsonl"
@@ -142,7 +156,7 @@ def test_the_published_conversion_command_writes_the_published_file(
     assert capsys.readouterr().out == "total results: 40, total split: 52, error_line: 0\n"
 
 
-def test_the_published_conversion_command_skips_no_broken_line(
+def test_llavas_conversion_command_skips_no_broken_line(
     repository: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = copied / "answers" / TEST_DEV / "run" / "merge.jsonl"

@@ -1,0 +1,44 @@
+"""FasterVLM: keep the patches that the vision tower's CLS token attends to most; the question is not read.
+
+Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster",
+arXiv 2412.01818. Repository Theia-4869/FasterVLM at f5d5f12037e1, Apache-2.0; the kept patches equal those of its code
+on the recorded cases (tests/golden/methods).
+
+The score of a patch is the CLS row of one layer's attention, averaged over the heads. The budget counts patches, and
+nothing is added to them: the paper's 64-token setting for LLaVA-1.5 is `FasterVLM:64`, of 576 patches.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llava.model.token_reduction.base import Need, ReducedTokens, TokenReducer, VisualTokens, gather_kept, select_top
+
+
+@dataclass(frozen=True)
+class FasterVLM(TokenReducer):
+    """The patches with the highest CLS attention, in raster order.
+
+    Attributes:
+        budget: a fraction or a count of patches.
+        layer: whose attention is read, counted as `mm_vision_select_layer`; -2 as in the released code.
+    """
+
+    layer: int = -2
+
+    spec_name: ClassVar[str] = "FasterVLM"
+
+    @property
+    def cls_attention(self) -> Need:
+        return Need("cls_attention", self.layer)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({self.cls_attention})
+
+    def __call__(self, tokens: VisualTokens) -> ReducedTokens:
+        """Keep the top patches of each image."""
+        attention = tokens.require(self.cls_attention)  # [I, H, N]
+        scores = attention.mean(dim=1)  # [I, N]
+        kept = select_top(scores, self.count_kept(scores.shape[1]))
+        features, lengths = gather_kept(tokens.patches, kept)  # [I, K, D], [I]
+        return ReducedTokens(features=features, lengths=lengths, kept=kept, scores=scores)
