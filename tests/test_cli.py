@@ -59,7 +59,9 @@ def test_every_command_answers_help_and_mistaken_options_before_it_loads_a_libra
     assert {"llava.eval", "llava.serve.cli", "llava.efficiency", "scripts/merge_lora_weights.py"} <= set(commands)
     runs = [([command, "--help"], 0) for command in commands]
     runs += [([command, "--no-such-option"], 2) for command in commands]
-    runs += [(["llava.eval", name, "--help"], 0) for name in ("list", "answer", "score", "wrong", "export", "report")]
+    runs += [
+        (["llava.eval", name, "--help"], 0) for name in ("list", "run", "answer", "score", "wrong", "export", "report")
+    ]
     done = subprocess.run(
         [sys.executable, "-c", RUN_EACH, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""`python -m llava.eval {list,answer,score,wrong,export,report}`: the commands of the benchmarks."""
+"""`python -m llava.eval {list,run,answer,score,wrong,export,report}`: the commands of the benchmarks."""
 
 # ruff: noqa: T201 (a command prints)
 import argparse
@@ -26,19 +26,17 @@ from llava.eval.results import (
     score_answers,
     write_result,
 )
+from llava.eval.run import EXIT_SERVER_ONLY, EXIT_UNANSWERED, find_data_root, run_benchmark
 from llava.eval.wrong import choose_run, draw_listing, format_listing, list_flips, list_wrong, name_runs, read_run
 from llava.files import append_line, write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE, find_template
 from llava.sampling import Sampling
 
-EXIT_UNANSWERED = 3
-"""Exit code of `answer` when questions stayed without an answer; 2 is a mistake in the command or its files."""
-EXIT_SERVER_ONLY = 4
-"""Exit code of `score` where only a server can score the split; the answers are in order."""
-
 
 def main() -> None:
-    """Run one of the commands."""
+    if sys.argv[1:2] == ["run"]:
+        run_benchmark(sys.argv[2:])  # its arguments are those of the scripts, options after --
+        return
     arguments = make_parser().parse_args()
     arguments.command(arguments)
 
@@ -46,10 +44,12 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval", description="Benchmarks of LLaVA with TRIM.")
-    commands = parser.add_subparsers(required=True, metavar="{list,answer,score,wrong,export,report}")
+    commands = parser.add_subparsers(required=True, metavar="{list,run,answer,score,wrong,export,report}")
 
     listing = commands.add_parser("list", help="name the benchmarks")
     listing.set_defaults(command=list_tasks)
+
+    commands.add_parser("run", help="answer and score a benchmark with a worker per GPU: run TASK --help")
 
     answer = commands.add_parser("answer", help="let a model answer a benchmark's questions; resumes after a kill")
     add_task_options(answer, answers_help="where the answers go (JSON lines)")
@@ -107,8 +107,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_task_options(parser: argparse.ArgumentParser, *, answers_help: str) -> None:
     """Add the options that say which questions, common to `answer`, `score` and `export`."""
-    parser.add_argument("task", metavar="TASK", help="a word of `list`")
-    parser.add_argument("--root", required=True, type=user_path, metavar="DIR", help="the benchmark's folder")
+    parser.add_argument("task", metavar="TASK", help="a name of `list`")
+    parser.add_argument(
+        "--root", type=user_path, metavar="DIR", help="the benchmark's folder (default: its folder in LLAVA_EVAL_ROOT)"
+    )
     parser.add_argument("--answers", required=True, type=user_path, metavar="FILE", help=answers_help)
     parser.add_argument("--split", metavar="NAME", help="another split than the benchmark's own (vqav2, vizwiz, ...)")
     parser.add_argument(
@@ -161,10 +163,12 @@ def list_tasks(arguments: argparse.Namespace) -> None:
 
 
 def choose_task(arguments: argparse.Namespace) -> Benchmark:
-    """Return the benchmark that `add_task_options` names, and see that its data is there if that is the hub's."""
+    """Return the benchmark of `add_task_options`; set its folder, and fetch its data there if they are the hub's."""
     task = find_benchmark(arguments.task)
     if arguments.split is not None:
         task = task.with_split(arguments.split)
+    if arguments.root is None:
+        arguments.root = task.find_root(find_data_root())
     if arguments.source == "hub":
         # The one place that needs the `datasets` library.
         from llava.eval.hub import fetch
