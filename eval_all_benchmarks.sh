@@ -5,8 +5,8 @@
 #   bash eval_all_benchmarks.sh 'plain=DIR --reduce none' 'trim=DIR --reduce TRIM:-1' -- --batch-size 16
 #
 # A model is NAME=PATH[@BASE][ OPTIONS]: PATH a checkpoint folder or a hub id, BASE the base model of a LoRA or
-# projector-only checkpoint, OPTIONS (from the first blank that two dashes follow) for this model alone. Without NAME
-# the last part of PATH names it. What stands after -- goes to every script, see `bash scripts/v1_5/eval/pope.sh --help`.
+# projector-only checkpoint, OPTIONS (from the first space before two dashes) for this model alone. Without NAME
+# the last part of PATH names it. What comes after -- goes to every script, see `bash scripts/v1_5/eval/pope.sh --help`.
 # The first model is the one that the others are compared with.
 #
 # Environment (besides that of scripts/lib/common.sh and of `bash scripts/v1_5/eval/pope.sh --help`):
@@ -83,7 +83,7 @@ check_benchmarks() {
 run_benchmark() {
     local benchmark=$1 index=$2 own=()
     read -ra own <<<"${OPTIONS[index]}"
-    # From where the user stands, so that relative paths among the options mean what they say.
+    # From the user's folder, so that relative paths among the options mean what they say.
     (cd "$CALLER_DIR" && exec bash "$REPO_ROOT/scripts/v1_5/eval/$benchmark.sh" "${NAMES[index]}" "${PATHS[index]}" \
         "$RESULTS/${NAMES[index]}.txt" "${BASES[index]}" -- ${own[@]+"${own[@]}"} ${EXTRA[@]+"${EXTRA[@]}"})
 }

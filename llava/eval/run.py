@@ -188,9 +188,9 @@ def make_plan(name: str, arguments: Sequence[str]) -> Plan:
         sys.stderr.write(f"{usage}\n")
         raise InputError(f"two to four arguments are needed, not {count}")
     run, model, results, base = [*positional, "", ""][:4]
-    check_run(run)
-    if not model:
+    if not run or not model:
         raise InputError("CKPT and MODEL_DIR must not be empty")
+    check_run(run)
     checkpoint = find_checkpoint(run, model)
     base_model = resolve_model(base) if base else None
     options = Options.parse(arguments[count + 1 :])
@@ -209,8 +209,6 @@ def make_plan(name: str, arguments: Sequence[str]) -> Plan:
 
 def check_run(name: str) -> None:
     """Refuse a name of a run that would put its files elsewhere than under the answers folder."""
-    if not name:
-        raise InputError("CKPT and MODEL_DIR must not be empty")
     if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
         raise InputError(f"CKPT {name!r} names the run's files: give a plain name, such as llava-v1.5-7b-TRIM")
 

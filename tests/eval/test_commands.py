@@ -93,6 +93,7 @@ def test_score_prints_appends_and_writes_what_report_reads(oracle: Path, tmp_pat
 
 
 ORACLE = Path(__file__).parents[1] / "golden" / "oracle" / "pope"
+ANSWERED = ["answer", "pope", "--root", str(ORACLE), "--answers", "x", "--model-path", "no/model"]
 SCORED = ["--answers", str(ORACLE / "answers.jsonl"), "--root", str(ORACLE)]
 
 
@@ -114,6 +115,10 @@ SCORED = ["--answers", str(ORACLE / "answers.jsonl"), "--root", str(ORACLE)]
         (["export", "gqa", *SCORED, "--out", "x"], "error: no such file: "),
         (["report", "nothing.json"], "error: no such file: nothing.json"),
         (["answer", "pope", "--root", ".", "--answers", "x"], "the following arguments are required: --model-path"),
+        ([*ANSWERED, "--temperature", "nan"], "error: temperature nan: expected a number from 0 on"),
+        ([*ANSWERED, "--dtype", "float8"], "error: --dtype float8: expected float16, bfloat16, float32"),
+        ([*ANSWERED, "--conv-mode", "vicuna"], 'error: no conversation template "vicuna"; known: '),
+        ([*ANSWERED, "--answers", "."], "error: cannot write .: it is a folder; name a regular file"),
     ],
 )
 def test_mistakes_end_in_one_line_and_code_two(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -243,13 +248,13 @@ def test_attention_and_the_dtype_of_the_towers_are_chosen_by_option(
     assert "flashy" in wrong.stderr.splitlines()[-1]
 
 
-def test_broken_pictures_are_named_the_rest_is_answered_and_a_repaired_one_is_caught_up(
+def test_broken_images_are_named_the_rest_is_answered_and_a_repaired_one_is_caught_up(
     make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     folder, file = make_pope(), tmp_path / "answers.jsonl"
-    picture = sorted(folder.glob("val2014/*"))[1]
-    content = picture.read_bytes()
-    picture.write_bytes(content[:200])
+    image = sorted(folder.glob("val2014/*"))[1]
+    content = image.read_bytes()
+    image.write_bytes(content[:200])
     broken = answer(folder, file, tiny_checkpoint)
     assert broken.returncode == 3
     assert re.search(r"^question 10000003: .*damaged or truncated", broken.stderr, re.MULTILINE)
@@ -261,7 +266,7 @@ def test_broken_pictures_are_named_the_rest_is_answered_and_a_repaired_one_is_ca
     partial = run("score", "pope", "--answers", file, "--root", folder, "--allow-partial")
     assert partial.returncode == 0
     assert "[6 answers missing]" in partial.stdout
-    picture.write_bytes(content)
+    image.write_bytes(content)
     assert answer(folder, file, tiny_checkpoint).returncode == 0
     assert len(file.read_text().splitlines()) == 18
 
