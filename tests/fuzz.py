@@ -249,11 +249,17 @@ def fuzz_answers(world: World, rng: random.Random) -> None:
         score(world, name, root, rng)
 
 
+def make_record(identity: object, images: object, *turns: str) -> dict:
+    speakers = ("human", "gpt") * len(turns)
+    conversation = [{"from": speaker, "value": turn} for speaker, turn in zip(speakers, turns, strict=False)]
+    return {"id": identity, "conversations": conversation, **({} if images is None else {"image": images})}
+
+
 RECORDS = [
-    {"id": "a", "image": "noise.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]},
-    {"id": "b", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}] * 3},
-    {"id": 3, "image": ["noise.png", "sign.png"], "conversations": [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "B."}]},
-]  # fmt: skip
+    make_record("a", "noise.png", "<image>\nWhat?", "A."),
+    make_record("b", None, "Why?", "So.", "Really?", "Yes."),
+    make_record(3, ["noise.png", "sign.png"], "<image> or <image>?", "B."),
+]
 
 
 def fuzz_training_records(world: World, rng: random.Random) -> None:
