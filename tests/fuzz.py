@@ -397,9 +397,10 @@ def run(seconds: float, seed: int, only: int | None = None, show: Callable[[str]
     """
     report = Report()
     chosen = [target for target, weight in TARGETS.items() for _ in range(weight)]
-    start, number = time.monotonic(), 0 if only is None else only
+    number = 0 if only is None else only
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         world = World(Path(folder))
+        start = time.monotonic()
         while time.monotonic() - start < seconds:
             target = random.Random(f"{seed} {number}").choice(chosen)
             outcome = try_one(world, target, f"{seed} {number} input")
