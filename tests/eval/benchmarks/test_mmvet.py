@@ -332,7 +332,7 @@ def test_the_scripts_answer_and_let_the_named_judge_score(
     (tmp_path / "model").mkdir()
     command = ["bash", repository / "scripts" / "v1_5" / "eval" / f"{script}.sh", "run-1", "model"]
     command += ["--", "--judge-model", "gpt-4o", "--batch-size", "4"]
-    settings = {"DRY_RUN": "1", "PYTHON": "python", "LLAVA_EVAL_ROOT": "data", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"DRY_RUN": "1", "PYTHON": sys.executable, "LLAVA_EVAL_ROOT": "data", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=True
     )
