@@ -1,8 +1,14 @@
 """Fixtures that several test modules share: the recorded checkpoints and how to load them."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell starts background jobs with Ctrl-C ignored, and what they start inherits that. The tests that interrupt a
+# command state what it does where Ctrl-C reaches it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 
