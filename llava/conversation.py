@@ -342,3 +342,11 @@ def _follow_each_other(hint: tuple[str, ...], words: list[str]) -> bool:
 def _matches(hint: str, word: str) -> bool:
     is_later_version = hint == "v1" and re.fullmatch(r"v1(\.\d+)*", word) is not None
     return word == hint or is_later_version
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Name a checkpoint after its folder; `run/checkpoint-500` becomes `run_checkpoint-500`."""
+    parts = model_path.strip("/").split("/")
+    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1]

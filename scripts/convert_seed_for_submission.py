@@ -5,7 +5,6 @@ import argparse
 from pathlib import Path
 
 from llava.errors import run_command
-from llava.eval.answers import read_answers
 from llava.eval.benchmarks.seed import (
     Seed,
     judge_answers,
@@ -14,7 +13,8 @@ from llava.eval.benchmarks.seed import (
     summarize,
     write_seed_upload,
 )
-from llava.eval.results import format_line
+from llava.eval.predictions import read_answers
+from llava.eval.results import Result, format_line
 from llava.files import append_line
 
 
@@ -40,8 +40,8 @@ def main() -> None:
         print(f"{missing} of {len(options)} questions have no answer: wrong above, empty in the upload")
     write_seed_upload(arguments.result_upload_file, list(options), texts)
     if arguments.path_to_all_results and scores["n_image"]:
-        result = {"row": Seed.row, "headline": scores["image_accuracy"], "count": len(options) - missing}
-        append_line(arguments.path_to_all_results, format_line({**result, "missing": missing}))
+        result = Result(Seed.name, Seed.row, scores["image_accuracy"], missing=missing)
+        append_line(arguments.path_to_all_results, format_line(result))
 
 
 if __name__ == "__main__":

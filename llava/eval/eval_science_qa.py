@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import run_command
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmark import Question, Row, Verdict, row_key
 from llava.eval.benchmarks.sqa import (
     SPLIT,
@@ -26,7 +25,8 @@ from llava.eval.benchmarks.sqa import (
     judge_answers,
     read_problems,
 )
-from llava.eval.results import format_line, require_complete
+from llava.eval.predictions import pair_answers, read_answers
+from llava.eval.results import Result, format_line, require_complete
 from llava.files import append_line, write_json
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     write_json(arguments.output_result, list_results(problems, verdicts))
     if arguments.path_to_all_results:
         headline, missing = average_points(choose_with_image(verdicts.values())), len(questions) - len(answers)
-        result = {"row": Sqa.row, "headline": headline, "count": len(answers), "missing": missing}
+        result = Result(Sqa.name, Sqa.row, headline, missing=missing)
         append_line(arguments.path_to_all_results, format_line(result))
 
 

@@ -7,15 +7,15 @@ layout, in the dtype of the weights that were read.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from llava.cli import DTYPES
 from llava.errors import InputError, run_command
-from llava.model.builder import DTYPES, load_pretrained_model, resolve_dtype
-from llava.model.checkpoint_folder import PROJECTOR_FILE, save_checkpoint, save_weights
-from llava.model.config_rules import CONFIG_FILE, read_settings
-from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
-from llava.model.stored_weights import holds_weights, iterate_tensors, list_weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+# Every function imports what it needs of torch: the command answers --help and mistaken options before that.
 
 
 def consolidate(source: str, destination: str, base: str | None = None, dtype: str | None = None) -> None:
@@ -32,6 +32,11 @@ def consolidate(source: str, destination: str, base: str | None = None, dtype: s
     Raises:
         InputError: something cannot be read, or the destination holds a checkpoint (perhaps the source itself).
     """
+    from llava.model.builder import load_pretrained_model, resolve_dtype
+    from llava.model.checkpoint_folder import save_checkpoint
+    from llava.model.config_rules import CONFIG_FILE
+    from llava.model.stored_weights import holds_weights
+
     folder = Path(destination)
     if Path(source).resolve() == folder.resolve():
         raise InputError(f"{destination}: the checkpoint cannot be written over itself; name another folder")
@@ -54,6 +59,10 @@ def extract_projector(source: str, destination: str) -> None:
     Raises:
         InputError: the checkpoint cannot be read.
     """
+    from llava.model.checkpoint_folder import PROJECTOR_FILE, save_weights
+    from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
+    from llava.model.stored_weights import iterate_tensors, list_weight_files
+
     path = Path(destination)
     if path.suffix not in (".bin", ".pt", ".pth"):
         path /= PROJECTOR_FILE
@@ -66,14 +75,17 @@ def extract_projector(source: str, destination: str) -> None:
     save_weights(projector, path)
 
 
-def _stored_dtype(source: str) -> torch.dtype:
+def _stored_dtype(source: str) -> "torch.dtype":
+    import torch
+
+    from llava.model.config_rules import CONFIG_FILE, read_settings
+
     values, _ = read_settings(source, CONFIG_FILE, "checkpoint")
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
-    return DTYPES.get(name, torch.float32)
+    return getattr(torch, name) if name in DTYPES else torch.float32
 
 
 def main() -> None:
-    """Run the command."""
     parser = argparse.ArgumentParser(description="Write a LLaVA checkpoint as one full folder.")
     parser.add_argument("--src", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--dst", required=True, help="new folder")

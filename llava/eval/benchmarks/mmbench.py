@@ -18,7 +18,7 @@ import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
@@ -262,7 +262,7 @@ def read_table(path: Path) -> list[TableRow]:
     # 1. The header gets empty titles: for one row with too many cells pandas would refuse the table, or drop cells.
     header, newline, body = read_text(path, DOWNLOAD_HINT).lstrip("\r\n").partition("\n")
     num_columns = header.count("\t") + 1
-    widened = StringIO(header.rstrip("\r") + "\t" * num_columns + newline + body)
+    widened = BytesIO((header.rstrip("\r") + "\t" * num_columns + newline + body).encode())
     try:
         frame = pandas.read_csv(widened, sep="\t", dtype=str, index_col=False, usecols=lambda title: True)
     except ValueError as error:
@@ -414,7 +414,7 @@ def read_predictions(answers: Mapping[str, Row]) -> dict[str, str]:
         return {}
     texts = [row["text"] for row in answers.values()]
     quoted = ('"{}"\n'.format(text.replace('"', '""')) for text in texts)
-    cells = pandas.read_csv(StringIO("".join(quoted)), header=None, dtype=str, encoding_errors="replace")[0]
+    cells = pandas.read_csv(BytesIO("".join(quoted).encode(errors="replace")), header=None, dtype=str)[0]
     predictions = (EMPTY_PREDICTION if empty else text for text, empty in zip(texts, cells.isna(), strict=True))
     return dict(zip(answers, predictions, strict=True))
 

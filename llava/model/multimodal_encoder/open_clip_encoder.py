@@ -80,7 +80,6 @@ class OpenClipVisionTower(VisionTower):
         self._load(device, dtype, with_text=TEXT in self.needs)
 
     def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
-        """See `VisionTower.load_vision_tower`."""
         self._load(device, dtype, with_text=False)
 
     def _load(self, device: torch.device | str | None, dtype: torch.dtype, *, with_text: bool) -> None:
@@ -97,7 +96,6 @@ class OpenClipVisionTower(VisionTower):
         self.freeze()
 
     def load_text_tower(self) -> None:
-        """See `VisionTower.load_text_tower`."""
         if "text_tower" in self._modules:
             return
         self.text_tower = OpenClipTextTower(self.source.load(), self.source).to(device=self.device, dtype=self.dtype)
@@ -105,20 +103,16 @@ class OpenClipVisionTower(VisionTower):
 
     @property
     def num_layers(self) -> int:
-        """See `VisionTower.num_layers`."""
         return self.source.vision_config.layers
 
     @property
     def layers(self) -> nn.ModuleList:
-        """See `VisionTower.layers`."""
         return self.vision_tower.transformer.resblocks
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """See `VisionTower.embed_pixels`."""
         return self.vision_tower._embeds(pixels)
 
     def run_layer(self, layer: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
-        """See `VisionTower.run_layer`."""
         return layer(hidden)
 
     def queries_and_keys(
@@ -139,27 +133,22 @@ class OpenClipVisionTower(VisionTower):
         return queries, F.linear(normed, key_weight, key_bias), attention.num_heads
 
     def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        """See `VisionTower.joint_head`."""
         return self.vision_tower.ln_post, self.vision_tower.proj.T
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """See `VisionTower.text_features`."""
         return self.text_tower(texts)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """See `VisionTower.grid`."""
         side = self.image_size // self.source.vision_config.patch_size
         return side, side
 
     @property
     def hidden_size(self) -> int:
-        """See `VisionTower.hidden_size`."""
         return self.source.vision_config.width
 
     @property
     def image_size(self) -> int:
-        """See `VisionTower.image_size`."""
         return self.source.vision_config.image_size
 
 

@@ -36,7 +36,6 @@ class ImageFeatures:
 
     @property
     def num_crops(self) -> int:
-        """I."""
         return self.patches.shape[0]
 
     def split(self, sizes: Sequence[int]) -> list["ImageFeatures"]:

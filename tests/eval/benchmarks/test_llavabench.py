@@ -10,7 +10,6 @@ import pytest
 
 from llava.errors import InputError, run_command
 from llava.eval import eval_gpt_review_bench, summarize_gpt_review
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.llavabench import (
     OWN_RULE_FILE,
     LlavaBench,
@@ -19,7 +18,9 @@ from llava.eval.benchmarks.llavabench import (
     summarize_ratings,
 )
 from llava.eval.judge import ApiJudge, ReplyCache, make_judge
+from llava.eval.predictions import read_answers
 from llava.eval.results import format_line, score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 BENCH = LlavaBench()
@@ -63,13 +64,13 @@ def test_every_number_of_the_published_scripts_is_reproduced_at_an_endpoint(orac
     expected = json.loads((oracle / "expected.json").read_text())
     result = score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge_anew())
     for part, numbers in expected["main"].items():
-        assert result["scores"][part] == numbers
-    assert result["headline"] == expected["main"]["all"]["relative"] == 67.4
-    assert result["count"] == expected["n_questions"] == len(endpoint.requests)
-    assert result["scores"]["parsed_scores"] == expected["parsed_scores"]
-    assert result["scores"]["unparsable"] == [str(number) for number in expected["unparsable"]]
-    assert result["columns"] == {"all": 67.4, "complex": 76.3, "conv": 64.7, "detail": 51.4}
-    assert (result["judge"], result["offline_judge"]) == ("gpt-4-0613", False)
+        assert result.scores[part] == numbers
+    assert result.headline == expected["main"]["all"]["relative"] == 67.4
+    assert result.count == expected["n_questions"] == len(endpoint.requests)
+    assert result.scores["parsed_scores"] == expected["parsed_scores"]
+    assert result.scores["unparsable"] == [str(number) for number in expected["unparsable"]]
+    assert result.columns == {"all": 67.4, "complex": 76.3, "conv": 64.7, "detail": 51.4}
+    assert (result.judge, result.offline_judge) == ("gpt-4-0613", False)
 
 
 @pytest.mark.usefixtures("canned")
@@ -219,7 +220,7 @@ def test_answers_references_and_contexts_are_paired_by_id_not_by_position(copied
         dice.shuffle(lines)
         (copied / name).write_text("\n".join(lines) + "\n")
     judge = make_judge(None, None, tmp_path / "c.jsonl", BENCH)
-    assert score_answers(BENCH, copied / "answers.jsonl", copied, judge=judge)["scores"]["all"]["relative"] == 67.4
+    assert score_answers(BENCH, copied / "answers.jsonl", copied, judge=judge).scores["all"]["relative"] == 67.4
 
 
 @pytest.mark.usefixtures("canned")
@@ -228,9 +229,9 @@ def test_several_runs_are_asked_anew_and_averaged(oracle: Path, endpoint, tmp_pa
     endpoint.respond = lambda body: ratings[(len(endpoint.requests) - 1) // 36]
     judge = ApiJudge("m", ReplyCache(tmp_path / "c.jsonl"), address=endpoint.address, num_runs=3, num_threads=1)
     result = score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge)
-    assert [run["all"]["relative"] for run in result["scores"]["runs"]] == [50.0, 60.0, 100.0]
-    assert result["headline"] == result["scores"]["all"]["relative"] == pytest.approx(70.0)
-    assert result["count"] == 36
+    assert [run["all"]["relative"] for run in result.scores["runs"]] == [50.0, 60.0, 100.0]
+    assert result.headline == result.scores["all"]["relative"] == pytest.approx(70.0)
+    assert result.count == 36
     assert len(endpoint.requests) == 108
 
 
@@ -239,13 +240,13 @@ def test_missing_answers_are_refused_unless_allowed_and_then_take_no_part(
     oracle: Path, endpoint, tmp_path: Path, judge_anew
 ) -> None:
     rows = read_answers(oracle / "answers.jsonl")
-    write_answers(tmp_path / "some.jsonl", rows[1::2])
+    write_jsonl(tmp_path / "some.jsonl", rows[1::2])
     with pytest.raises(InputError, match=r"lacks 18 of 36 answers"):
         score_answers(BENCH, tmp_path / "some.jsonl", oracle, judge=judge_anew())
     assert not endpoint.requests
     partial = score_answers(BENCH, tmp_path / "some.jsonl", oracle, allow_partial=True, judge=judge_anew())
-    assert (partial["count"], partial["missing"], len(endpoint.requests)) == (18, 18, 18)
-    assert set(partial["scores"]["parsed_scores"]) == {str(row["question_id"]) for row in rows[1::2]}
+    assert (partial.count, partial.missing, len(endpoint.requests)) == (18, 18, 18)
+    assert set(partial.scores["parsed_scores"]) == {str(row["question_id"]) for row in rows[1::2]}
 
 
 @pytest.mark.parametrize(
@@ -291,10 +292,10 @@ def test_a_judge_that_never_gives_ratings_gives_no_score(oracle: Path, endpoint,
 def test_the_offline_stand_in_is_labelled_wherever_its_number_appears(oracle: Path, tmp_path: Path) -> None:
     judge = make_judge("exact", None, tmp_path / "c.jsonl", BENCH)
     result = score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge)
-    assert result["offline_judge"]
+    assert result.offline_judge
     assert format_line(result).startswith("LLaVA-Bench (Wild) [judge: exact]\t")
-    assert "offline stand-in" in result["judge"]
-    assert 10 <= result["headline"] < 100
+    assert "offline stand-in" in result.judge
+    assert 10 <= result.headline < 100
     assert result == score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge)
 
 
@@ -336,7 +337,7 @@ def test_reviews_of_other_answers_are_neither_mixed_in_nor_lost(
     output.parent.mkdir()
     output.write_text((copied / "expected_reviews.jsonl").read_text())
     rows = read_answers(copied / "answers.jsonl")
-    write_answers(copied / "answers.jsonl", [row | {"answer_id": f"other{row['question_id']}"} for row in rows])
+    write_jsonl(copied / "answers.jsonl", [row | {"answer_id": f"other{row['question_id']}"} for row in rows])
     with pytest.raises(SystemExit):
         run_main(eval_gpt_review_bench, monkeypatch, *review_arguments(copied, output))
     assert "has reviews of other answers" in capsys.readouterr().err

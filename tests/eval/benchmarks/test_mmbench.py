@@ -12,12 +12,13 @@ from openpyxl import load_workbook
 from transformers import AutoTokenizer
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmark import Case, row_key
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks.mmbench import load_table_questions, read_predictions, write_workbook
 from llava.eval.judge import ExactJudge
+from llava.eval.predictions import read_answers
 from llava.eval.results import ServerOnlyError, export_answers, score_answers
+from llava.files import write_jsonl
 from llava.image import EmbeddedImage, load_image
 from llava.prompt import wrap_prompt
 
@@ -81,18 +82,18 @@ def test_every_number_of_exact_matching_is_reproduced(make_folder: Callable[[str
     folder = make_folder(name)
     expected = read_expected(folder)
     result = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)
-    assert_equal_numbers(result["scores"], expected["main"])
-    assert_equal_numbers(result["scores"]["variants"], expected["variants"])
-    assert result["headline"] == result["scores"]["overall"]
-    assert result["count"] == expected["n_questions"]
-    assert "with_judge" not in result["scores"]
+    assert_equal_numbers(result.scores, expected["main"])
+    assert_equal_numbers(result.scores["variants"], expected["variants"])
+    assert result.headline == result.scores["overall"]
+    assert result.count == expected["n_questions"]
+    assert "with_judge" not in result.scores
 
 
 @both_languages
 def test_both_rules_read_every_row_as_the_official_scripts_do(make_folder: Callable[[str], Path], name: str) -> None:
     folder = make_folder(name)
     result = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)
-    assert result["scores"]["per_row_inferred"] == read_expected(folder)["per_row_inferred"]
+    assert result.scores["per_row_inferred"] == read_expected(folder)["per_row_inferred"]
 
 
 @both_languages
@@ -102,17 +103,17 @@ def test_every_number_with_a_judge_is_reproduced(make_folder: Callable[[str], Pa
     judge = CannedJudge(json.loads((folder / "judge_replies.json").read_text()))
     result = score_answers(find_benchmark(name), folder / "answers.jsonl", folder, judge=judge)
     for flow in ("with_judge", "opencompass_with_judge"):
-        found = result["scores"][flow]
+        found = result.scores[flow]
         found["rows_sent_to_judge"] = sorted(map(int, found["rows_sent_to_judge"]))
         assert_equal_numbers(found, expected[flow])
-    assert_equal_numbers(result["scores"], expected["main"])
+    assert_equal_numbers(result.scores, expected["main"])
 
 
 def test_the_headline_does_not_depend_on_a_judge(mmbench: Path) -> None:
     task, answers = find_benchmark("mmbench"), mmbench / "answers.jsonl"
     judged = score_answers(task, answers, mmbench, judge=ExactJudge(task))
-    assert judged["headline"] == score_answers(task, answers, mmbench)["headline"]
-    assert judged["columns"]["With judge"] > judged["headline"]
+    assert judged.headline == score_answers(task, answers, mmbench).headline
+    assert judged.columns["With judge"] > judged.headline
 
 
 def test_the_judge_reads_question_options_answer_and_how_to_say_none(mmbench: Path) -> None:
@@ -127,7 +128,7 @@ def test_the_judge_reads_question_options_answer_and_how_to_say_none(mmbench: Pa
 def test_a_judge_that_never_names_a_letter_leaves_the_row_wrong(mmbench: Path) -> None:
     judge = CannedJudge({row: ["I wonder"] for row in json.loads((mmbench / "judge_replies.json").read_text())})
     result = score_answers(find_benchmark("mmbench"), mmbench / "answers.jsonl", mmbench, judge=judge)
-    assert result["scores"]["with_judge"]["overall"] == result["headline"]
+    assert result.scores["with_judge"]["overall"] == result.headline
     assert len(judge.messages) % 3 == 0
 
 
@@ -191,7 +192,7 @@ def test_all_rounds_of_a_table_without_rotations_are_one_question(
     folder = make_folder(name)
     task = find_benchmark(name).with_split(f"{TABLES[name]}_base_rows_only:all-rounds")
     expected = read_expected(folder)["all_rounds"]
-    scores = score_answers(task, folder / "answers_allrounds.jsonl", folder)["scores"]
+    scores = score_answers(task, folder / "answers_allrounds.jsonl", folder).scores
     assert scores["variants"]["literal_letter_circular"] == pytest.approx(expected.pop("literal_letter"), abs=1e-6)
     del expected["what_upstream_convert_script_would_imply"]
     assert_equal_numbers(scores, expected)
@@ -203,7 +204,7 @@ def test_all_rounds_can_be_asked_of_the_own_table(mmbench: Path) -> None:
     result = score_answers(
         find_benchmark("mmbench").with_split("all-rounds"), mmbench / "answers_allrounds.jsonl", mmbench
     )
-    assert result["headline"] == pytest.approx(64.2857142857, abs=1e-6)
+    assert result.headline == pytest.approx(64.2857142857, abs=1e-6)
 
 
 def read_cells(path: Path) -> list[list]:
@@ -295,10 +296,10 @@ def test_a_broken_row_costs_its_own_question_only(mmbench: Path, change: dict, w
     assert words in fault.fault
     assert fault is questions[3]
     rows = [row for row in read_answers(mmbench / "answers.jsonl") if row["question_id"] != 2013]
-    write_answers(mmbench / "rest.jsonl", rows)
+    write_jsonl(mmbench / "rest.jsonl", rows)
     partial = score_answers(find_benchmark("mmbench"), mmbench / "rest.jsonl", mmbench, allow_partial=True)
-    assert (partial["count"], partial["missing"]) == (41, 1)
-    assert "2013" not in partial["scores"]["hits"]
+    assert (partial.count, partial.missing) == (41, 1)
+    assert "2013" not in partial.scores["hits"]
 
 
 @pytest.mark.parametrize("surplus", ["x", "\tx", "\t\t\tx\ty"])
@@ -323,13 +324,13 @@ def test_a_cell_in_quotes_may_hold_tabs_newlines_and_quotes(mmbench: Path) -> No
 
 
 def test_a_question_that_lacks_an_answer_to_one_row_takes_no_part(mmbench: Path) -> None:
-    whole = score_answers(find_benchmark("mmbench"), mmbench / "answers.jsonl", mmbench)["scores"]["hits"]
+    whole = score_answers(find_benchmark("mmbench"), mmbench / "answers.jsonl", mmbench).scores["hits"]
     right = int(next(group for group, hit in whole.items() if hit))
     rows = [row for row in read_answers(mmbench / "answers.jsonl") if row["question_id"] != 1_000_000 + right]
-    write_answers(mmbench / "some.jsonl", rows)
+    write_jsonl(mmbench / "some.jsonl", rows)
     partial = score_answers(find_benchmark("mmbench"), mmbench / "some.jsonl", mmbench, allow_partial=True)
-    assert partial["scores"]["hits"] == {group: hit for group, hit in whole.items() if group != str(right)}
-    write_answers(mmbench / "some.jsonl", [row for row in rows if row["question_id"] < 1_000_000])
+    assert partial.scores["hits"] == {group: hit for group, hit in whole.items() if group != str(right)}
+    write_jsonl(mmbench / "some.jsonl", [row for row in rows if row["question_id"] < 1_000_000])
     with pytest.raises(InputError, match="no question has answers to all of its rows"):
         score_answers(find_benchmark("mmbench"), mmbench / "some.jsonl", mmbench, allow_partial=True)
 
@@ -372,8 +373,8 @@ def test_an_empty_answer_is_the_word_that_the_scorers_read_from_its_cell(mmbench
     rows = read_answers(mmbench / "answers.jsonl")
     options = ["guitar", "an", "a kettle", "bicycle"]
     rows = [row | {"text": text, "options": options} if row["question_id"] == 2785 else row for row in rows]
-    write_answers(mmbench / "empty.jsonl", rows)
-    scores = score_answers(find_benchmark("mmbench"), mmbench / "empty.jsonl", mmbench)["scores"]
+    write_jsonl(mmbench / "empty.jsonl", rows)
+    scores = score_answers(find_benchmark("mmbench"), mmbench / "empty.jsonl", mmbench).scores
     assert scores["per_row_inferred"]["2785"]["vlmevalkit"] == "B"
 
 

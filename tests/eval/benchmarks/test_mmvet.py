@@ -14,10 +14,11 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval import model_vqa, model_vqa_loader
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.mmvet import OWN_PROMPT, RETRY_SUFFIX, MmVet, parse_score
 from llava.eval.judge import ApiJudge, ReplyCache, make_judge
+from llava.eval.predictions import read_answers
 from llava.eval.results import score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 MMVET = MmVet()
@@ -69,12 +70,12 @@ def test_every_number_of_the_official_evaluator_is_reproduced_at_an_endpoint(
     expected = json.loads((oracle / "expected.json").read_text())
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect(num_runs))
     for part in {"num_run_1", f"num_run_{num_runs}"}:
-        found, wanted = result["scores"][part], dict(expected["main"][part])
+        found, wanted = result.scores[part], dict(expected["main"][part])
         if "total_unrounded" in wanted:
             assert found["total_unrounded"] == pytest.approx(wanted.pop("total_unrounded"), abs=1e-6)
         assert {name: found[name] for name in wanted} == wanted
-    assert round(result["headline"], 1) == expected["main"][f"num_run_{num_runs}"]["total"]
-    assert result["count"] == expected["n_questions"] == 48
+    assert round(result.headline, 1) == expected["main"][f"num_run_{num_runs}"]["total"]
+    assert result.count == expected["n_questions"] == 48
     calls = Counter(map(name_question, endpoint.requests))
     assert calls == expected["main"][f"num_run_{num_runs}"]["n_calls"]
 
@@ -120,9 +121,9 @@ def test_files_have_the_places_of_the_script(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("canned")
 def test_the_headline_is_not_rounded(oracle: Path, connect) -> None:
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect())
-    assert result["headline"] == pytest.approx(37.708333333333336, abs=1e-9)
-    assert result["columns"]["Total"] == 37.7
-    assert list(result["columns"]) == ["Total", "rec", "ocr", "know", "gen", "spat", "math"]
+    assert result.headline == pytest.approx(37.708333333333336, abs=1e-9)
+    assert result.columns["Total"] == 37.7
+    assert list(result.columns) == ["Total", "rec", "ocr", "know", "gen", "spat", "math"]
 
 
 @pytest.mark.usefixtures("canned")
@@ -150,8 +151,8 @@ def test_a_judged_run_is_never_asked_again_and_more_runs_ask_only_the_new_ones(o
     assert len(endpoint.requests) == num_calls
     expected = json.loads((oracle / "expected.json").read_text())["main"]["num_run_3"]
     more = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect(3))
-    assert more["scores"]["num_run_1"] == first["scores"]["num_run_1"]
-    assert more["scores"]["num_run_3"]["runs"] == expected["runs"]
+    assert more.scores["num_run_1"] == first.scores["num_run_1"]
+    assert more.scores["num_run_3"]["runs"] == expected["runs"]
     assert len(endpoint.requests) == sum(expected["n_calls"].values())
 
 
@@ -210,7 +211,7 @@ def test_files_are_found_where_unpacking_the_archive_puts_them(copied: Path) -> 
     (copied / "mm-vet.json").rename(copied / "mm-vet" / "mm-vet.json")
     (copied / "mm-vet" / "images").mkdir()
     judge = make_judge("exact", None, copied / "c.jsonl", MMVET)
-    assert score_answers(MMVET, copied / "answers.jsonl", copied, judge=judge)["count"] == 48
+    assert score_answers(MMVET, copied / "answers.jsonl", copied, judge=judge).count == 48
     assert MMVET.load(copied)[0].images[0] == copied / "mm-vet" / "images" / "v1_0.jpg"
 
 
@@ -237,7 +238,7 @@ def test_the_published_converter_writes_the_published_file(oracle: Path, tmp_pat
     subprocess.run(list(map(str, command)), check=True)
     assert target.read_bytes() == (oracle / "expected_results.json").read_bytes()
     rows = read_answers(oracle / "answers.jsonl")
-    write_answers(tmp_path / "twice.jsonl", [*rows, rows[3] | {"text": "something else"}])
+    write_jsonl(tmp_path / "twice.jsonl", [*rows, rows[3] | {"text": "something else"}])
     command[3] = tmp_path / "twice.jsonl"
     done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: two different answers to question 3\n")
@@ -246,18 +247,18 @@ def test_the_published_converter_writes_the_published_file(oracle: Path, tmp_pat
 def test_answers_are_paired_by_id_not_by_position(oracle: Path, tmp_path: Path) -> None:
     rows = read_answers(oracle / "answers.jsonl")
     random.Random(3).shuffle(rows)
-    write_answers(tmp_path / "shuffled.jsonl", rows)
+    write_jsonl(tmp_path / "shuffled.jsonl", rows)
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     shuffled = score_answers(MMVET, tmp_path / "shuffled.jsonl", oracle, judge=judge)
-    assert shuffled["scores"] == score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge)["scores"]
+    assert shuffled.scores == score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge).scores
 
 
 def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
-    write_answers(tmp_path / "some.jsonl", read_answers(oracle / "answers.jsonl")[:10])
+    write_jsonl(tmp_path / "some.jsonl", read_answers(oracle / "answers.jsonl")[:10])
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     partial = score_answers(MMVET, tmp_path / "some.jsonl", oracle, allow_partial=True, judge=judge)
-    assert (partial["count"], partial["missing"]) == (10, 38)
-    assert len(partial["scores"]["num_run_1"]["grade"]) == 10
+    assert (partial.count, partial.missing) == (10, 38)
+    assert len(partial.scores["num_run_1"]["grade"]) == 10
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_faults_on_the_way_do_not_count_as_replies(oracle: Path, endpoint, tmp_p
     judge = ApiJudge("m", cache, address=endpoint.address, first_pause_seconds=0.001, max_tries=30)
     expected = json.loads((oracle / "expected.json").read_text())["main"]["num_run_1"]
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge)
-    assert result["scores"]["num_run_1"]["grade"] == expected["grade"]
+    assert result.scores["num_run_1"]["grade"] == expected["grade"]
     assert len(cache) == sum(expected["n_calls"].values()) < len(endpoint.requests)
 
 
@@ -331,7 +332,7 @@ def test_the_scripts_answer_and_let_the_named_judge_score(
     (tmp_path / "model").mkdir()
     command = ["bash", repository / "scripts" / "v1_5" / "eval" / f"{script}.sh", "run-1", "model"]
     command += ["--", "--judge-model", "gpt-4o", "--batch-size", "4"]
-    settings = {"DRY_RUN": "1", "PYTHON": "python", "LLAVA_EVAL_ROOT": "data", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"DRY_RUN": "1", "PYTHON": sys.executable, "LLAVA_EVAL_ROOT": "data", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=True
     )

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmark import row_key
 from llava.eval.benchmarks import find_benchmark
-from llava.eval.results import export_answers, score_answers
+from llava.eval.predictions import read_answers
+from llava.eval.results import Result, export_answers, score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 SEED = find_benchmark("seed")
@@ -29,7 +30,7 @@ def expected(seed: Path) -> dict:
     return json.loads((seed / "expected.json").read_text())
 
 
-def score(seed: Path, split: str | None = None, answers: str = "answers.jsonl") -> dict:
+def score(seed: Path, split: str | None = None, answers: str = "answers.jsonl") -> Result:
     task = SEED.with_split(split) if split else SEED
     return score_answers(task, seed / answers, seed, allow_partial=True)
 
@@ -37,12 +38,12 @@ def score(seed: Path, split: str | None = None, answers: str = "answers.jsonl") 
 def test_every_number_of_the_released_script_is_reproduced(seed: Path, expected: dict) -> None:
     result = score(seed)
     per_type = expected["main"].pop("per_type")
-    assert set(result["scores"]["per_type"]) == set(per_type)
+    assert set(result.scores["per_type"]) == set(per_type)
     for name, numbers in per_type.items():
-        assert result["scores"]["per_type"][name] == pytest.approx(numbers, abs=1e-6)
-    assert {name: result["scores"][name] for name in expected["main"]} == pytest.approx(expected["main"], abs=1e-6)
-    assert result["headline"] == result["scores"]["image_accuracy"]
-    assert (result["count"], result["missing"]) == (130, 9)
+        assert result.scores["per_type"][name] == pytest.approx(numbers, abs=1e-6)
+    assert {name: result.scores[name] for name in expected["main"]} == pytest.approx(expected["main"], abs=1e-6)
+    assert result.headline == result.scores["image_accuracy"]
+    assert (result.count, result.missing) == (130, 9)
 
 
 @pytest.mark.parametrize("split", [None, "image", "video", "all"])
@@ -93,8 +94,8 @@ def test_nothing_but_the_bare_letter_is_right(seed: Path, text: str) -> None:
         question["answer"] = "A"
     (seed / "SEED-Bench.json").write_text(json.dumps(annotations))
     rows = read_answers(seed / "answers.jsonl")
-    write_answers(seed / "all.jsonl", [row | {"text": text} for row in rows])
-    assert score(seed, answers="all.jsonl")["scores"]["total_accuracy"] == 0
+    write_jsonl(seed / "all.jsonl", [row | {"text": text} for row in rows])
+    assert score(seed, answers="all.jsonl").scores["total_accuracy"] == 0
 
 
 def test_without_frames_the_videos_are_left_out_with_a_warning(
@@ -107,11 +108,11 @@ def test_without_frames_the_videos_are_left_out_with_a_warning(
     assert all(isinstance(question.id, int) for question in questions)
     [record] = caplog.records
     assert "so 20 video questions are left out and 110 about images stay" in record.getMessage()
-    write_answers(
+    write_jsonl(
         seed / "images.jsonl",
         [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], int)],
     )
-    scores = score(seed, answers="images.jsonl")["scores"]
+    scores = score(seed, answers="images.jsonl").scores
     assert scores["image_accuracy"] == pytest.approx(expected["main"]["image_accuracy"])
     assert "video_accuracy" not in scores
     assert scores["n_video"] == 0
@@ -133,10 +134,10 @@ def test_a_split_says_what_is_asked_whatever_is_there(seed: Path, split: str, nu
 
 def test_the_video_split_is_named_in_its_line(seed: Path, expected: dict) -> None:
     videos = [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], str)]
-    write_answers(seed / "videos.jsonl", videos)
+    write_jsonl(seed / "videos.jsonl", videos)
     result = score(seed, "video", "videos.jsonl")
-    assert result["row"] == "SEEDBench (Video)"
-    assert result["headline"] == pytest.approx(expected["main"]["video_accuracy"])
+    assert result.row == "SEEDBench (Video)"
+    assert result.headline == pytest.approx(expected["main"]["video_accuracy"])
     assert SEED.row == "SEEDBench (Image)"
 
 
