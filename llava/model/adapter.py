@@ -4,6 +4,7 @@ A LoRA folder holds `adapter_config.json`, the adapter and `non_lora_trainables.
 `mm_projector.bin`. Both hold the config.json of the whole model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, mer
         LlavaLlamaForCausalLM, base, what="model base", optional=tuple(weights), config=config, **settings
     )
     model.config.mm_vision_tower, model.config._name_or_path = tower, part.path
-    _take(model, weights, part.weights_file)
+    check_rest(model, weights, part.weights_file)
+    model.load_state_dict(weights, strict=False)
     return _attach(model, part, base, merge) if part.is_lora else model
 
 
@@ -115,25 +117,26 @@ def read_weights(file: str) -> dict[str, Tensor]:
     return weights
 
 
-def _take(model: LlavaLlamaForCausalLM, weights: dict[str, Tensor], file: str) -> None:
-    own = model.state_dict()
+def check_rest(model: LlavaLlamaForCausalLM, weights: Mapping[str, Tensor], file: str) -> None:
+    """Refuse weights that do not fit the model, whose values are not looked at.
+
+    Raises:
+        InputError: the first that does not, with both shapes.
+    """
+    own = {name: tuple(value.shape) for name, value in model.named_parameters()}
     for name, value in weights.items():
         if name not in own:
             raise InputError(f"{file}: the model has no {name}")
-        if own[name].shape != value.shape:
-            shapes = f"shape {list(value.shape)}, the base model's is {list(own[name].shape)}"
+        if own[name] != tuple(value.shape):
+            shapes = f"shape {list(value.shape)}, the base model's is {list(own[name])}"
             raise InputError(f"{file}: {name} has {shapes}: another base?")
-    model.load_state_dict(weights, strict=False)
 
 
 def _attach(model: LlavaLlamaForCausalLM, part: Part, base: str, merge: bool) -> LlavaLlamaForCausalLM:
     from peft import PeftModel, get_peft_model_state_dict  # takes seconds, and few checkpoints need it
 
-    file = next((found for name in ADAPTER_WEIGHTS if (found := find_file(part.path, name))), None)
-    if file is None:
-        raise InputError(f"{part.path} has {ADAPTER_CONFIG_FILE}, but no {ADAPTER_WEIGHTS[0]}: copy the folder again")
-    stored = read_shapes(file)
-    _check_adapter_base(model, stored, file, base)
+    file = find_adapter_weights(part)
+    stored = check_adapter(model, file, base)
     try:
         wrapped = PeftModel.from_pretrained(model, part.path, autocast_adapter_dtype=False)
         expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(wrapped).items()}
@@ -146,15 +149,42 @@ def _attach(model: LlavaLlamaForCausalLM, part: Part, base: str, merge: bool) ->
     return wrapped.merge_and_unload() if merge else wrapped.base_model.model
 
 
-def _check_adapter_base(model: LlavaLlamaForCausalLM, stored: Shapes, file: str, base: str) -> None:
-    """Refuse an adapter of another base: each pair must fit a layer of the model, `[r, in]` and `[out, r]`."""
-    modules = dict(model.named_modules())
+def find_adapter_weights(part: Part) -> str:
+    """Find the file of a LoRA adapter's weights.
+
+    Raises:
+        InputError: there is none.
+    """
+    file = next((found for name in ADAPTER_WEIGHTS if (found := find_file(part.path, name))), None)
+    if file is None:
+        raise InputError(f"{part.path} has {ADAPTER_CONFIG_FILE}, but no {ADAPTER_WEIGHTS[0]}: copy the folder again")
+    return file
+
+
+def check_adapter(model: LlavaLlamaForCausalLM, file: str, base: str) -> Shapes:
+    """Refuse an adapter of another base: each pair must fit a linear layer of the model, `[r, in]` and `[out, r]`.
+
+    Args:
+        model: the base; its values are not looked at.
+        file: the adapter's weights.
+        base: for the message.
+
+    Returns:
+        Names and shapes of the adapter's tensors.
+
+    Raises:
+        InputError: the first tensor that does not fit, with both shapes.
+    """
+    stored, modules = read_shapes(file), dict(model.named_modules())
+    what = f"LoRA adapter {file} on {base}"
     for name, shape in stored.items():
         path, _, kind = name.removeprefix(WRAPPER_PREFIX).partition(".lora_")
         layer = modules.get(path)
+        if kind and layer is None:
+            raise InputError(f"{what}: {name} belongs to a layer that the base model has not: another base?")
         if not kind or not isinstance(layer, nn.Linear):
             continue  # peft's own check names it
-        rank_first = kind.startswith("A")
-        expected = (shape[0], layer.in_features) if rank_first else (layer.out_features, shape[-1])
+        expected = (shape[0], layer.in_features) if kind.startswith("A") else (layer.out_features, shape[-1])
         if tuple(shape) != expected:
-            refuse_shape(name, shape, expected, f"LoRA adapter {file} on {base}", "the base model")
+            refuse_shape(name, shape, expected, what, "the base model")
+    return stored

@@ -45,6 +45,8 @@ class CLIPVisionTower(VisionTower):
 
     def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         self.num_layers_to_run(self.needs)  # settings that do not fit are refused before the weights
+        self.num_layers_to_run(self.needs)  # settings that do not fit are refused before the weights are read
+        image_processor = self.read_image_processor()
         vision, missing = load_quietly(
             CLIPVisionModelWithProjection,
             self.name,
@@ -54,8 +56,17 @@ class CLIPVisionTower(VisionTower):
             ignored=OTHER_WEIGHTS,
             config=self.config,
         )
-        self.take_parts(vision, read_image_processor(self.name, self.image_size), has_joint_head=not missing)
+        self.take_parts(vision, image_processor, has_joint_head=not missing)
         self.vision_tower.to(device)
+
+    def read_image_processor(self) -> CLIPImageProcessorPil:
+        """The PIL backend, which gives the pixels of LLaVA's preprocessing bit for bit; the default one does not."""
+        values, file = read_settings(self.name, PREPROCESSOR_FILE, "vision tower")
+        check_preprocessor(values, file, self.image_size)
+        try:
+            return CLIPImageProcessorPil.from_pretrained(self.name)
+        except Exception as error:  # transformers' own checks, of many kinds
+            raise InputError(f"{file} can't be used: {first_line(error)}") from error
 
     def take_parts(
         self,
@@ -142,23 +153,3 @@ class CLIPVisionTower(VisionTower):
     @property
     def image_size(self) -> int:
         return self.config.image_size
-
-
-def read_image_processor(name: str, image_size: int) -> CLIPImageProcessorPil:
-    """Read the image processor of a CLIP.
-
-    The PIL backend gives the pixels of LLaVA's preprocessing bit for bit; the default one does not.
-
-    Args:
-        name: folder or hub id.
-        image_size: side of the images that the tower reads.
-
-    Raises:
-        InputError: no preprocessor_config.json, or one that does not fit the tower.
-    """
-    values, file = read_settings(name, PREPROCESSOR_FILE, "vision tower")
-    check_preprocessor(values, file, image_size)
-    try:
-        return CLIPImageProcessorPil.from_pretrained(name)
-    except Exception as error:  # transformers' own checks, of many kinds
-        raise InputError(f"{file} can't be used: {first_line(error)}") from error

@@ -1,7 +1,7 @@
 """Load one Hugging Face module completely, or raise one line with what is missing."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,14 +88,12 @@ def load_quietly(
     subject, hint = f"{what} {name}", HINTS.get(what, COPY_AGAIN)
     ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
     check_generation_config(name)
-    with _quiet(subject):
+    with quiet_loading(subject):
         if config is None:
             config = module.config_class.from_pretrained(name, cache_dir=kwargs.get("cache_dir"))
         # 1. The headers alone: what does not fit is refused before memory is spent on it.
-        if holds_weights(Path(name)) and getattr(config, "quantization_config", None) is None:
-            stored = {key: shape for file in list_weight_files(name) for key, shape in read_shapes(file).items()}
-            expected = build_shapes(module, config)
-            check_shapes(stored, expected, subject, optional=optional, ignored=ignored, hint=hint)
+        if holds_weights(Path(name)):
+            check_headers(module, name, config, what=what, optional=optional, ignored=ignored)
         # 2. The weights.
         loaded, report = module.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -110,16 +108,54 @@ def load_quietly(
     return loaded.eval(), set(report["missing_keys"])
 
 
-def build_shapes(module: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's weights, without memory for them; a tied head need not be stored."""
+def check_headers(
+    module: type[PreTrainedModel],
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    what: str,
+    optional: Collection[str] = (),
+    ignored: Collection[str] = (),
+) -> dict[str, tuple[int, ...]]:
+    """Compare the names and shapes in a checkpoint's weight files with those of the model, without reading values.
+
+    Args:
+        module: the class of the model.
+        name: folder or hub id.
+        config: of the model.
+        what: the role, for messages.
+        optional: weights that may be missing.
+        ignored: patterns of stored weights that are for something else, besides those that the class ignores.
+
+    Returns:
+        Names and shapes as stored.
+
+    Raises:
+        InputError: as in `check_shapes`; not for quantised checkpoints, which pack their weights.
+    """
+    stored = {key: shape for file in list_weight_files(name) for key, shape in read_shapes(file).items()}
+    if getattr(config, "quantization_config", None) is None:
+        ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
+        hint = HINTS.get(what, COPY_AGAIN)
+        expected = build_shapes(build_empty(module, config))
+        check_shapes(stored, expected, f"{what} {name}", optional=optional, ignored=ignored, hint=hint)
+    return stored
+
+
+def build_empty(module: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model without memory for its weights."""
     with torch.device("meta"):
-        model = module(copy.deepcopy(config))
+        return module(copy.deepcopy(config))
+
+
+def build_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights; a tied head need not be stored."""
     tied = getattr(model, "all_tied_weights_keys", {})
     return {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
 
 
 @contextmanager
-def _quiet(subject: str) -> Iterator[None]:
+def quiet_loading(subject: str) -> Iterator[None]:
     """Silence transformers inside the block; whatever it raises becomes one line about the subject."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
