@@ -225,10 +225,16 @@ def check_tower_fits(config: LlavaConfig, tower: VisionTower, model_path: str) -
 
 
 def _clean_generation_config(model: LlavaLlamaForCausalLM) -> None:
-    """Drop settings of released checkpoints that contradict themselves: sampling values without sampling."""
+    """Mend settings of released checkpoints: sampling values without sampling, whole numbers where transformers wants
+    others.
+    """
     settings = model.generation_config
     if not settings.do_sample:
         settings.temperature = settings.top_p = settings.top_k = None
+    for key in ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty", "length_penalty"):
+        value = getattr(settings, key, None)
+        if value is not None:
+            setattr(settings, key, float(value))
 
 
 def _loading_settings(

@@ -168,14 +168,10 @@ GENERATION_RULES = {
     "epsilon_cutoff": number(0, 1),
     "eta_cutoff": number(0, 1),
     "num_beams": whole(1, MAX_BEAMS),
-    "num_beam_groups": whole(1, MAX_BEAMS),
     "num_return_sequences": whole(1, 1, why=" (answers would not fit their questions)"),
-    "diversity_penalty": number(0),
     "repetition_penalty": number(0, above=True),
-    "encoder_repetition_penalty": number(0, above=True),
     "length_penalty": number(-math.inf),
     "no_repeat_ngram_size": whole(0, 2**31),
-    "encoder_no_repeat_ngram_size": whole(0, 2**31),
     "early_stopping": either(flag(), choice("never")),
     "bos_token_id": _TOKENS,
     "eos_token_id": _TOKENS,
@@ -185,11 +181,6 @@ GENERATION_RULES = {
     "forced_eos_token_id": _TOKENS,
     "suppress_tokens": listing(_TOKEN),
     "begin_suppress_tokens": listing(_TOKEN),
-    "bad_words_ids": listing(listing(_TOKEN)),
-    "force_words_ids": listing(Rule("a list of tokens", lambda value: isinstance(value, list))),
-    "max_time": number(0, above=True),
-    "stop_strings": _WORDS,
-    "penalty_alpha": number(0),
     "use_cache": flag(),
     "renormalize_logits": flag(),
     "remove_invalid_values": flag(),
@@ -198,9 +189,24 @@ GENERATION_RULES = {
     "output_attentions": flag(),
     "output_hidden_states": flag(),
     "return_dict_in_generate": flag(only=False),
+    # Searches of other kinds, which `generate` here does not offer; old configs spell out the values that mean none.
+    "num_beam_groups": whole(1, 1),
+    "diversity_penalty": number(0, 0),
+    "encoder_repetition_penalty": number(1, 1),
+    "encoder_no_repeat_ngram_size": whole(0, 0),
+    "guidance_scale": number(1, 1),
+    "penalty_alpha": number(0, 0),
     "low_memory": flag(),
-    "guidance_scale": number(0),
+    "token_healing": flag(only=False),
     "cache_implementation": choice("static", "dynamic", "offloaded", "offloaded_static", "quantized", "hybrid"),
+}
+GENERATION_RULES |= {
+    key: Rule("null: no search of this kind is offered", lambda value: False)
+    for key in (
+        *("bad_words_ids", "force_words_ids", "constraints", "sequence_bias", "max_time", "stop_strings"),
+        *("dola_layers", "prompt_lookup_num_tokens", "watermarking_config", "custom_generate", "compile_config"),
+        *("exponential_decay_length_penalty", "cache_config", "continuous_batching_config"),
+    )
 }
 
 _ACTIVATION = Rule(
@@ -244,6 +250,7 @@ LLAMA_RULES = {
     "quantization_config": record(),
     "id2label": record(),
     "label2id": record(),
+    "num_labels": whole(0, 2**16),
     "chunk_size_feed_forward": whole(0, 2**31),
 }
 
@@ -499,9 +506,11 @@ def check_config(values: Values, file: str, role: str = "checkpoint") -> None:
         if isinstance(inner := values.get(key), dict):
             check_values(inner, ROPE_RULES, file, key)
     _check_heads(values, file)
-    vocabulary, padding = values.get("vocab_size", 32_000), values.get("pad_token_id")
-    if padding is not None and padding >= vocabulary:
-        refuse(file, "pad_token_id", padding, f"null, or a token below vocab_size {vocabulary}")
+    vocabulary = values.get("vocab_size", 32_000)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        tokens = values.get(key)
+        if any(token >= vocabulary for token in (tokens if isinstance(tokens, list) else [tokens or 0])):
+            refuse(file, key, tokens, f"null, or a token below vocab_size {vocabulary}")
     if values.get("mm_vision_tower"):
         _check_vision(values, file)
 
