@@ -161,7 +161,7 @@ class CheckpointCheck:
                 LlavaLlamaForCausalLM, str(self.base), config, what="model base", optional=tuple(rest)
             )
             model = build_empty(LlavaLlamaForCausalLM, config)
-        check_rest(model, rest, part.weights_file)
+        check_rest(model, rest, part.weights_file, bool(values.get("mm_vision_tower")))
         if not part.is_lora:
             return f"{len(stored)} of the base model, {len(rest)} on it"
         adapter = check_adapter(model, find_adapter_weights(part), str(self.base))

@@ -15,7 +15,7 @@ from llava.files import parse_record, read_text
 from llava.model.checkpoint_folder import PROJECTOR_FILE
 from llava.model.config_rules import ADAPTER_RULES, CONFIG_FILE, check_config, check_values, read_settings, require
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.multimodal_encoder.loading import load_quietly, resolve_name
+from llava.model.multimodal_encoder.loading import build_empty, load_quietly, resolve_name
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import (
     Shapes,
@@ -92,11 +92,12 @@ def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, mer
     tower = getattr(config, "mm_vision_tower", None)
     if tower:
         config.mm_vision_tower = resolve_name(tower, part.path)  # relative names start at the part, not at its base
+    empty, base_has_projector = build_empty(LlavaLlamaForCausalLM, config), bool(values.get("mm_vision_tower"))
+    check_rest(empty, weights, part.weights_file, base_has_projector)
     model, _ = load_quietly(
         LlavaLlamaForCausalLM, base, what="model base", optional=tuple(weights), config=config, **settings
     )
     model.config.mm_vision_tower, model.config._name_or_path = tower, part.path
-    check_rest(model, weights, part.weights_file)
     model.load_state_dict(weights, strict=False)
     return _attach(model, part, base, merge) if part.is_lora else model
 
@@ -117,11 +118,19 @@ def read_weights(file: str) -> dict[str, Tensor]:
     return weights
 
 
-def check_rest(model: LlavaLlamaForCausalLM, weights: Mapping[str, Tensor], file: str) -> None:
-    """Refuse weights that do not fit the model, whose values are not looked at.
+def check_rest(
+    model: LlavaLlamaForCausalLM, weights: Mapping[str, Tensor], file: str, base_has_projector: bool
+) -> None:
+    """Refuse weights that do not fit the model, or leave it without a projector.
+
+    Args:
+        model: the base; its values are not looked at.
+        weights: to be put into it.
+        file: for the message.
+        base_has_projector: whether the base is a LLaVA itself.
 
     Raises:
-        InputError: the first that does not, with both shapes.
+        InputError: the first that does not fit, with both shapes, or is missing.
     """
     own = {name: tuple(value.shape) for name, value in model.named_parameters()}
     for name, value in weights.items():
@@ -130,6 +139,8 @@ def check_rest(model: LlavaLlamaForCausalLM, weights: Mapping[str, Tensor], file
         if own[name] != tuple(value.shape):
             shapes = f"shape {list(value.shape)}, the base model's is {list(own[name])}"
             raise InputError(f"{file}: {name} has {shapes}: another base?")
+    if not base_has_projector:
+        refuse_missing({name for name in own if PROJECTOR_PREFIX in name} - set(weights), file)
 
 
 def _attach(model: LlavaLlamaForCausalLM, part: Part, base: str, merge: bool) -> LlavaLlamaForCausalLM:

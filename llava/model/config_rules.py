@@ -93,14 +93,14 @@ def record() -> Rule:
     return Rule("an object", lambda value: isinstance(value, dict))
 
 
-def listing(of: Rule, length: int | None = None) -> Rule:
+def listing(of: Rule, length: int | None = None, *, null: bool = True) -> Rule:
     """A list, of some length, whose items keep a rule."""
     says = f"a list of {length} items" if length else "a list"
 
     def allows(value: object) -> bool:
         return isinstance(value, list) and length in (None, len(value)) and all(of.allows(item) for item in value)
 
-    return Rule(f"{says}, each {of.says}", allows)
+    return Rule(f"{says}, each {of.says}", allows, null)
 
 
 def either(*rules: Rule) -> Rule:
@@ -357,10 +357,13 @@ PREPROCESSOR_RULES = {
     "do_convert_rgb": flag(),
     "size": _SIZE,
     "crop_size": _SIZE,
-    "image_mean": listing(number(0, 1), 3),
-    "image_std": listing(number(0, above=True), 3),
-    "rescale_factor": number(0, above=True),
-    "resample": whole(0, 5),
+    "image_mean": listing(number(0, 1), 3, null=False),
+    "image_std": listing(number(0, above=True), 3, null=False),
+    "rescale_factor": number(0, above=True, null=False),
+    "resample": whole(0, 5, null=False),
+    "return_tensors": choice("pt", "np"),
+    "data_format": choice("channels_first"),
+    "input_data_format": choice("channels_first", "channels_last"),
 }
 OPEN_CLIP_RULES = {"embed_dim": _WIDTH, "quick_gelu": flag(), "vision_cfg": record(), "text_cfg": record()}
 _OPEN_CLIP_HALF = {

@@ -276,7 +276,8 @@ CONFIG_VALUES = [
     ({"return_dict": False}, "return_dict is false; expected true", ""),
     ({"is_encoder_decoder": True}, "is_encoder_decoder is true; expected false", ""),
     ({"quantization_config": "4bit"}, 'quantization_config is "4bit"; expected an object', ""),
-    ({"quantization_config": {"load_in_4bit": True}}, "can't be loaded", ""),
+    ({"quantization_config": {"load_in_4bit": True}}, "but the weights are not quantised: delete it there", ""),
+    ({"quantization_config": {"quant_method": "x"}}, "but the weights are not quantised: delete it there", ""),
     ({"num_labels": 10**9}, "num_labels is 1000000000; expected a whole number", ""),
     ({"tokenizer_padding_side": "middle"}, 'tokenizer_padding_side is "middle"', '"left", "right"'),
     ({"max_sequence_length": "2048"}, 'max_sequence_length is "2048"; expected a whole number', ""),
@@ -387,6 +388,7 @@ FILES = {
 
 @pytest.mark.parametrize(("kind", "values", "says"), OTHER_FILES, ids=[str(row[:2])[:60] for row in OTHER_FILES])
 def test_a_wrong_value_in_another_file_is_named_with_what_is_right(place: Path, kind: str, values: dict, says: str):
+    (place / SHARDED / "special_tokens_map.json").unlink()  # it would override tokenizer_config.json
     edit(place / FILES[kind], **values)
     message = refused(SHARDED)
     assert says in message
@@ -507,7 +509,8 @@ def test_a_lora_without_its_weights_is_refused(lora: Path):
         ([1, 2], "mm_projector.bin holds a list; expected named tensors"),
         ({"a": 1}, 'mm_projector.bin: "a" is a int; expected named tensors'),
         ({"model.mm_projector.0.weight": torch.zeros(3, 3)}, "mm_projector.0.weight has shape [3, 3]"),
-        ({"model.something": torch.zeros(3)}, "lacks 4 weights, first model.mm_projector.0.bias"),
+        ({"model.something": torch.zeros(3)}, "mm_projector.bin: the model has no model.something"),
+        ({}, "mm_projector.bin lacks 4 weights, first model.mm_projector.0.bias"),
     ],
 )
 def test_a_projector_file_that_is_something_else_is_named(place: Path, content: object, says: str):

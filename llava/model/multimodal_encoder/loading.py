@@ -131,15 +131,29 @@ def check_headers(
         Names and shapes as stored.
 
     Raises:
-        InputError: as in `check_shapes`; not for quantised checkpoints, which pack their weights.
+        InputError: as in `check_shapes` (not for quantised checkpoints, which pack their weights), or plain weights
+            that the config calls quantised.
     """
     stored = {key: shape for file in list_weight_files(name) for key, shape in read_shapes(file).items()}
-    if getattr(config, "quantization_config", None) is None:
-        ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
-        hint = HINTS.get(what, COPY_AGAIN)
-        expected = build_shapes(build_empty(module, config))
+    ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
+    expected, hint = build_shapes(build_empty(module, config)), HINTS.get(what, COPY_AGAIN)
+    try:
         check_shapes(stored, expected, f"{what} {name}", optional=optional, ignored=ignored, hint=hint)
+    except InputError:
+        if getattr(config, "quantization_config", None) is None:
+            raise
+    else:
+        _refuse_quantised(config, name)
     return stored
+
+
+def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a config that calls plain weights quantised: they would be read as if they were."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{name}/config.json has a quantization_config, but the weights are not quantised: delete it there "
+            "(load_4bit and load_8bit quantise while loading)"
+        )
 
 
 def build_empty(module: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
