@@ -108,9 +108,17 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_template(args: object) -> str:
-    """Return the conversation template that the options name, or the one that fits the checkpoint's name."""
+    """Return the conversation template that the options name, or the one that fits the checkpoint's name, and say so.
+
+    The line goes to stderr: answers on stdout stay as they are.
+    """
     given = getattr(args, "conv_mode", None)
-    return given or conversation_name_for(get_model_name_from_path(args.model_path))
+    if given:
+        return given
+    name = get_model_name_from_path(args.model_path)
+    template = conversation_name_for(name)
+    sys.stderr.write(f'conversation template {template}, by the name "{name}" (--conv-mode names another)\n')
+    return template
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
