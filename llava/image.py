@@ -1,8 +1,9 @@
-"""Read an image from a file or a URL, completely and as RGB, or fail with one line that says why.
+"""Read an image from a file or a URL, completely and as RGB, or fail with one line that says why; scale large images.
 
 All that users have is read here: CMYK photographs, 16-bit scans, palettes, transparency, photographs that only an EXIF
 tag turns upright, files cut off while downloading, files with the wrong extension. `llava.mm_utils` does the geometry
-(padding, cropping, crops of a larger image).
+(padding, cropping, crops of a larger image); `scale_window` does it for images whose padded or scaled copy would not
+fit into memory.
 """
 
 import http.client
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +22,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava.errors import InputError
 from llava.files import read_bytes
+
+Size = tuple[int, int]
+
+MAX_SIDE = 2**18
+"""Longest side in pixels; no camera or scanner makes more, and a file of a few bytes can claim it."""
 
 DOWNLOAD_SECONDS = 20.0
 DOWNLOAD_BYTES = 64 * 2**20
@@ -107,6 +114,10 @@ def _decode(stream: BinaryIO, address: str, upright: bool) -> Image.Image:
             # Images between Pillow's warning and its error limit are large but fine.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(stream) as image:
+                if max(image.size) > MAX_SIDE:
+                    raise InputError(
+                        f"image {address}: {image.width} x {image.height} pixels; a side has {MAX_SIDE:,} at most"
+                    )
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image) if upright else image, address)
     except InputError:
@@ -116,6 +127,8 @@ def _decode(stream: BinaryIO, address: str, upright: bool) -> Image.Image:
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"image {address}: more than {limit:,} pixels, refused as a decompression bomb") from None
+    except MemoryError:
+        raise InputError(f"image {address}: does not fit into memory; make it smaller") from None
     except Exception as error:
         # On damaged bytes decoders raise nearly anything (OSError, SyntaxError, struct.error, IndexError, ...); the
         # cause is always the file.
@@ -149,3 +162,173 @@ def _scale_to_eight_bit(image: Image.Image, address: str) -> Image.Image:
         raise InputError(f"image {address}: grey values outside 0..{_SIXTEEN_BIT_MAX}; save it with 8 or 16 bit")
     rounded = (values.astype(np.uint32) + _SIXTEEN_TO_EIGHT_BIT // 2) // _SIXTEEN_TO_EIGHT_BIT
     return Image.fromarray(rounded.astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------------- scaling
+@dataclass(frozen=True)
+class Kernel:
+    """An interpolation filter.
+
+    Attributes:
+        radius: in output pixels (in source pixels where an image is enlarged).
+        weigh: weights of distances, float64[n] each.
+    """
+
+    radius: float
+    weigh: Callable[[np.ndarray], np.ndarray]
+
+
+def _weigh_linear(distance: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - distance, 0)
+
+
+def _weigh_cubic(distance: np.ndarray) -> np.ndarray:
+    """Keys' cubic convolution with a = -0.5."""
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = -0.5 * (((distance - 5) * distance + 8) * distance - 4)
+    return np.where(distance < 1, near, np.where(distance < 2, far, 0))
+
+
+KERNELS = {
+    Image.Resampling.BILINEAR: Kernel(1, _weigh_linear),
+    Image.Resampling.BICUBIC: Kernel(2, _weigh_cubic),
+}
+"""The filters that `scale_window` knows."""
+
+# Pillow weighs 8-bit pixels with whole numbers, of which this one is 1.
+_ONE = 2.0**22
+_BLOCK_VALUES = 2**21
+"""Values of the source, or weights, that are worked on at once: 16 MiB in float64."""
+_BLOCK_OUTPUTS = 16
+
+
+class _Axis:
+    """How one side of a canvas is scaled: the weight of each source pixel in each output pixel.
+
+    Pillow's `resize` scales the rows first, rounds to 8 bit, then scales the columns, with weights rounded to multiples
+    of 2**-22. Here these weights are float64 whole numbers, so sums of products are exact in any order.
+    """
+
+    def __init__(self, length: int, size: int, window: Size, inside: Size, kernel: Kernel):
+        """Find the output pixels that read anything of the image, and what they read.
+
+        Args:
+            length: of the canvas.
+            size: of the scaled canvas.
+            window: (first, after last) output pixel that is wanted.
+            inside: (first, after last) source pixel of the image; all others have the canvas's colour.
+            kernel: the filter.
+        """
+        scale = length / size
+        self.stretch = max(scale, 1.0)
+        self._kernel = kernel
+        centers = (np.arange(*window) + 0.5) * scale
+        reach = kernel.radius * self.stretch
+        lows = np.maximum((centers - reach + 0.5).astype(np.int64), 0)
+        highs = np.minimum((centers + reach + 0.5).astype(np.int64), length)
+        touched = np.flatnonzero((lows < inside[1]) & (highs > inside[0]))
+        self.first, self.count = int(touched[0]) if len(touched) else 0, len(touched)
+        self._centers, self._lows, self._highs = centers[touched], lows[touched], highs[touched]
+        self._inside = inside
+        self.rest = np.zeros(self.count)  # weight of the canvas's colour
+        self._sums = np.ones(self.count)
+        for output in range(self.count):
+            low, high = int(self._lows[output]), int(self._highs[output])
+            # Added up one by one, as Pillow does: the order decides the last bit.
+            self._sums[output] = np.cumsum(self._weigh(output, low, high))[-1]
+            if low < inside[0] or high > inside[1]:
+                inner = self._round(output, max(low, inside[0]), min(high, inside[1]))
+                self.rest[output] = self._round(output, low, high).sum() - inner.sum()
+        # Neighbours read much in common; very long filters are taken one by one.
+        self._step = max(1, int(min(_BLOCK_OUTPUTS / min(scale, 1.0), _BLOCK_VALUES / (_BLOCK_OUTPUTS * self.stretch))))
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Cut the touched output pixels into (first, after last), few enough that their weights fit into memory."""
+        for first in range(0, self.count, self._step):
+            yield first, min(first + self._step, self.count)
+
+    def span(self, first: int, last: int) -> Size:
+        """Return (first, after last) source pixel of the image that some output pixels read."""
+        low, high = int(self._lows[first]), int(self._highs[last - 1])
+        return max(low, self._inside[0]), min(high, self._inside[1])
+
+    def readers(self, low: int, high: int) -> Size:
+        """Return (first, after last) output pixel that reads some source pixels."""
+        return int(np.searchsorted(self._highs, low, "right")), int(np.searchsorted(self._lows, high, "left"))
+
+    def weights(self, outputs: Size, span: Size) -> np.ndarray:
+        """Return float64[outputs, span], in multiples of 2**-22."""
+        matrix = np.zeros((outputs[1] - outputs[0], span[1] - span[0]))
+        for output in range(*outputs):
+            low, high = max(int(self._lows[output]), span[0]), min(int(self._highs[output]), span[1])
+            matrix[output - outputs[0], low - span[0] : high - span[0]] = self._round(output, low, high)
+        return matrix
+
+    def _weigh(self, output: int, low: int, high: int) -> np.ndarray:
+        distance = (np.arange(low, high) - self._centers[output] + 0.5) * (1.0 / self.stretch)
+        return self._kernel.weigh(np.abs(distance))
+
+    def _round(self, output: int, low: int, high: int) -> np.ndarray:
+        shares = self._weigh(output, low, high) / self._sums[output]
+        return np.trunc(shares * _ONE + np.copysign(0.5, shares))
+
+
+def _to_eight_bit(sums: np.ndarray) -> np.ndarray:
+    return np.clip(np.floor((sums + _ONE / 2) / _ONE), 0, 255)
+
+
+def scale_window(
+    image: Image.Image,
+    size: Size,
+    window: tuple[int, int, int, int],
+    *,
+    canvas: Size | None = None,
+    color: tuple[int, ...] = (0, 0, 0),
+    resample: int = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """Center an image on a canvas, scale the canvas, and cut out a window, without ever making any of the two.
+
+    The pixels are those of `Image.resize`, bit for bit, as long as a filter reads less than 16,448 source pixels a side
+    (that is up to a side of 345,000 pixels scaled to 84 by "bicubic"); memory and time follow the image's own pixels.
+
+    Args:
+        image: mode RGB.
+        size: (width, height) of the scaled canvas.
+        window: (left, top, right, bottom) of what is wanted of it.
+        canvas: (width, height), not smaller than the image; None: the image's own size.
+        color: RGB of the canvas.
+        resample: a filter in `KERNELS`.
+
+    Returns:
+        The window, mode RGB.
+    """
+    canvas, kernel = canvas or image.size, KERNELS[Image.Resampling(resample)]
+    left, top = (canvas[0] - image.width) // 2, (canvas[1] - image.height) // 2
+    columns = _Axis(canvas[0], size[0], window[0::2], (left, left + image.width), kernel)
+    rows = _Axis(canvas[1], size[1], window[1::2], (top, top + image.height), kernel)
+    scaled = np.empty((window[3] - window[1], window[2] - window[0], len(color)), dtype=np.uint8)
+    scaled[:] = color
+    if not rows.count:
+        return Image.fromarray(scaled)
+    # 1. A block of output columns reads a vertical strip of the image, a few rows at a time.
+    for block in columns.blocks():
+        strip, lines = columns.span(*block), rows.span(0, rows.count)
+        across = columns.weights(block, strip).T  # [strip, block]
+        sums = np.zeros((len(color), rows.count, block[1] - block[0]))
+        # Neither a part of the strip, nor its scaled rows, nor its weights in the output rows exceed the limit.
+        across_limit = _BLOCK_VALUES // max(across.shape)
+        step = max(1, min(across_limit, int((_BLOCK_VALUES * rows.stretch) ** 0.5)))
+        for start in range(lines[0], lines[1], step):
+            part = (start, min(start + step, lines[1]))
+            outputs = rows.readers(*part)
+            down = rows.weights(outputs, part)  # [outputs, part]
+            source = image.crop((strip[0] - left, part[0] - top, strip[1] - left, part[1] - top))
+            for band, values in enumerate(source.split()):
+                # 2. Along the rows, rounded to 8 bit; then its share of each output row.
+                narrow = np.asarray(values, dtype=np.float64) @ across + color[band] * columns.rest[slice(*block)]
+                sums[band, slice(*outputs)] += down @ _to_eight_bit(narrow)
+        # 3. The canvas above and below.
+        sums += np.multiply.outer(color, rows.rest)[:, :, None]
+        target = scaled[rows.first : rows.first + rows.count, columns.first + block[0] : columns.first + block[1]]
+        target[:] = np.moveaxis(_to_eight_bit(sums), 0, 2)
+    return Image.fromarray(scaled)
