@@ -6,12 +6,16 @@ tag turns upright, files cut off while downloading, files with the wrong extensi
 fit into memory.
 """
 
+import http
 import http.client
-import time
+import re
+import socket
+import threading
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +31,8 @@ Size = tuple[int, int]
 
 MAX_SIDE = 2**18
 """Longest side in pixels; no camera or scanner makes more, and a file of a few bytes can claim it."""
+
+FILE_BYTES = 2**31
 
 DOWNLOAD_SECONDS = 20.0
 DOWNLOAD_BYTES = 64 * 2**20
@@ -65,14 +71,15 @@ def load_image(source: str | Path | EmbeddedImage, upright: bool = False) -> Ima
         scaled to 8 bit (the released code clips it to white).
 
     Raises:
-        InputError: no such file, not an image, damaged, too large, or the download failed.
+        InputError: no such file, not an image, damaged, too large, or the download failed. The line holds nothing that
+            a server sent, and of an address neither user name nor query.
     """
     address = str(source)
     if isinstance(source, EmbeddedImage):
         return _decode(BytesIO(_refuse_empty(source.content, address)), address, upright)
     if address.lower().startswith(("http://", "https://")):
-        return _decode(BytesIO(_download(address)), address, upright)
-    return _decode(BytesIO(_refuse_empty(read_bytes(Path(source)), address)), address, upright)
+        return _decode(BytesIO(_download(address)), _hide_secrets(address), upright)
+    return _decode(BytesIO(_refuse_empty(read_bytes(Path(source), limit=FILE_BYTES), address)), address, upright)
 
 
 def _refuse_empty(content: bytes, address: str) -> bytes:
@@ -81,31 +88,137 @@ def _refuse_empty(content: bytes, address: str) -> bytes:
     return content
 
 
+def _hide_secrets(address: str) -> str:
+    """Return an address without user name, password, query and fragment: they may be keys."""
+    parts = re.match(r"(https?://)(?:[^/?#]*@)?([^/?#]*)([^?#]*)", address, re.IGNORECASE | re.DOTALL)
+    scheme, host, path = parts.groups()
+    # "user:pass?word@host" has its host behind the question mark.
+    is_host = re.fullmatch(r"\[?[^\[\]:]*|\[[0-9a-f:.%]*\]", re.sub(r":\d*$", "", host), re.IGNORECASE)
+    return scheme + (host + path if is_host else "...")
+
+
 def _download(address: str) -> bytes:
-    """Download within the limits of time and size; the time limit covers the whole download, not each packet."""
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    content = bytearray()
+    """Download within the limits of time and size.
+
+    One limit of time covers everything: looking up names, connecting, redirects, headers that trickle, the content. The
+    standard library limits single reads only, so a thread does the work, and is left behind when the time is up.
+    """
+    download = _Download(address)
+    threading.Thread(target=download.run, daemon=True).start()
     try:
-        request = urllib.request.Request(address, headers={"User-Agent": "llava"})
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            while chunk := response.read1(_CHUNK_BYTES):
-                content += chunk
-                if len(content) > DOWNLOAD_BYTES:
-                    raise InputError(f"image {address}: larger than {DOWNLOAD_BYTES // 2**20} MiB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"timed out after {DOWNLOAD_SECONDS:g} seconds")
-            expected = response.headers.get("Content-Length")
-    except InputError:
-        raise
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        code = f"{error.code} " if isinstance(error, urllib.error.HTTPError) else ""
-        raise InputError(f"image {address}: download failed ({code}{reason})") from error
-    if expected is not None and expected.isdecimal() and len(content) < int(expected):
-        raise InputError(f"image {address}: download ended after {len(content)} of {expected} bytes")
-    if not content:
-        raise InputError(f"image {address}: the response is empty")
-    return bytes(content)
+        if not download.ended.wait(DOWNLOAD_SECONDS):
+            raise InputError(
+                f"image {_hide_secrets(address)}: download failed (timed out after {DOWNLOAD_SECONDS:g} seconds)"
+            )
+    finally:
+        download.abandon()
+    if download.fault:
+        raise InputError(f"image {_hide_secrets(address)}: {download.fault}")
+    return bytes(download.content)
+
+
+class _Download:
+    """One download; what goes wrong is kept for the thread that waits.
+
+    Attributes:
+        ended: set when there is nothing more to wait for.
+        content: what has arrived.
+        fault: why there is no image, without anything that the server sent: it may hold keys and control characters.
+    """
+
+    def __init__(self, address: str):
+        self.ended = threading.Event()
+        self.content = bytearray()
+        self.fault: str | None = None
+        self._address = address
+        self._is_abandoned = False
+        self._connections: list[http.client.HTTPConnection] = []
+
+    def run(self) -> None:
+        try:
+            self.fault = self._read()
+        except urllib.error.HTTPError as error:
+            self.fault = f"download failed ({_describe_status(error.code)})"
+        except http.client.InvalidURL:
+            self.fault = "download failed (not a valid address)"
+        except http.client.HTTPException as error:
+            self.fault = f"download failed (the answer is not HTTP: {type(error).__name__})"
+        except OSError as error:
+            self.fault = f"download failed ({error.reason if isinstance(error, urllib.error.URLError) else error})"
+        except ValueError:
+            self.fault = "download failed (not a valid address)"
+        except MemoryError:
+            self.fault = "download failed (it does not fit into memory)"
+        finally:
+            self.ended.set()
+
+    def abandon(self) -> None:
+        """Make the thread end soon, whatever it waits for."""
+        self._is_abandoned = True
+        for connection in self._connections:
+            with suppress(OSError, AttributeError):  # closed, or not yet connected
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _read(self) -> str | None:
+        """Fill `content`; return what is wrong with it."""
+        if re.match(r"https?://[^/?#]*@", self._address, re.IGNORECASE):
+            return "an address with a user name or a password is not supported"
+        opener = urllib.request.build_opener(
+            _PlainHandler(self._connections), _SecureHandler(self._connections), _RedirectHandler()
+        )
+        request = urllib.request.Request(self._address, headers={"User-Agent": "llava"})
+        with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
+            while not self._is_abandoned and (chunk := response.read1(_CHUNK_BYTES)):
+                self.content += chunk
+                if len(self.content) > DOWNLOAD_BYTES:
+                    return f"larger than {DOWNLOAD_BYTES // 2**20} MiB"
+            expected = response.headers.get("Content-Length", "")
+        if expected.isdecimal() and len(self.content) < int(expected):
+            return f"download ended after {len(self.content)} of {expected} bytes"
+        return None if self.content else "the response is empty"
+
+
+class _NotingHandler(urllib.request.AbstractHTTPHandler):
+    """Keeps the connections it makes, so that they can be shut down by another thread."""
+
+    def __init__(self, connections: list[http.client.HTTPConnection]):
+        super().__init__()
+        self._connections = connections
+
+    def do_open(
+        self, http_class: Callable[..., http.client.HTTPConnection], req: urllib.request.Request, **options: object
+    ) -> http.client.HTTPResponse:
+        def connect(*args: object, **more: object) -> http.client.HTTPConnection:
+            self._connections.append(http_class(*args, **more))
+            return self._connections[-1]
+
+        return super().do_open(connect, req, **options)
+
+
+class _PlainHandler(_NotingHandler, urllib.request.HTTPHandler):
+    """For http://."""
+
+
+class _SecureHandler(_NotingHandler, urllib.request.HTTPSHandler):
+    """For https://."""
+
+
+class _RedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Does not read the content of a redirect, which may never end."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: http.client.HTTPResponse, *args: object
+    ) -> urllib.request.Request | None:
+        fp.close()
+        return super().redirect_request(req, fp, *args)
+
+
+def _describe_status(code: int) -> str:
+    """Describe a status in the standard's words, not in the server's."""
+    if 300 <= code < 400:
+        return f"{code}, redirected too often or to no web address"
+    names = {status.value: status.phrase for status in http.HTTPStatus}
+    return f"{code} {names.get(code, '')}".strip()
 
 
 def _decode(stream: BinaryIO, address: str, upright: bool) -> Image.Image:
