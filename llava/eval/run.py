@@ -242,8 +242,11 @@ def execute(command: Sequence[str]) -> int:
     if is_dry():
         print_command(command)
         return 0
-    with ending_with([process := start(command, {})]):
-        return exit_code(process)
+    processes: list[subprocess.Popen] = []
+    with ending_with(processes):
+        with holding_signals():
+            processes.append(start(command, {}))
+        return exit_code(processes[0])
 
 
 def print_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
@@ -283,6 +286,25 @@ def ending_with(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
                 process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Hold signals back until the block is over: what it starts can be ended by then."""
+    received: list[int] = []
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def note(line: str) -> None:
@@ -349,7 +371,8 @@ def answer(plan: Plan) -> int:
     worst = 0
     with ending_with(processes):
         for worker in workers:
-            processes.append(start(worker.command, worker.environment, worker.log))
+            with holding_signals():
+                processes.append(start(worker.command, worker.environment, worker.log))
         for worker, process in zip(workers, processes, strict=True):
             code = exit_code(process)
             if code:
