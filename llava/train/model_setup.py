@@ -2,11 +2,13 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.errors import InputError
+from llava.files import explain_errors
 from llava.model.builder import make_config
 from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -85,6 +87,56 @@ def _refuse_vision_flags(model_args: ModelArguments) -> None:
     for flag in ("pretrain_mm_mlp_adapter", "tune_mm_mlp_adapter", CONFIG_KEY):
         if getattr(model_args, flag):
             raise InputError(f"--{flag}: {model_args.model_name_or_path} has no vision tower; give --vision_tower")
+
+
+def check_start(model_args: ModelArguments, training_args: TrainingArguments, config: LlavaConfig) -> None:
+    """Check what is trained from, as far as that takes no model.
+
+    Raises:
+        InputError: the result would overwrite the model it starts from; or `--pretrain_mm_mlp_adapter` is no projector
+            for this language model.
+    """
+    start, end = Path(model_args.model_name_or_path), Path(training_args.output_dir)
+    if start.is_dir() and end.is_dir() and start.samefile(end):
+        raise InputError(f"--output_dir {end} is the model that the training starts from: give another folder")
+    path = model_args.pretrain_mm_mlp_adapter
+    if not path:
+        return
+    weights = read_projector(path)
+    widths = {value.shape[0] for name, value in weights.items() if "mm_projector." in name and value.ndim == 2}
+    if not widths:
+        raise InputError(f"--pretrain_mm_mlp_adapter {path}: no projector weights (mm_projector.*) in it")
+    if config.hidden_size not in widths:
+        raise InputError(
+            f"--pretrain_mm_mlp_adapter {path}: a projector into width {max(widths)}, but "
+            f"{model_args.model_name_or_path} has {config.hidden_size}"
+        )
+
+
+def read_projector(path: str) -> dict[str, torch.Tensor]:
+    """Read `mm_projector.bin`.
+
+    Raises:
+        InputError: there is no such file, or it is no file of named tensors.
+    """
+    try:
+        with explain_errors("read", Path(path), "stage 1 (scripts/pretrain.sh) makes mm_projector.bin"):
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except InputError:
+        raise
+    except Exception as error:
+        # Many kinds: pickle, zip and end-of-file errors.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--pretrain_mm_mlp_adapter {path}: not a file of weights: {reason}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f"--pretrain_mm_mlp_adapter {path}: not a file of named weights")
+    return weights
+
+
+def record_template(model: PreTrainedModel, version: str) -> None:
+    """Write the conversation template into config.json, so that commands need not guess it from a folder's name."""
+    if version != "plain":  # a projector's captions are no dialogue
+        model.config.conv_mode = version
 
 
 def load_training_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> PreTrainedTokenizerBase:

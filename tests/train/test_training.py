@@ -289,6 +289,7 @@ def test_stage_1_leaves_a_projector_that_stage_2_starts_from(run_training: Calla
     assert sorted(path.name for path in (tmp_path / "stage1").iterdir()) == [
         "config.json",
         "mm_projector.bin",
+        "run.json",
         "trainer_state.json",
     ]
     saved = torch.load(tmp_path / "stage1/mm_projector.bin", weights_only=True)
