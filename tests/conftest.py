@@ -1,8 +1,14 @@
 """Fixtures that several test modules share: the recorded checkpoints and how to load them."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Hashes of the tests' files stay out of the user's cache; commands that tests start inherit it.
+CACHE = tempfile.TemporaryDirectory(prefix="llava-cache-")
+os.environ["LLAVA_CACHE"] = CACHE.name
 
 GOLDEN = Path(__file__).parent / "golden"
 
