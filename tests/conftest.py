@@ -1,6 +1,8 @@
 """Fixtures that several test modules share: the recorded checkpoints and how to load them."""
 
+import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ import pytest
 # command state what it does where Ctrl-C reaches it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Hashes of the tests' files stay out of the user's cache; commands that tests start inherit it.
+CACHE = tempfile.TemporaryDirectory(prefix="llava-cache-")
+os.environ["LLAVA_CACHE"] = CACHE.name
 
 GOLDEN = Path(__file__).parent / "golden"
 
