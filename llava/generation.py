@@ -137,10 +137,10 @@ class GreedyDecoder:
     def _splice(self, prompts: Sequence[Tensor], images: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Give position ids int64[S, L], attention mask bool[S, L] and embeddings [S, L, E], padded on the left."""
         input_ids, attention_mask = pad_left(prompts)
-        _, positions, mask, _, embeds, _ = self._model.prepare_inputs_labels_for_multimodal(
-            input_ids, None, attention_mask, None, None, None, image_tokens=images, padding_side="left"
+        batch = self._model.embed_prompts(
+            input_ids, attention_mask=attention_mask, image_tokens=images, padding_side="left"
         )
-        return positions, mask, embeds
+        return batch.position_ids, batch.attention_mask, batch.embeds
 
     def _read_pictures(self, prompts: Sequence[Tensor], image_tokens: Sequence[tuple[Any, ...]]) -> Beginning | None:
         """Read the beginnings up to the first picture, that included, each once; None where that does not pay.

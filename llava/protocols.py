@@ -53,3 +53,17 @@ class ImageSettings(Protocol):
     """What decides how an image becomes a square: a model's config, or the settings of a training set."""
 
     image_aspect_ratio: str
+
+
+class VisionArguments(Protocol):
+    """The training flags that decide the vision parts of a model."""
+
+    vision_tower: str
+    mm_vision_select_layer: int
+    mm_vision_select_feature: str
+    mm_projector_type: str
+    mm_patch_merge_type: str
+    mm_vision_token_reduce_func: str | None
+    pretrain_mm_mlp_adapter: str | None
+    mm_use_im_patch_token: bool
+    mm_use_im_start_end: bool

@@ -162,22 +162,20 @@ class Runner:
 
     def _prefill(self, batch: Batch, image_tokens: list[Any]) -> tuple[Tensor, Tensor, Any]:
         model = self.model
-        _, positions, mask, _, embeds, _ = model.prepare_inputs_labels_for_multimodal(
-            batch.input_ids, None, None, None, None, None, image_tokens=image_tokens, padding_side="left"
-        )
-        cache = None
+        prompts = model.embed_prompts(batch.input_ids, image_tokens=image_tokens, padding_side="left")
+        mask, cache = prompts.attention_mask, None
         if self.compile_decode:
             mask = torch.nn.functional.pad(mask, (0, batch.new_tokens), value=True)
             cache = self._static_cache(*mask.shape)
         output = model(
-            inputs_embeds=embeds,
+            inputs_embeds=prompts.embeds,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=prompts.position_ids,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self._positions = positions[:, -1:] + 1
+        self._positions = prompts.position_ids[:, -1:] + 1
         return output.logits.argmax(dim=-1), mask, output.past_key_values
 
     def _static_cache(self, batch_size: int, length: int) -> Any:

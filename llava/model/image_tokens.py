@@ -1,16 +1,17 @@
-"""From one picture's patches to the tokens that the LLM reads: reduce, project, merge crops.
+"""From one image's patches to the tokens that the LLM reads: reduce, project, merge crops.
 
-Shape letters: `C` crops of one picture (1 in LLaVA-1.5), `N` patches of a crop, `D` vision width, `M` tokens of the
-picture, `E` LLM width, `P` joint width.
+Shape letters: `C` crops of one image (1 in LLaVA-1.5), `I` crops of all images, `N` patches of a crop, `D` vision
+width, `M` tokens of the image, `E` LLM width, `P` joint width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from llava.errors import InputError
+from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.crops import MERGE_TYPES, layout_tiles, merge_crops
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.token_reduction.base import PROJECTED, TEXT, ReducedTokens, TokenReducer, VisualTokens
@@ -18,7 +19,7 @@ from llava.model.token_reduction.base import PROJECTED, TEXT, ReducedTokens, Tok
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What one picture becomes for one question.
+    """What one image becomes for one question.
 
     Attributes:
         features: `[M, E]` projected tokens, ready to be spliced.
@@ -34,22 +35,24 @@ class ImageTokens:
 
     @property
     def num_tokens(self) -> int:
-        """M: what the LLM reads for this picture, mean and newline tokens included."""
+        """M: what the LLM reads for this image, mean and newline tokens included."""
         return self.features.shape[0]
 
 
 @dataclass(frozen=True)
 class CropMerge:
-    """How the crops of a picture are merged (`mm_patch_merge_type`, see `llava.model.crops`).
+    """How the crops of an image are merged (`mm_patch_merge_type`, see `llava.model.crops`).
 
     Attributes:
         kind: "flat", "spatial" or "spatial_unpad".
-        tile_grid: from a picture's (width, height) to its rows and columns of tiles; None for single-crop models.
+        pinpoints: `image_grid_pinpoints` of anyres models; None for others, whose images have one crop.
+        crop_size: side of a crop in pixels.
         newline: `[E]` parameter that "spatial_unpad" puts after each row.
     """
 
     kind: str = "flat"
-    tile_grid: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    pinpoints: str | list | None = None
+    crop_size: int = 0
     newline: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -61,29 +64,36 @@ class CropMerge:
         if self.kind not in MERGE_TYPES:
             raise InputError(f'mm_patch_merge_type "{self.kind}" is unknown: use {", ".join(MERGE_TYPES)}')
 
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig, crop_size: int, newline: Tensor | None) -> "CropMerge":
+        """The merge that a model's config asks for."""
+        is_anyres = getattr(config, "image_aspect_ratio", None) == "anyres"
+        pinpoints = getattr(config, "image_grid_pinpoints", None) if is_anyres else None
+        return cls(getattr(config, "mm_patch_merge_type", None) or "flat", pinpoints, crop_size, newline)
+
     def __call__(
         self, crops: list[Tensor], kept: Tensor | None, grid: tuple[int, int], image_size: tuple[int, int] | None
     ) -> Tensor:
-        """Merge one picture's projected crops, C times `[M_c, E]`, into `[M, E]`.
+        """Merge one image's projected crops, C times `[M_c, E]`, into `[M, E]`.
 
         Raises:
-            InputError: when a spatial merge has no picture size to go by.
+            InputError: when a spatial merge has no image size to go by.
         """
         newline = self.newline if self.kind == "spatial_unpad" else None
         if self.kind == "flat" or len(crops) == 1:
             return merge_crops(crops, kept, newline=newline)
-        if self.tile_grid is None or image_size is None:
+        if self.pinpoints is None or image_size is None:
             raise InputError(
                 f"mm_patch_merge_type {self.kind} needs image_aspect_ratio anyres and image_sizes=[(width, height)]"
             )
-        tile_grid = self.tile_grid(image_size)
-        if tile_grid[0] * tile_grid[1] + 1 != len(crops):
+        cols, rows = get_anyres_image_grid_shape(image_size, self.pinpoints, self.crop_size)
+        if rows * cols + 1 != len(crops):
             raise InputError(
-                f"{len(crops)} crops do not make a {tile_grid[0]} x {tile_grid[1]} grid of tiles and a base view: "
-                f"is {image_size} the picture's (width, height)?"
+                f"{len(crops)} crops do not make a {rows} x {cols} grid of tiles and a base view: "
+                f"is {image_size} the image's (width, height)?"
             )
         unpad_size = image_size if self.kind == "spatial_unpad" else None
-        return merge_crops(crops, kept, layout_tiles(grid, tile_grid, unpad_size), newline)
+        return merge_crops(crops, kept, layout_tiles(grid, (rows, cols), unpad_size), newline)
 
 
 def embed_distinct(tower: VisionTower, texts: list[str]) -> Tensor:
@@ -156,31 +166,34 @@ def project_tokens(
     projector: nn.Module,
     merge: CropMerge,
     grid: tuple[int, int],
-    image_sizes: list | None,
+    image_sizes: list[tuple[int, int]] | None,
 ) -> list[ImageTokens]:
-    """Project the tokens that are left (and no others) to LLM width and merge each picture's crops.
+    """Project the tokens that are left (and no others) to LLM width and merge each image's crops.
 
     Args:
-        reduced: one record per picture.
+        reduced: one record per image.
         projector: `[..., D]` to `[..., E]`.
         merge: how crops are merged.
         grid: rows and columns of patches of a crop.
-        image_sizes: (width, height) of each picture, needed for spatial merges only.
+        image_sizes: (width, height) of each image, needed for spatial merges only.
 
     Returns:
-        One record per picture.
+        One record per image.
     """
-    lengths = [length for picture in reduced for length in picture.lengths.tolist()]
-    rows = [crop for picture in reduced for crop in picture.features]
-    valid = torch.cat([crop[:length] for crop, length in zip(rows, lengths, strict=True)])
+    # 1. All crops of all images in one run of tokens, without the padding behind short rows.
+    lengths = [length for image in reduced for length in image.lengths.tolist()]
+    rows = [crop for image in reduced for crop in image.features]
+    valid = torch.cat([crop[:length] for crop, length in zip(rows, lengths, strict=True)])  # [all tokens, D]
+    # 2. One pass of the projector.
     projected = iter(project(projector, valid).split(lengths))
+    # 3. Image by image, merge the crops.
     tokens = []
-    for index, picture in enumerate(reduced):
-        crops = [next(projected) for _ in range(picture.lengths.shape[0])]
+    for index, image in enumerate(reduced):
+        crops = [next(projected) for _ in range(image.lengths.shape[0])]  # C times [M_c, E]
         size = tuple(image_sizes[index]) if image_sizes is not None else None
-        features = merge(crops, picture.kept, grid, size)
-        num_patches = picture.lengths.shape[0] * grid[0] * grid[1]
-        tokens.append(ImageTokens(features, num_patches, picture.kept, picture.scores))
+        features = merge(crops, image.kept, grid, size)  # [M, E]
+        num_patches = image.lengths.shape[0] * grid[0] * grid[1]
+        tokens.append(ImageTokens(features, num_patches, image.kept, image.scores))
     return tokens
 
 

@@ -1,7 +1,9 @@
-"""Put image tokens where the prompt says `<image>`, and pad a batch: two pure functions of tensors.
+"""Put image tokens where the prompt has its `<image>` placeholders, and pad a batch: pure functions of tensors.
 
 Shape letters: `S` samples, `T` prompt ids, `M` tokens of one image, `L` spliced length, `E` LLM width.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,26 +12,36 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 
 
-def count_image_marks(input_ids: Tensor) -> list[int]:
-    """Count the `<image>` marks of each sample.
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """A batch of prompts as the decoder reads them, image tokens in their places.
 
-    Args:
-        input_ids: `int64[S, T]`.
-
-    Returns:
-        S numbers.
+    Attributes:
+        embeds: `[S, L, E]`, zeros at padding.
+        attention_mask: `bool[S, L]`, False at padding.
+        position_ids: `int64[S, L]`, counted from each sample's first token; 0 at padding.
+        labels: `int64[S, L]`, IGNORE_INDEX at image tokens and padding; None where no labels were given.
     """
+
+    embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None = None
+
+
+def count_placeholders(input_ids: Tensor) -> list[int]:
+    """Count the image placeholders of each sample of `int64[S, T]`."""
     return (input_ids == IMAGE_TOKEN_INDEX).sum(dim=1).tolist()
 
 
-def assign_images(num_marks: list[int], num_images: int, *, allow_dummies: bool = False) -> list[list[int]]:
-    """Say which image belongs to which mark; images come in the order of the marks.
+def assign_images(num_placeholders: list[int], num_images: int, *, allow_dummies: bool = False) -> list[list[int]]:
+    """Assign images to placeholders; images come in the order of the placeholders.
 
     Args:
-        num_marks: `<image>` marks of each sample.
+        num_placeholders: placeholders of each sample.
         num_images: images given with the batch.
-        allow_dummies: also accept one image, to be ignored, for each text-only sample, as the published training
-            code passes it. Not for answering: there an image without a mark is a mistake.
+        allow_dummies: also accept one image, to be ignored, for each text-only sample, as LLaVA's training code
+            passes it. Not for answering: there an image without a placeholder is a mistake.
 
     Returns:
         For each sample the indices of its images.
@@ -37,51 +49,50 @@ def assign_images(num_marks: list[int], num_images: int, *, allow_dummies: bool 
     Raises:
         InputError: when neither reading fits.
     """
-    total = sum(num_marks)
-    with_dummies = sum(max(1, marks) for marks in num_marks) if allow_dummies else total
+    total = sum(num_placeholders)
+    with_dummies = sum(max(1, count) for count in num_placeholders) if allow_dummies else total
     if num_images not in (total, with_dummies):
-        relation = "more images than marks" if num_images > total else "fewer images than marks"
+        relation = "more images than placeholders" if num_images > total else "fewer images than placeholders"
         raise InputError(
-            f"{num_images} image(s) for {total} <image> mark(s) in {len(num_marks)} prompt(s): {relation}; "
-            "give exactly one image per mark, in their order"
+            f"{num_images} image(s) for {total} <image> placeholder(s) in {len(num_placeholders)} prompt(s): "
+            f"{relation}; give exactly one image per placeholder, in their order"
         )
+    # With dummies, a sample without placeholders skips one image.
     step = 1 if num_images != total else 0
     assigned, start = [], 0
-    for marks in num_marks:
-        assigned.append(list(range(start, start + marks)))
-        start += max(marks, step)
+    for count in num_placeholders:
+        assigned.append(list(range(start, start + count)))
+        start += max(count, step)
     return assigned
 
 
 def splice_sample(
-    input_ids: Tensor, token_embeds: Tensor, image_features: list[Tensor], labels: Tensor | None = None
+    input_ids: Tensor, token_embeds: Tensor, labels: Tensor, image_features: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Replace each `<image>` mark by its image's tokens.
+    """Replace each image placeholder by its image's tokens.
 
     Args:
-        input_ids: `int64[T]` without padding, with IMAGE_TOKEN_INDEX marks; on the CPU nothing waits for the device.
-        token_embeds: `[T, E]` embeddings of the ids; the rows at marks are not used.
-        image_features: one `[M, E]` per mark, in order; M may differ and may be 0.
-        labels: `int64[T]` where the ids are, or None for no labels.
+        input_ids: `int64[T]` without padding, with IMAGE_TOKEN_INDEX at placeholders; on the CPU nothing waits for the
+            device.
+        token_embeds: `[T, E]` embeddings of the ids; the rows at placeholders are not used.
+        labels: `int64[T]`, where the ids are.
+        image_features: one `[M, E]` per placeholder, in order; M may differ and may be 0.
 
     Returns:
-        `[L, E]` embeddings and `int64[L]` labels, IGNORE_INDEX at image tokens (everywhere without labels).
+        `[L, E]` embeddings and `int64[L]` labels, IGNORE_INDEX at image tokens.
     """
-    if labels is None:
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
     embeds, targets, start = [], [], 0
-    marks = (input_ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-    for mark, features in zip(marks, image_features, strict=True):
+    placeholders = (input_ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+    for place, features in zip(placeholders, image_features, strict=True):
         features = features.to(token_embeds)
-        embeds += [token_embeds[start:mark], features]
-        targets += [labels[start:mark], labels.new_full((features.shape[0],), IGNORE_INDEX)]
-        start = mark + 1
+        # The text up to the placeholder, then the image; the placeholder itself is skipped.
+        embeds += [token_embeds[start:place], features]
+        targets += [labels[start:place], labels.new_full((features.shape[0],), IGNORE_INDEX)]
+        start = place + 1
     return torch.cat([*embeds, token_embeds[start:]]), torch.cat([*targets, labels[start:]])
 
 
-def pad_batch(
-    embeds: list[Tensor], labels: list[Tensor], *, side: str = "right"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pad_batch(embeds: list[Tensor], labels: list[Tensor], *, side: str = "right") -> PromptEmbeds:
     """Stack spliced samples of different lengths.
 
     Args:
@@ -90,27 +101,25 @@ def pad_batch(
         side: where the padding goes, "right" (training) or "left" (generation).
 
     Returns:
-        `[S, L, E]` embeddings (zeros at padding), `bool[S, L]` attention mask, `int64[S, L]` labels (IGNORE_INDEX at
-        padding) and `int64[S, L]` position ids, counted from each sample's first token (packed, as published); all on
-        the embeddings' device.
+        The batch, on the embeddings' device.
     """
     device = embeds[0].device
-    lengths = torch.tensor([sample.shape[0] for sample in embeds])
+    lengths = torch.tensor([sample.shape[0] for sample in embeds])  # [S]
     longest = int(lengths.max())
-    column = torch.arange(longest)[None, :]
-    first = (longest - lengths)[:, None] if side == "left" else torch.zeros_like(lengths)[:, None]
-    mask = (column >= first) & (column < first + lengths[:, None])
+    column = torch.arange(longest)[None, :]  # [1, L]
+    first = (longest - lengths)[:, None] if side == "left" else torch.zeros_like(lengths)[:, None]  # [S, 1]
+    mask = (column >= first) & (column < first + lengths[:, None])  # [S, L]
     position_ids = (column - first).clamp(min=0) * mask
 
     def stack(rows: list[Tensor], fill: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
 
     batch_labels = stack(labels, IGNORE_INDEX).to(device)
-    return stack(embeds, 0), mask.to(device), batch_labels, position_ids.to(device)
+    return PromptEmbeds(stack(embeds, 0), mask.to(device), position_ids.to(device), batch_labels)
 
 
 def strip_padding(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:
-    """Say which ids of a batch are real.
+    """Find out which ids of a batch are not padding.
 
     Args:
         input_ids: `int64[S, T]`.

@@ -86,7 +86,7 @@ def test_a_batch_of_pictures_with_different_crops_equals_single_ones(model, gold
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"), [(None, "needs image_aspect_ratio anyres"), ([(84, 400)], "is .84, 400. the picture's")]
+    ("sizes", "says"), [(None, "needs image_aspect_ratio anyres"), ([(84, 400)], "is .84, 400. the image's")]
 )
 def test_spatial_merge_without_the_right_size_says_so(model, golden, sizes, says):
     set_merge(model, "spatial")

@@ -12,23 +12,23 @@ def embed(ids: torch.Tensor) -> torch.Tensor:
     return ids.clamp(min=0)[:, None].float().repeat(1, 2)
 
 
-def test_image_tokens_take_the_place_of_their_mark():
+def test_image_tokens_take_the_place_of_their_placeholder():
     ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5, IMAGE_TOKEN_INDEX])
     first, second = torch.full((2, 2), 70.0), torch.full((1, 2), 80.0)
-    embeds, labels = splice_sample(ids, embed(ids), [first, second], torch.tensor([1, -100, 5, -100]))
+    embeds, labels = splice_sample(ids, embed(ids), torch.tensor([1, -100, 5, -100]), [first, second])
     assert embeds[:, 0].tolist() == [1, 70, 70, 5, 80]
     assert labels.tolist() == [1, IGNORE_INDEX, IGNORE_INDEX, 5, IGNORE_INDEX]
 
 
 def test_an_image_may_have_no_tokens():
     ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5])
-    embeds, _ = splice_sample(ids, embed(ids), [torch.zeros(0, 2)])
+    embeds, _ = splice_sample(ids, embed(ids), ids, [torch.zeros(0, 2)])
     assert embeds[:, 0].tolist() == [1, 5]
 
 
 def test_text_only_samples_stay_as_they_are():
     ids = torch.tensor([1, 4, 5])
-    embeds, labels = splice_sample(ids, embed(ids), [], ids)
+    embeds, labels = splice_sample(ids, embed(ids), ids, [])
     assert torch.equal(embeds, embed(ids))
     assert torch.equal(labels, ids)
 
@@ -36,7 +36,8 @@ def test_text_only_samples_stay_as_they_are():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_goes_to_the_named_side_and_positions_are_packed(side):
     samples = [torch.ones(3, 2), torch.ones(1, 2)]
-    embeds, mask, labels, positions = pad_batch(samples, [torch.tensor([7, 8, 9]), torch.tensor([7])], side=side)
+    batch = pad_batch(samples, [torch.tensor([7, 8, 9]), torch.tensor([7])], side=side)
+    embeds, mask, labels, positions = batch.embeds, batch.attention_mask, batch.labels, batch.position_ids
     assert mask.sum(dim=1).tolist() == [3, 1]
     assert mask[1].tolist() == ([False, False, True] if side == "left" else [True, False, False])
     assert labels[1][mask[1]].tolist() == [7]
@@ -46,7 +47,7 @@ def test_padding_goes_to_the_named_side_and_positions_are_packed(side):
     assert positions[1][mask[1]].tolist() == [0]
 
 
-def test_images_are_assigned_in_the_order_of_marks():
+def test_images_are_assigned_in_the_order_of_placeholders():
     assert assign_images([2, 0, 1], 3) == [[0, 1], [], [2]]
 
 
@@ -54,8 +55,8 @@ def test_the_published_dummy_image_of_text_only_samples_is_recognised_and_ignore
     assert assign_images([2, 0, 1], 4, allow_dummies=True) == [[0, 1], [], [3]]
 
 
-def test_an_image_without_a_mark_is_a_mistake_when_answering():
-    with pytest.raises(InputError, match="more images than marks"):
+def test_an_image_without_a_placeholder_is_a_mistake_when_answering():
+    with pytest.raises(InputError, match="more images than placeholders"):
         assign_images([0], 1)
 
 

@@ -1,1 +1,1 @@
-"""Language models that read pictures."""
+"""Language models that read images."""

@@ -1,16 +1,15 @@
-"""LLaVA on Llama (Vicuna): the one file that knows transformers' language model API."""
+"""LLaVA on Llama (Vicuna): the vision mixins of `llava_arch` over transformers' `LlamaForCausalLM`."""
 
 import os
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.errors import InputError
 from llava.model.image_tokens import ImageTokens
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-from llava.model.splice import strip_padding
 from llava.model.token_reduction import CONFIG_KEY, parse_reducer
 
 TOWER_PREFIX = "model.vision_tower."
@@ -30,10 +29,10 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
 
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
-    """LLaVA-1.5 with token reduction; the reducer is parsed here, once, before any weight is read."""
+    """LLaVA-1.5 with token reduction; the reducer is parsed here, before any weight is read."""
 
     config_class = LlavaConfig
-    # Mean over micro-batches, as in the published training (transformers 5 would weight by tokens).
+    # Mean over micro-batches, as in LLaVA's training (transformers 5 would weight by tokens).
     accepts_loss_kwargs = False
     # Towers come from mm_vision_tower, whatever a checkpoint holds of them; inv_freq is computed.
     _keys_to_ignore_on_load_unexpected = (r"model\.vision_tower\..*", r".*rotary_emb\.inv_freq")
@@ -44,9 +43,9 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         Raises:
             InputError: for a config that does not hold together.
         """
-        self_reducer = parse_reducer(getattr(config, CONFIG_KEY, None))
+        token_reducer = parse_reducer(getattr(config, CONFIG_KEY, None))
         super(LlamaForCausalLM, self).__init__(config)
-        self.token_reducer = self_reducer
+        self.token_reducer = token_reducer
         self.model = LlavaLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -67,7 +66,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: object | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -77,21 +76,26 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """One pass over prompts with pictures; arguments as in `prepare_inputs_labels_for_multimodal`.
+        """One pass over prompts with images (arguments as in `embed_prompts`), or over what `generate` continues.
 
-        `logits_to_keep` stands in the signature because `generate` looks for it there: it then asks for the logits of
-        the last position alone (2 % of the FLOPs of a 7B prefill, and gigabytes at large batches, lie in the others).
+        `logits_to_keep` is in the signature because `generate` looks for it there: it then asks for the logits of the
+        last position alone (the others are 2 % of the FLOPs of a 7B prefill, and gigabytes at large batches).
 
         Returns:
             Loss (mean over labelled tokens, with labels) and logits `[S, L, V]` over the spliced positions, or over
             the last `logits_to_keep` of them.
         """
         if inputs_embeds is None and past_key_values is None:
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
-                self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes, texts
-                )
+            batch = self.embed_prompts(
+                input_ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                images=images,
+                image_sizes=image_sizes,
+                texts=texts,
             )
+            input_ids, inputs_embeds, labels = None, batch.embeds, batch.labels
+            attention_mask, position_ids = batch.attention_mask, batch.position_ids
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -114,12 +118,12 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         image_tokens: list[ImageTokens] | None = None,
         **kwargs,
     ) -> Tensor:
-        """Answer prompts about pictures.
+        """Answer prompts about images.
 
         Args:
-            inputs: `int64[S, T]` with `<image>` marks (also as `input_ids=`), padded on either side.
-            images: pictures, one per mark; see `encode_patches`. None for text-only prompts.
-            image_sizes: (width, height) per picture.
+            inputs: `int64[S, T]` with IMAGE_TOKEN_INDEX at placeholders (also as `input_ids=`), padded on either side.
+            images: one per placeholder; see `encode_patches`. None for text-only prompts.
+            image_sizes: (width, height) per image.
             texts: the query of each sample for the CLIP text tower; None: recovered from the ids.
             image_tokens: instead of `images`: records from `encode_images`.
             **kwargs: transformers' generation arguments, `attention_mask` among them.
@@ -128,30 +132,39 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             `int64[S, new tokens]`: the answer alone, without the prompt.
 
         Raises:
-            InputError: when images, marks and texts do not fit, or the prompt is longer than the model's positions.
+            InputError: when images, placeholders and texts do not fit, or the prompt is longer than the model's
+                positions.
         """
         if "inputs_embeds" in kwargs:
             raise ValueError("generate builds inputs_embeds itself: pass input ids with images or image_tokens")
+        # 1. Which ids are padding.
         input_ids = kwargs.pop("input_ids", inputs)
         kwargs.pop("position_ids", None)
         pad_token_id = kwargs.pop("pad_token_id", None)
         if pad_token_id is None:
             pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else 0
-        mask = strip_padding(input_ids, kwargs.pop("attention_mask", None), pad_token_id)
-        _, _, attention_mask, _, inputs_embeds, _ = self.prepare_inputs_labels_for_multimodal(
-            input_ids, None, mask, None, None, images, image_sizes, texts,
-            image_tokens=image_tokens, padding_side="left",
-        )  # fmt: skip
-        self._check_length(inputs_embeds.shape[1])
+        # 2. Images and text become one sequence of embeddings per sample, padded on the left: answers begin together.
+        batch = self.embed_prompts(
+            input_ids,
+            attention_mask=kwargs.pop("attention_mask", None),
+            images=images,
+            image_sizes=image_sizes,
+            texts=texts,
+            image_tokens=image_tokens,
+            padding_side="left",
+            pad_token_id=pad_token_id,
+        )
+        self._check_length(batch.embeds.shape[1])
+        # 3. Settings that contradict each other, of which transformers would warn.
         if not kwargs.get("do_sample"):
-            # Published callers pass temperature=0 with greedy decoding; transformers would warn about it.
+            # LLaVA's callers pass temperature=0 with greedy decoding.
             kwargs = {key: value for key, value in kwargs.items() if key not in SAMPLING_ARGUMENTS}
         if kwargs.get("max_new_tokens") is not None:
-            kwargs.setdefault(
-                "max_length", None
-            )  # published generation configs set it too; the call's own limit counts
+            # Released generation configs set max_length too; the call's own limit counts.
+            kwargs.setdefault("max_length", None)
+        # 4. Decode. With embeddings as input, what comes back is the answer alone.
         return super().generate(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, pad_token_id=pad_token_id, **kwargs
+            inputs_embeds=batch.embeds, attention_mask=batch.attention_mask, pad_token_id=pad_token_id, **kwargs
         )
 
     def _check_length(self, num_positions: int) -> None:
@@ -163,7 +176,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save in the published layout: LLM and projector; frozen towers stay where `mm_vision_tower` says.
+        """Save in LLaVA's layout: LLM and projector; frozen towers stay where `mm_vision_tower` says.
 
         Args:
             save_directory: the folder.
