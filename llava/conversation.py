@@ -1,8 +1,8 @@
-"""How a dialogue becomes the one string a language model reads: templates, and the object that holds the turns.
+"""How a dialogue becomes the string that a language model reads: templates, and the class that holds the turns.
 
-The template texts and the rendered prompts are those every LLaVA checkpoint was trained with; a single changed
-character changes answers. The class keeps the published interface, because external evaluation harnesses copy the
-templates, append messages and read the fields. It knows nothing about models or tokenizers.
+LLaVA checkpoints were trained with exactly these texts; one changed character changes answers. The class has LLaVA's
+interface, because evaluation harnesses copy the templates, append messages and read the fields. It needs no model and
+no tokenizer.
 """
 
 import base64
@@ -11,13 +11,12 @@ import html
 from collections.abc import Callable
 from enum import Enum, auto
 from io import BytesIO
-from typing import Any
 
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
-# A message is None (the answer is still to come), a text, or (text, picture, how to show the picture).
+# A message is None (the answer is still to come), a text, or (text, image, how to show the image).
 Message = None | str | tuple[str, Image.Image, str]
 
 SHOWN_LONGEST_SIDE = 1344
@@ -27,7 +26,7 @@ SHOWN_PAD_COLOR = (122, 116, 104)
 
 
 class SeparatorStyle(Enum):
-    """The ways of joining the turns into a prompt."""
+    """How the turns are joined into a prompt."""
 
     SINGLE = auto()
     TWO = auto()
@@ -41,20 +40,20 @@ class Conversation:
     """The turns of one dialogue and the template that renders them.
 
     Attributes:
-        system: what the model is told before the first turn.
-        roles: names of the user and of the assistant, in this order.
+        system: system message, before the first turn.
+        roles: names of the user and the assistant.
         messages: `[role, message]` pairs, user first.
         offset: number of messages at the start that belong to the template, not to the dialogue.
         sep_style: how turns are joined.
-        sep: what ends a turn (a user's turn where `sep2` is given).
-        sep2: what ends an assistant's turn; None where both are the same.
-        version: family of the template; training and image placement look at it.
-        skip_next: free for a caller's use.
+        sep: separator after a turn (after a user's turn if there is `sep2`).
+        sep2: separator after an assistant's turn; None if it is `sep`.
+        version: family of the template; training and image placement depend on it.
+        skip_next: unused here; LLaVA's clients set it.
     """
 
     system: str
     roles: tuple[str, str]
-    messages: list[list[Any]]
+    messages: list[list[Message]]
     offset: int = 0
     sep_style: SeparatorStyle = SeparatorStyle.SINGLE
     sep: str = "###"
@@ -63,32 +62,32 @@ class Conversation:
     skip_next: bool = False
 
     def copy(self) -> "Conversation":
-        """Return a conversation with its own list of turns; pictures are shared, not duplicated."""
+        """Return a conversation with its own list of turns; images are shared, not copied."""
         return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
 
     def append_message(self, role: str, message: Message) -> None:
-        """Add a turn; None as the message means the model is to speak."""
+        """Add a turn; None as the message leaves the turn open for the model."""
         self.messages.append([role, message])
 
     def get_prompt(self) -> str:
-        """Render all turns into the string the language model reads."""
+        """Render all turns into the string that the language model reads."""
         return _RENDERERS[self.sep_style](self, self._list_turns())
 
-    def get_images(self, return_pil: bool = False) -> list[Any]:
-        """Collect the pictures of the user's turns, prepared for showing (not for the vision tower).
+    def get_images(self, return_pil: bool = False) -> list[Image.Image] | list[str]:
+        """Collect the images of the user's turns, prepared for display (not for the vision tower).
 
         Args:
-            return_pil: give pictures; otherwise base64 text of PNG files.
+            return_pil: return images; otherwise base64 text of PNG files.
         """
         shown = [
-            _fit_for_showing(message[1], message[2])
+            _fit_for_display(message[1], message[2])
             for _, message in self.messages[self.offset :]
             if isinstance(message, tuple)
         ]
         return shown if return_pil else [_encode_png(image) for image in shown]
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """List the dialogue as `[user, assistant]` pairs; pictures become inline HTML before the user's text."""
+        """List the dialogue as `[user, assistant]` pairs; images become inline HTML before the user's text."""
         pairs: list[list[str | None]] = []
         for number, (_, message) in enumerate(self.messages[self.offset :]):
             if number % 2 == 0:
@@ -97,8 +96,8 @@ class Conversation:
                 pairs[-1][1] = message
         return pairs
 
-    def dict(self) -> dict[str, Any]:
-        """Return the fields as plain data, without the pictures."""
+    def dict(self) -> dict[str, object]:
+        """Return the fields as plain data, without the images."""
         return {
             "system": self.system,
             "roles": self.roles,
@@ -109,7 +108,7 @@ class Conversation:
         }
 
     def _list_turns(self) -> list[tuple[str, str | None]]:
-        """List (role, text), with the image mark of a picture in the first message put where the template wants it."""
+        """List (role, text); if the first message has an image, its placeholder goes where the template has it."""
         turns = [(role, _text_of(message)) for role, message in self.messages]
         if self.messages and isinstance(self.messages[0][1], tuple):
             role, text = turns[0]
@@ -130,7 +129,7 @@ Turns = list[tuple[str, str | None]]
 
 
 def _render_alternating(conv: Conversation, turns: Turns) -> str:
-    """System sentence, then `ROLE: text` turns, each ended by the separator of its speaker."""
+    """System message, then `ROLE: text` turns, each followed by the separator of its role."""
     ends = (conv.sep, conv.sep if conv.sep2 is None else conv.sep2)
     rendered = [
         f"{role}: {text}{ends[number % 2]}" if text else f"{role}:" for number, (role, text) in enumerate(turns)
@@ -138,14 +137,14 @@ def _render_alternating(conv: Conversation, turns: Turns) -> str:
     return conv.system + conv.sep + "".join(rendered)
 
 
-def _render_marked(conv: Conversation, turns: Turns) -> str:
-    """Turns whose role strings are themselves the opening marks (ChatML)."""
+def _render_chatml(conv: Conversation, turns: Turns) -> str:
+    """Turns whose role strings hold the opening tokens themselves (ChatML)."""
     rendered = [f"{role}{text}{conv.sep}" if text else role for role, text in turns]
     return conv.system + conv.sep + "".join(rendered)
 
 
 def _render_bare(conv: Conversation, turns: Turns) -> str:
-    """Texts alone, each followed by its separator; the projector is pretrained on this."""
+    """Texts alone, each followed by its separator, as in the pretraining of the projector."""
     ends = (conv.sep, conv.sep if conv.sep2 is None else conv.sep2)
     return conv.system + "".join(text + ends[number % 2] for number, (_, text) in enumerate(turns) if text)
 
@@ -163,21 +162,21 @@ def _render_llama_2(conv: Conversation, turns: Turns) -> str:
             rendered += f" {text} {conv.sep2}"
         else:
             rendered += f"{conv.sep}[INST] {system if number == 0 else ''}{text} [/INST]"
-    # The tokenizer adds the sequence start itself, so the first one must not be spelled out.
+    # The tokenizer adds the first sequence start itself.
     return rendered.removeprefix(conv.sep)
 
 
 _RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], str]] = {
     SeparatorStyle.SINGLE: _render_alternating,
     SeparatorStyle.TWO: _render_alternating,
-    SeparatorStyle.MPT: _render_marked,
+    SeparatorStyle.MPT: _render_chatml,
     SeparatorStyle.PLAIN: _render_bare,
     SeparatorStyle.LLAMA_2: _render_llama_2,
 }
 
 
-def _fit_for_showing(image: Image.Image, process_mode: str) -> Image.Image:
-    """Bring a picture to a size a web page can show; "Pad" and "Resize" show what the model would be given."""
+def _fit_for_display(image: Image.Image, process_mode: str) -> Image.Image:
+    """Resize an image for a web page; "Pad" and "Resize" show the model's input."""
     if process_mode == "Pad":
         side = max(image.size)
         square = Image.new("RGB", (side, side), SHOWN_PAD_COLOR)
@@ -186,7 +185,7 @@ def _fit_for_showing(image: Image.Image, process_mode: str) -> Image.Image:
     elif process_mode == "Resize":
         image = image.resize((SHOWN_SQUARE_SIDE, SHOWN_SQUARE_SIDE))
     elif process_mode not in ("Default", "Crop"):
-        raise ValueError(f"picture mode {process_mode!r}: expected Default, Crop, Pad or Resize")
+        raise ValueError(f"image mode {process_mode!r}: expected Default, Crop, Pad or Resize")
     longest, shortest = max(image.size), min(image.size)
     if longest <= SHOWN_LONGEST_SIDE:
         return image
@@ -204,8 +203,8 @@ def _to_html(message: Message) -> str | None:
     if not isinstance(message, tuple):
         return message
     text = html.escape(message[0].replace(DEFAULT_IMAGE_TOKEN, "").strip(), quote=False)
-    picture = _encode_png(_fit_for_showing(message[1], message[2]))
-    return f'<img src="data:image/png;base64,{picture}" alt="picture of the user"/>{text}'
+    png = _encode_png(_fit_for_display(message[1], message[2]))
+    return f'<img src="data:image/png;base64,{png}" alt="image of the user"/>{text}'
 
 
 _HUMAN_SYSTEM = (
@@ -311,7 +310,7 @@ conv_templates: dict[str, Conversation] = {
 }
 default_conversation = _VICUNA_V1
 
-# First match wins. These are the published faces' choices for the published checkpoints.
+# The first match decides, as in LLaVA's commands for LLaVA's checkpoints.
 _NAME_HINTS = (
     ("llama-2", "llava_llama_2"),
     ("mistral", "mistral_instruct"),
@@ -325,8 +324,8 @@ _NAME_HINTS = (
 def conversation_name_for(model_name: str) -> str:
     """Choose the template for a checkpoint from its name.
 
-    A name without any hint gets `vicuna_v1`, which this repository's recipes train with (parity: the published
-    faces fall back to the older `llava_v0`).
+    A name without any hint gets `vicuna_v1`, the template of this repository's recipes (parity: LLaVA's commands fall
+    back to the older `llava_v0`).
     """
     lowered = model_name.lower()
     return next((template for hint, template in _NAME_HINTS if hint in lowered), "vicuna_v1")

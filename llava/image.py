@@ -1,8 +1,8 @@
-"""Read a picture from a file or a URL, as RGB, whole, or say in one line why not.
+"""Read an image from a file or a URL, completely and as RGB, or fail with one line that says why.
 
-Everything a user may hand in arrives here: CMYK photographs, 16-bit scans, palettes, transparency, phone pictures
-that only an EXIF tag turns upright, half-downloaded and mislabelled files. Geometry (padding, cropping, crops of a
-larger picture) is not done here; see `llava.mm_utils`.
+All that users have is read here: CMYK photographs, 16-bit scans, palettes, transparency, photographs that only an EXIF
+tag turns upright, files cut off while downloading, files with the wrong extension. `llava.mm_utils` does the geometry
+(padding, cropping, crops of a larger image).
 """
 
 import http.client
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava.errors import InputError
+from llava.files import read_bytes
 
 DOWNLOAD_SECONDS = 20.0
 DOWNLOAD_BYTES = 64 * 2**20
@@ -31,54 +32,40 @@ _SIXTEEN_BIT_MAX = 2**16 - 1
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """A picture that came inside another file, such as a cell of MMBench's table.
+    """An image inside another file, such as a cell of MMBench's table.
 
     Attributes:
-        name: what a person calls it, such as `mmbench_dev_20230712.tsv row 7`.
-        content: the bytes of a picture file.
+        name: how a message names it, such as `mmbench_dev_20230712.tsv row 7`.
+        content: the bytes of an image file.
     """
 
     name: str
     content: bytes = field(repr=False)
 
     def __str__(self) -> str:
-        """Name the picture, as a path does."""
         return self.name
 
 
 def load_image(source: str | Path | EmbeddedImage, upright: bool = False) -> Image.Image:
-    """Read one picture completely.
+    """Read one image completely.
 
     Args:
-        source: path of a file, an http(s) address, or the bytes themselves.
-        upright: turn the picture as its EXIF tag says, as a person sees it. False keeps the stored pixels, which is
-            what the published evaluation looks at.
+        source: path of a file, an http(s) address, or an embedded image.
+        upright: rotate the image as its EXIF tag says. False keeps the stored pixels, as LLaVA's evaluation does.
 
     Returns:
         The first frame in mode RGB. Transparency is dropped, not blended (parity: `convert("RGB")`); 16-bit grey is
-        scaled to 8 bit (the published code clips it to white).
+        scaled to 8 bit (the released code clips it to white).
 
     Raises:
-        InputError: nothing there, not a picture, damaged, too large, or the download failed.
+        InputError: no such file, not an image, damaged, too large, or the download failed.
     """
     address = str(source)
     if isinstance(source, EmbeddedImage):
         return _decode(BytesIO(_refuse_empty(source.content, address)), address, upright)
     if address.lower().startswith(("http://", "https://")):
         return _decode(BytesIO(_download(address)), address, upright)
-    return _decode(BytesIO(_read_file(Path(source))), address, upright)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except IsADirectoryError:
-        raise InputError(f"image {path}: this is a folder; a picture file is expected") from None
-    except FileNotFoundError:
-        raise InputError(f"image {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"image {path}: cannot be read ({error})") from error
-    return _refuse_empty(content, str(path))
+    return _decode(BytesIO(_refuse_empty(read_bytes(Path(source)), address)), address, upright)
 
 
 def _refuse_empty(content: bytes, address: str) -> bytes:
@@ -88,7 +75,7 @@ def _refuse_empty(content: bytes, address: str) -> bytes:
 
 
 def _download(address: str) -> bytes:
-    """Fetch an address within the limits of time and size; the time limit also holds for a server that trickles."""
+    """Download within the limits of time and size; the time limit covers the whole download, not each packet."""
     deadline = time.monotonic() + DOWNLOAD_SECONDS
     content = bytearray()
     try:
@@ -108,16 +95,16 @@ def _download(address: str) -> bytes:
         code = f"{error.code} " if isinstance(error, urllib.error.HTTPError) else ""
         raise InputError(f"image {address}: download failed ({code}{reason})") from error
     if expected is not None and expected.isdecimal() and len(content) < int(expected):
-        raise InputError(f"image {address}: download broke off at {len(content)} of {expected} bytes")
+        raise InputError(f"image {address}: download ended after {len(content)} of {expected} bytes")
     if not content:
-        raise InputError(f"image {address}: the answer is empty")
+        raise InputError(f"image {address}: the response is empty")
     return bytes(content)
 
 
 def _decode(stream: BinaryIO, address: str, upright: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pictures between Pillow's warning and its error limit are large but fine.
+            # Images between Pillow's warning and its error limit are large but fine.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(stream) as image:
                 image.load()
@@ -125,21 +112,21 @@ def _decode(stream: BinaryIO, address: str, upright: bool) -> Image.Image:
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"image {address}: not a picture in a known format") from None
+        raise InputError(f"image {address}: not an image in a known format") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"image {address}: more than {limit:,} pixels, refused as a decompression bomb") from None
     except Exception as error:
-        # On damaged bytes decoders raise nearly anything (OSError, SyntaxError, struct.error, IndexError, ...), and
-        # whatever it is, the file is at fault.
+        # On damaged bytes decoders raise nearly anything (OSError, SyntaxError, struct.error, IndexError, ...); the
+        # cause is always the file.
         raise InputError(f"image {address}: damaged or truncated ({error})") from error
 
 
 def to_rgb(image: Image.Image, address: str = "given as an object") -> Image.Image:
-    """Bring a picture of any mode to RGB.
+    """Convert an image of any mode to RGB.
 
     Args:
-        image: the picture; not changed.
+        image: not changed.
         address: how an error names it.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Pictures into pixel values and prompts into ids: the functions external clients of LLaVA import by name.
+"""Images into pixel values and prompts into ids: the functions that clients of LLaVA import by name.
 
-Names, argument orders and results are the published ones. Every function here is free of model state; the picture
-geometry (pad to a square, cut into crops) decides which part of the picture a patch shows.
+Names, argument orders and results are those of LLaVA. No function here needs a model. The geometry (padding to a
+square, cutting into crops) decides which part of the image a patch shows.
 """
 
 import ast
@@ -9,7 +9,6 @@ import base64
 import math
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +19,18 @@ from transformers import LlamaTokenizer, StoppingCriteria
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.image import to_rgb
+from llava.protocols import ImageProcessor, ImageSettings, Tokenizer
 
 Size = tuple[int, int]
 
 
-# ---------------------------------------------------------------------------------------------- picture geometry
+# ------------------------------------------------------------------------------------------------------- geometry
 def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
-    """Center a picture in the smallest square that holds it.
+    """Center an image in the smallest square that contains it.
 
     Args:
-        pil_img: the picture, mode RGB.
-        background_color: colour of the bars, 0..255 each.
+        pil_img: the image, mode RGB.
+        background_color: RGB of the bars, 0..255 each.
     """
     side = max(pil_img.size)
     if pil_img.width == pil_img.height:
@@ -41,11 +41,11 @@ def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) 
 
 
 def select_best_resolution(original_size: Size, possible_resolutions: Iterable[Size]) -> Size:
-    """Choose the canvas that shows most of a picture's own pixels, and among equals wastes the least area.
+    """Choose the canvas that keeps the most of an image's own pixels; among equals the one that wastes the least area.
 
     Args:
-        original_size: (width, height) of the picture.
-        possible_resolutions: (width, height) of the allowed canvases; of equally good ones the first wins.
+        original_size: (width, height) of the image.
+        possible_resolutions: (width, height) of the allowed canvases; of equally good ones the first is chosen.
     """
     width, height = original_size
 
@@ -58,7 +58,7 @@ def select_best_resolution(original_size: Size, possible_resolutions: Iterable[S
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
-    """Scale a picture to fit into a canvas of (width, height), centered on black, keeping its aspect ratio."""
+    """Scale an image to fit a canvas of (width, height), centered on black, with its aspect ratio kept."""
     target_width, target_height = target_resolution
     scale_width, scale_height = target_width / image.width, target_height / image.height
     if scale_width < scale_height:
@@ -71,7 +71,7 @@ def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.I
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Cut a picture into squares of `patch_size` pixels, in raster order."""
+    """Cut an image into squares of `patch_size` pixels, in raster order."""
     return [
         image.crop((left, top, left + patch_size, top + patch_size))
         for top in range(0, image.height, patch_size)
@@ -80,10 +80,10 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 
 
 def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Size], patch_size: int) -> tuple[int, int]:
-    """Return how many crops (columns, rows) a picture of (width, height) is cut into.
+    """Return the number of crops (columns, rows) that an image is cut into.
 
     Args:
-        image_size: (width, height) of the picture.
+        image_size: (width, height) of the image.
         grid_pinpoints: allowed canvases, as a list or as its text in config.json.
         patch_size: side of one crop in pixels.
     """
@@ -104,81 +104,83 @@ def _read_canvases(grid_pinpoints: str | list[Size]) -> list[Size]:
 
 
 # ---------------------------------------------------------------------------------------------------- pixel values
-def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
-    """Turn pictures into what the vision tower takes, as the checkpoint's `image_aspect_ratio` asks.
+def process_images(
+    images: list[Image.Image], image_processor: ImageProcessor, model_cfg: ImageSettings
+) -> Tensor | list[Tensor]:
+    """Turn images into the vision tower's input, as the checkpoint's `image_aspect_ratio` says.
 
-    "pad" centers the picture in a square of the mean colour, "anyres" gives a small version and crops of a larger
-    one, anything else is the processor's own way (CLIP: shortest side scaled, center cropped).
+    "pad" centers the image in a square of the mean colour; "anyres" gives a small version, and crops of a larger one;
+    anything else leaves it to the processor (CLIP: shortest side scaled, center cropped).
 
     Args:
-        images: pictures of any mode.
-        image_processor: a CLIP image processor; the Pillow-backed one reproduces published pixel values bit for bit.
-        model_cfg: anything with `image_aspect_ratio` (and `image_grid_pinpoints` for "anyres").
+        images: of any mode.
+        image_processor: a CLIP image processor; the Pillow-backed one reproduces LLaVA's pixel values bit for bit.
+        model_cfg: has `image_aspect_ratio` (and `image_grid_pinpoints` for "anyres").
 
     Returns:
         float32[I, 3, S, S], or float32[I, C, 3, S, S] for "anyres" with equal crop counts C; a list of I tensors
-        where the counts differ.
+        if the counts differ.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    pictures = [to_rgb(image) for image in images]
+    images = [to_rgb(image) for image in images]
     if aspect_ratio == "pad":
         color = tuple(int(mean * 255) for mean in image_processor.image_mean)
-        values = [_preprocess(expand2square(picture, color), image_processor) for picture in pictures]
+        values = [_preprocess(expand2square(image, color), image_processor) for image in images]
     elif aspect_ratio == "anyres":
         canvases = model_cfg.image_grid_pinpoints
-        values = [process_anyres_image(picture, image_processor, canvases) for picture in pictures]
+        values = [process_anyres_image(image, image_processor, canvases) for image in images]
     else:
-        values = [_preprocess(picture, image_processor) for picture in pictures]
+        values = [_preprocess(image, image_processor) for image in images]
     if values and all(value.shape == values[0].shape for value in values):
         return _stack(values)
     return values
 
 
-def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str | list[Size]) -> Tensor:
-    """Turn a picture into a whole view followed by the crops of its best canvas.
+def process_anyres_image(image: Image.Image, processor: ImageProcessor, grid_pinpoints: str | list[Size]) -> Tensor:
+    """Turn an image into a view of the whole followed by the crops of its best canvas.
 
     Args:
-        image: the picture.
+        image: of any mode.
         processor: a CLIP image processor.
         grid_pinpoints: allowed canvases, (width, height), as a list or as its text in config.json.
 
     Returns:
-        float32[C, 3, S, S]; the whole picture (squeezed into a square) first, then the crops in raster order.
+        float32[C, 3, S, S]; the whole image (resized to a square) first, then the crops in raster order.
     """
-    picture = to_rgb(image)
-    canvas = select_best_resolution(picture.size, _read_canvases(grid_pinpoints))
-    crops = divide_to_patches(resize_and_pad_image(picture, canvas), processor.crop_size["height"])
+    image = to_rgb(image)
+    canvas = select_best_resolution(image.size, _read_canvases(grid_pinpoints))
+    crops = divide_to_patches(resize_and_pad_image(image, canvas), processor.crop_size["height"])
     side = processor.size["shortest_edge"]
-    whole = picture.resize((side, side))
+    whole = image.resize((side, side))
     return _stack([_preprocess(view, processor) for view in (whole, *crops)])
 
 
-def _preprocess(picture: Image.Image, image_processor: Any) -> Tensor:
-    # Saying where the channels are keeps pictures that are 1 or 3 pixels high from being read as channels-first.
-    values = image_processor.preprocess(picture, input_data_format="channels_last")
+def _preprocess(image: Image.Image, image_processor: ImageProcessor) -> Tensor:
+    # Without the format, an image that is 1 or 3 pixels high is taken for channels-first.
+    values = image_processor.preprocess(image, input_data_format="channels_last")
     return torch.as_tensor(values["pixel_values"][0])
 
 
 def _stack(values: list[Tensor]) -> Tensor:
-    """Stack without torch's help: each thread that copies a large tensor with torch gets OpenMP threads of its own.
+    """Stack with NumPy: each thread that copies a large tensor with torch starts OpenMP threads of its own.
 
-    Once there are more of them than cores, libgomp puts waiting threads to sleep at once, and every small operation of
-    a model on the CPU pays for waking them: pictures read in threads halved its speed.
+    With more of them than cores, libgomp puts waiting threads to sleep at once, and every small operation of a model on
+    the CPU pays for waking them: images read in threads would halve its speed.
     """
     return torch.from_numpy(np.stack([value.numpy() for value in values]))
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Read a picture from base64 text, as web clients send it."""
+    """Read an image from base64 text, as web clients send it."""
     return Image.open(BytesIO(base64.b64decode(image)))
 
 
 # ------------------------------------------------------------------------------------------------------------- ids
-def tokenize_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Tokenize as the published code did, sequence start included: ids for each text, in one call.
+def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokenize with the ids of LLaVA's original tokenizer, sequence start included: ids for each text, in one call.
 
-    The sentencepiece tokenizer of transformers 4 put its word mark before a text that starts with a space; the one
-    of transformers 5 takes that space for the mark and so loses one token. One more space restores it.
+    The sentencepiece tokenizer of transformers 4 puts its "▁" before a text that starts with a space; that of
+    transformers 5 takes the space itself for the "▁" and loses one token. One more space restores it.
     """
     if isinstance(tokenizer, LlamaTokenizer):
         texts = [" " + text if text.startswith((" ", "▁")) else text for text in texts]
@@ -186,12 +188,12 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def tokenize_prompts(
-    prompts: Sequence[str], tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX
+    prompts: Sequence[str], tokenizer: Tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX
 ) -> list[list[int]]:
-    """Tokenize prompts, with one sentinel id in the place of every `<image>`; texts in common are tokenized once.
+    """Tokenize prompts, with one sentinel id for every `<image>`; texts in common are tokenized once.
 
     Args:
-        prompts: texts with any number of `<image>` marks.
+        prompts: texts with any number of `<image>` placeholders.
         tokenizer: the language model's tokenizer.
         image_token_index: the sentinel.
 
@@ -212,12 +214,12 @@ def tokenize_prompts(
 
 
 def tokenizer_image_token(
-    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+    prompt: str, tokenizer: Tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
 ) -> list[int] | Tensor:
-    """Tokenize one prompt: the published name of `tokenize_prompts`.
+    """Tokenize one prompt; see `tokenize_prompts`.
 
     Args:
-        prompt: text with any number of `<image>` marks.
+        prompt: text with any number of `<image>` placeholders.
         tokenizer: the language model's tokenizer.
         image_token_index: the sentinel.
         return_tensors: None or "pt".
@@ -245,32 +247,32 @@ def get_model_name_from_path(model_path: str) -> str:
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):
-    """Stop a row of `generate` once one of the keywords ends what it has written.
+    """Stop a row of `generate` once its answer ends with one of the keywords.
 
-    It works whether `generate` hands over the prompt and the answer or, as it does for a prompt given as embeddings,
-    the answer alone (the published one counts from the prompt's length and so never fires in that case).
+    `generate` passes the prompt and the answer, or, for a prompt given as embeddings, the answer alone; both work (the
+    released code counts from the prompt's length and never stops in the second case).
     """
 
-    def __init__(self, keywords: list[str], tokenizer: Any, input_ids: Tensor):
-        """Prepare the keywords.
+    def __init__(self, keywords: list[str], tokenizer: Tokenizer, input_ids: Tensor):
+        """Tokenize the keywords.
 
         Args:
-            keywords: texts, or special tokens such as `</s>`; an empty one stops nothing.
+            keywords: texts, or special tokens such as `</s>`; an empty one is ignored.
             tokenizer: the language model's tokenizer.
-            input_ids: int64[S, T], the prompt; image sentinels may be in it.
+            input_ids: int64[S, T], the prompt, with or without image sentinels.
         """
         self.keywords = [keyword for keyword in keywords if keyword]
         self.tokenizer = tokenizer
         self.input_ids = input_ids
-        self.keyword_ids = [torch.tensor(self._spell(keyword), dtype=torch.long) for keyword in self.keywords]
-        # A token spells at least one byte, so this many tokens hold any spelling of any keyword.
+        self.keyword_ids = [torch.tensor(self._encode(keyword), dtype=torch.long) for keyword in self.keywords]
+        # A token is at least one byte, so this many tokens contain any keyword, however it is tokenized.
         self.tail_length = max((len(keyword.encode()) for keyword in self.keywords), default=0) + 1
 
-    def __call__(self, output_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Tell which rows are finished.
+    def __call__(self, output_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """Return which rows are finished.
 
         Args:
-            output_ids: int64[S, L], with or without the prompt at the front.
+            output_ids: int64[S, L], with or without the prompt in front.
             scores: not used.
             **kwargs: not used.
 
@@ -280,13 +282,13 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         finished = [self._is_finished(row) for row in output_ids[:, self._prompt_length(output_ids) :].cpu()]
         return torch.tensor(finished, dtype=torch.bool, device=output_ids.device)
 
-    def _spell(self, keyword: str) -> list[int]:
+    def _encode(self, keyword: str) -> list[int]:
         token_ids = self.tokenizer(keyword).input_ids
         has_start = len(token_ids) > 1 and token_ids[0] == self.tokenizer.bos_token_id
         return token_ids[1:] if has_start else token_ids
 
     def _prompt_length(self, output_ids: Tensor) -> int:
-        """Return T where the rows begin with the prompt, 0 where they hold new tokens only."""
+        """Return T if the rows begin with the prompt, 0 if they hold new tokens only."""
         rows, length = self.input_ids.shape
         if output_ids.shape[1] < length or output_ids.shape[0] % rows:
             return 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2: finetune language model and projector on conversations; plain LLaVA-1.5 unless reduce_func says otherwise.
+# Stage 2: finetune language model and projector on conversations; plain LLaVA-1.5 unless reduce_func is set.
 #   bash scripts/finetune.sh [-- TRAINER FLAGS]
 # shellcheck disable=SC2034 # scripts/lib/train.sh reads the variables
 # shellcheck source=scripts/lib/train.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Finetune LLaVA-1.5 with TRIM: language model and projector, on the patches that TRIM keeps.
+# Stage 2 with TRIM: finetune language model and projector on the patches that TRIM keeps.
 #   bash scripts/finetune_8gpu_TRIM.sh [-- TRAINER FLAGS]
 # Every variable can be set from the environment; scripts/lib/train.sh lists those that all scripts share.
 #   NUM_GPUS=4 reduce_func_param=0.25 bash scripts/finetune_8gpu_TRIM.sh
@@ -8,7 +8,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib/train.sh"
 
 default reduce_func TRIM     # none for plain LLaVA
-default reduce_func_param -1 # -1 automatic (IQR), 0.25 a fixed share, 144 a number of patches
+default reduce_func_param -1 # -1 automatic (IQR), 0.25 a share of the patches, 144 a number of patches
 default_source MODEL lmsys/vicuna-7b-v1.5
 default_source DATA playground/data/llava_v1_5_mix665k.json
 default_source IMAGES playground/data

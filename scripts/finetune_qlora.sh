@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2 with QLoRA: as finetune_lora.sh, beside a language model in 4 bits (BITS=8: 8). Needs bitsandbytes.
+# Stage 2 with QLoRA: finetune_lora.sh with the language model in 4 bits (BITS=8: 8). Needs bitsandbytes.
 #   bash scripts/finetune_qlora.sh [-- TRAINER FLAGS]
 # shellcheck disable=SC2034 # scripts/lib/train.sh reads the variables
 # shellcheck source=scripts/lib/train.sh

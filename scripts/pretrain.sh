@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 1: teach the projector captions; everything else is frozen. Leaves OUTPUT/mm_projector.bin.
+# Stage 1: train the projector on captions; everything else is frozen. Writes OUTPUT/mm_projector.bin.
 #   bash scripts/pretrain.sh [-- TRAINER FLAGS]
 # shellcheck disable=SC2034 # scripts/lib/train.sh reads the variables
 # shellcheck source=scripts/lib/train.sh

@@ -11,5 +11,6 @@ use_environment
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 git ls-files -z '*.sh' .ci/run | xargs -0 "$(dirname "$PYTHON")/shellcheck" -x
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# UTF-8 whatever the locale is: the tests' own files are.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUTF8=1
 "$PYTHON" -m pytest "$@"

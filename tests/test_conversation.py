@@ -14,7 +14,7 @@ from PIL import Image
 from llava.conversation import SeparatorStyle, conv_templates, conversation_name_for, default_conversation
 
 GOLDEN = Path(__file__).parent / "golden"
-RECORDED = json.loads((GOLDEN / "conv_prompts.json").read_text())
+RECORDED = json.loads((GOLDEN / "conv_prompts.json").read_text(encoding="utf-8"))
 DIALOGUES = {
     "prompt_one": ["<image>\nHello?", None],
     "prompt_two": ["<image>\nHello?", "Hi.", "More?", None],
@@ -29,12 +29,12 @@ def start(name, texts):
     return conversation
 
 
-def test_the_template_table_has_exactly_the_published_names():
+def test_the_template_table_has_exactly_llavas_names():
     assert set(conv_templates) == set(RECORDED)
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_template_fields_are_the_published_ones(name):
+def test_template_fields_are_llavas(name):
     template, recorded = conv_templates[name], RECORDED[name]
     assert template.system == recorded["system"]
     assert list(template.roles) == recorded["roles"]
@@ -45,7 +45,7 @@ def test_template_fields_are_the_published_ones(name):
 
 
 CASES = [(name, dialogue, RECORDED[name][dialogue]) for name in RECORDED for dialogue in DIALOGUES]
-# The published code crashed where a dictionary with the error was recorded.
+# The released code crashed where a dictionary with the error was recorded.
 CRASHED = [case for case in CASES if isinstance(case[2], dict)]
 
 
@@ -54,7 +54,7 @@ def test_prompts_are_the_recorded_ones(name, dialogue, recorded):
     assert start(name, DIALOGUES[dialogue]).get_prompt() == recorded
 
 
-def test_plain_template_renders_answers_where_the_published_one_crashed():
+def test_plain_template_renders_answers_where_the_released_code_crashed():
     assert {name for name, _, _ in CRASHED} == {"plain", "v0_plain"}
     assert start("plain", DIALOGUES["prompt_done"]).get_prompt() == "<image>\nHello?\nHi.\nMore?\nYes.\n"
 
@@ -78,11 +78,11 @@ def test_the_default_is_vicuna_v1():
     assert default_conversation.sep_style is SeparatorStyle.TWO
 
 
-def test_a_picture_in_the_first_message_puts_the_image_mark_first():
-    picture = Image.new("RGB", (4, 4))
-    conversation = start("vicuna_v1", [("What? <image>", picture, "Default"), None])
+def test_an_image_in_the_first_message_puts_the_placeholder_first():
+    image = Image.new("RGB", (4, 4))
+    conversation = start("vicuna_v1", [("What? <image>", image, "Default"), None])
     assert conversation.get_prompt().endswith(" USER: <image>\nWhat? ASSISTANT:")
-    tagged = start("v1_mmtag", [("What? <image>", picture, "Default"), None]).get_prompt()
+    tagged = start("v1_mmtag", [("What? <image>", image, "Default"), None]).get_prompt()
     assert tagged.endswith(" USER: <Image><image></Image> ASSISTANT: Received.</s>USER: What? ASSISTANT:")
 
 
@@ -94,7 +94,7 @@ def test_llama_2_refuses_a_dialogue_without_a_first_question():
 @pytest.mark.parametrize(
     ("mode", "size"), [("Default", (1344, 504)), ("Crop", (1344, 504)), ("Resize", (336, 336)), ("Pad", (672, 672))]
 )
-def test_shown_pictures_fit_a_web_page(mode, size):
+def test_shown_images_fit_a_web_page(mode, size):
     conversation = start("vicuna_v1", [("Hi", Image.new("RGB", (1600, 600)), mode), "Yes."])
     (shown,) = conversation.get_images(return_pil=True)
     assert shown.size == size
@@ -102,7 +102,7 @@ def test_shown_pictures_fit_a_web_page(mode, size):
     assert decoded.size == size
 
 
-def test_an_unknown_picture_mode_is_refused():
+def test_an_unknown_image_mode_is_refused():
     with pytest.raises(ValueError, match="Default, Crop, Pad or Resize"):
         start("vicuna_v1", [("Hi", Image.new("RGB", (4, 4)), "Tile"), None]).get_images()
 

@@ -98,9 +98,9 @@ def test_eval_model_takes_the_published_attributes(checkpoints, capsys):
 
 
 MISTAKES = [
-    ({"image": "missing.png"}, (), "missing.png: no such file"),
+    ({"image": "missing.png"}, (), "no such file: missing.png"),
     ({"image": "config.json"}, (), "no such file"),
-    ({"image": f"{TRIM}/config.json"}, (), "not a picture"),
+    ({"image": f"{TRIM}/config.json"}, (), "not an image"),
     ({"query": " "}, (), "--query is empty"),
     ({"query": "<image> <image> which?"}, (), "2 <image> mark"),
     ({"query": "word " * 5000}, (), "positions"),

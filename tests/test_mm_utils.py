@@ -1,4 +1,4 @@
-"""Pixel values and prompt ids equal those recorded from the published code; odd pictures and texts work too."""
+"""Pixel values and prompt ids equal those recorded from the released code; odd images and texts work too."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ ANYRES = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints="[[84
 
 @pytest.fixture(scope="module")
 def processor():
-    """The image processor that reproduces the published pixel values."""
+    """The image processor that reproduces the recorded pixel values."""
     return CLIPImageProcessorPil.from_pretrained(GOLDEN / "checkpoints/openai/clip-vit-tiny-patch14-84")
 
 
@@ -53,43 +53,43 @@ def recorded_pixels():
             yield from ((name, values[name]) for name in values.files)
 
 
-def find_picture(name):
+def find_image(name):
     folders = (GOLDEN / "data/images", GOLDEN / "data/images_extra")
     return next(path for folder in folders if (path := folder / f"{name}.png").exists())
 
 
-# strip.png is 3 pixels high and the published crop reads its rows as colour channels; see the test after.
+# strip.png is 3 pixels high and the released code reads its rows as colour channels; see the test after.
 @pytest.mark.parametrize(("name", "recorded"), [case for case in recorded_pixels() if case[0] != "strip/crop"])
 def test_pixel_values_are_bit_identical_to_the_recorded_ones(name, recorded, processor):
-    picture, _, mode = name.partition("/")
-    values = process_images([load_image(find_picture(picture))], processor, CROP if mode == "crop" else PAD)
+    image, _, mode = name.partition("/")
+    values = process_images([load_image(find_image(image))], processor, CROP if mode == "crop" else PAD)
     assert values.dtype == torch.float32
     assert np.array_equal(values[0].numpy(), recorded)
 
 
-def test_rows_of_a_picture_three_pixels_high_are_not_read_as_channels(processor):
-    picture = Image.new("RGB", (300, 3), (255, 0, 0))
-    values = process_images([picture], processor, CROP)[0]
+def test_rows_of_an_image_three_pixels_high_are_not_read_as_channels(processor):
+    image = Image.new("RGB", (300, 3), (255, 0, 0))
+    values = process_images([image], processor, CROP)[0]
     assert [len(channel.unique()) for channel in values] == [1, 1, 1]
     assert values[0, 0, 0] > values[1, 0, 0] == pytest.approx(-0.4578275 / 0.26130258)
 
 
 @pytest.mark.parametrize("config", [PAD, CROP, ANYRES], ids=["pad", "crop", "anyres"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (3, 3), (1, 200), (200, 1), (10_000, 20)])
-def test_pictures_of_any_shape_are_processed(size, config, processor):
+def test_images_of_any_shape_are_processed(size, config, processor):
     values = process_images([Image.new("RGB", size, (9, 99, 200))], processor, config)
     assert values.shape[-3:] == (3, 84, 84) and values.isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
 @pytest.mark.parametrize("config", [PAD, CROP, ANYRES], ids=["pad", "crop", "anyres"])
-def test_pictures_of_any_mode_are_processed_as_rgb(mode, config, processor):
-    picture = Image.new("RGB", (40, 20), (255, 255, 255)).convert(mode)
-    expected = process_images([picture.convert("RGB")], processor, config)
-    assert torch.equal(process_images([picture], processor, config), expected)
+def test_images_of_any_mode_are_processed_as_rgb(mode, config, processor):
+    image = Image.new("RGB", (40, 20), (255, 255, 255)).convert(mode)
+    expected = process_images([image.convert("RGB")], processor, config)
+    assert torch.equal(process_images([image], processor, config), expected)
 
 
-def test_sixteen_bit_pictures_are_scaled(processor):
+def test_sixteen_bit_images_are_scaled(processor):
     grey = Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16))
     expected = process_images([Image.new("RGB", (8, 8), (128, 128, 128))], processor, PAD)
     assert torch.equal(process_images([grey], processor, PAD), expected)
@@ -112,7 +112,7 @@ def test_a_configuration_that_only_knows_the_aspect_ratio_is_enough(processor):
     assert isinstance(process_images([Image.new("RGB", (5, 9))], processor, object()), torch.Tensor)
 
 
-def test_padding_centers_the_picture():
+def test_padding_centers_the_image():
     square = expand2square(Image.new("RGB", (4, 2), (1, 1, 1)), (9, 9, 9))
     assert np.asarray(square)[..., 0].tolist() == [[9] * 4, [1] * 4, [1] * 4, [9] * 4]
 
@@ -136,43 +136,43 @@ def test_unreadable_canvases_are_refused(canvases):
         get_anyres_image_grid_shape((10, 10), canvases, 336)
 
 
-def test_scaled_pictures_are_centered_on_black():
+def test_scaled_images_are_centered_on_black():
     canvas = np.asarray(resize_and_pad_image(Image.new("RGB", (20, 10), (255, 255, 255)), (8, 8)))
     assert canvas[:2].max() == canvas[6:].max() == 0 and canvas[2:6].min() == 255
 
 
 def test_crops_follow_the_whole_view_in_raster_order(processor):
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
-    picture = Image.new("RGB", (168, 168))
+    image = Image.new("RGB", (168, 168))
     for number, color in enumerate(colors):
-        picture.paste(color, ((number % 2) * 84, (number // 2) * 84, (number % 2) * 84 + 84, (number // 2) * 84 + 84))
-    crops = process_images([picture], processor, ANYRES)[0]
+        image.paste(color, ((number % 2) * 84, (number // 2) * 84, (number % 2) * 84 + 84, (number // 2) * 84 + 84))
+    crops = process_images([image], processor, ANYRES)[0]
     flat = process_images([Image.new("RGB", (84, 84), color) for color in colors], processor, CROP)
     assert torch.equal(crops[1:], flat)
 
 
-def test_pictures_are_read_from_base64():
+def test_images_are_read_from_base64():
     buffer = BytesIO()
     Image.new("RGB", (3, 2), (1, 2, 3)).save(buffer, format="PNG")
     assert load_image_from_base64(base64.b64encode(buffer.getvalue())).getpixel((2, 1)) == (1, 2, 3)
 
 
 def test_text_ids_are_the_recorded_ones(tokenizer):
-    items = json.loads((GOLDEN / "tokenizers.json").read_text())["items"]
+    items = json.loads((GOLDEN / "tokenizers.json").read_text(encoding="utf-8"))["items"]
     ids = tokenize_texts([item["text"] for item in items], tokenizer)
     differing = [item["text"] for item, own in zip(items, ids, strict=True) if own != item["llama"]]
     assert len(items) > 30 and differing == []
 
 
 def test_prompt_ids_are_the_recorded_ones(tokenizer):
-    recorded = json.loads((GOLDEN / "train_data.json").read_text())["tokenizer_image_token"]
+    recorded = json.loads((GOLDEN / "train_data.json").read_text(encoding="utf-8"))["tokenizer_image_token"]
     for prompt, input_ids in recorded.items():
         assert tokenizer_image_token(prompt, tokenizer) == input_ids
         assert tokenizer_image_token(prompt, tokenizer, return_tensors="pt").tolist() == input_ids
 
 
 def test_prompts_tokenized_together_are_tokenized_as_alone(tokenizer):
-    prompts = list(json.loads((GOLDEN / "train_data.json").read_text())["tokenizer_image_token"])
+    prompts = list(json.loads((GOLDEN / "train_data.json").read_text(encoding="utf-8"))["tokenizer_image_token"])
     prompts += ["", " ", "<image>", prompts[0], "<image>\n" + prompts[-1]]
     alone = [tokenizer_image_token(prompt, tokenizer) for prompt in prompts]
     assert tokenize_prompts(prompts, tokenizer) == alone

@@ -1,47 +1,25 @@
-"""What training leaves behind: checkpoints in the published layout, and those from which it goes on."""
+"""The files that training writes in LLaVA's layout, and the checkpoints that an interrupted run resumes at."""
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_callback import TrainerState
 
 from llava.errors import InputError
+from llava.files import FileError, read_json, read_text
 from llava.model.adapter import NON_LORA_FILE
 from llava.model.checkpoint_folder import PROJECTOR_FILE, portable_config, save_weights
 from llava.train.engine import gathered
 
-if TYPE_CHECKING:
-    from llava.train.llava_trainer import LlavaTrainer
-
 logger = logging.getLogger(__name__)
 
-LATEST_FILE = "latest"  # DeepSpeed's note of which of its folders is the newest
-STATE_FILE = "trainer_state.json"  # the last that is written of a checkpoint
-
-
-def save_trained(trainer: "LlavaTrainer", only_projector: bool) -> None:
-    """Save what a finished run has made, as the published training does.
-
-    Args:
-        trainer: after training.
-        only_projector: stage 1: `mm_projector.bin` and config.json; else the full checkpoint, in the dtype of the run,
-            or with LoRA the adapter and what was trained besides.
-    """
-    trainer.save_state()
-    model, folder = trainer.model, Path(trainer.args.output_dir)
-    if only_projector:
-        save_projector(model, folder, is_writer=trainer.args.should_save)
-        return
-    keeps_masters = trainer.args.runs_deepspeed or trainer.args.lora_enable
-    if (trainer.args.bf16 or trainer.args.fp16) and not keeps_masters:
-        # Master weights are float32; the run computed in 16 bit, and so does whoever loads the checkpoint.
-        model.to(torch.bfloat16 if trainer.args.bf16 else torch.float16)
-    trainer.save_model(str(folder))
+LATEST_FILE = "latest"  # DeepSpeed writes the name of its newest folder into it
+STATE_FILE = "trainer_state.json"  # the trainer writes it last
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_projector(model: PreTrainedModel, folder: Path, is_writer: bool = True) -> None:
@@ -50,7 +28,7 @@ def save_projector(model: PreTrainedModel, folder: Path, is_writer: bool = True)
     Args:
         model: a LLaVA model.
         folder: made if it is not there.
-        is_writer: whether this rank writes; all of them have to come here, each may hold a part.
+        is_writer: whether this rank writes; all ranks have to call, each may hold a part of the weights.
     """
     parts = ("mm_projector", "embed_tokens") if model.config.mm_use_im_start_end else ("mm_projector",)
     weights = copy_weights(
@@ -63,12 +41,12 @@ def save_projector(model: PreTrainedModel, folder: Path, is_writer: bool = True)
 
 
 def save_lora_rest(model: nn.Module, folder: Path, is_writer: bool) -> None:
-    """Write what a LoRA adapter's own files leave out: config.json and `non_lora_trainables.bin`.
+    """Write what PEFT does not: config.json and `non_lora_trainables.bin`, the other weights that were trained.
 
     Args:
         model: wrapped by PEFT.
-        folder: where the adapter is.
-        is_writer: whether this rank writes; all of them have to come here.
+        folder: of the adapter.
+        is_writer: whether this rank writes; all ranks have to call.
     """
     weights = copy_weights(
         {
@@ -83,51 +61,55 @@ def save_lora_rest(model: nn.Module, folder: Path, is_writer: bool) -> None:
 
 
 def load_lora_rest(model: nn.Module, folder: Path) -> None:
-    """Read back what `save_lora_rest` wrote, when a run goes on."""
+    """Load what `save_lora_rest` wrote, when a run resumes."""
     model.load_state_dict(torch.load(folder / NON_LORA_FILE, map_location="cpu", weights_only=True), strict=False)
 
 
 def save_config(model: PreTrainedModel, folder: Path) -> None:
-    """Write config.json alone, as it stands in a full checkpoint."""
+    """Write config.json alone, as in a full checkpoint."""
     with portable_config(model, folder):
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
 
 
 def copy_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copy named parameters to the CPU, whole, also where each rank holds a part; all ranks have to call it."""
+    """Copy named parameters to the CPU, whole even if each rank holds a part; all ranks have to call."""
     with gathered(parameters.values()):
         return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
 def find_last_checkpoint(folder: str, num_ranks: int | None) -> str | None:
-    """Find where an interrupted run goes on.
+    """Find the checkpoint at which an interrupted run resumes.
 
     Args:
         folder: the run's output folder.
-        num_ranks: how many ranks DeepSpeed has; None where it does not train.
+        num_ranks: number of DeepSpeed's ranks; None if it does not train.
 
     Returns:
         The newest complete `checkpoint-<step>`, or None.
 
     Raises:
-        InputError: that one was left by another engine, or by another number of ranks.
+        InputError: another engine, or another number of ranks, wrote it.
     """
-    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{STATE_FILE}") if _is_readable(path)]
+    complete = {
+        int(match[1]): path.parent
+        for path in Path(folder).glob(f"*/{STATE_FILE}")
+        if (match := CHECKPOINT_NAME.fullmatch(path.parent.name)) and _is_complete(path)
+    }
     if not complete:
         return None
-    last = max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    last = complete[max(complete)]
     _check_engine(last, num_ranks)
-    logger.warning("going on from %s", last)
+    logger.warning("resuming at %s", last)
     return str(last)
 
 
-def _is_readable(state: Path) -> bool:
-    """Tell whether a checkpoint's last file was written to its end."""
+def _is_complete(state: Path) -> bool:
+    """Whether the last file of a checkpoint was written to its end."""
     try:
-        TrainerState.load_from_json(str(state))
-    except ValueError:
-        logger.warning("%s is not complete, left out", state.parent)
+        read_json(state)
+    except FileError:
+        logger.warning("%s is incomplete and is not used", state.parent)
         return False
     return True
 
@@ -137,10 +119,10 @@ def _check_engine(checkpoint: Path, num_ranks: int | None) -> None:
     advice = "start with the same settings as before, or with another --output_dir"
     if num_ranks is None:
         if latest.is_file():
-            raise InputError(f"{checkpoint} was left by DeepSpeed, this run has no --deepspeed: {advice}")
+            raise InputError(f"{checkpoint} was written by DeepSpeed, this run has no --deepspeed: {advice}")
         return
     if not latest.is_file():
-        raise InputError(f"{checkpoint} was not left by DeepSpeed, this run has --deepspeed: {advice}")
-    num_parts = len(list((checkpoint / latest.read_text().strip()).glob("*_optim_states.pt")))
+        raise InputError(f"{checkpoint} was not written by DeepSpeed, this run has --deepspeed: {advice}")
+    num_parts = len(list((checkpoint / read_text(latest).strip()).glob("*_optim_states.pt")))
     if num_parts != num_ranks:
-        raise InputError(f"{checkpoint} was left by {num_parts} ranks, this run has {num_ranks}: {advice}")
+        raise InputError(f"{checkpoint} was written by {num_parts} ranks, this run has {num_ranks}: {advice}")

@@ -1,8 +1,8 @@
-"""A batch from samples: texts padded on the right, pictures in one row in order of their marks."""
+"""A batch from samples: texts padded on the right, all images in one list, in order of their placeholders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -12,51 +12,72 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.dataset import Sample
 
 
+class Batch(TypedDict, total=False):
+    """The model's arguments for S samples, I images and T positions; the last three only with vision.
+
+    Attributes:
+        input_ids: int64[S, T].
+        labels: int64[S, T].
+        attention_mask: bool[S, T].
+        images: float32[I, 3, H, W] if all shapes agree, else a list of I tensors; None without any image.
+        image_sizes: (width, height) of each image before any resizing; None without any image.
+        texts: one query per sample.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    images: Tensor | list[Tensor] | None
+    image_sizes: list[tuple[int, int]] | None
+    texts: list[str]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Builds the model's arguments for one batch.
 
     Attributes:
-        pad_token_id: what fills `input_ids`.
-        max_length: ids beyond it are cut off, and the pictures whose marks they held.
-        has_vision: also pass pictures and queries; False for a plain language model, which knows neither.
+        pad_token_id: fills `input_ids`.
+        max_length: ids beyond it are cut off, and with them the images of their placeholders.
+        has_vision: also pass images and queries; False for a plain language model, which takes neither.
     """
 
     pad_token_id: int
     max_length: int
     has_vision: bool = True
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Pad and join samples.
-
-        Returns:
-            `input_ids`, `labels` int64[S, T] and `attention_mask` bool[S, T]; with vision also `images`
-            (float32[I, 3, S, S] where shapes agree, else a list, None without any picture), `image_sizes` and `texts`,
-            one query per sample.
-        """
-        ids = [sample.input_ids[: self.max_length] for sample in samples]
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Cut, pad and join samples."""
+        # 1. Cut before padding. The placeholder counts as one position here; the model cuts the spliced sequence.
+        ids = [sample.input_ids[: self.max_length] for sample in samples]  # S x int64[<= max_length]
         labels = [sample.labels[: self.max_length] for sample in samples]
+
+        # 2. Pad on the right. The mask follows lengths, not ids: the padding token may also occur as a real token.
         real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            "attention_mask": pad_sequence(real, batch_first=True, padding_value=False),
-        }
-        if self.has_vision:
-            batch |= _collect_images(samples, ids)
-            batch["texts"] = [sample.query for sample in samples]
+        batch = Batch(
+            input_ids=pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),  # [S, T]
+            labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),  # [S, T]
+            attention_mask=pad_sequence(real, batch_first=True, padding_value=False),  # [S, T]
+        )
+        if not self.has_vision:
+            return batch
+
+        # 3. Images of all samples in one list. The model hands them to the placeholders in this order, so an image
+        #    whose placeholder was cut off must go.
+        images: list[Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        for sample, row in zip(samples, ids, strict=True):
+            num_images = int((row == IMAGE_TOKEN_INDEX).sum())
+            images += sample.images[:num_images]
+            sizes += sample.image_sizes[:num_images]
+        batch["images"] = _stack_alike(images)  # [I, 3, H, W]
+        batch["image_sizes"] = sizes or None
+        batch["texts"] = [sample.query for sample in samples]
         return batch
 
 
-def _collect_images(samples: Sequence[Sample], ids: Sequence[Tensor]) -> dict[str, Any]:
-    """Line up the pictures whose marks survived the cut."""
-    images: list[Tensor] = []
-    sizes: list[tuple[int, int]] = []
-    for sample, row in zip(samples, ids, strict=True):
-        num_marks = int((row == IMAGE_TOKEN_INDEX).sum())
-        images += sample.images[:num_marks]
-        sizes += sample.image_sizes[:num_marks]
+def _stack_alike(images: list[Tensor]) -> Tensor | list[Tensor] | None:
+    """Stack images of one shape; crops of several images may differ in number and stay a list."""
     if not images:
-        return {"images": None, "image_sizes": None}
-    alike = all(image.shape == images[0].shape for image in images)
-    return {"images": torch.stack(images) if alike else images, "image_sizes": sizes}
+        return None
+    return torch.stack(images) if all(image.shape == images[0].shape for image in images) else images

@@ -1,14 +1,13 @@
 """Training samples: records turned into ids, labels and pixel values when the loader asks for them.
 
-Pictures are opened here and nowhere before, so a training set may be larger than memory; the conversations themselves
-are kept as text and tokenized per item, which costs far less than decoding a picture.
+Images are opened here and nowhere before, so a training set may be larger than memory. Conversations are kept as text
+and tokenized per sample, which costs far less than decoding an image.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from llava.conversation import Conversation, SeparatorStyle
 from llava.errors import InputError
 from llava.image import load_image
 from llava.mm_utils import process_images
+from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.records import Record, locate_image
 from llava.train.sources import StoredImage
 from llava.train.targets import build_targets, choose_query, render
@@ -30,10 +30,10 @@ class Sample:
 
     Attributes:
         input_ids: int64[T] with IMAGE_TOKEN_INDEX at the images.
-        labels: int64[T], IGNORE_INDEX where nothing is taught.
-        images: float32[3, S, S] each (float32[C, 3, S, S] for several crops), in order of the marks.
-        image_sizes: (width, height) of the pictures before any resizing.
-        query: the text token reduction chooses patches by.
+        labels: int64[T], IGNORE_INDEX where there is no loss.
+        images: float32[3, H, W] each (float32[C, 3, H, W] for several crops), in order of the placeholders.
+        image_sizes: (width, height) of the images before any resizing.
+        query: the text by which token reduction chooses patches.
     """
 
     input_ids: Tensor
@@ -45,39 +45,39 @@ class Sample:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How conversations become text: the template, what marks an image, and what token reduction reads."""
+    """How conversations become text: the template, the text for an image, and what token reduction reads."""
 
     template: Conversation
-    mark: str = DEFAULT_IMAGE_TOKEN
+    placeholder: str = DEFAULT_IMAGE_TOKEN
     query_source: str = "questions"
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How pictures become pixel values; the two lower fields have the names `process_images` reads.
+    """How images become pixel values; `process_images` reads the last two fields.
 
     Attributes:
-        folder: where the records' image names start; None for names that stand on their own.
+        folder: the folder that image names are relative to; None if names are paths.
         processor: the vision tower's image processor.
         image_aspect_ratio: "square", "pad" or "anyres".
         image_grid_pinpoints: canvases for "anyres".
     """
 
     folder: str | Path | None
-    processor: Any
+    processor: ImageProcessor
     image_aspect_ratio: str = "square"
     image_grid_pinpoints: str | list | None = None
 
 
 def check_fit(records: Iterable[Record], template: Conversation, has_vision: bool) -> None:
-    """Check that records suit the template and the model, without reading a picture.
+    """Check that records suit the template and the model, without reading an image.
 
     Raises:
-        InputError: a picture for a model without vision tower, or a conversation that the template cannot hold.
+        InputError: an image for a model without a vision tower, or a conversation that the template cannot render.
     """
     for record in records:
         if record.images and not has_vision:
-            raise InputError(f"{record.name}: has an image, but there is no --vision_tower to see it with")
+            raise InputError(f"{record.name}: has an image, but there is no --vision_tower")
         if template.sep_style is SeparatorStyle.PLAIN:
             with _naming(record):
                 render(record.turns, template)
@@ -97,14 +97,14 @@ class ConversationDataset(Dataset):
     Args:
         records: the conversations.
         tokenizer: the language model's tokenizer.
-        text_format: template, mark and query source.
-        image_format: how to read pictures; None where no record has any.
+        text_format: template, placeholder and query source.
+        image_format: how to read images; None if no record has any.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         text_format: TextFormat,
         image_format: ImageFormat | None = None,
     ):
@@ -114,18 +114,17 @@ class ConversationDataset(Dataset):
         self.image_format = image_format
 
     def __len__(self) -> int:
-        """Count the records."""
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         """Build one sample.
 
         Raises:
-            InputError: a picture cannot be read, or the record does not suit the template; names the record.
+            InputError: an image cannot be read, or the record does not suit the template; names the record.
         """
         record = self.records[index]
         with _naming(record):
-            rendered = render(record.turns, self.text_format.template, self.text_format.mark)
+            rendered = render(record.turns, self.text_format.template, self.text_format.placeholder)
             targets = build_targets(rendered, self.tokenizer)
             images, sizes = self._load_images(record.images)
         return Sample(
@@ -140,6 +139,6 @@ class ConversationDataset(Dataset):
         if not names:
             return [], []
         found = [locate_image(name, self.image_format.folder) for name in names]
-        pictures = [load_image(image.read() if isinstance(image, StoredImage) else image) for image in found]
-        values = process_images(pictures, self.image_format.processor, self.image_format)
-        return list(values), [picture.size for picture in pictures]
+        images = [load_image(image.read() if isinstance(image, StoredImage) else image) for image in found]
+        values = process_images(images, self.image_format.processor, self.image_format)
+        return list(values), [image.size for image in images]

@@ -1,23 +1,51 @@
-"""The trainer: transformers' own, plus a learning rate for the projector, grouped batches and LLaVA's file layout."""
+"""The trainer: transformers' `Trainer`, changed at seven of its hooks.
+
+    create_optimizer              `--mm_projector_lr`: the projector's parameters get groups of their own
+    get_optimizer_cls_and_kwargs  ZeRO offload: DeepSpeed's Adam for states in main memory
+    _get_train_sampler            `--group_by_modality_length`: batches of one modality and similar lengths
+    _prepare_input                pixel values reach the frozen tower in float32, whatever the run computes in
+    _save                         checkpoints in LLaVA's layout: movable tower path, no towers, what LoRA leaves out
+    _load_from_checkpoint         on resuming, also what LoRA leaves out
+    _issue_warnings_after_load    no warning about the towers that a checkpoint does not hold
+
+`save_trained` is LLaVA's own: it writes the result of a finished run.
+"""
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
 from llava.model.language_model.llava_llama import TOWER_PREFIX
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint import load_lora_rest, save_lora_rest
+from llava.train.checkpoint import load_lora_rest, save_lora_rest, save_projector
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
 
 PROJECTOR = "mm_projector"
 
 
 class LlavaTrainer(Trainer):
-    """Trains a LLaVA model, or a plain language model where there is no vision tower."""
+    """Trains a LLaVA model, or a plain language model if there is no vision tower."""
+
+    def save_trained(self, only_projector: bool) -> None:
+        """Save the result of a finished run in LLaVA's layout.
+
+        Args:
+            only_projector: stage 1: `mm_projector.bin` and config.json; else the full checkpoint, in the dtype that
+                the run computed in, or with LoRA the adapter and the other weights that were trained.
+        """
+        self.save_state()
+        folder = Path(self.args.output_dir)
+        if only_projector:
+            save_projector(self.model, folder, is_writer=self.args.should_save)
+            return
+        if not (self.args.runs_deepspeed or self.args.lora_enable):
+            # The weights here are float32 masters; with DeepSpeed and LoRA they have the run's dtype already.
+            self.model.to(self.args.compute_dtype)
+        self.save_model(str(folder))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over trainable parameters; `mm_projector_lr` gives the projector its own groups."""
@@ -29,8 +57,10 @@ class LlavaTrainer(Trainer):
         return self.optimizer
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        """Choose the optimizer; states that live in main memory (ZeRO offload) have one of their own."""
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: torch.nn.Module | None = None
+    ) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+        """Choose the optimizer; states in main memory (ZeRO offload) need DeepSpeed's own."""
         chosen, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if chosen is torch.optim.AdamW and args.runs_deepspeed and args.deepspeed_plugin.hf_ds_config.is_offload():
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -52,8 +82,8 @@ class LlavaTrainer(Trainer):
         self.add_callback(SetEpoch(sampler))
         return sampler
 
-    def _prepare_input(self, data: Any) -> Any:
-        # With DeepSpeed the base class would round pixel values to the run's dtype, before the tower sees them.
+    def _prepare_input(self, data: object) -> object:
+        # With DeepSpeed the base class would round pixel values to the run's dtype before the tower gets them.
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -72,8 +102,8 @@ class LlavaTrainer(Trainer):
         if self.args.lora_enable:
             load_lora_rest(self.model, Path(resume_from_checkpoint))
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A resumed checkpoint holds no towers: they are frozen and already loaded from their own folder.
+    def _issue_warnings_after_load(self, load_result: _IncompatibleKeys) -> None:
+        # A checkpoint holds no towers: they are frozen, and loaded from their own folder.
         missing = [name for name in load_result.missing_keys if not name.startswith(TOWER_PREFIX)]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
@@ -82,9 +112,9 @@ def split_projector(optimizer: torch.optim.Optimizer, model: torch.nn.Module, le
     """Move the projector's parameters into groups of their own.
 
     Args:
-        optimizer: fresh, without state; each of its groups that holds projector parameters is split in two.
-        model: names the parameters.
-        learning_rate: of the projector's groups; everything else stays as in the group they come from.
+        optimizer: new, without state; each of its groups that holds projector parameters is split in two.
+        model: has the parameters' names.
+        learning_rate: of the projector's groups; their other settings are those of the group they come from.
     """
     projector = {id(parameter) for name, parameter in model.named_parameters() if PROJECTOR in name}
     for group in list(optimizer.param_groups):

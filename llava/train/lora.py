@@ -1,6 +1,4 @@
-"""LoRA: small adapters beside frozen weights, and these weights quantised where `--bits` says so (QLoRA)."""
-
-from typing import Any
+"""LoRA: small trained adapters beside frozen weights, which `--bits` quantises (QLoRA)."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,16 +8,17 @@ from transformers.utils import is_bitsandbytes_available
 
 from llava.errors import InputError
 from llava.model.builder import UNQUANTISED
-from llava.train.arguments import FULL_BITS, TrainingArguments
+from llava.train.arguments import TrainingArguments
 from llava.train.engine import is_partitioned
+from llava.train.flags import FULL_BITS
 
 
-def quantisation_settings(training_args: TrainingArguments, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to quantise the language model; nothing with 16 bits.
+def quantisation_settings(training_args: TrainingArguments, dtype: torch.dtype) -> dict[str, object]:
+    """Return the arguments by which `from_pretrained` quantises the language model; none with 16 bits.
 
     Args:
-        training_args: bits and their kind.
-        dtype: that the run computes in.
+        training_args: number of bits and their kind.
+        dtype: the run computes in it.
 
     Raises:
         InputError: bitsandbytes is not installed.
@@ -35,7 +34,7 @@ def quantisation_settings(training_args: TrainingArguments, dtype: torch.dtype) 
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=training_args.double_quant,
         bnb_4bit_quant_type=training_args.quant_type,
-        # ZeRO-3 cuts weights into pieces, which it can do with numbers of the run's dtype alone.
+        # ZeRO-3 partitions weights of the run's dtype only.
         bnb_4bit_quant_storage=dtype if is_partitioned() else None,
     )
     place = None if is_partitioned() else {"": training_args.device}
@@ -46,11 +45,11 @@ def add_lora(model: PreTrainedModel, training_args: TrainingArguments) -> PreTra
     """Freeze a language model and put adapters beside every linear layer of its decoder.
 
     Args:
-        model: without towers, whose layers have the same names; changed in place.
+        model: still without towers, whose layers have the same names; changed in place.
         training_args: with `lora_enable` and the adapters' settings.
 
     Returns:
-        What the trainer trains and saves: the model in PEFT's wrapper; without `lora_enable` the model itself.
+        What the trainer trains and saves: PEFT's wrapper around the model; without `lora_enable` the model itself.
     """
     if not training_args.lora_enable:
         return model
@@ -62,7 +61,7 @@ def add_lora(model: PreTrainedModel, training_args: TrainingArguments) -> PreTra
         target_modules=list_linear_names(model.model.layers),
         task_type="CAUSAL_LM",
     )
-    # Adapters are masters like other trained weights, but DeepSpeed keeps masters itself and wants one dtype.
+    # Adapters are float32 masters like other trained weights; DeepSpeed keeps masters itself and needs one dtype.
     return get_peft_model(model, settings, autocast_adapter_dtype=not training_args.runs_deepspeed)
 
 

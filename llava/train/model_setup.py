@@ -1,4 +1,4 @@
-"""The model to train: loaded, given eyes, and with the right parts trainable."""
+"""The model to train: loaded, given vision, and with the right parts trainable."""
 
 import logging
 from dataclasses import replace
@@ -11,14 +11,15 @@ from llava.model.builder import load_tokenizer
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.token_reduction import CONFIG_KEY
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.arguments import TrainingArguments
 from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
+from llava.train.flags import DataArguments, ModelArguments
 from llava.train.lora import quantisation_settings
 
 logger = logging.getLogger(__name__)
 
 LLAMA_TYPES = ("llama", "llava", "llava_llama")
-# What a flag that was not given means, for a language model that has no config value for it yet.
+# Values of flags that were not given, if the starting config has none either.
 VISION_DEFAULTS = {
     "mm_vision_select_layer": -2,
     "mm_vision_select_feature": "patch",
@@ -34,7 +35,7 @@ def read_config(model_args: ModelArguments) -> LlavaConfig:
     """Read the config of the model to start from, LLaVA or not.
 
     Raises:
-        InputError: there is none, it cannot be read, or it describes another architecture.
+        InputError: no config, not readable, or of another architecture.
     """
     path = model_args.model_name_or_path
     try:
@@ -58,7 +59,7 @@ def complete_arguments(
     """Fill flags that were not given from the starting checkpoint, else from LLaVA-1.5's settings.
 
     Raises:
-        InputError: flags that need a vision tower, and none anywhere; a projector of another type than asked for.
+        InputError: flags that need a vision tower, and there is none; another projector type than the checkpoint's.
     """
     tower = model_args.vision_tower or getattr(config, "mm_vision_tower", None)
     if tower is None:
@@ -91,7 +92,7 @@ def _refuse_vision_flags(model_args: ModelArguments) -> None:
 
 
 def load_training_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
-    """Load the language model's tokenizer, padding on the right with a token that is never taught."""
+    """Load the language model's tokenizer, padding on the right with a token that has no loss."""
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     tokenizer.model_max_length = training_args.model_max_length
     tokenizer.padding_side = "right"
@@ -105,10 +106,10 @@ def load_training_tokenizer(model_args: ModelArguments, training_args: TrainingA
 def load_language_model(
     model_args: ModelArguments, training_args: TrainingArguments, config: LlavaConfig
 ) -> PreTrainedModel:
-    """Load the weights to start from: LLaVA where there is a vision tower to use, else the plain language model.
+    """Load the weights to start from: LLaVA if there is a vision tower, else the plain language model.
 
-    Master weights are float32 whatever the run computes in: a 16-bit weight would swallow the small steps of a low
-    learning rate. (DeepSpeed keeps float32 masters of its own, and wants 16-bit weights.)
+    Master weights are float32 whatever the run computes in: the small steps of a low learning rate round to zero in
+    16 bit. (DeepSpeed keeps float32 masters of its own, and takes 16-bit weights.)
 
     Raises:
         InputError: no such checkpoint, or an incomplete one.
@@ -125,16 +126,16 @@ def load_language_model(
         model.accepts_loss_kwargs = False  # the loss of LlavaLlamaForCausalLM: a mean over micro-batches
     else:
         if getattr(config, "mm_vision_tower", None):
-            config.mm_vision_tower = model_args.vision_tower  # the flag's, also where the checkpoint's own is gone
+            config.mm_vision_tower = model_args.vision_tower  # the checkpoint's own may not exist here
         model, _ = load_quietly(LlavaLlamaForCausalLM, path, what="language model", config=config, **settings)
     return model
 
 
 def _choose_weight_dtype(training_args: TrainingArguments, is_trained: bool = True) -> torch.dtype:
-    """Choose float32 for weights whose masters they are, else the dtype that the run computes in."""
+    """Choose float32 for weights that are their own masters, else the dtype that the run computes in."""
     if is_trained and not training_args.runs_deepspeed:
         return torch.float32
-    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    return training_args.compute_dtype
 
 
 def add_vision(
@@ -144,13 +145,13 @@ def add_vision(
     data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> None:
-    """Give the model its vision tower, projector and token reduction, and note the settings in its config.
+    """Give the model its vision tower, projector and token reduction, and record the settings in its config.
 
     Args:
         model: as loaded.
         tokenizer: gets the extra tokens that the flags ask for.
-        model_args: completed by `complete_arguments`.
-        data_args: completed likewise.
+        model_args: from `complete_arguments`.
+        data_args: from `complete_arguments`.
         training_args: for the settings that config.json records.
 
     Raises:
@@ -159,7 +160,7 @@ def add_vision(
     with whole_weights():
         adapterless = replace(model_args, pretrain_mm_mlp_adapter=None)
         model.get_model().initialize_vision_modules(model_args=adapterless, fsdp=training_args.fsdp)
-        # Also on a LLaVA checkpoint that had another reduction (parity: the published code trains with the old one).
+        # Also for a LLaVA checkpoint with another reduction (parity: the released code trains with the old one).
         model.set_token_reduction(getattr(model_args, CONFIG_KEY))
     load_projector(model, model_args.pretrain_mm_mlp_adapter, training_args)
     model.tokenizer = tokenizer
@@ -182,8 +183,8 @@ def load_projector(model: LlavaLlamaForCausalLM, path: str | None, training_args
 
     Args:
         model: with a projector, new or from a checkpoint.
-        path: `mm_projector.bin`, or None for the weights that are there.
-        training_args: for the dtype; ZeRO-3 wants one dtype for all that is trained.
+        path: `mm_projector.bin`; None keeps the present weights.
+        training_args: for the dtype; ZeRO-3 needs one dtype for all that is trained.
 
     Raises:
         InputError: the file does not fit.
@@ -201,7 +202,7 @@ def add_image_tokens(
     """Add the tokens that `mm_use_im_start_end` and `mm_use_im_patch_token` ask for (LLaVA-1.5 asks for none).
 
     Raises:
-        InputError: under ZeRO-3, where the table of embeddings is in pieces; or stage 1 left none to start from.
+        InputError: under ZeRO-3, which partitions the embeddings; or the stage-1 file has no embeddings.
     """
     if is_partitioned() and (model_args.mm_use_im_start_end or model_args.mm_use_im_patch_token):
         raise InputError("--mm_use_im_start_end and --mm_use_im_patch_token add tokens: train with scripts/zero2.json")
@@ -211,7 +212,7 @@ def add_image_tokens(
 
 
 def load_token_embeddings(model: LlavaLlamaForCausalLM, path: str) -> None:
-    """Take the embeddings of the image start and end tokens from a stage-1 file that trained them.
+    """Copy the embeddings of the image start and end tokens from a stage-1 file that trained them.
 
     Args:
         model: with the two tokens added.
@@ -232,18 +233,18 @@ def choose_trainable(model: PreTrainedModel, model_args: ModelArguments) -> None
     """Freeze and unfreeze the parts of the model for this stage; towers are always frozen.
 
     Raises:
-        InputError: nothing is left to train.
+        InputError: nothing would be trained.
     """
     if model_args.freeze_backbone:
         model.model.requires_grad_(False)
     if model_args.vision_tower is not None:
         if model_args.tune_mm_mlp_adapter:
             model.requires_grad_(False)
-            # The embeddings of image start and end are learned with the projector, as published.
+            # The embeddings of image start and end are trained with the projector, as in LLaVA.
             model.get_input_embeddings().requires_grad_(model_args.mm_use_im_start_end)
         model.get_model().mm_projector.requires_grad_(not model_args.freeze_mm_mlp_adapter)
         model.get_vision_tower().freeze()
-    # Under ZeRO-3 a rank's own piece of a parameter says nothing of its size.
+    # Under ZeRO-3 `numel` counts this rank's part only.
     sizes = {True: 0, False: 0}
     for parameter in model.parameters():
         sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())

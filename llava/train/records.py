@@ -1,14 +1,14 @@
-"""Training records: LLaVA's conversations checked and brought into one plain form.
+"""Training records: LLaVA's conversations, checked and brought into one form.
 
-Everything that can be told before a model is loaded is told here, with the record's index and id. Nothing here knows
-tokens, tensors or templates.
+All that can be checked before a model is loaded is checked here; messages name the record's index and id. Tokens,
+tensors and templates come later, in `llava.train.targets` and `llava.train.dataset`.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
@@ -25,10 +25,10 @@ class Record:
     """One training conversation.
 
     Attributes:
-        name: where it stands, for messages: `record 7 (id 'c3')`.
-        images: file names relative to the image folder (or URLs), or pictures inside the data, in order of the image
-            marks.
-        turns: texts, user and assistant in turn, user first; every image has exactly one `<image>` mark.
+        name: how a message names it: `record 7 (id 'c3')`.
+        images: file names relative to the image folder (or URLs), or images inside the data, in order of their
+            placeholders.
+        turns: texts, alternating between user and assistant, user first; one `<image>` placeholder per image.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Record:
 
     @property
     def num_words(self) -> int:
-        """Words in all turns: the length by which batches are grouped."""
+        """Number of words in all turns: the length by which batches are grouped."""
         return sum(len(turn.split()) for turn in self.turns)
 
 
@@ -45,11 +45,11 @@ def read_records(path: str | Path, skip_broken: bool = False) -> list[Record]:
     """Read a training set.
 
     Args:
-        path: a file, folder or name that `sources.read_rows` reads.
+        path: a file, folder or hub name, see `sources.read_rows`.
         skip_broken: leave broken records out and log them, instead of refusing the file.
 
     Raises:
-        InputError: nothing there, not readable, or (unless `skip_broken`) a broken record.
+        InputError: no such file, not readable, no record, or (unless `skip_broken`) a broken record.
     """
     records, faults = [], []
     for number, raw in enumerate(read_rows(path)):
@@ -63,54 +63,54 @@ def read_records(path: str | Path, skip_broken: bool = False) -> list[Record]:
     return records
 
 
-def parse_record(raw: Any, number: int) -> Record:
-    """Bring one JSON object into a `Record`.
+def parse_record(raw: object, number: int) -> Record:
+    """Make a `Record` of one JSON object.
 
     Args:
         raw: `{"id": ..., "image": name or [names], "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`.
-        number: its index in the file.
+        number: its index in the file, from 0.
 
     Raises:
-        InputError: the record cannot be trained on as it stands.
+        InputError: the record cannot be trained on.
     """
     if not isinstance(raw, dict):
         raise InputError(f"record {number}: expected a JSON object, found {type(raw).__name__}")
     name = f"record {number} (id {raw.get('id')!r})"
     images = _list_images(raw.get("image"), name)
     turns = _list_turns(raw.get("conversations"), name)
-    return Record(name, images, place_marks(turns, len(images), name))
+    return Record(name, images, place_placeholders(turns, len(images), name))
 
 
-def place_marks(turns: Sequence[str], num_images: int, name: str) -> tuple[str, ...]:
-    """Put image marks where the published preprocessing puts them.
+def place_placeholders(turns: Sequence[str], num_images: int, name: str) -> tuple[str, ...]:
+    """Put image placeholders where LLaVA's preprocessing puts them.
 
-    A turn with one mark gets it at its front, on a line of its own. Several marks in a turn stay where they are when
-    every mark has its image, and count as one when only the number of turns with marks fits (parity: the published
-    code always takes them for one).
+    A single placeholder of a turn moves to its front, on a line of its own. Several placeholders of a turn stay where
+    they are if every one has its image; if only the number of turns with placeholders fits, those of a turn count as
+    one (parity: the released code always counts them as one).
 
     Raises:
-        InputError: the marks fit the images in neither reading.
+        InputError: the placeholders fit the images in neither reading.
     """
-    marks = [turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns]
-    merged = sum(marks) != num_images
-    if merged and sum(count > 0 for count in marks) != num_images:
-        raise InputError(f"{name}: {sum(marks)} {DEFAULT_IMAGE_TOKEN} marks for {num_images} images")
+    counts = [turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns]
+    merged = sum(counts) != num_images
+    if merged and sum(count > 0 for count in counts) != num_images:
+        raise InputError(f"{name}: {sum(counts)} {DEFAULT_IMAGE_TOKEN} placeholders for {num_images} images")
     return tuple(
-        _mark_first(turn) if count == 1 or (merged and count) else turn.strip() if count else turn
-        for turn, count in zip(turns, marks, strict=True)
+        _placeholder_first(turn) if count == 1 or (merged and count) else turn.strip() if count else turn
+        for turn, count in zip(turns, counts, strict=True)
     )
 
 
 def check_image_files(records: Iterable[Record], folder: str | Path | None, skip_broken: bool = False) -> list[Record]:
-    """Check that every record's image files are there.
+    """Check that every record's image files exist.
 
     Args:
-        records: what `read_records` gave.
-        folder: the image folder; None for names that stand on their own.
+        records: from `read_records`.
+        folder: the image folder; None if names are paths.
         skip_broken: leave out the records whose file is missing and log them.
 
     Returns:
-        The records that can be used.
+        The records whose images exist.
 
     Raises:
         InputError: a file is missing (unless `skip_broken`).
@@ -118,7 +118,7 @@ def check_image_files(records: Iterable[Record], folder: str | Path | None, skip
     known: dict[str, bool] = {}
     usable, faults = [], []
     for record in records:
-        missing = [image for image in record.images if not _is_there(image, folder, known)]
+        missing = [image for image in record.images if not _exists(image, folder, known)]
         if missing:
             faults.append(f"{record.name}: no image file {locate_image(missing[0], folder)}")
         else:
@@ -130,25 +130,25 @@ def check_image_files(records: Iterable[Record], folder: str | Path | None, skip
 
 
 def locate_image(name: str | StoredImage, folder: str | Path | None) -> str | StoredImage:
-    """Return the path of an image named in a record; URLs and pictures inside the data stay as they are."""
+    """Return the path of an image that a record names; URLs and images inside the data stay as they are."""
     if isinstance(name, StoredImage) or "://" in name or folder is None:
         return name
     return str(Path(folder) / name)
 
 
-def _is_there(name: str | StoredImage, folder: str | Path | None, known: dict[str, bool]) -> bool:
+def _exists(name: str | StoredImage, folder: str | Path | None, known: dict[str, bool]) -> bool:
     if isinstance(name, StoredImage):
         return True
     if name not in known:
-        known[name] = "://" in name or Path(locate_image(name, folder)).is_file()
+        known[name] = "://" in name or os.path.isfile(locate_image(name, folder))
     return known[name]
 
 
-def _mark_first(turn: str) -> str:
+def _placeholder_first(turn: str) -> str:
     return f"{DEFAULT_IMAGE_TOKEN}\n{turn.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
 
 
-def _list_images(value: Any, name: str) -> tuple[str | StoredImage, ...]:
+def _list_images(value: object, name: str) -> tuple[str | StoredImage, ...]:
     images = [] if value is None else value if isinstance(value, list) else [value]
     for image in images:
         if not isinstance(image, str | StoredImage) or not image:
@@ -156,8 +156,8 @@ def _list_images(value: Any, name: str) -> tuple[str | StoredImage, ...]:
     return tuple(images)
 
 
-def _list_turns(value: Any, name: str) -> list[str]:
-    """List the turns' texts; leading assistant turns are dropped, as the published preprocessing does."""
+def _list_turns(value: object, name: str) -> list[str]:
+    """List the turns' texts; a leading assistant turn is dropped, as in LLaVA's preprocessing."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise InputError(f"{name}: 'conversations' must be a list of {{'from', 'value'}} objects")
     if value and value[0].get("from") == ASSISTANT:

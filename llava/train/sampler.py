@@ -1,6 +1,6 @@
-"""The order of training samples when batches are to hold one modality and like lengths.
+"""The order of training samples for batches of one modality and similar lengths.
 
-Text-only batches then pay for no image tokens, and little of a batch is padding.
+Batches of text alone then hold no image tokens, and little of a batch is padding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,18 +8,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 
 class ModalityLengthSampler(Sampler[int]):
     """Shuffles, then groups by modality and length.
 
-    Every group of `group_size` (one optimizer step over all ranks) holds samples of one modality in order of falling
-    length; groups come in random order, the leftovers of both modalities last. The order depends on the seed and the
-    epoch alone, never on the global random state.
+    Every group of `group_size` (one optimizer step over all ranks) holds samples of one modality, longest first.
+    Groups come in random order, the leftovers of both modalities last. The order depends on the seed and the epoch
+    alone, never on the global random state.
 
     Args:
         lengths: a number per sample that grows with its length.
-        has_image: whether each sample has a picture.
+        has_image: whether each sample has an image.
         group_size: samples per optimizer step: batch size x accumulation steps x ranks.
         seed: of the shuffling.
     """
@@ -36,11 +37,9 @@ class ModalityLengthSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Count the samples."""
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield every index once."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         groups, leftovers = [], []
@@ -58,11 +57,11 @@ class ModalityLengthSampler(Sampler[int]):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells a sampler the epoch; on a resumed run the trainer's own loaders no longer do."""
+    """Sets the epoch of a sampler; on a resumed run the trainer's own loaders do not."""
 
     def __init__(self, sampler: ModalityLengthSampler):
         self.sampler = sampler
 
-    def on_epoch_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Pass the epoch on; the tolerance absorbs the rounding of a resumed fractional epoch."""
+    def on_epoch_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        # The tolerance absorbs the rounding of a resumed fractional epoch.
         self.sampler.set_epoch(int(state.epoch + 1e-6))

@@ -1,17 +1,16 @@
-"""What the language model reads and what it is taught: token ids and labels of one conversation.
+"""What the language model reads and what it learns: token ids and labels of one conversation.
 
-The prompt is rendered by the conversation template, once up to each answer and once with it; the characters in between
-are what the model has to say itself, and the tokenizer's own offsets carry them to tokens. So the loss covers exactly
-what generation would produce after the same prompt, for any template and tokenizer.
+The template renders the prompt up to each answer and with it; the characters in between are what the model has to
+generate, and the tokenizer's offsets carry them to tokens. So the loss covers exactly what generation would produce
+after the same prompt, for any template and tokenizer.
 
-Parity: the published code recomputes positions from the lengths of separately tokenized pieces and masks a whole sample
+Parity: the released code recomputes positions from the lengths of separately tokenized pieces, and masks a whole sample
 without an error when its arithmetic does not add up (several turns with most tokenizers, a separator inside a text,
-every MPT conversation read by a Llama tokenizer). Where it adds up, ids and labels here are equal to it.
+every MPT conversation with a Llama tokenizer). Where it adds up, ids and labels here are equal to it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -23,11 +22,11 @@ from llava.constants import (
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.errors import InputError
 from llava.mm_utils import tokenize_texts, tokenizer_image_token
+from llava.protocols import Tokenizer
 
 TRAINABLE_STYLES = (SeparatorStyle.TWO, SeparatorStyle.PLAIN, SeparatorStyle.LLAMA_2, SeparatorStyle.MPT)
-QUERY_SOURCES = ("questions", "conversation")
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # (start, end) in characters of the prompt
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Rendered:
     """A conversation as one string.
 
     Attributes:
-        prompt: what the language model reads, image marks included.
-        answers: character ranges in `prompt` that the model has to say, end marks included.
+        prompt: what the language model reads, image placeholders included.
+        answers: character ranges in `prompt` that the model has to generate, end tokens included.
     """
 
     prompt: str
@@ -45,7 +44,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Targets:
-    """Token ids with IMAGE_TOKEN_INDEX at the image marks, and labels with IGNORE_INDEX where nothing is taught."""
+    """Token ids with IMAGE_TOKEN_INDEX at the images, and labels with IGNORE_INDEX where there is no loss."""
 
     input_ids: list[int]
     labels: list[int]
@@ -55,7 +54,7 @@ def choose_template(version: str) -> Conversation:
     """Return the conversation template that `--version` names.
 
     Raises:
-        InputError: an unknown template, or one that training has no masks for.
+        InputError: an unknown template, or one of a style that training has no masks for.
     """
     trainable = sorted(name for name, conv in conv_templates.items() if conv.sep_style in TRAINABLE_STYLES)
     if version not in trainable:
@@ -64,46 +63,52 @@ def choose_template(version: str) -> Conversation:
 
 
 def choose_mark(template: Conversation, use_start_end: bool) -> str:
-    """Return what stands in the prompt for an image: the bare mark, or the mark inside the template's tags."""
+    """Return the text for an image in the prompt: `<image>`, or `<image>` within the template's tags."""
     mark = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>" if "mmtag" in template.version else DEFAULT_IMAGE_TOKEN
     if use_start_end:
         mark = mark.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
     return mark
 
 
-def render(turns: Sequence[str], template: Conversation, mark: str = DEFAULT_IMAGE_TOKEN) -> Rendered:
+def render(turns: Sequence[str], template: Conversation, placeholder: str = DEFAULT_IMAGE_TOKEN) -> Rendered:
     """Render a conversation and find its answers.
 
     Args:
-        turns: texts of user and assistant in turn, user first, with `<image>` marks.
+        turns: texts that alternate between user and assistant, user first, with `<image>` placeholders.
         template: a template of `choose_template`.
-        mark: what to write for an image (see `choose_mark`).
+        placeholder: the text for an image (see `choose_mark`).
+
+    Raises:
+        InputError: the plain template, and the conversation is not an image and its caption.
     """
     if template.sep_style is SeparatorStyle.PLAIN:
         return _render_caption(turns, template)
     conversation = template.copy()
-    conversation.messages = []
+    conversation.messages = []  # without the example turns that a template may have
     answers = []
     for position, turn in enumerate(turns):
-        text = turn.replace(DEFAULT_IMAGE_TOKEN, mark)
+        text = turn.replace(DEFAULT_IMAGE_TOKEN, placeholder)
+        # A user's turn is read, not learned.
         if position % 2 == 0:
             conversation.append_message(conversation.roles[0], text)
             continue
+        # The prompt with the answer still open is what generation starts from: the answer begins where it ends ...
         conversation.append_message(conversation.roles[1], None)
         start = len(conversation.get_prompt())
+        # ... and closes with the separator that the template puts after it, which the model learns to stop with.
         conversation.messages[-1][1] = text
         answers.append((start, len(conversation.get_prompt())))
     return Rendered(conversation.get_prompt(), tuple(answers))
 
 
 def _render_caption(turns: Sequence[str], template: Conversation) -> Rendered:
-    """Images, then the caption: the projector learns to say what is there, not to follow an instruction."""
+    """Render images, then the caption; the instruction is left out, as the projector learns to describe only."""
     num_images = turns[0].count(DEFAULT_IMAGE_TOKEN)
     if len(turns) != len(("instruction", "caption")) or not num_images:
-        raise InputError("--version plain needs records of two turns with the image mark in the first")
-    marks = DEFAULT_IMAGE_TOKEN * num_images
-    prompt = marks + turns[1] + template.sep
-    return Rendered(prompt, ((len(marks), len(prompt)),))
+        raise InputError("--version plain needs records of two turns with the image placeholder in the first")
+    images = DEFAULT_IMAGE_TOKEN * num_images
+    prompt = images + turns[1] + template.sep
+    return Rendered(prompt, ((len(images), len(prompt)),))
 
 
 def choose_query(turns: Sequence[str], rendered: Rendered, source: str) -> str:
@@ -112,15 +117,15 @@ def choose_query(turns: Sequence[str], rendered: Rendered, source: str) -> str:
     Args:
         turns: the conversation's texts, user first.
         rendered: the same conversation as a prompt.
-        source: `questions`: the user's turns, as at inference, where no answer is known. `conversation`: the whole
-            prompt with system sentence, roles and answers, as in the published training.
+        source: `questions`: the user's turns, as at inference, when no answer is known. `conversation`: the whole
+            prompt with system message, roles and answers, as in the released training code.
     """
     if source == "conversation":
         return rendered.prompt.replace(DEFAULT_IMAGE_TOKEN, " ")
     return "\n".join(turn.replace(DEFAULT_IMAGE_TOKEN, "").strip() for turn in turns[::2])
 
 
-def build_targets(rendered: Rendered, tokenizer: Any) -> Targets:
+def build_targets(rendered: Rendered, tokenizer: Tokenizer) -> Targets:
     """Tokenize a conversation and label its answers.
 
     Args:
@@ -130,25 +135,30 @@ def build_targets(rendered: Rendered, tokenizer: Any) -> Targets:
     Returns:
         The ids of `tokenizer_image_token` and their labels, not truncated.
     """
+    # 1. Ids as at inference, and for each token whether it belongs to an answer.
     if tokenizer.is_fast:
+        # By the characters that the tokenizer says each token covers.
         ids, spans = _tokenize_with_spans(rendered.prompt, tokenizer)
-        taught = [_is_inside(span, rendered.answers) for span in spans]
+        is_answer = [_ends_inside(span, rendered.answers) for span in spans]
     else:
+        # Without offsets: by tokenizing the prompt up to each boundary.
         ids = tokenizer_image_token(rendered.prompt, tokenizer)
-        taught = _find_taught_by_prefix(ids, rendered, tokenizer)
-    return Targets(ids, [token if teach else IGNORE_INDEX for token, teach in zip(ids, taught, strict=True)])
+        is_answer = _find_answers_by_prefix(ids, rendered, tokenizer)
+    # 2. Labels: the answers' own ids. The model shifts them by one position when it computes the loss.
+    labels = [token if learned else IGNORE_INDEX for token, learned in zip(ids, is_answer, strict=True)]
+    return Targets(ids, labels)
 
 
-def _is_inside(span: Span, answers: Sequence[Span]) -> bool:
-    """Tell whether a token ends inside an answer; one that reaches into it from the prompt does."""
+def _ends_inside(span: Span, answers: Sequence[Span]) -> bool:
+    """Whether a token ends inside an answer; a token that begins in the prompt and ends in the answer does."""
     return span[0] < span[1] and any(start < span[1] <= end for start, end in answers)
 
 
-def _tokenize_with_spans(prompt: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
-    """Tokenize as `tokenizer_image_token` does and tell which characters each token stands for.
+def _tokenize_with_spans(prompt: str, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
+    """Tokenize as `tokenizer_image_token` does, and find the characters that each token covers.
 
     Returns:
-        Ids, and character ranges in `prompt`; those of image sentinels and of the sequence start are empty.
+        Ids, and character ranges in `prompt`; those of images and of the sequence start are empty.
     """
     ids: list[int] = []
     spans: list[Span] = []
@@ -166,8 +176,8 @@ def _tokenize_with_spans(prompt: str, tokenizer: Any) -> tuple[list[int], list[S
     return ids, spans
 
 
-def _tokenize_chunk(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
-    """Tokenize text between image marks; the ids are those of `tokenize_texts`, which may put a space in front.
+def _tokenize_chunk(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
+    """Tokenize text between images; the ids are those of `tokenize_texts`, which may put a space in front.
 
     A token of that space alone counts as one of the first character.
     """
@@ -180,17 +190,16 @@ def _tokenize_chunk(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
     raise RuntimeError(f"{type(tokenizer).__name__} does not reproduce its own ids for {text!r}")
 
 
-def _find_taught_by_prefix(ids: list[int], rendered: Rendered, tokenizer: Any) -> list[bool]:
+def _find_answers_by_prefix(ids: list[int], rendered: Rendered, tokenizer: Tokenizer) -> list[bool]:
     """Find the answers' tokens with a tokenizer that gives no offsets.
 
-    A token belongs to what precedes a boundary when the text up to the boundary, tokenized alone, starts with the same
-    tokens.
+    A token lies before a boundary if the text up to the boundary, tokenized alone, starts with the same tokens.
     """
-    taught = [False] * len(ids)
+    is_answer = [False] * len(ids)
     for answer in rendered.answers:
         first, last = (_count_common(ids, tokenizer_image_token(rendered.prompt[:end], tokenizer)) for end in answer)
-        taught[first:last] = [True] * (last - first)
-    return taught
+        is_answer[first:last] = [True] * (last - first)
+    return is_answer
 
 
 def _count_common(ids: list[int], prefix: list[int]) -> int:

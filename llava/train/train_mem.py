@@ -1,6 +1,6 @@
-"""The published training entry point: `python llava/train/train_mem.py`, or this path behind a launcher.
+"""LLaVA's training entry point: `python llava/train/train_mem.py`, or this path behind a launcher.
 
-Same as `llava.train.train`, with the memory-saving attention wherever its package and hardware are there.
+The same as `llava.train.train`, with flash attention wherever its package is installed.
 """
 
 import sys
@@ -9,6 +9,10 @@ from pathlib import Path
 
 def main() -> None:
     """Run training as a command."""
+    from llava.train.flags import check_flags
+
+    # `--help` and mistyped flags are answered before the imports below, which take seconds.
+    check_flags()
     from transformers.utils import is_flash_attn_2_available
 
     from llava.train.engine import leave_engine
@@ -19,7 +23,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Run by path, Python looks for modules beside this file; the package's parent folder is meant.
+    # Run by path, Python looks for modules in this file's folder; put the repository root in its place.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     from llava.errors import run_command
 

@@ -1,39 +1,39 @@
 # shellcheck shell=bash
-# Everything that the training scripts share: defaults that the environment overrides, checks before anything loads, and
-# one launcher (DeepSpeed's) for GPUs and, small, for CPU ranks.
+# All that the training scripts share: defaults that the environment overrides, checks before anything loads, and one
+# launcher (DeepSpeed's) for GPUs and, for small models, CPU ranks.
 #
 # A script sets its defaults with `default`, `default_source` and `default_output`, then calls `train_llava`. Relative
-# paths in the environment are meant from where the user stands, defaults from the repository root.
+# paths in the environment are relative to the user's folder, defaults to the repository root.
 #
 # Environment (besides that of common.sh, and each script's own variables):
-#   NUM_GPUS        ranks on this machine (default: all visible GPUs). Without a GPU: that many ranks on the CPU
+#   NUM_GPUS        ranks on this machine (default: all visible GPUs). Without a GPU: ranks on the CPU
 #   NUM_NODES       machines (default 1); then HOSTFILE (machines reachable by ssh), or MASTER_ADDR and NODE_RANK,
 #                   with the same command started on each machine
-#   MASTER_PORT     port of the ranks' meeting (default: a free one; 29500 on several machines)
-#   GLOBAL_BATCH    samples per optimizer step, kept by accumulation; GRADIENT_ACCUMULATION sets that by hand
+#   MASTER_PORT     port at which the ranks connect (default: a free one; 29500 on several machines)
+#   GLOBAL_BATCH    samples per optimizer step; accumulation follows from it, or set GRADIENT_ACCUMULATION
 #   PRECISION       bf16 (default), fp16 or fp32
 #   REPORT_TO       none (default), tensorboard or wandb
-#   LOG             the log of all runs of this output (default: OUTPUT.log)
+#   LOG             log file, to which each run appends (default: OUTPUT.log)
 #   MODEL, DATA, IMAGES, VISION_TOWER, PROJECTOR, OUTPUT, VERSION, ZERO, BATCH_SIZE, LEARNING_RATE, EPOCHS, MAX_LENGTH,
 #   ASPECT_RATIO, SAVE_STEPS, LOGGING_STEPS, GRADIENT_CHECKPOINTING, NUM_WORKERS, SEED, reduce_func, reduce_func_param
-#                   what the trainer's flags of like names get; empty VISION_TOWER, IMAGES, PROJECTOR: without
+#                   the trainer's flags of similar names; an empty VISION_TOWER, IMAGES or PROJECTOR leaves it out
 
-[[ -z ${HUB_NAME:-} ]] || return 0 # a script that another script goes on with
+[[ -z ${HUB_NAME:-} ]] || return 0 # sourced already, by the script that sources this one
 
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-declare -A SETTLED=() # path variables that already are as seen from the repository root
+declare -A SETTLED=() # path variables that are already relative to the repository root
 readonly HUB_NAME='^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$'
 
-# default NAME VALUE: a variable that the environment may set, also to nothing.
+# default NAME VALUE: a variable that the environment may set, also to an empty value.
 default() {
     [[ -n ${!1+set} ]] || printf -v "$1" '%s' "$2"
 }
 
-# default_source NAME VALUE: the same for something to read. The user's path stays relative if it was, so that checkpoints
-# can name their tower in a way that survives moving both; what is not there may be meant from the repository root, or be
-# a name on the hub.
+# default_source NAME VALUE: the same for an input path. A relative path stays relative, so that a checkpoint and the
+# tower that it names can move together. A path that does not exist in the user's folder is relative to the repository
+# root, or a name on the hub.
 default_source() {
     if [[ -n ${!1:-} && -z ${SETTLED[$1]:-} ]] && [[ ${!1} == ./* || ${!1} == ../* || -e $CALLER_DIR/${!1} ]]; then
         printf -v "$1" '%s' "$(seen_from_root "${!1}")"
@@ -42,7 +42,7 @@ default_source() {
     SETTLED[$1]=yes
 }
 
-# default_output NAME VALUE: the same for something to write.
+# default_output NAME VALUE: the same for an output path.
 default_output() {
     if [[ -n ${!1:-} && -z ${SETTLED[$1]:-} ]]; then
         printf -v "$1" '%s' "$(seen_from_root "${!1}")"
@@ -51,7 +51,7 @@ default_output() {
     SETTLED[$1]=yes
 }
 
-# The user's path, as seen from the repository root.
+# The user's path, relative to the repository root.
 seen_from_root() {
     if [[ $1 == /* || $CALLER_DIR == "$REPO_ROOT" ]]; then
         printf '%s\n' "$1"
@@ -60,7 +60,7 @@ seen_from_root() {
     fi
 }
 
-# The variables that every script has; each script's own defaults come first.
+# The variables that all scripts have; a script's own defaults come first.
 set_common_defaults() {
     default reduce_func none
     default reduce_func_param ""
@@ -86,7 +86,7 @@ set_common_defaults() {
 }
 
 # train_llava FLAGS... [-- FLAGS...]: check, then start the training that the variables describe. A script passes its
-# own arguments after its flags; what the user gives after -- goes to the trainer as it is and wins.
+# own arguments after its flags; flags after -- go to the trainer unchanged and win.
 train_llava() {
     local own=() extra=()
     while (($# > 0)) && [[ $1 != ARGUMENTS ]]; do
@@ -134,10 +134,12 @@ train_llava() {
 print_usage() {
     printf '%s\n' "usage: [NAME=VALUE ...] bash $0 [-- TRAINER FLAGS]" \
         "Settings are variables, listed at the top of the script and of scripts/lib/train.sh; docs/training.md explains them." \
-        "DRY_RUN=1 prints the command. Flags after -- go to llava.train and win over the script's."
+        "DRY_RUN=1 prints the command. Flags after -- go to the trainer and win over the script's:" \
+        "python -m llava.train.train --help lists them."
 }
 
-# Pictures, and what reduces them: TRIM:-1 of TRIM and -1, none of none; empty: what the starting checkpoint says.
+# Vision flags. The reduction is TRIM:-1 for reduce_func=TRIM and reduce_func_param=-1; an empty reduce_func keeps that of
+# the starting checkpoint.
 set_vision() {
     [[ -n $VISION_TOWER ]] || return 0 # a language model alone
     TRAINER+=(
@@ -153,7 +155,7 @@ set_vision() {
     fi
 }
 
-# Set NUM_GPUS, GPUS (their ids) and ON_CPU (whether ranks run there instead).
+# Set NUM_GPUS, GPUS (their ids) and ON_CPU (not empty: ranks run on the CPU).
 find_ranks() {
     mapfile -t GPUS < <(visible_gpus)
     ON_CPU=
@@ -175,7 +177,7 @@ is_count() {
     [[ ${!1} =~ ^[1-9][0-9]*$ ]] || die "$1 must be a whole number from 1 on, not '${!1}'"
 }
 
-# Name whatever is missing before anything loads.
+# Name what is missing before anything loads.
 check_files() {
     local name
     for name in MODEL DATA OUTPUT LEARNING_RATE ZERO; do
@@ -190,21 +192,21 @@ check_files() {
     [[ -z $PROJECTOR || -f $PROJECTOR ]] || die "PROJECTOR: no file $PROJECTOR; scripts/pretrain.sh makes one (mm_projector.bin)"
 }
 
-# check_source NAME WHAT: an existing path, or a name of the hub.
+# check_source NAME WHAT: an existing path, or a name on the hub.
 check_source() {
     [[ -e ${!1} ]] && return
     [[ ${!1} =~ $HUB_NAME && ! ${!1} =~ \.(json|jsonl|parquet)$ && ! -d ${!1%%/*} ]] ||
         die "$1: nothing at ${!1}; give $2, or a name on the hub (owner/name)"
 }
 
-# Keep the global batch whatever the number of ranks is.
+# Keep the global batch for any number of ranks.
 set_batch() {
     is_count BATCH_SIZE
     local together=$((NUM_GPUS * NUM_NODES * BATCH_SIZE))
     if [[ -z $GRADIENT_ACCUMULATION ]]; then
         is_count GLOBAL_BATCH
         ((GLOBAL_BATCH % together == 0)) ||
-            die "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of $together (NUM_GPUS x NUM_NODES x BATCH_SIZE); change BATCH_SIZE, or set GRADIENT_ACCUMULATION"
+            die "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of $together (NUM_GPUS x NUM_NODES x BATCH_SIZE); change BATCH_SIZE, or set GRADIENT_ACCUMULATION"
         GRADIENT_ACCUMULATION=$((GLOBAL_BATCH / together))
     fi
     is_count GRADIENT_ACCUMULATION
@@ -219,12 +221,12 @@ set_precision() {
     esac
 }
 
-# Set LAUNCHER, with the environment of the ranks in front.
+# Set LAUNCHER, with the ranks' environment in front.
 set_launcher() {
     local places=()
     LAUNCHER=()
     if [[ -n $ON_CPU ]]; then
-        # Ranks on the CPU share its cores; DeepSpeed need not look for a GPU.
+        # Ranks on the CPU share its cores; DeepSpeed does not look for a GPU.
         LAUNCHER=(DS_ACCELERATOR=cpu "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(share_of_cores)}")
     fi
     LAUNCHER+=("$(python_command)" -m deepspeed.launcher.runner)
@@ -266,7 +268,7 @@ free_port() {
     fi
 }
 
-# Run the command, on the screen and in the log, which says when and how each run was started.
+# Run the command with its output on the screen and in the log, which has the time and the command of each run.
 start_training() {
     if [[ ${DRY_RUN:-0} == 1 ]]; then
         print_command "$@"
@@ -283,10 +285,18 @@ start_training() {
     env "$@" >&"$screen" 2>&1 &
     training=$!
     exec {screen}>&-
-    # shellcheck disable=SC2064 # the id as it is now
+    # shellcheck disable=SC2064 # the present id
     trap "kill $training 2>/dev/null || true" INT TERM
     wait "$training" || code=$?
     wait "$tee" || true
-    ((code == 0)) || die "training stopped with exit code $code (log: $LOG); the same command goes on from the last checkpoint in $OUTPUT"
+    ((code != 2)) || die "$(last_refusal) (log: $LOG)"
+    ((code == 0)) || die "training stopped with exit code $code (log: $LOG); the same command resumes at the last checkpoint in $OUTPUT"
     note "trained: $OUTPUT (log: $LOG)"
+}
+
+# The line with which the trainer refused to start; each rank prints it, among the launcher's own lines.
+last_refusal() {
+    local line
+    line=$(grep -a '^error: ' "$LOG" | tail -n 1) || line="error: the trainer refused to start"
+    printf '%s\n' "${line#error: }"
 }

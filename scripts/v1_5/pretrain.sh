@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1 of LLaVA-1.5-13B; scripts/pretrain.sh with the larger model.
 #   bash scripts/v1_5/pretrain.sh [-- TRAINER FLAGS]
-# shellcheck disable=SC2034 # the script it goes on with reads the variables
+# shellcheck disable=SC2034 # the script that it sources reads the variables
 # shellcheck source=scripts/lib/train.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/train.sh"
 

@@ -76,7 +76,7 @@ def test_a_broken_picture_fails_where_it_is_asked_for(tmp_path: Path, fake_parts
     reader = PictureReader(fake_parts[2], fake_parts[0].config)
     reader.announce(paths)
     assert reader.take(paths[1])[1] == (6, 5)
-    with pytest.raises(InputError, match="not a picture"):
+    with pytest.raises(InputError, match="not an image"):
         reader.take(paths[0])
     reader.close()
 

@@ -164,7 +164,7 @@ def test_unreadable_pictures_are_reported_by_id_and_the_rest_goes_on(
     assert len(sink.done) == 6
     assert len(faults) == 18
     reasons = {fault.question.images[0]: fault.reason for fault in faults}
-    assert "not a picture" in reasons[pictures[0]]
+    assert "not an image" in reasons[pictures[0]]
     assert str(pictures[1]) in reasons[pictures[1]]
     assert "truncated" in reasons[pictures[2]]
 

@@ -22,8 +22,8 @@ def tokenizer(golden: Path) -> LlamaTokenizer:
 
 @pytest.fixture(scope="session")
 def conversations(golden: Path) -> list[dict]:
-    """Six records: five with a picture, one without."""
-    return json.loads((golden / "data/questions/train6.json").read_text())
+    """Six records: five with an image, one without."""
+    return json.loads((golden / "data/questions/train6.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

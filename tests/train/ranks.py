@@ -18,7 +18,7 @@ import torch
 
 from llava.train.train import train
 
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600  # for one scenario, which takes ten seconds where nothing else runs
 
 
 def find_port() -> int:
@@ -78,5 +78,5 @@ def run_scenario(scenario: dict, folder: Path) -> None:
 
 if __name__ == "__main__":
     file = Path(sys.argv[1])
-    for entry in json.loads(file.read_text()):
+    for entry in json.loads(file.read_text(encoding="utf-8")):
         run_scenario(entry, file.parent)

@@ -23,7 +23,7 @@ PUBLISHED_TEXT = """
 PUBLISHED = PUBLISHED_TEXT.split()
 
 
-def test_the_published_script_parses_as_it_stands():
+def test_the_published_script_parses_unchanged():
     model_args, data_args, training_args = parse_arguments(PUBLISHED)
     assert model_args.mm_vision_token_reduce_func == "TRIM:-1"
     assert model_args.mm_vision_token_reduce_query == "questions"
@@ -64,3 +64,9 @@ def test_without_accelerator_the_run_moves_to_the_cpu(monkeypatch: pytest.Monkey
 def test_a_mistake_ends_in_one_line(flags: str, line: str):
     with pytest.raises(InputError, match=line):
         parse_arguments([*REQUIRED, *flags.split()])
+
+
+def test_what_transformers_itself_refuses_is_one_line_too():
+    with pytest.raises(InputError, match=r"--lr_scheduler_type.*: invalid choice: 'cosinus'") as caught:
+        parse_arguments([*REQUIRED, "--lr_scheduler_type", "cosinus"])
+    assert "\n" not in str(caught.value)

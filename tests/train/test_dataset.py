@@ -36,13 +36,13 @@ def dataset(conversations: list[dict], tokenizer: LlamaTokenizer, image_format: 
 
 
 def test_pixels_are_those_of_the_published_preprocessing(dataset: ConversationDataset, image_format: ImageFormat):
-    picture = load_image(image_format.folder / "wide_shapes.png")
-    expected = process_images([picture], image_format.processor, image_format)
+    image = load_image(image_format.folder / "wide_shapes.png")
+    expected = process_images([image], image_format.processor, image_format)
     assert torch.equal(dataset[0].images[0], expected[0])
-    assert dataset[0].image_sizes == [picture.size]
+    assert dataset[0].image_sizes == [image.size]
 
 
-def test_several_images_keep_the_order_of_their_marks(dataset: ConversationDataset):
+def test_several_images_keep_the_order_of_their_placeholders(dataset: ConversationDataset):
     sample = dataset[6]
     assert (sample.input_ids == IMAGE_TOKEN_INDEX).sum() == 2
     assert [torch.equal(image, dataset[one].images[0]) for image, one in zip(sample.images, (1, 4), strict=True)] == [
@@ -51,19 +51,19 @@ def test_several_images_keep_the_order_of_their_marks(dataset: ConversationDatas
     ]
 
 
-def test_a_text_only_record_has_no_picture_and_its_own_query(dataset: ConversationDataset):
+def test_a_text_only_record_has_no_image_and_its_own_query(dataset: ConversationDataset):
     assert dataset[2].images == []
     assert dataset[2].query == "What is the capital of France?\nThanks!"
 
 
-def test_anyres_gives_crops_and_the_picture_size(dataset: ConversationDataset, image_format: ImageFormat):
+def test_anyres_gives_crops_and_the_image_size(dataset: ConversationDataset, image_format: ImageFormat):
     crops = replace(image_format, image_aspect_ratio="anyres", image_grid_pinpoints="[[84,168],[168,84]]")
     sample = ConversationDataset(dataset.records, dataset.tokenizer, TextFormat(V1), crops)[0]
     assert sample.images[0].shape == (3, 3, 84, 84)
 
 
-def test_an_unreadable_picture_names_the_record(dataset: ConversationDataset, tmp_path: Path):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+def test_an_unreadable_image_names_the_record(dataset: ConversationDataset, tmp_path: Path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
     record = Record("record 3 (id 'x')", ("bad.png",), ("<image>\nWhat?", "x"))
     broken = ConversationDataset(
         [record], dataset.tokenizer, TextFormat(V1), replace(dataset.image_format, folder=tmp_path)
@@ -72,7 +72,7 @@ def test_an_unreadable_picture_names_the_record(dataset: ConversationDataset, tm
         broken[0]
 
 
-def test_a_cut_picture_in_a_loader_worker_is_still_one_line(dataset: ConversationDataset, tmp_path: Path):
+def test_a_cut_image_in_a_loader_worker_is_still_one_line(dataset: ConversationDataset, tmp_path: Path):
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     record = Record("record 0 (id 'x')", ("cut.png",), ("<image>\nWhat?", "x"))
@@ -84,7 +84,7 @@ def test_a_cut_picture_in_a_loader_worker_is_still_one_line(dataset: Conversatio
         next(iter(loader))
 
 
-def test_pictures_without_vision_tower_are_refused_before_training():
+def test_images_without_vision_tower_are_refused_before_training():
     with pytest.raises(InputError, match=r"r 1: has an image, but there is no --vision_tower"):
         check_fit([Record("r 0", (), ("a", "b")), Record("r 1", ("x.png",), ("<image>", "b"))], V1, has_vision=False)
 
@@ -111,7 +111,7 @@ def test_real_tokens_equal_to_the_padding_stay_visible():
     assert batch["attention_mask"].tolist() == [[True, True, True], [True, False, False]]
 
 
-def test_pictures_of_a_batch_are_stacked_in_order_of_the_marks(dataset: ConversationDataset):
+def test_images_of_a_batch_are_stacked_in_order_of_the_placeholders(dataset: ConversationDataset):
     batch = Collator(0, 2048)([dataset[0], dataset[2], dataset[6]])
     assert batch["images"].shape == (3, 3, 84, 84)
     assert batch["images"][0].equal(dataset[0].images[0])
@@ -120,14 +120,14 @@ def test_pictures_of_a_batch_are_stacked_in_order_of_the_marks(dataset: Conversa
     assert batch["texts"] == [dataset[0].query, dataset[2].query, dataset[6].query]
 
 
-def test_pictures_of_unequal_shape_stay_a_list():
+def test_images_of_unequal_shape_stay_a_list():
     ids = torch.tensor([1, IMAGE_TOKEN_INDEX])
     samples = [Sample(ids, ids, [torch.zeros(crops, 3, 4, 4)], [(4, 4)]) for crops in (2, 3)]
     images = Collator(0, 8)(samples)["images"]
     assert [image.shape[0] for image in images] == [2, 3]
 
 
-def test_a_batch_without_pictures_passes_none(dataset: ConversationDataset):
+def test_a_batch_without_images_passes_none(dataset: ConversationDataset):
     batch = Collator(0, 2048)([dataset[2]])
     assert batch["images"] is None
     assert batch["texts"] == [dataset[2].query]
@@ -138,9 +138,9 @@ def test_a_language_model_gets_no_vision_arguments(dataset: ConversationDataset)
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
 
 
-def test_cutting_a_mark_off_drops_its_picture(dataset: ConversationDataset):
+def test_cutting_a_placeholder_off_drops_its_image(dataset: ConversationDataset):
     sample = dataset[6]
-    second_mark = (sample.input_ids == IMAGE_TOKEN_INDEX).nonzero()[1].item()
-    batch = Collator(0, max_length=second_mark)([sample])
-    assert batch["input_ids"].shape == (1, second_mark)
+    second_placeholder = (sample.input_ids == IMAGE_TOKEN_INDEX).nonzero()[1].item()
+    batch = Collator(0, max_length=second_placeholder)([sample])
+    assert batch["input_ids"].shape == (1, second_placeholder)
     assert len(batch["images"]) == len(batch["image_sizes"]) == 1

@@ -75,9 +75,9 @@ def test_the_lora_folder_has_the_published_files(run_training: Callable, tmp_pat
     assert {"adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin", "config.json"} <= files
     rest = torch.load(tmp_path / "run/non_lora_trainables.bin", weights_only=True)
     assert sorted(rest) == [f"base_model.model.{name}" for name in PROJECTOR_NAMES]
-    adapter = json.loads((tmp_path / "run/adapter_config.json").read_text())
+    adapter = json.loads((tmp_path / "run/adapter_config.json").read_text(encoding="utf-8"))
     assert (adapter["base_model_name_or_path"], adapter["r"], adapter["peft_type"]) == (BASE, 8, "LORA")
-    config = json.loads((tmp_path / "run/config.json").read_text())
+    config = json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], config["mm_vision_token_reduce_func"]) == ("llava_llama", "TRIM:-1")
 
 

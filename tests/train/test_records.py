@@ -27,11 +27,11 @@ BROKEN = {
     "no answer": (make_record("<image>\nWhat?", image="a.png"), "needs a user's turn and an answer"),
     "no text": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "turn 0 has no text"),
     "an empty question": (make_record(" ", "x"), "turn 0, the user's, is empty"),
-    "a mark without image": (make_record("<image>\nWhat?", "x"), "1 <image> marks for 0 images"),
-    "an image without mark": (make_record("What?", "x", image="a.png"), "0 <image> marks for 1 images"),
-    "three marks, two images": (
+    "a placeholder without image": (make_record("<image>\nWhat?", "x"), "1 <image> placeholders for 0 images"),
+    "an image without placeholder": (make_record("What?", "x", image="a.png"), "0 <image> placeholders for 1 images"),
+    "three placeholders, two images": (
         make_record("<image><image><image> what?", "x", image=["a.png", "b.png"]),
-        "3 <image> marks for 2 images",
+        "3 <image> placeholders for 2 images",
     ),
     "an image that is no name": (make_record("<image>", "x", image=7), "'image' must be a file name"),
 }
@@ -56,10 +56,10 @@ def test_a_broken_record_is_refused_with_index_and_id(case: str):
         (("<image>\n<image>\nWhat?", "x"), 1, ("<image>\nWhat?", "x")),
         (("<image> or <image>?", "x"), 2, ("<image> or <image>?", "x")),
         (("a <image>", "x", "b <image>", "y"), 2, ("<image>\na", "x", "<image>\nb", "y")),
-        (("  no mark  ", "x "), 0, ("  no mark  ", "x ")),
+        (("  no image  ", "x "), 0, ("  no image  ", "x ")),
     ],
 )
-def test_marks_go_where_the_published_preprocessing_puts_them(turns: tuple, images: int, expected: tuple):
+def test_placeholders_go_where_llavas_preprocessing_puts_them(turns: tuple, images: int, expected: tuple):
     names = [f"{number}.png" for number in range(images)]
     assert parse_record(make_record(*turns, image=names), 0).turns == expected
 
@@ -92,7 +92,9 @@ def test_skip_broken_trains_on_the_rest_and_says_so(write_records: Callable, cap
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.json", "{", "not valid JSON"),
+        ("a.json", "{", r"a\.json is not JSON: .* at column 2"),
+        ("a.jsonl", '{"id": 1}\n{', r"a\.jsonl line 2 is not JSON"),
+        ("a.jsonl", "", "no training record"),
         ("a.json", "{}", "expected a JSON list"),
         ("a.json", "[]", "no training record"),
     ],
@@ -103,8 +105,33 @@ def test_a_file_that_is_no_training_file_is_refused(name: str, content: str, rea
         read_records(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"id": "caf\xe9"}]', r"is not UTF-8 text \(byte 12\); save it as UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'[{"id": ' + b"9" * 5000 + b"}]", "is not readable JSON: .*digits"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_file_with_odd_content_is_one_line(name: str, content: bytes, reason: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=reason):
+        read_records(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_byte_order_mark_and_line_separators_inside_texts_are_read(name: str, tmp_path: Path):
+    raw = make_record("One\u2028two?", "Yes.\x85")
+    text = json.dumps(raw if name == "a.jsonl" else [raw], ensure_ascii=False)
+    (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+    assert [record.turns for record in read_records(tmp_path / name)] == [("One\u2028two?", "Yes.\x85")]
+
+
 def test_an_absent_file_is_named():
-    with pytest.raises(InputError, match=r"--data_path nowhere\.json: no such file"):
+    with pytest.raises(
+        InputError, match=r"no such file: nowhere\.json; --data_path takes a \.json, \.jsonl or \.parquet file"
+    ):
         read_records("nowhere.json")
 
 
@@ -114,6 +141,12 @@ def test_a_missing_image_is_reported_before_training_and_can_be_skipped(tmp_path
     with pytest.raises(InputError, match=r"record 1 \(id 'r'\): no image file .*dog\.png"):
         check_image_files(records, tmp_path)
     assert check_image_files(records, tmp_path, skip_broken=True) == records[:1]
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path: Path):
+    for name in ("a" * 5000 + ".png", "a\0b.png"):
+        with pytest.raises(InputError, match=r"record 0 \(id 'r'\): no image file"):
+            check_image_files([parse_record({**GOOD, "image": name}, 0)], tmp_path)
 
 
 def test_urls_need_no_file_and_no_folder(tmp_path: Path):

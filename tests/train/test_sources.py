@@ -1,4 +1,4 @@
-"""Training sets as files of several kinds, with pictures beside them or inside: all give the same samples."""
+"""Training sets as files of several kinds, with images beside them or inside: all give the same samples."""
 
 import json
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def test_parquet_with_names_equals_json(
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
-def test_parquet_with_pictures_inside_equals_json(
+def test_parquet_with_images_inside_equals_json(
     column: str, conversations: list[dict], samples: Callable, expected: list[Sample], golden: Path, tmp_path: Path
 ):
     def read(name: str) -> dict:
@@ -73,7 +73,7 @@ def test_parquet_with_pictures_inside_equals_json(
     assert_equal(samples(tmp_path / "inside.parquet"), expected)
 
 
-def test_several_pictures_inside_a_row_keep_their_order(samples: Callable, golden: Path, tmp_path: Path):
+def test_several_images_inside_a_row_keep_their_order(samples: Callable, golden: Path, tmp_path: Path):
     names = ["sign.png", "noise.png"]
     turns = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "The first."}]
     contents = [{"bytes": (golden / "data/images" / name).read_bytes(), "path": None} for name in names]
@@ -93,8 +93,8 @@ def test_json_lines_and_a_folder_of_parquet_equal_json(
     assert_equal(samples(tmp_path / "folder"), expected)
 
 
-def test_a_damaged_picture_inside_names_its_row(conversations: list[dict], samples: Callable, tmp_path: Path):
-    table = with_cells(conversations[:1], lambda name: {"bytes": b"no picture", "path": name})
+def test_a_damaged_image_inside_names_its_row(conversations: list[dict], samples: Callable, tmp_path: Path):
+    table = with_cells(conversations[:1], lambda name: {"bytes": b"no image", "path": name})
     table.to_parquet(tmp_path / "damaged.parquet")
     with pytest.raises(InputError, match=r"record 0 .*wide_shapes.png of row 0"):
         samples(tmp_path / "damaged.parquet")
@@ -104,9 +104,9 @@ def test_a_damaged_picture_inside_names_its_row(conversations: list[dict], sampl
     ("name", "content", "says"),
     [
         ("absent.json", None, "no such file"),
-        ("absent.parquet", None, "no such file; give a .json, .jsonl or .parquet file"),
-        ("broken.json", "[{", "not valid JSON"),
-        ("broken.parquet", "PAR1 or not", "can't be read as a dataset"),
+        ("absent.parquet", None, "absent.parquet; --data_path takes a .json, .jsonl or .parquet file"),
+        ("broken.json", "[{", "broken.json is not JSON"),
+        ("broken.parquet", "PAR1 or not", "cannot be read as a dataset"),
         ("object.json", "{}", "expected a JSON list"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Ids and labels: equal to the published ones where those are right, exact where they are not."""
+"""Ids and labels: equal to those of the released code where it is right, exact where it is not."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from llava.train.targets import (
     render,
 )
 
-RECORDED = json.loads((Path(__file__).parents[1] / "golden/train_data.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[1] / "golden/train_data.json").read_text(encoding="utf-8"))
 RECORDS = {raw["id"]: parse_record(raw, number) for number, raw in enumerate(RECORDED["conversations"])}
 MISTAKEN = "c6_system"  # a separator inside the answer: the published code masks the whole sample
 DIALOGUE = ("<image>\nWhat is red?", "The circle.", "And USER: blue?", "A box. ASSISTANT: no", "Is it 一?", "一个 🙂")
@@ -38,8 +38,8 @@ def build(turns: tuple[str, ...], version: str, tokenizer) -> Targets:
     return build_targets(render(turns, choose_template(version)), tokenizer)
 
 
-def decode_taught(targets: Targets, tokenizer) -> str:
-    """Decode everything that is taught, end marks included."""
+def decode_answers(targets: Targets, tokenizer) -> str:
+    """Decode all that has a label, end tokens included."""
     return tokenizer.decode([label for label in targets.labels if label != IGNORE_INDEX])
 
 
@@ -55,7 +55,7 @@ def expected_answers(turns: tuple[str, ...], version: str) -> str:
 
 @pytest.fixture(scope="module")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A GPT-2 style byte-level tokenizer: no sequence start, no word marks, `</s>` in pieces."""
+    """A GPT-2 style byte-level tokenizer: no sequence start, no `▁` before words, `</s>` in pieces."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -88,7 +88,7 @@ def test_a_separator_inside_an_answer_does_not_mask_the_sample(tokenizer: LlamaT
     targets = build(RECORDS[MISTAKEN].turns, "v1", tokenizer)
     assert set(recorded["labels"]) == {IGNORE_INDEX}
     assert targets.input_ids == recorded["input_ids"]
-    assert decode_taught(targets, tokenizer) == "ok ASSISTANT: yes</s>"
+    assert decode_answers(targets, tokenizer) == "ok ASSISTANT: yes</s>"
 
 
 @pytest.mark.parametrize("version", ["plain", "llava_llama_2", "v1"])
@@ -98,32 +98,32 @@ def test_other_styles_equal_the_published_ids_and_labels(version: str, tokenizer
     assert targets == Targets(recorded["input_ids"], recorded["labels"])
 
 
-def test_mpt_equals_the_published_ids_and_teaches_the_answer_that_they_mask(tokenizer: LlamaTokenizer):
+def test_mpt_equals_the_published_ids_and_labels_the_answer_that_they_mask(tokenizer: LlamaTokenizer):
     recorded = RECORDED["other_versions"]["mpt"]
     targets = build(RECORDS["c2"].turns, "mpt", tokenizer)
     assert set(recorded["labels"]) == {IGNORE_INDEX}
     assert targets.input_ids == recorded["input_ids"]
-    assert decode_taught(targets, tokenizer) == "STOP 7:45 EXIT<|im_end|>"
+    assert decode_answers(targets, tokenizer) == "STOP 7:45 EXIT<|im_end|>"
 
 
 @pytest.mark.parametrize("version", TEMPLATES)
-def test_every_template_teaches_exactly_the_answers_of_a_long_dialogue(version: str, tokenizer: LlamaTokenizer):
+def test_every_template_labels_exactly_the_answers_of_a_long_dialogue(version: str, tokenizer: LlamaTokenizer):
     targets = build(DIALOGUE, version, tokenizer)
-    assert squeeze(decode_taught(targets, tokenizer)) == expected_answers(DIALOGUE, version)
+    assert squeeze(decode_answers(targets, tokenizer)) == expected_answers(DIALOGUE, version)
 
 
 @pytest.mark.parametrize("version", TEMPLATES)
-def test_masks_are_exact_where_a_role_has_other_pieces_after_the_end_mark(version: str, golden: Path):
+def test_masks_are_exact_where_a_role_has_other_pieces_after_the_end_token(version: str, golden: Path):
     tokenizer = LlamaTokenizer.from_pretrained(str(golden / "checkpoints/lmsys/vicuna-tiny-v1.5"))
     tokenizer.add_tokens(["USER", "[INST]"])  # the length arithmetic of the published code needs them split
     targets = build(DIALOGUE, version, tokenizer)
-    assert squeeze(decode_taught(targets, tokenizer)) == expected_answers(DIALOGUE, version)
+    assert squeeze(decode_answers(targets, tokenizer)) == expected_answers(DIALOGUE, version)
 
 
 @pytest.mark.parametrize("version", TEMPLATES)
 def test_masks_are_exact_with_a_byte_level_tokenizer(version: str, byte_tokenizer: PreTrainedTokenizerFast):
     targets = build(DIALOGUE, version, byte_tokenizer)
-    assert squeeze(decode_taught(targets, byte_tokenizer)) == expected_answers(DIALOGUE, version)
+    assert squeeze(decode_answers(targets, byte_tokenizer)) == expected_answers(DIALOGUE, version)
 
 
 @pytest.mark.parametrize("version", ["plain", *TEMPLATES])
@@ -140,7 +140,7 @@ def test_a_tokenizer_without_offsets_gives_the_same_labels(version: str, byte_to
         ("<image>\na <image> b<image>", "yes"),
         ("<image> and <image>", " leading space"),
         ("<image>\n", "▁odd"),
-        ("no picture", "right"),
+        ("no image", "right"),
     ],
 )
 @pytest.mark.parametrize("version", ["v1", "llava_llama_2"])
@@ -149,24 +149,24 @@ def test_ids_are_those_of_the_prompt_read_at_inference(turns: tuple[str, str], v
     targets = build_targets(rendered, tokenizer)
     assert targets.input_ids == tokenizer_image_token(rendered.prompt, tokenizer)
     assert targets.input_ids.count(IMAGE_TOKEN_INDEX) == turns[0].count("<image>")
-    assert squeeze(decode_taught(targets, tokenizer)).startswith(squeeze(turns[1].replace("▁", " ")))
+    assert squeeze(decode_answers(targets, tokenizer)).startswith(squeeze(turns[1].replace("▁", " ")))
 
 
 @pytest.mark.parametrize("caption", ["A cat.", " A cat.", "▁A cat.", "\nA cat."])
-def test_plain_teaches_everything_behind_the_image(caption: str, tokenizer: LlamaTokenizer):
+def test_plain_labels_everything_after_the_image(caption: str, tokenizer: LlamaTokenizer):
     targets = build(("<image>", caption), "plain", tokenizer)
     assert targets.input_ids == tokenizer_image_token(f"<image>{caption}\n", tokenizer)
     assert targets.labels == [IGNORE_INDEX, IGNORE_INDEX, *targets.input_ids[2:]]
 
 
-def test_nothing_of_an_empty_answer_is_taught(tokenizer: LlamaTokenizer):
+def test_an_empty_answer_has_no_labels(tokenizer: LlamaTokenizer):
     targets = build(("Say nothing.", "", "Say a word.", "Word."), "v1", tokenizer)
-    assert decode_taught(targets, tokenizer) == "Word.</s>"
+    assert decode_answers(targets, tokenizer) == "Word.</s>"
 
 
-def test_a_trailing_question_is_not_taught(tokenizer: LlamaTokenizer):
+def test_a_trailing_question_has_no_labels(tokenizer: LlamaTokenizer):
     targets = build(("One?", "Yes.", "Two?"), "v1", tokenizer)
-    assert decode_taught(targets, tokenizer) == "Yes.</s>"
+    assert decode_answers(targets, tokenizer) == "Yes.</s>"
 
 
 def test_questions_query_holds_the_users_turns_and_nothing_else():
@@ -177,7 +177,7 @@ def test_questions_query_holds_the_users_turns_and_nothing_else():
     )
 
 
-def test_marks_carry_the_tags_that_template_and_flags_ask_for():
+def test_placeholders_carry_the_tags_that_template_and_flags_ask_for():
     assert choose_mark(conv_templates["v1"], use_start_end=False) == "<image>"
     assert choose_mark(conv_templates["v1"], use_start_end=True) == "<im_start><image><im_end>"
     mark = choose_mark(conv_templates["v1_mmtag"], use_start_end=False)
@@ -193,5 +193,5 @@ def test_a_version_without_masks_is_refused_with_the_known_ones(version: str):
 
 
 def test_plain_refuses_conversations_that_are_no_captions():
-    with pytest.raises(InputError, match="two turns with the image mark"):
+    with pytest.raises(InputError, match="two turns with the image placeholder"):
         render(("What?", "Nothing."), choose_template("plain"))

@@ -18,18 +18,21 @@ from llava.train.records import parse_record
 from llava.train.targets import Targets, build_targets, choose_template, render
 
 ALT = Path(__file__).parents[1] / "golden" / "alt"
-RECORDED = json.loads((ALT / "train_data_tokenizerA.json").read_text())
+RECORDED = json.loads((ALT / "train_data_tokenizerA.json").read_text(encoding="utf-8"))
 RECORDS = {raw["id"]: parse_record(raw, number) for number, raw in enumerate(RECORDED["conversations"])}
 # Several turns whose roles have more pieces after an end mark, and a separator inside an answer: masked as a whole.
 MISTAKEN = ["c1", "c3", "c6_system"]
-CUT = 64  # the published code cuts text-only samples here, we cut in the collator
+CUT = 64  # the released code cuts text-only samples here, we cut in the collator
 NUM_IDS, FIRST_BYTE = 1000, 3
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """LLaMA's numbering: three special tokens, 256 bytes, pieces."""
-    pieces = {int(number): piece for number, piece in json.loads((ALT / "tokenizerA_pieces.json").read_text()).items()}
+    pieces = {
+        int(number): piece
+        for number, piece in json.loads((ALT / "tokenizerA_pieces.json").read_text(encoding="utf-8")).items()
+    }
     vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
     vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     for number in range(len(vocabulary), NUM_IDS):
@@ -46,8 +49,8 @@ def build(name: str, version: str, tokenizer: PreTrainedTokenizerFast) -> Target
     return build_targets(render(RECORDS[name].turns, choose_template(version)), tokenizer)
 
 
-def taught(targets: Targets, tokenizer: PreTrainedTokenizerFast) -> str:
-    """What is taught, without spaces."""
+def decode_answers(targets: Targets, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text of all labels, without spaces."""
     return "".join(tokenizer.decode([label for label in targets.labels if label != IGNORE_INDEX]).split())
 
 
@@ -66,9 +69,9 @@ def test_v1_ids_equal_the_published_in_every_record_and_labels_where_those_are_r
 
 
 @pytest.mark.parametrize("name", MISTAKEN)
-def test_what_the_published_code_masks_as_a_whole_is_taught_answer_by_answer(name, tokenizer):
+def test_what_the_released_code_masks_as_a_whole_is_labelled_answer_by_answer(name, tokenizer):
     answers = "".join(f"{answer}</s>" for answer in RECORDS[name].turns[1::2])
-    assert taught(build(name, "v1", tokenizer), tokenizer) == "".join(answers.split())
+    assert decode_answers(build(name, "v1", tokenizer), tokenizer) == "".join(answers.split())
 
 
 @pytest.mark.parametrize("version", ["plain", "llava_llama_2", "v1", "mpt"])
@@ -76,13 +79,13 @@ def test_other_styles_equal_the_published(version, tokenizer):
     recorded = RECORDED["other_versions"][version]
     targets = build("c2", version, tokenizer)
     assert targets.input_ids == recorded["input_ids"]
-    if version == "mpt":  # masked as a whole by the published code
+    if version == "mpt":  # masked as a whole by the released code
         assert set(recorded["labels"]) == {IGNORE_INDEX}
-        assert taught(targets, tokenizer) == "STOP7:45EXIT<|im_end|>"
+        assert decode_answers(targets, tokenizer) == "STOP7:45EXIT<|im_end|>"
     else:
         assert targets.labels == recorded["labels"]
 
 
 @pytest.mark.parametrize("text", RECORDED["tokenizer_image_token"])
-def test_prompts_with_image_marks_get_the_published_ids(text, tokenizer):
+def test_prompts_with_placeholders_get_the_published_ids(text, tokenizer):
     assert tokenizer_image_token(text, tokenizer) == RECORDED["tokenizer_image_token"][text]

@@ -34,7 +34,7 @@ def captions(conversations: list[dict], write_records: Callable) -> Path:
 
 @pytest.fixture
 def texts(conversations: list[dict], write_records: Callable) -> Path:
-    """The record without a picture, several times."""
+    """The record without an image, several times."""
     return write_records([raw for raw in conversations if "image" not in raw] * 4, "texts.json")
 
 
@@ -77,7 +77,7 @@ def test_every_step_equals_the_published_training(
     name: str, flags: dict, golden: Path, conversations: list, write_records: Callable, run_training: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    recorded = json.loads((golden / "train" / name / "trace.json").read_text())["steps"]
+    recorded = json.loads((golden / "train" / name / "trace.json").read_text(encoding="utf-8"))["steps"]
     prompts = {
         render(parse_record(raw, 0).turns, choose_template("v1")).prompt.replace("<image>", " "): raw
         for raw in conversations
@@ -188,7 +188,7 @@ def test_reduction_takes_effect_on_an_existing_llava_checkpoint(run_training: Ca
     assert losses(reduced)[0] != losses(plain)[0]
 
 
-def test_a_checkpoint_keeps_its_reduction_unless_told_otherwise(run_training: Callable, tmp_path: Path):
+def test_a_checkpoint_keeps_its_reduction_unless_flags_say_otherwise(run_training: Callable, tmp_path: Path):
     start = {"model_name_or_path": "llava-v1.5-tiny84-TRIM", "vision_tower": None, "max_steps": 1}
     kept = run_training(**start, output_dir=tmp_path / "kept")
     off = run_training(**start, mm_vision_token_reduce_func="none", output_dir=tmp_path / "off")
@@ -196,7 +196,7 @@ def test_a_checkpoint_keeps_its_reduction_unless_told_otherwise(run_training: Ca
     assert off.model.config.mm_vision_token_reduce_func is None
 
 
-def test_flags_that_need_eyes_are_refused_without(run_training: Callable, texts: Path):
+def test_flags_that_need_a_vision_tower_are_refused_without_one(run_training: Callable, texts: Path):
     with pytest.raises(InputError, match=r"--mm_vision_token_reduce_func: .* has no vision tower"):
         run_training(vision_tower=None, data_path=texts, **TRIM)
 
@@ -209,6 +209,12 @@ def test_another_projector_type_than_the_checkpoints_is_refused(run_training: Ca
 def test_an_absent_model_is_one_line(run_training: Callable):
     with pytest.raises(InputError, match=r"--model_name_or_path \./nowhere: no readable config.json"):
         run_training(model_name_or_path="./nowhere")
+
+
+def test_an_output_that_is_no_folder_is_refused_before_anything_loads(run_training: Callable, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*file: File exists"):
+        run_training(output_dir=tmp_path / "file")
 
 
 def test_another_architecture_is_refused(run_training: Callable):
@@ -228,8 +234,10 @@ def test_a_saved_checkpoint_gives_the_logits_in_memory(run_training: Callable, g
 
 def test_the_saved_folder_has_the_published_layout(run_training: Callable, golden: Path, tmp_path: Path):
     run_training(**TRIM)
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    published = json.loads((golden / "checkpoints/llava-v1.5-tiny84-TRIM-trained/config.json").read_text())
+    config = json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
+    published = json.loads(
+        (golden / "checkpoints/llava-v1.5-tiny84-TRIM-trained/config.json").read_text(encoding="utf-8")
+    )
     ours = {key: value for key, value in config.items() if "mm_" in key or "tokenizer" in key}
     expected = {key: value for key, value in published.items() if "mm_" in key or "tokenizer" in key}
     expected["mm_vision_tower"] = config["mm_vision_tower"]
@@ -254,11 +262,14 @@ def test_checkpoint_and_tower_can_move_together(
     shutil.copytree(golden / "checkpoints/lmsys/vicuna-tiny-v1.5", world / "llm")
     monkeypatch.chdir(world)
     run_training(model_name_or_path="llm", vision_tower="clip", output_dir="llava", save_strategy="steps", save_steps=2)
-    assert json.loads(Path("llava/config.json").read_text())["mm_vision_tower"] == "../clip"
-    assert json.loads(Path("llava/checkpoint-2/config.json").read_text())["mm_vision_tower"] == "../../clip"
+    assert json.loads(Path("llava/config.json").read_text(encoding="utf-8"))["mm_vision_tower"] == "../clip"
+    assert (
+        json.loads(Path("llava/checkpoint-2/config.json").read_text(encoding="utf-8"))["mm_vision_tower"]
+        == "../../clip"
+    )
     # Once more from that checkpoint, whose tower is named relative to its own folder.
     run_training(model_name_or_path="llava", vision_tower=None, output_dir="deeper/again", max_steps=1)
-    assert json.loads(Path("deeper/again/config.json").read_text())["mm_vision_tower"] == "../../clip"
+    assert json.loads(Path("deeper/again/config.json").read_text(encoding="utf-8"))["mm_vision_tower"] == "../../clip"
     moved = tmp_path / "moved"
     world.rename(moved)
     monkeypatch.chdir(tmp_path)
@@ -291,11 +302,11 @@ def test_stage_1_leaves_a_projector_that_stage_2_starts_from(run_training: Calla
 
 
 def test_image_start_and_end_are_learned_with_the_projector(run_training: Callable, captions: Path, tmp_path: Path):
-    marks = {"mm_use_im_start_end": True}
-    first = run_training(data_path=captions, output_dir=tmp_path / "stage1", **STAGE_1, **marks)
+    tokens = {"mm_use_im_start_end": True}
+    first = run_training(data_path=captions, output_dir=tmp_path / "stage1", **STAGE_1, **tokens)
     table = first.model.get_input_embeddings().weight.detach()
     second = run_training(
-        pretrain_mm_mlp_adapter=tmp_path / "stage1/mm_projector.bin", learning_rate=0.0, **marks,
+        pretrain_mm_mlp_adapter=tmp_path / "stage1/mm_projector.bin", learning_rate=0.0, **tokens,
         output_dir=tmp_path / "stage2",
     )  # fmt: skip
     assert table.shape[0] == 1002
@@ -306,7 +317,7 @@ def test_a_language_model_trains_and_saves_as_itself(run_training: Callable, tex
     trainer = run_training(vision_tower=None, image_folder=None, data_path=texts, max_steps=4)
     assert type(trainer.model) is LlamaForCausalLM
     assert losses(trainer)[-1] < losses(trainer)[0]
-    config = json.loads((tmp_path / "run/config.json").read_text())
+    config = json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
     again = run_training(model_name_or_path=tmp_path / "run", output_dir=tmp_path / "llava")
     assert again.model.get_vision_tower().is_loaded
@@ -316,7 +327,7 @@ def test_a_16_bit_run_saves_16_bit_weights_that_load(run_training: Callable, tmp
     run_training(bf16=True, **TRIM)
     weights = load_file(tmp_path / "run/model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "run/config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     load_pretrained_model(str(tmp_path / "run"), device="cpu")
 
 
@@ -358,7 +369,7 @@ def test_the_published_entry_point_trains_when_run_by_path(checkpoints: Path, go
 def test_the_flags_tower_serves_where_the_checkpoints_own_is_gone(run_training: Callable, golden: Path, tmp_path: Path):
     moved = tmp_path / "llava-moved"
     shutil.copytree(golden / "checkpoints" / "llava-v1.5-tiny84", moved)
-    config = json.loads((moved / "config.json").read_text()) | {"mm_vision_tower": "../gone/clip"}
+    config = json.loads((moved / "config.json").read_text(encoding="utf-8")) | {"mm_vision_tower": "../gone/clip"}
     (moved / "config.json").write_text(json.dumps(config))
     trainer = run_training(model_name_or_path=moved, max_steps=1)
     assert trainer.model.get_vision_tower().is_loaded

@@ -1,0 +1,277 @@
+"""The flags of training: LLaVA's own three groups, and the check of a command line that comes before heavy imports.
+
+Importing torch and transformers takes seconds; `--help` and a mistyped flag are answered without them. The names of
+transformers' own flags are read from its source file. `llava.train.arguments` builds the values.
+
+Where a default of the released code is LLaVA-1.0's and every released script overrides it, the default here is that of
+the scripts.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import NoReturn
+
+from llava.errors import InputError
+from llava.files import read_json, read_text
+
+FULL_BITS = 16  # not quantised
+ASPECT_RATIOS = ("square", "pad", "anyres")
+QUERY_SOURCES = ("questions", "conversation")
+TRAINER_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, from what, and which parts of it."""
+
+    model_name_or_path: str = field(metadata={"help": "Language model or LLaVA checkpoint to start from."})
+    version: str = field(default="v1", metadata={"help": "Conversation template; plain for projector pretraining."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the hub are kept."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Freeze the decoder layers."})
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector and nothing else."})
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Freeze the projector."})
+    vision_tower: str | None = field(
+        default=None,
+        metadata={"help": "CLIP folder, hub id or open_clip:<model>. Default: the LLaVA checkpoint's own, if any."},
+    )
+    mm_vision_select_layer: int | None = field(
+        default=None, metadata={"help": "Layer whose patches are used. Default: the checkpoint's, else -2."}
+    )
+    mm_vision_select_feature: str | None = field(
+        default=None, metadata={"help": "patch or cls_patch. Default: the checkpoint's, else patch."}
+    )
+    mm_projector_type: str | None = field(
+        default=None, metadata={"help": "linear or mlp<depth>x_gelu. Default: the checkpoint's, else mlp2x_gelu."}
+    )
+    mm_patch_merge_type: str | None = field(
+        default=None, metadata={"help": "flat, spatial or spatial_unpad. Default: the checkpoint's, else flat."}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "mm_projector.bin to start from."})
+    mm_use_im_start_end: bool = field(default=False, metadata={"help": "Put <im_start> and <im_end> around an image."})
+    mm_use_im_patch_token: bool = field(default=False, metadata={"help": "Add <im_patch> to the vocabulary."})
+    mm_vision_token_reduce_func: str | None = field(
+        default=None,
+        metadata={"help": "Token reduction, e.g. TRIM:-1; none switches it off. Default: the checkpoint's, else none."},
+    )
+    mm_vision_token_reduce_query: str = field(
+        default="questions",
+        metadata={"help": "Text that the reduction reads: questions (the user's turns) or conversation (the prompt)."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager or flash_attention_2. Default: the entry point's choice."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What is trained on."""
+
+    data_path: str = field(
+        metadata={"help": "LLaVA training data: .json, .jsonl, .parquet, a folder of them, or a hub name."}
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that image names are relative to."})
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "square, pad or anyres. Default: the checkpoint's, else square."}
+    )
+    image_grid_pinpoints: str | None = field(
+        default=None, metadata={"help": "Canvases for anyres, e.g. [[336,672],[672,336]]."}
+    )
+    lazy_preprocess: bool = field(default=True, metadata={"help": "Ignored; samples are always built when needed."})
+    is_multimodal: bool = field(default=False, metadata={"help": "Ignored; the data decide."})
+    skip_broken_records: bool = field(
+        default=False, metadata={"help": "Leave broken records out and log them, instead of stopping."}
+    )
+
+
+@dataclass
+class LlavaTrainingFlags:
+    """How it is trained: what LLaVA adds to transformers' own flags, or gives another default."""
+
+    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator decides what the model gets."})
+    model_max_length: int = field(default=2048, metadata={"help": "Longest sequence, image tokens included."})
+    mpt_attn_impl: str | None = field(default=None, metadata={"help": "Ignored; MPT models are not trained."})
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "The projector's own learning rate."})
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batches of one modality and similar lengths."}
+    )
+    lora_enable: bool = field(default=False, metadata={"help": "Train LoRA adapters; the language model is frozen."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters, times the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
+    lora_bias: str = field(
+        default="none", metadata={"help": "Biases to train with the adapters: none, all, lora_only."}
+    )
+    lora_weight_path: str = field(default="", metadata={"help": "Ignored."})
+    bits: int = field(default=16, metadata={"help": "4 or 8: quantise the frozen language model (QLoRA)."})
+    double_quant: bool = field(default=True, metadata={"help": "With 4 bits: quantise the scales as well."})
+    quant_type: str = field(default="nf4", metadata={"help": "With 4 bits: nf4 or fp4."})
+    evaluation_strategy: str | None = field(default=None, metadata={"help": "Old name of --eval_strategy."})
+    warmup_ratio: float | None = field(default=None, metadata={"help": "Warmup as a share of all steps, in [0, 1)."})
+
+
+OWN_GROUPS = {"model": ModelArguments, "data": DataArguments, "training": LlavaTrainingFlags}
+
+
+# ------------------------------------------------------------------------------------------------- the check
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are `InputError` lines instead of pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def check_flags(arguments: Sequence[str] | None = None) -> None:
+    """Answer `--help`, and refuse a command line that cannot be right, without importing torch or transformers.
+
+    Args:
+        arguments: the flags; None: those of the process.
+
+    Raises:
+        InputError: a flag that does not exist, is missing, has a wrong value, or does not go with another one.
+        SystemExit: after `--help`.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    # As transformers, take --lora-r for --lora_r.
+    given, unknown = parser.parse_known_args([_with_underscores(word) for word in words])
+    if unknown:
+        raise InputError(_describe_unknown(unknown[0]))
+    _check_values(given)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `check_flags`: LLaVA's own flags with their help, and the names of transformers' own."""
+    trainer_flags = list_trainer_flags()
+    names = textwrap.fill(", ".join(sorted(trainer_flags)), 100, initial_indent="  ", subsequent_indent="  ")
+    parser = OneLineParser(
+        prog="python -m llava.train.train",
+        usage="%(prog)s --model_name_or_path MODEL --data_path DATA --output_dir FOLDER [flags]",
+        description="Train LLaVA, with or without token reduction. docs/training.md has commands and recipes.",
+        epilog=f"transformers' own flags, as --name value ({TRAINER_DOCS}):\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for title, group in OWN_GROUPS.items():
+        section = parser.add_argument_group(title)
+        for own in fields(group):
+            _add_own(section, own)
+    own_names = {own.name for group in OWN_GROUPS.values() for own in fields(group)}
+    for name, kind in trainer_flags.items():
+        if name not in own_names:
+            _add_trainer_flag(parser, name, kind)
+    return parser
+
+
+def list_trainer_flags() -> dict[str, str]:
+    """List the names and type annotations of transformers' training flags, read from its source file."""
+    (package,) = importlib.util.find_spec("transformers").submodule_search_locations
+    source = ast.parse(read_text(Path(package) / "training_args.py"))
+    body = next(
+        node.body for node in source.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
+    )
+    return {line.target.id: ast.unparse(line.annotation) for line in body if isinstance(line, ast.AnnAssign)}
+
+
+_NUMBERS = {"int": int, "float": float}
+_YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+def _parse_switch(text: str) -> bool:
+    if text.lower() not in _YES + _NO:
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return text.lower() in _YES
+
+
+def _add_own(section: argparse._ArgumentGroup, own: Field) -> None:
+    kind = _plain_kind(own.type.__name__ if isinstance(own.type, type) else str(own.type))
+    help_text, is_needed = own.metadata["help"], own.default is MISSING
+    if is_needed:
+        help_text += " Required."
+    elif own.default not in (None, "") and "Default" not in help_text:
+        help_text += f" Default: {own.default}."
+    options = {"default": None if is_needed else own.default, "help": help_text}
+    if kind == "bool":
+        section.add_argument(
+            f"--{own.name}", type=_parse_switch, nargs="?", const=True, metavar="True|False", **options
+        )
+        if own.default is True:
+            section.add_argument(f"--no_{own.name}", dest=own.name, action="store_false", help=argparse.SUPPRESS)
+        return
+    parse, metavar = _NUMBERS.get(kind, str), kind.upper() if kind in _NUMBERS else "TEXT"
+    section.add_argument(f"--{own.name}", type=parse, metavar=metavar, required=is_needed, **options)
+
+
+def _add_trainer_flag(parser: argparse.ArgumentParser, name: str, annotation: str) -> None:
+    """Add one of transformers' flags: numbers and switches are checked here, everything else by transformers."""
+    kind = _plain_kind(annotation)
+    if kind in _NUMBERS:
+        parser.add_argument(f"--{name}", type=_NUMBERS[kind], help=argparse.SUPPRESS)
+    elif kind == "bool":
+        parser.add_argument(f"--{name}", type=_parse_switch, nargs="?", help=argparse.SUPPRESS)
+        parser.add_argument(f"--no_{name}", action="store_true", help=argparse.SUPPRESS)
+    else:
+        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+
+
+def _plain_kind(annotation: str) -> str:
+    return annotation.removesuffix(" | None")
+
+
+def _with_underscores(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+
+
+def _describe_unknown(word: str) -> str:
+    known = [own.name for group in OWN_GROUPS.values() for own in fields(group)] + list(list_trainer_flags())
+    close = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=1)
+    return f"{word}: no such training argument" + (f"; did you mean --{close[0]}?" if close else "; see --help")
+
+
+# ------------------------------------------------------------------------------------------------ the values
+def _check_values(flags: argparse.Namespace) -> None:
+    _check_choice("mm_vision_token_reduce_query", flags.mm_vision_token_reduce_query, QUERY_SOURCES)
+    _check_choice("image_aspect_ratio", flags.image_aspect_ratio, (None, *ASPECT_RATIOS))
+    if flags.tune_mm_mlp_adapter and flags.freeze_mm_mlp_adapter:
+        raise InputError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train")
+    _check_lora(flags)
+    if flags.warmup_ratio is not None and not 0 <= flags.warmup_ratio < 1:
+        raise InputError(f"--warmup_ratio {flags.warmup_ratio}: expected a share in [0, 1)")
+    if flags.evaluation_strategy not in (None, "no") or flags.eval_strategy not in (None, ["no"]):
+        raise InputError("--eval_strategy: training runs no evaluation; score checkpoints with llava.eval")
+    if flags.deepspeed:
+        _check_deepspeed(flags.deepspeed[0])
+
+
+def _check_lora(flags: argparse.Namespace) -> None:
+    _check_choice("lora_bias", flags.lora_bias, ("none", "all", "lora_only"))
+    _check_choice("quant_type", flags.quant_type, ("nf4", "fp4"))
+    _check_choice("bits", str(flags.bits), ("4", "8", "16"))
+    if flags.bits != FULL_BITS and not flags.lora_enable:
+        raise InputError(f"--bits {flags.bits}: quantised weights cannot be trained; add --lora_enable True")
+    for name in ("tune_mm_mlp_adapter", "freeze_backbone"):
+        if flags.lora_enable and getattr(flags, name):
+            raise InputError(f"--lora_enable and --{name} together would freeze the adapters")
+
+
+def _check_deepspeed(settings: str) -> None:
+    """Check `--deepspeed`, a JSON file or the JSON itself, before anything is started with it."""
+    if not settings.lstrip().startswith("{"):
+        read_json(Path(settings), hint="--deepspeed takes zero2.json, zero3.json or zero3_offload.json of scripts/")
+    if "RANK" not in os.environ:
+        raise InputError(
+            "--deepspeed needs a launcher, also for one process: `deepspeed --num_gpus 1 llava/train/train_mem.py ...`"
+        )
+
+
+def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    if value not in choices:
+        raise InputError(f"--{name} {value}: expected one of {', '.join(filter(None, choices))}")
