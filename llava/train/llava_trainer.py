@@ -1,8 +1,10 @@
-"""The trainer: transformers' `Trainer`, changed at seven of its hooks.
+"""The trainer: transformers' `Trainer`, changed at nine of its hooks.
 
     create_optimizer              `--mm_projector_lr`: the projector's parameters get groups of their own
     get_optimizer_cls_and_kwargs  ZeRO offload: DeepSpeed's Adam for states in main memory
     _get_train_sampler            `--group_by_modality_length`: batches of one modality and similar lengths
+    get_train_dataloader          batches stay on the host until `_prepare_inputs`
+    _prepare_inputs               ids, mask and labels stay there: the model splices on the host
     _prepare_input                pixel values reach the frozen tower in float32, whatever the run computes in
     _save                         checkpoints in LLaVA's layout: movable tower path, no towers, what LoRA leaves out
     _load_from_checkpoint         on resuming, also what LoRA leaves out
@@ -15,13 +17,14 @@ from pathlib import Path
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
 from llava.model.language_model.llava_llama import TOWER_PREFIX
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import load_lora_rest, save_lora_rest, save_projector
+from llava.train.collator import Batch
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
 
 PROJECTOR = "mm_projector"
@@ -81,6 +84,17 @@ class LlavaTrainer(Trainer):
         )
         self.add_callback(SetEpoch(sampler))
         return sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        loader.device = None  # else accelerate moves whole batches to the device
+        return loader
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        if "images" not in inputs:
+            return super()._prepare_inputs(inputs)  # a plain language model
+        # Ids on the device would be fetched back, for which the host would wait until the last step is done.
+        return {**inputs, "images": self._prepare_input(inputs["images"])}
 
     def _prepare_input(self, data: object) -> object:
         # With DeepSpeed the base class would round pixel values to the run's dtype before the tower gets them.
