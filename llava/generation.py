@@ -99,7 +99,7 @@ class GreedyDecoder:
         for length in range(1, max_new_tokens + 1):
             logits = self._model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             chosen = logits[:, -1].argmax(dim=-1)
-            tokens = chosen.tolist()
+            tokens = chosen.cpu().tolist()  # the one wait for the device in a step
             places = [place for place, token in enumerate(tokens) if token not in self._ends]
             rows = [rows[place] for place in places]
             for row, place in zip(rows, places, strict=True):

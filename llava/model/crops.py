@@ -76,10 +76,11 @@ def merge_crops(
     if tile_rows is None or kept is None or len(crops) == 1:
         tokens = torch.cat(crops)
         return tokens if newline is None else torch.cat([tokens, newline[None].to(tokens)])
+    kept = kept.cpu()  # one wait for the device
     num_kept = kept.sum(dim=1).tolist()
     # Token number of each kept patch, counted over the crops' kept patches laid end to end.
-    place = (kept.flatten().cumsum(dim=0) - 1).cpu()
-    is_kept = kept.flatten().cpu()
+    place = kept.flatten().cumsum(dim=0) - 1
+    is_kept = kept.flatten()
     verbatim = torch.cat([crop[:count] for crop, count in zip(crops, num_kept, strict=True)])
     extras = [crop[count:] for crop, count in zip(crops, num_kept, strict=True)]
     merged = [verbatim[: num_kept[0]], extras[0]]
