@@ -9,6 +9,20 @@ import os
 import sys
 from collections.abc import Callable
 
+# Packages that single parts of llava need, each with its name for pip.
+PACKAGES = {
+    "accelerate": "accelerate",
+    "bitsandbytes": "bitsandbytes",
+    "datasets": "datasets",
+    "deepspeed": "deepspeed",
+    "matplotlib": "matplotlib",
+    "open_clip": "open_clip_torch",
+    "openai": "openai",
+    "openpyxl": "openpyxl",
+    "pandas": "pandas",
+    "peft": "peft",
+}
+
 
 class InputError(ValueError):
     """Wrong input: the message is one line that says what is wrong, where, and what would be right."""
@@ -21,8 +35,8 @@ def run_command(main: Callable[[], None]) -> None:
         main: the command, without arguments (it reads `sys.argv` itself).
 
     Raises:
-        SystemExit: with code 2 after an `InputError`, 130 after Ctrl-C, 141 where whoever read the output has left
-            (`... | head -1`), as the shell has it.
+        SystemExit: with code 2 after an `InputError`, and when one of `PACKAGES` is not installed; 130 after Ctrl-C;
+            141 where whoever read the output has left (`... | head -1`), as the shell has it.
     """
     try:
         main()
@@ -34,6 +48,12 @@ def run_command(main: Callable[[], None]) -> None:
     except InputError as error:
         line = " ".join(str(error).split())
         sys.stderr.write(f"error: {line}\n")
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        package = PACKAGES.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        sys.stderr.write(f"error: this needs the package {package}, which is not installed: pip install {package}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -3,7 +3,7 @@
 Reads `answers/EXPERIMENT.jsonl`, writes `eval_tool/answers/EXPERIMENT/<subtask>.txt`, both in the folder of MME.
 """
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
 from pathlib import Path
 

@@ -4,14 +4,13 @@ Reads `EXPERIMENT.jsonl` (or `EXPERIMENT/merge.jsonl`) in the folder of results,
 several rounds the first goes into the workbook: it is about the table's own order of options.
 """
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
 from pathlib import Path
 
 from llava.errors import run_command
 from llava.eval.answers import pair_answers, read_answers
-from llava.eval.benchmarks.mmbench import MmBench, write_upload
-from llava.eval.mmbench_table import load_table_questions
+from llava.eval.benchmarks.mmbench import MmBench, load_table_questions, write_upload
 from llava.eval.results import require_complete
 
 

@@ -1,4 +1,4 @@
-"""The published command `python scripts/convert_mmvet_for_eval.py`: answers in the form MM-Vet's evaluator reads."""
+"""LLaVA's command `python scripts/convert_mmvet_for_eval.py`: answers in the form that MM-Vet's evaluator reads."""
 
 import argparse
 
@@ -9,9 +9,8 @@ from llava.eval.benchmarks.mmvet import write_predictions
 
 
 def main() -> None:
-    """Convert one file."""
     parser = argparse.ArgumentParser(prog="python scripts/convert_mmvet_for_eval.py")
-    parser.add_argument("--src", type=user_path, required=True, help="answers file (JSON lines)")
+    parser.add_argument("--src", type=user_path, required=True, help="answers file (JSON Lines)")
     parser.add_argument("--dst", type=user_path, required=True, help="results/<name>.json")
     arguments = parser.parse_args()
     write_predictions(read_answers(arguments.src), arguments.dst)

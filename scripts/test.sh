@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that CI runs: lint, unit tests, then the slow tier that runs the real scripts.
-#   bash scripts/test.sh            everything
+# Everything that CI runs: lint, unit tests, then the slow tier, which runs the real scripts.
+#   bash scripts/test.sh                             everything
 #   bash scripts/test.sh -m "not slow" -k splice     arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

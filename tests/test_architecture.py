@@ -25,7 +25,6 @@ LAYERS = [
     ("llava.mm_utils", 2),
     ("llava.model.splice", 2),
     ("llava.model.crops", 2),
-    ("llava.model.query", 2),
     ("llava.model.multimodal_encoder", 2),
     ("llava.model.multimodal_projector", 2),
     ("llava.model.image_tokens", 3),

@@ -11,7 +11,7 @@ from llava.eval.answers import make_row
 from llava.eval.benchmark import Question
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.judge import make_judge
-from llava.eval.results import score_answers, write_json
+from llava.eval.results import score_answers, write_result
 from llava.image import load_image
 from playground.shapes import choice, sentence
 from playground.shapes.benchmark import FOLDERS
@@ -134,9 +134,9 @@ def test_right_answers_score_full_marks(name: str, root: Path, tmp_path: Path) -
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     judge = make_judge("exact", None, tmp_path / "judge.jsonl", task) if task.uses_judge != "never" else None
     result = score_answers(task, answers, folder, judge=judge)
-    write_json(tmp_path / "result.json", result)
-    assert result["headline"] == pytest.approx(FULL_MARKS.get(name, 100.0))
-    assert result["missing"] == 0
+    write_result(tmp_path / "result.json", result)
+    assert result.headline == pytest.approx(FULL_MARKS.get(name, 100.0))
+    assert result.missing == 0
 
 
 def test_every_benchmark_has_a_writer() -> None:

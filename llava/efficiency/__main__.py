@@ -15,6 +15,7 @@ from typing import Any
 from llava.efficiency.cost import Precision, Workload
 from llava.efficiency.shapes import ModelSource, read_source
 from llava.errors import InputError, run_command
+from llava.files import write_json
 
 CONFIG_KEY = "mm_vision_token_reduce_func"
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -85,7 +86,7 @@ def main() -> None:
     figures = report.describe(setting, runs)
     print(report.format_table(figures))
     if args.json:
-        report.write_json(figures, args.json)
+        write_json(args.json, figures, indent=2)
     if args.plot:
         report.draw_bars(figures, args.plot)
 

@@ -1,10 +1,8 @@
-"""The figures of one or two token reductions: as JSON data, as a table, as a picture of stacked bars."""
+"""The figures of one or two token reductions: as JSON data, as a table, as a plot of stacked bars."""
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from llava.efficiency import cost
 from llava.efficiency.cost import Precision, Reduction, Workload
 from llava.efficiency.shapes import ModelShape
 from llava.efficiency.timing import Spread, ratio_by_round
-from llava.errors import InputError
+from llava.files import write_bytes
 
 STAGES = ("preprocess", "vision tower", "text tower", "selection", "projector", "prefill", "decode")
 DECODE = "decode"
@@ -27,7 +25,7 @@ class Run:
 
     Attributes:
         label: its spec string, or "none".
-        reduction: tokens that are left; measured where a picture was measured.
+        reduction: tokens that are left; measured where an image was measured.
         kept_source: where the number of kept patches comes from.
         measurement: `stages.Measurement`, or None for counting alone.
     """
@@ -92,7 +90,7 @@ def describe_run(setting: Setting, run: Run) -> dict[str, Any]:
 
 
 def total_flops(costs: dict[str, cost.Cost], work: Workload) -> int:
-    """FLOPs of a batch from pictures to answers, all decoding steps included."""
+    """FLOPs of a batch from images to answers, all decoding steps included."""
     steps = {DECODE: max(0, work.new_tokens - 1)}
     return sum(steps.get(name, 1) * each.flops for name, each in costs.items())
 
@@ -151,7 +149,7 @@ def draw_bars(report: dict[str, Any], path: Path) -> None:
     """Draw the stages as stacked bars, one bar per run: seconds where measured, else FLOPs.
 
     Raises:
-        InputError: the file can't be written.
+        FileError: the file cannot be written.
     """
     import matplotlib
 
@@ -175,33 +173,10 @@ def draw_bars(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("milliseconds per batch" if measured else "TFLOPs per batch")
     axes.set_title(f"{report['model']}, batch {report['workload']['batch_size']}", fontsize="medium")
     axes.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
-    with _explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")
-        os.replace(partial, path)
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
     pyplot.close(figure)
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write a report, whole or not at all.
-
-    Raises:
-        InputError: the file can't be written.
-    """
-    with _explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-
-
-@contextmanager
-def _explain_write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    write_bytes(path, image.getvalue())
 
 
 def _stages_of(costs: dict[str, cost.Cost], measurement: Any) -> list[str]:
@@ -247,9 +222,9 @@ def _row(title: str, cells: Sequence[str]) -> str:
 
 
 def _format_ratios(ratios: dict[str, Any]) -> str:
-    words = []
+    parts = []
     for name, value in ratios.items():
         if value is not None:
             number = Spread(**value).format(digits=2) if isinstance(value, dict) else f"{value:.2f}"
-            words.append(f"{name.replace('_', ' ')} {number}")
-    return ", ".join(words)
+            parts.append(f"{name.replace('_', ' ')} {number}")
+    return ", ".join(parts)

@@ -1,24 +1,24 @@
-"""`python -m llava.eval {list,answer,score,export,report}`: the command-line face of the benchmarks."""
+"""`python -m llava.eval {list,answer,score,wrong,export,report}`: the commands of the benchmarks."""
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
 import sys
 from pathlib import Path
 
 from llava.errors import InputError, run_command
-from llava.eval.benchmark import Benchmark, Judge
+from llava.eval.benchmark import Benchmark, Judge, index_questions
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
-from llava.eval.report import format_latex, format_markdown, list_numbers, make_report, write_picture, write_text
+from llava.eval.report import format_latex, format_markdown, format_table, format_terminal, make_report, write_plot
 from llava.eval.results import (
     ServerOnlyError,
-    append_line,
     export_answers,
     format_line,
-    format_table,
     read_result,
     score_answers,
-    write_json,
+    write_result,
 )
+from llava.eval.wrong import choose_run, draw_listing, format_listing, list_flips, list_wrong, name_runs, read_run
+from llava.files import append_line, write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE
 
 EXIT_UNANSWERED = 3
@@ -36,7 +36,7 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval", description="Benchmarks of LLaVA with TRIM.")
-    commands = parser.add_subparsers(required=True, metavar="{list,answer,score,export,report}")
+    commands = parser.add_subparsers(required=True, metavar="{list,answer,score,wrong,export,report}")
 
     listing = commands.add_parser("list", help="name the benchmarks")
     listing.set_defaults(command=list_tasks)
@@ -55,15 +55,19 @@ def make_parser() -> argparse.ArgumentParser:
     score.add_argument("--json", type=user_path, metavar="OUT", help="write every number here")
     score.add_argument("--results", type=user_path, metavar="FILE", help="append the line `name<TAB>value` here")
     score.add_argument("--allow-partial", action="store_true", help="score although answers are missing")
-    score.add_argument(
-        "--judge", metavar="NAME", help="who judges, where a benchmark needs it; exact: offline stand-in"
-    )
-    score.add_argument("--judge-model", metavar="MODEL", help="language model that judges (default: the benchmark's)")
-    score.add_argument("--judge-runs", type=positive, default=1, metavar="N", help="judge so often, and average (1)")
-    score.add_argument(
-        "--judge-cache", type=user_path, metavar="FILE", help="the judge's replies (default: beside the answers)"
-    )
+    add_judge_options(score)
     score.set_defaults(command=score_task)
+
+    wrong = commands.add_parser("wrong", help="list what was answered wrong, or what flipped between two runs; draw it")
+    add_task_options(wrong, answers_help="written by `answer`")
+    wrong.add_argument("--against", type=user_path, metavar="OTHER", help="another answers file: list what flipped")
+    wrong.add_argument("--limit", type=positive, metavar="N", help="list only the first N (of each way)")
+    wrong.add_argument("--draw", type=user_path, metavar="DIR", help="draw each listed question: DIR/index.html")
+    wrong.add_argument("--model-path", metavar="CKPT", help="draw with this model (default: the one that answered)")
+    wrong.add_argument("--model-base", metavar="CKPT", help="base model of a LoRA or projector-only checkpoint")
+    wrong.add_argument("--reduce", metavar="SPEC", help="draw with this token reduction (default: the run's)")
+    add_judge_options(wrong)
+    wrong.set_defaults(command=wrong_task)
 
     export = commands.add_parser("export", help="write the files that a benchmark's server or official script reads")
     add_task_options(export, answers_help="written by `answer`")
@@ -83,10 +87,10 @@ def make_parser() -> argparse.ArgumentParser:
     layout.add_argument(
         "--by-benchmark", action="store_false", dest="overview", help="a table per benchmark, a row per NAME"
     )
-    report.add_argument("--json", type=user_path, metavar="OUT", help="write the table as JSON, too")
-    report.add_argument("--markdown", type=user_path, metavar="OUT", help="write what is printed, too")
-    report.add_argument("--latex", type=user_path, metavar="OUT", help="write the table as LaTeX (booktabs), too")
-    report.add_argument("--png", type=user_path, metavar="OUT", help="draw the table, too")
+    report.add_argument("--json", type=user_path, metavar="OUT", help="write every number as JSON, too")
+    report.add_argument("--markdown", type=user_path, metavar="OUT", help="write every number as Markdown, too")
+    report.add_argument("--latex", type=user_path, metavar="OUT", help="write every number as LaTeX (booktabs), too")
+    report.add_argument("--png", type=user_path, metavar="OUT", help="plot the scores, too")
     report.set_defaults(command=report_results)
     return parser
 
@@ -105,6 +109,18 @@ def add_task_options(parser: argparse.ArgumentParser, *, answers_help: str) -> N
     )
     parser.add_argument(
         "--hub-dataset", metavar="NAME_OR_DIR", help="another dataset of the same columns, or a folder of its parquet"
+    )
+
+
+def add_judge_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the judge, common to `score` and `wrong`."""
+    parser.add_argument(
+        "--judge", metavar="NAME", help="the judge, where a benchmark needs one; exact: offline stand-in"
+    )
+    parser.add_argument("--judge-model", metavar="MODEL", help="language model that judges (default: the benchmark's)")
+    parser.add_argument("--judge-runs", type=positive, default=1, metavar="N", help="average N judgements (1)")
+    parser.add_argument(
+        "--judge-cache", type=user_path, metavar="FILE", help="the judge's replies (default: beside the answers)"
     )
 
 
@@ -171,7 +187,7 @@ def _read_number(text: str, least: int) -> int:
 def list_tasks(arguments: argparse.Namespace) -> None:
     """Print the benchmarks."""
     rows = [
-        {"Word": task.name, "Line in the results": task.row, "New tokens": task.max_new_tokens}
+        {"Name": task.name, "Row in the results": task.row, "New tokens": task.max_new_tokens}
         for task in BENCHMARKS.values()
     ]
     print(format_table(rows))
@@ -266,29 +282,56 @@ def score_task(arguments: argparse.Namespace) -> None:
     task = choose_task(arguments)
     try:
         result = score_answers(
-            task, arguments.answers, arguments.root, arguments.allow_partial, find_judge(arguments, task)
+            task,
+            arguments.answers,
+            arguments.root,
+            arguments.allow_partial,
+            find_judge(arguments, task, arguments.answers),
         )
     except ServerOnlyError as reason:
         _tell(str(reason))
         raise SystemExit(EXIT_SERVER_ONLY) from None
-    result["answers"] = str(arguments.answers)
     line = format_line(result)
     if arguments.json:
-        write_json(arguments.json, result)
+        write_result(arguments.json, result)
     if arguments.results:
         append_line(arguments.results, line)
     print(line)
 
 
-def find_judge(arguments: argparse.Namespace, task: Benchmark) -> Judge | None:
-    """Return the judge that the options of `score` name; None for a benchmark that is scored by rules."""
+def find_judge(arguments: argparse.Namespace, task: Benchmark, answers: Path) -> Judge | None:
+    """Return the judge that `add_judge_options` names; None for a benchmark that is scored by rules."""
     if task.uses_judge == "never":
         return None
     # The other benchmarks need none of the judge's libraries.
     from llava.eval.judge import make_judge
 
-    cache = arguments.judge_cache or arguments.answers.with_name(f"{arguments.answers.stem}.judge.jsonl")
+    cache = arguments.judge_cache or answers.with_name(f"{answers.stem}.judge.jsonl")
     return make_judge(arguments.judge, arguments.judge_model, cache, task, num_runs=arguments.judge_runs)
+
+
+def wrong_task(arguments: argparse.Namespace) -> None:
+    """List what was answered wrong or what flipped, of the answers that are there; draw it if asked to."""
+    task = choose_task(arguments)
+    files = [file for file in (arguments.answers, arguments.against) if file is not None]
+    names = name_runs(*files) if len(files) == 2 else ()
+    results = [
+        score_answers(task, file, arguments.root, allow_partial=True, judge=find_judge(arguments, task, file))
+        for file in files
+    ]
+    questions = index_questions(task.load(arguments.root), task.key_fields)
+    if arguments.against:
+        listing = list_flips((results[0], results[1]), names, questions, arguments.limit)
+    else:
+        listing = list_wrong(results[0], questions, arguments.limit)
+    print(format_listing(listing))
+    if arguments.draw:
+        runs = [choose_run(arguments.answers, arguments.model_path, arguments.model_base, arguments.reduce)]
+        runs += [read_run(file) for file in files[1:]]
+        if None in runs:
+            _tell(f"no {arguments.against}.run.json: what that run kept is not drawn")
+        page = draw_listing(listing, runs, f"{task.row}: {arguments.answers}", arguments.draw)
+        _tell(f"drawn: {page}")
 
 
 def export_task(arguments: argparse.Namespace) -> None:
@@ -301,23 +344,22 @@ def export_task(arguments: argparse.Namespace) -> None:
 
 
 def report_results(arguments: argparse.Namespace) -> None:
-    """Print results as Markdown, a row per benchmark or a table per benchmark; write what was asked for."""
+    """Print results, a row per benchmark or a table per benchmark; write what was asked for, with every number."""
     runs = []
     for argument in arguments.results:
         name, _, file = argument.rpartition("=")
         result = read_result(user_path(file))
-        runs.append((name or result["model_id"] or Path(file).stem, result))
+        runs.append((name or result.model_id or Path(file).stem, result))
     report = make_report(runs, arguments.overview)
-    text = format_markdown(report)
     if arguments.json:
-        write_json(arguments.json, list_numbers(report))
+        write_json(arguments.json, report.to_json())
     if arguments.markdown:
-        write_text(arguments.markdown, f"{text}\n")
+        write_text(arguments.markdown, f"{format_markdown(report)}\n")
     if arguments.latex:
         write_text(arguments.latex, format_latex(report))
     if arguments.png:
-        write_picture(arguments.png, report)
-    print(text)
+        write_plot(arguments.png, report)
+    print(format_terminal(report))
 
 
 def _tell(line: str) -> None:

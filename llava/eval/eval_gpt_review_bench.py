@@ -1,18 +1,17 @@
-"""The published command `python llava/eval/eval_gpt_review_bench.py`: let a language model mark LLaVA-Bench answers.
+"""LLaVA's command `python llava/eval/eval_gpt_review_bench.py`: let a language model rate LLaVA-Bench answers.
 
-Flags and the review file are the published ones. Unlike the original it pairs by id, works with `openai` 1 and later
-and any compatible endpoint, and goes on after a kill: replies are kept in `<output>.judge.jsonl`, and the review file
-appears when all are there. A review file of other answers is never mixed in or overwritten.
+Flags and the review file are LLaVA's. Unlike the original it pairs by id, works with `openai` 1 and later and any
+compatible endpoint, and goes on after a kill: replies are kept in `<output>.judge.jsonl`, and the review file appears
+when all are there. A review file of other answers is never mixed in or overwritten.
 """
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
-import json
 from pathlib import Path
 
 from llava.errors import InputError, run_command
 from llava.eval.__main__ import positive, user_path
-from llava.eval.answers import explain_write_errors, pair_answers, read_answers
+from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmarks._files import load_question_file, read_records
 from llava.eval.benchmarks.llavabench import (
     IMAGE_FOLDER,
@@ -25,6 +24,7 @@ from llava.eval.benchmarks.llavabench import (
 )
 from llava.eval.judge import make_judge
 from llava.eval.results import require_complete
+from llava.files import write_jsonl
 
 NUM_ANSWER_FILES = 2
 
@@ -44,7 +44,7 @@ def main() -> None:
         help="answers_gpt4.jsonl and the model's answers",
     )
     parser.add_argument(
-        "-r", "--rule", type=user_path, default=OWN_RULE_FILE, help="the words to the judge, by category"
+        "-r", "--rule", type=user_path, default=OWN_RULE_FILE, help="the instruction to the judge, by category"
     )
     parser.add_argument(
         "-o", "--output", type=user_path, required=True, help="where the reviews go, e.g. reviews/X.jsonl"
@@ -69,11 +69,7 @@ def main() -> None:
         make_review(number, each, reply)
         for number, (each, reply) in enumerate(zip(comparisons, replies, strict=True), start=1)
     ]
-    with explain_write_errors(arguments.output):
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.output.with_name(f"{arguments.output.name}.partial")
-        partial.write_text("".join(json.dumps(review) + "\n" for review in reviews), encoding="utf-8")
-        partial.replace(arguments.output)
+    write_jsonl(arguments.output, reviews)
     print(f"{len(reviews)} reviews by {judge.name} in {arguments.output}")
 
 

@@ -13,7 +13,8 @@ from llava.errors import run_command
 from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmarks._files import load_question_file
 from llava.eval.benchmarks.pope import IMAGE_FOLDER, Pope, score_pope
-from llava.eval.results import append_line, format_line, require_complete
+from llava.eval.results import Result, format_line, require_complete
+from llava.files import append_line
 
 
 def main() -> None:
@@ -32,8 +33,7 @@ def main() -> None:
         print_category(category, numbers)
     print(f"avg of F1: {scores.headline:.2f}")
     if arguments.path_to_all_results:
-        line = format_line({"row": Pope.row, "headline": scores.headline, "count": scores.count, "missing": 0})
-        append_line(arguments.path_to_all_results, line)
+        append_line(arguments.path_to_all_results, format_line(Result(Pope.name, Pope.row, scores.headline)))
 
 
 def print_category(category: str, numbers: dict[str, Any]) -> None:

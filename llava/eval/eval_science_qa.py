@@ -1,30 +1,33 @@
-"""The published command `python llava/eval/eval_science_qa.py`: score an answers file of ScienceQA.
+"""LLaVA's command `python llava/eval/eval_science_qa.py`: score an answers file of ScienceQA.
 
-Flags, the printed line and both files are the published ones. Unlike the original it refuses incomplete answers unless
-told to take them.
+Flags, the printed line and both files are LLaVA's. Unlike LLaVA's it refuses incomplete answers unless told to take
+them.
 """
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llava.errors import run_command
 from llava.eval.answers import pair_answers, read_answers
-from llava.eval.benchmark import Question, row_key
+from llava.eval.benchmark import Question, Row, Verdict, row_key
 from llava.eval.benchmarks.sqa import (
     SPLIT,
-    MarkedAnswer,
+    UNANSWERED,
+    Problem,
     Sqa,
-    average_right,
-    count_right,
+    average_points,
+    choose_with_image,
+    count_correct,
     describe_accuracy,
-    mark_answers,
+    find_option,
+    judge_answers,
     read_problems,
 )
-from llava.eval.metrics.choice import LETTERS
-from llava.eval.results import append_line, format_line, require_complete, write_json
+from llava.eval.results import Result, format_line, require_complete
+from llava.files import append_line, write_json
 
 
 def main() -> None:
@@ -36,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output-result", type=Path, required=True, help="the score and each option go here (JSON)")
     parser.add_argument("--split", default=SPLIT)
     parser.add_argument("--path_to_all_results", type=Path, help="append the accuracy here, as `name<TAB>value`")
-    parser.add_argument("--allow-partial", action="store_true", help="count missing answers as wrong, as published")
+    parser.add_argument("--allow-partial", action="store_true", help="count missing answers as wrong, as LLaVA does")
     arguments = parser.parse_args()
     problems = read_problems(arguments.base_dir, arguments.split)
     questions = [Question(id=pid) for pid in problems]
@@ -44,44 +47,42 @@ def main() -> None:
     if not arguments.allow_partial:
         require_complete(questions, answers, Sqa.key_fields, arguments.result_file)
     keys = {question.id: row_key(question.head(), Sqa.key_fields) for question in questions}
-    marked = mark_answers(problems, {pid: answers[key] for pid, key in keys.items() if key in answers})
-    print(describe_accuracy(marked))
-    write_json(arguments.output_file, list_analyses(problems, marked))
-    write_json(arguments.output_result, list_results(marked))
+    rows = {pid: answers[key] for pid, key in keys.items() if key in answers}
+    verdicts = judge_answers(problems, rows)
+    print(describe_accuracy(verdicts))
+    write_json(arguments.output_file, list_analyses(verdicts, rows))
+    write_json(arguments.output_result, list_results(problems, verdicts))
     if arguments.path_to_all_results:
-        with_image = [answer for answer in marked if answer.is_multimodal]
-        missing = len(questions) - len(answers)
-        result = {"row": Sqa.row, "headline": average_right(with_image), "count": len(answers), "missing": missing}
+        headline, missing = average_points(choose_with_image(verdicts.values())), len(questions) - len(answers)
+        result = Result(Sqa.name, Sqa.row, headline, missing=missing)
         append_line(arguments.path_to_all_results, format_line(result))
 
 
-def list_analyses(
-    problems: Mapping[str, Mapping[str, Any]], marked: Sequence[MarkedAnswer]
-) -> dict[str, list[dict[str, Any]]]:
-    """Sort the answers into right and wrong ones, as the published file has them."""
+def list_analyses(verdicts: Mapping[str, Verdict], rows: Mapping[str, Row]) -> dict[str, list[dict[str, Any]]]:
+    """Sort the answers into right and wrong ones, as LLaVA's file has them."""
     analyses: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
-    for answer in marked:
-        analyses["correct" if answer.is_right else "incorrect"].append(
+    for pid, verdict in verdicts.items():
+        analyses["correct" if verdict.correct else "incorrect"].append(
             {
-                "question_id": answer.pid,
-                "parsed_ans": answer.parsed,
-                "ground_truth": LETTERS[problems[answer.pid]["answer"]],
-                "question": answer.prompt,
-                "pred": answer.text,
-                "is_multimodal": answer.is_multimodal,
+                "question_id": pid,
+                "parsed_ans": verdict.parsed,
+                "ground_truth": verdict.reference,
+                "question": rows.get(pid, UNANSWERED).get("prompt") or "",
+                "pred": verdict.prediction,
+                "is_multimodal": bool(choose_with_image([verdict])),
             }
         )
     return analyses
 
 
-def list_results(marked: Sequence[MarkedAnswer]) -> dict[str, Any]:
-    """List the score and each problem's option and answer, as the published file has them."""
+def list_results(problems: Mapping[str, Problem], verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    """List the score and each problem's option and answer, as LLaVA's file has them."""
     return {
-        "acc": average_right(marked),
-        "correct": count_right(marked),
-        "count": len(marked),
-        "results": {answer.pid: answer.index for answer in marked},
-        "outputs": {answer.pid: answer.text for answer in marked},
+        "acc": average_points(verdicts.values()),
+        "correct": count_correct(verdicts.values()),
+        "count": len(verdicts),
+        "results": {pid: find_option(verdict.parsed, problems[pid]) for pid, verdict in verdicts.items()},
+        "outputs": {pid: verdict.prediction for pid, verdict in verdicts.items()},
     }
 
 

@@ -26,7 +26,6 @@ ORGANISATIONS = ("lmms-lab", "lmms-lab-encoder")
 """The second is where the first's image datasets moved on 2026-07-30, under the same names."""
 
 SHORT_ANSWER_LINE = "\nAnswer the question using a single word or phrase."
-LETTER_LINE = "\nAnswer with the option's letter from the given choices directly."
 
 MARKER_FILE = ".hub.json"
 """In the benchmark's folder: which dataset each split came from."""

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from llava.errors import run_command
 from llava.eval.__main__ import add_model_options, answer_and_exit, positive
-from llava.eval.benchmarks.mmbench import MmBench
+from llava.eval.benchmarks.mmbench import MmBench, load_table_questions
 from llava.eval.metrics.choice import CHINESE_LETTER_LINE, LETTER_LINE
-from llava.eval.mmbench_table import load_table_questions
 
 LETTER_LINES = {"en": LETTER_LINE, "cn": CHINESE_LETTER_LINE}
 

@@ -1,164 +1,247 @@
 """Tables of results: runs of one benchmark side by side, or all benchmarks with a column per model.
 
-The same rows are written as Markdown, LaTeX (booktabs) and a picture. The overview compares each model with the first
-one: its score as a percentage of the first one's, per benchmark and on average, and the visual tokens it read.
+The overview compares each model with the first one: its score as a percentage of the first one's, per benchmark and on
+average, and the visual tokens it read. Files (Markdown, LaTeX, JSON) have every number, the terminal a narrower table,
+the plot the comparison.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
-from llava.eval.answers import explain_write_errors
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.results import Result, compare_runs, format_cell, format_table, label_result, mark_judge
+from llava.eval.results import Result
+from llava.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 AVERAGE_LABEL = "Average"
-MARK = "*"
+NOTE_SIGN = "*"
 """Beside the label of a row that has a note of its own."""
-
+TERMINAL_WIDTH = 100
 LATEX_ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
-INCHES_PER_CHARACTER = 0.085
-INCHES_PER_ROW = 0.27
-PICTURE_DPI = 160
+PLOT_WIDTH, BAR_HEIGHT, PLOT_DPI = 8.0, 0.17, 160
+"""Inches, inches, and pixels per inch."""
 
 Run = tuple[str, Result]
 """Name of a model, and what it scored on one benchmark."""
+Cell = str | float | int | None
+TableRow = Mapping[str, Cell]
+"""Cells by column title; the first row's titles and order count."""
 
 
-def make_report(runs: Sequence[Run], overview: bool | None = None) -> dict[str, Any]:
+@dataclass
+class ModelScore:
+    """What one model scored on one benchmark.
+
+    Attributes:
+        headline: unrounded.
+        retained_percent: of the first model's headline; None where that is unknown or not positive.
+        mean_tokens: visual tokens that the language model read per question with an image.
+        mean_patches: what the vision tower saw.
+        count: questions that were scored.
+        missing: questions without an answer.
+        judge: name of the judge, if one took part.
+        offline_judge: the headline is the offline stand-in's.
+    """
+
+    headline: float
+    retained_percent: float | None
+    mean_tokens: float | None
+    mean_patches: float | None
+    count: int
+    missing: int
+    judge: str | None
+    offline_judge: bool
+
+
+@dataclass(frozen=True)
+class BenchmarkScores:
+    """One benchmark with what each model scored on it; different judges are different benchmarks here."""
+
+    label: str
+    task: str
+    runs: dict[str, ModelScore] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Average:
+    """A model's plain means over benchmarks; None where no benchmark has a value.
+
+    Attributes:
+        retained_percent: over the `num_benchmarks` that have one.
+        num_benchmarks: those that the model and the first one have.
+        mean_tokens: over the benchmarks that have a number of tokens.
+    """
+
+    retained_percent: float | None
+    num_benchmarks: int
+    mean_tokens: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs put together.
+
+    Attributes:
+        tables: rows by the table's title, with every number.
+        notes: lines that belong below.
+        models: names in the order of the columns; with the next two empty unless it is an overview.
+        benchmarks: in the order of `BENCHMARKS`.
+        average: by model.
+    """
+
+    tables: Mapping[str, Sequence[TableRow]]
+    notes: Sequence[str] = ()
+    models: Sequence[str] = ()
+    benchmarks: Sequence[BenchmarkScores] = ()
+    average: Mapping[str, Average] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON data: an overview's unrounded numbers, or the rows of each benchmark's table."""
+        if not self.models:
+            return dict(self.tables)
+        return {name: value for name, value in asdict(self).items() if name != "tables"}
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+def make_report(runs: Sequence[Run], overview: bool | None = None) -> Report:
     """Put runs together.
 
     Args:
         runs: (model, result), in the order of the columns.
         overview: a row per benchmark; False: a table per benchmark with a row per run; None: whichever fits.
 
-    Returns:
-        JSON data: `tables` (rows by title), `notes` (lines that belong below), and for an overview its unrounded
-        numbers as `benchmarks` and `average`.
-
     Raises:
         InputError: a model has two results of one benchmark, so that an overview has no one number for it.
     """
     if overview is None:
-        overview = len({result["task"] for _, result in runs}) > 1
+        overview = len({result.task for _, result in runs}) > 1
     if not overview:
-        return {"tables": compare_runs(runs), "notes": []}
+        return Report(compare_runs(runs))
     benchmarks = group_by_benchmark(runs)
     models = list(dict.fromkeys(name for name, _ in runs))
     average = {model: average_model(benchmarks, model) for model in models}
-    return {
-        "tables": {"": tabulate(benchmarks, models, average)},
-        "notes": [*explain_partial(benchmarks), *explain_columns(benchmarks, models, average)],
-        "models": models,
-        "benchmarks": benchmarks,
-        "average": average,
-    }
+    notes = [*explain_partial(benchmarks), *explain_columns(benchmarks, models, average)]
+    return Report({"": tabulate(benchmarks, models, average)}, notes, models, benchmarks, average)
 
 
-def group_by_benchmark(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """List each benchmark with what every model scored on it.
-
-    Results that different judges gave are different benchmarks here: they do not compare.
+def compare_runs(runs: Sequence[Run]) -> dict[str, list[TableRow]]:
+    """Put runs side by side.
 
     Returns:
-        In the order of `BENCHMARKS`: `label`, `task` and `runs`: for each model `headline`, `retained_percent`
-        (of the first model's headline; None where that is unknown or not positive), `mean_tokens`, `mean_patches`,
-        `count`, `missing`, `judge`, `offline_judge`.
+        For each benchmark's label the rows of its table, in the order given: the run, its columns, `Tokens` (mean
+        visual tokens per question), `% of tokens` and `% of first` (of the headline), None where unknown.
     """
-    runs = list(runs)
-    reference = runs[0][0] if runs else None
-    groups: dict[str, dict[str, Any]] = {}
+    tables: dict[str, list[TableRow]] = {}
+    first: dict[str, float] = {}
+    for name, result in runs:
+        label = result.row + result.judge_label
+        reference = first.setdefault(label, result.headline)
+        tokens = result.tokens
+        tables.setdefault(label, []).append(
+            {
+                "Run": name + (f" ({result.missing} answers missing)" if result.missing else ""),
+                **result.columns,
+                "Tokens": tokens.mean_tokens if tokens else None,
+                "% of tokens": 100 * tokens.mean_tokens / tokens.mean_patches if tokens else None,
+                "% of first": 100 * result.headline / reference if reference else None,
+            }
+        )
+    return tables
+
+
+def group_by_benchmark(runs: Sequence[Run]) -> list[BenchmarkScores]:
+    """List each benchmark with what every model scored on it, in the order of `BENCHMARKS`."""
+    groups: dict[str, BenchmarkScores] = {}
     for model, result in runs:
-        label = label_result(result)
-        group = groups.setdefault(label, {"label": label, "task": result["task"], "runs": {}})
-        if model in group["runs"]:
-            raise InputError(f"two results of {label} for {model}; give each run its own NAME=FILE.json")
-        tokens = result.get("tokens") or {}
-        group["runs"][model] = {
-            "headline": result["headline"],
-            "retained_percent": None,
-            "mean_tokens": tokens.get("mean_tokens"),
-            "mean_patches": tokens.get("mean_patches"),
-            "count": result.get("count"),
-            "missing": result["missing"],
-            "judge": result.get("judge"),
-            "offline_judge": bool(mark_judge(result)),
-        }
+        group = groups.setdefault(result.label, BenchmarkScores(result.label, result.task))
+        if model in group.runs:
+            raise InputError(f"two results of {group.label} for {model}; give each run its own NAME=FILE.json")
+        tokens = result.tokens
+        group.runs[model] = ModelScore(
+            headline=result.headline,
+            retained_percent=None,
+            mean_tokens=tokens.mean_tokens if tokens else None,
+            mean_patches=tokens.mean_patches if tokens else None,
+            count=result.count,
+            missing=result.missing,
+            judge=result.judge,
+            offline_judge=result.offline_judge and result.headline_judged,
+        )
     for group in groups.values():
-        first = group["runs"].get(reference, {}).get("headline")
-        for run in group["runs"].values():
-            run["retained_percent"] = 100 * run["headline"] / first if first and first > 0 else None
+        first = group.runs.get(runs[0][0])
+        for run in group.runs.values():
+            run.retained_percent = 100 * run.headline / first.headline if first and first.headline > 0 else None
     order = list(BENCHMARKS)
-    return sorted(
-        groups.values(), key=lambda group: order.index(group["task"]) if group["task"] in order else len(order)
+    return sorted(groups.values(), key=lambda group: order.index(group.task) if group.task in order else len(order))
+
+
+def average_model(benchmarks: Sequence[BenchmarkScores], model: str) -> Average:
+    """Average a model over benchmarks, each counting the same."""
+    runs = [group.runs[model] for group in benchmarks if model in group.runs]
+    retained = [run.retained_percent for run in runs if run.retained_percent is not None]
+    tokens = [run.mean_tokens for run in runs if run.mean_tokens is not None]
+    return Average(
+        retained_percent=sum(retained) / len(retained) if retained else None,
+        num_benchmarks=len(retained),
+        mean_tokens=sum(tokens) / len(tokens) if tokens else None,
     )
 
 
-def average_model(benchmarks: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
-    """Average a model over benchmarks, each counting the same.
-
-    Returns:
-        `retained_percent` and `mean_tokens` (None where no benchmark has one), and `num_benchmarks` that have a
-        retained percentage.
-    """
-    runs = [group["runs"][model] for group in benchmarks if model in group["runs"]]
-    retained = [run["retained_percent"] for run in runs if run["retained_percent"] is not None]
-    tokens = [run["mean_tokens"] for run in runs if run["mean_tokens"] is not None]
-    return {
-        "retained_percent": sum(retained) / len(retained) if retained else None,
-        "num_benchmarks": len(retained),
-        "mean_tokens": sum(tokens) / len(tokens) if tokens else None,
-    }
-
-
 def tabulate(
-    benchmarks: Sequence[Mapping[str, Any]], models: Sequence[str], average: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Make the rows of the overview: a benchmark each, and the average."""
+    benchmarks: Sequence[BenchmarkScores], models: Sequence[str], average: Mapping[str, Average]
+) -> list[TableRow]:
+    """Make the rows of the overview, a benchmark each and the average; the first model has no percentage of itself."""
     rows = []
-    for group in benchmarks:
-        partial = any(run["missing"] for run in group["runs"].values())
-        row: dict[str, Any] = {"Benchmark": group["label"] + (f" {MARK}" if partial else "")}
+    for label, runs in [*((label_row(group), group.runs) for group in benchmarks), (AVERAGE_LABEL, average)]:
+        row: dict[str, Cell] = {"Benchmark": label}
         for model in models:
-            row |= list_cells(model, group["runs"].get(model, {}), is_first=model == models[0])
+            run = runs.get(model)
+            row[model] = run.headline if isinstance(run, ModelScore) else None
+            if model != models[0]:
+                row[f"{model} %"] = run.retained_percent if run else None
+            row[f"{model} tok"] = run.mean_tokens if run else None
         rows.append(row)
-    last: dict[str, Any] = {"Benchmark": AVERAGE_LABEL}
-    for model in models:
-        last |= list_cells(model, average[model], is_first=model == models[0])
-    return [*rows, last]
+    return rows
 
 
-def list_cells(model: str, run: Mapping[str, Any], is_first: bool) -> dict[str, Any]:
-    """Return a model's cells of one row by column title; the first model has no percentage of itself."""
-    cells = {model: run.get("headline"), f"{model} %": run.get("retained_percent"), f"{model} tok": None}
-    cells[f"{model} tok"] = run.get("mean_tokens")
-    if is_first:
-        del cells[f"{model} %"]
-    return cells
+def label_row(group: BenchmarkScores) -> str:
+    """Return a benchmark's label, with a sign if answers are missing."""
+    return group.label + (f" {NOTE_SIGN}" if any(run.missing for run in group.runs.values()) else "")
 
 
 def explain_columns(
-    benchmarks: Sequence[Mapping[str, Any]], models: Sequence[str], average: Mapping[str, Mapping[str, Any]]
+    benchmarks: Sequence[BenchmarkScores], models: Sequence[str], average: Mapping[str, Average]
 ) -> list[str]:
     """Say what the columns are and how the averages come about."""
     notes = []
     if len(models) > 1:
-        counts = {average[model]["num_benchmarks"] for model in models[1:]}
+        counts = {average[model].num_benchmarks for model in models[1:]}
         over = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
         notes.append(
             f"%: score in percent of {models[0]}'s on the same benchmark, MME's points like the others' percentages; "
             f"its average is the plain mean over the {over} benchmarks that both have, all counting the same."
         )
     notes.append(
-        "tok: mean number of visual tokens that the language model read per question with a picture; "
+        "Tokens (tok): mean number of visual tokens that the language model read per question with an image; "
         "the average is the plain mean over benchmarks."
     )
-    if any(run["offline_judge"] for group in benchmarks for run in group["runs"].values()):
+    if any(run.offline_judge for group in benchmarks for run in group.runs.values()):
         notes.append(
             "[judge: exact]: an offline stand-in compared texts where the benchmark asks a language model; "
             "such a number compares with others of its kind only."
@@ -166,47 +249,122 @@ def explain_columns(
     return notes
 
 
-def explain_partial(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
+def explain_partial(benchmarks: Sequence[BenchmarkScores]) -> list[str]:
     """Name the scores to which answers are missing."""
     return [
-        f"{MARK} {group['label']}: {run['missing']} answers of {model} are missing."
+        f"{NOTE_SIGN} {group.label}: {run.missing} answers of {model} are missing."
         for group in benchmarks
-        for model, run in group["runs"].items()
-        if run["missing"]
+        for model, run in group.runs.items()
+        if run.missing
     ]
 
 
-def list_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a report as JSON data: an overview's unrounded numbers, or the rows of each benchmark's table."""
-    if "benchmarks" not in report:
-        return report["tables"]
-    return {name: value for name, value in report.items() if name != "tables"}
+# ----------------------------------------------------------------------------------------------------- text of tables
+def format_terminal(report: Report) -> str:
+    """Write a report for the terminal: an overview has score and percentage in one column, and mean tokens once."""
+    if not report.models:
+        return format_markdown(report)
+    rows = []
+    for group in report.benchmarks:
+        cells = {}
+        for model in report.models:
+            run = group.runs.get(model)
+            percent = f" {run.retained_percent:5.1f}%" if run and run.retained_percent is not None else " " * 7
+            cells[model] = None if run is None else f"{run.headline:.2f}{percent if model != report.models[0] else ''}"
+        rows.append({"Benchmark": label_row(group), **cells})
+    means = [report.average[model] for model in report.models]
+    percents = [None, *(mean.retained_percent for mean in means[1:])]
+    rows.append({"Benchmark": AVERAGE_LABEL, **_format_means(report.models, percents, ".1f", "%")})
+    rows.append({"Benchmark": "Tokens, mean", **_format_means(report.models, [m.mean_tokens for m in means], ".2f")})
+    table = _align(rows, right=report.models, wrap=True)
+    return "\n\n".join([table, *(textwrap.fill(clean(note), TERMINAL_WIDTH) for note in report.notes)])
 
 
-def format_markdown(report: Mapping[str, Any]) -> str:
-    """Write a report as Markdown."""
-    parts = [f"{title}\n\n{format_table(rows)}" if title else format_table(rows) for title, rows in named(report)]
-    return "\n\n".join([*parts, *report["notes"]])
+def _format_means(models: Sequence[str], values: Sequence[float | None], digits: str, unit: str = "") -> dict[str, str]:
+    texts = ["-" if value is None else f"{value:{digits}}{unit}" for value in values]
+    return dict(zip(models, texts, strict=True))
 
 
-def format_latex(report: Mapping[str, Any]) -> str:
-    r"""Write a report as LaTeX tables, for a document that has `\usepackage{booktabs}`."""
-    parts = [_format_tabular(title, rows) for title, rows in named(report)]
-    return "\n\n".join([*parts, *(f"% {note}" for note in report["notes"])]) + "\n"
+def format_markdown(report: Report) -> str:
+    """Write a report as Markdown, with every number."""
+    parts = []
+    for title, rows in report.tables.items():
+        parts += [clean(title)] * bool(title) + [format_table(rows)]
+    return "\n\n".join([*parts, *map(clean, report.notes)])
 
 
-def _format_tabular(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def format_table(rows: Sequence[TableRow]) -> str:
+    """Write rows as an aligned Markdown table; numbers get two digits and are at the right, None is a dash."""
+    if not rows:
+        return ""
+    right = [title for title in rows[0] if not any(isinstance(row.get(title), str) for row in rows)]
+    return _align(rows, right)
+
+
+def _align(rows: Sequence[TableRow], right: Sequence[str], wrap: bool = False) -> str:
+    """Align a table.
+
+    Args:
+        rows: the rows.
+        right: titles of the columns that are aligned at the right.
+        wrap: titles take several lines where they are wider than their column.
+    """
     titles = list(rows[0])
-    lines = [[escape_latex(format_cell(row.get(name))) for name in titles] for row in rows]
-    bodies = [f"{' & '.join(line)} \\\\" for line in lines]
+    cells = [[escape_markdown(format_cell(row.get(title))) for title in titles] for row in rows]
+    columns = list(zip(*cells, strict=True))
+    heads = [[escape_markdown(title)] for title in titles]
+    if wrap:
+        limits = [max(8, *map(len, column)) for column in columns]
+        heads = [textwrap.wrap(*head, limit, break_long_words=False) for head, limit in zip(heads, limits, strict=True)]
+    head_lines = list(itertools.zip_longest(*heads, fillvalue=""))
+    widths = [max(map(len, [*head, *column])) for head, column in zip(heads, columns, strict=True)]
+    is_right = [title in right for title in titles]
+
+    def join(line: Sequence[str]) -> str:
+        aligned = [
+            cell.rjust(width) if at_right else cell.ljust(width)
+            for cell, width, at_right in zip(line, widths, is_right, strict=True)
+        ]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = ["-" * (width - at_right) + ":" * at_right for width, at_right in zip(widths, is_right, strict=True)]
+    return "\n".join([*map(join, head_lines), f"| {' | '.join(rule)} |", *map(join, cells)])
+
+
+def format_cell(value: Cell) -> str:
+    """Write a table's cell on one line: numbers with a fraction get two digits, None is a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else clean(str(value))
+
+
+def clean(text: str) -> str:
+    """Put a text on one line, without control characters."""
+    return re.sub(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*", " ", text)
+
+
+def escape_markdown(text: str) -> str:
+    """Write a text so that it stays one cell of a table."""
+    return clean(text).replace("|", "\\|")
+
+
+def format_latex(report: Report) -> str:
+    r"""Write a report as LaTeX tables, for a document that has `\usepackage{booktabs}`."""
+    parts = [_format_tabular(title, rows) for title, rows in report.tables.items()]
+    return "\n\n".join([*parts, *(f"% {clean(note)}" for note in report.notes)]) + "\n"
+
+
+def _format_tabular(title: str, rows: Sequence[TableRow]) -> str:
+    titles = list(rows[0])
+    bodies = [_format_latex_row([format_cell(row.get(name)) for name in titles]) for row in rows]
     if rows[-1][titles[0]] == AVERAGE_LABEL:
         bodies.insert(len(bodies) - 1, r"\midrule")
     return "\n".join(
         [
-            *([f"% {title}"] if title else []),
+            *([f"% {clean(title)}"] if title else []),
             rf"\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
             r"\toprule",
-            f"{' & '.join(map(escape_latex, titles))} \\\\",
+            _format_latex_row(titles),
             r"\midrule",
             *bodies,
             r"\bottomrule",
@@ -215,94 +373,122 @@ def _format_tabular(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _format_latex_row(cells: Sequence[str]) -> str:
+    line = " & ".join(map(escape_latex, cells))
+    # After the \\ of the row before, a * or [ would be taken for its argument.
+    return ("{}" if line.startswith(("*", "[")) else "") + line + r" \\"
+
+
 def escape_latex(text: str) -> str:
     """Write a text so that LaTeX prints it as it is."""
-    return "".join(LATEX_ESCAPES.get(character, character) for character in text)
+    escaped = "".join(LATEX_ESCAPES.get(character, character) for character in clean(text))
+    return re.sub("(?<=-)-", "{}-", escaped)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; it appears complete or not at all."""
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+# --------------------------------------------------------------------------------------------------------------- plot
+@dataclass(frozen=True)
+class Bars:
+    """One panel of the plot: a group of bars per label, a bar per series in it.
+
+    Attributes:
+        title: of the panel.
+        unit: what the bars measure.
+        groups: label of each group, and the value of each series in it.
+        series: name of each series in the legend; empty where a group is one bar.
+        reference: value and name of the line that the bars are compared with.
+    """
+
+    title: str
+    unit: str
+    groups: Sequence[tuple[str, Sequence[float | None]]]
+    series: Sequence[str] = ()
+    reference: tuple[float, str] | None = None
+
+    @property
+    def num_bars(self) -> int:
+        """Bars and the gaps between the groups, in widths of a bar."""
+        return sum(len(values) + 1 for _, values in self.groups)
 
 
-def write_picture(path: Path, report: Mapping[str, Any]) -> None:
-    """Draw a report's tables below one another into a PNG file."""
+def write_plot(path: Path, report: Report) -> None:
+    """Draw a report into a PNG file: what each model retains per benchmark, or the score of each run.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     # The other forms need no drawing library.
+    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tables = [(title, _to_text(rows)) for title, rows in named(report)]
-    notes = list(report["notes"])
-    width = max(sum(_measure_columns(cells)) for _, cells in tables) * INCHES_PER_CHARACTER + 0.4
-    notes = [line for note in notes for line in _wrap(note, int(width / (0.8 * INCHES_PER_CHARACTER)))]
-    num_rows = sum(len(cells) + 2 * bool(title) for title, cells in tables) + len(tables) + len(notes)
-    height = num_rows * INCHES_PER_ROW + 0.2
-    figure = Figure(figsize=(width, height), dpi=PICTURE_DPI, facecolor="white")
-    place = 1 - 0.1 / height
-    row_height = INCHES_PER_ROW / height
-    for title, cells in tables:
-        if title:
-            figure.text(0.2 / width, place - 1.5 * row_height, title, fontsize=9, weight="bold", va="center")
-            place -= 2 * row_height
-        place = _draw_table(figure, cells, place, row_height, width) - row_height / 2
-    for note in notes:
-        place -= row_height * 0.8
-        figure.text(0.2 / width, place, note, fontsize=6.5, color="#555555", va="center")
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
-            FigureCanvasAgg(figure).print_png(file)
-        partial.replace(path)
+    panels = plan_plot(report)
+    heights = [panel.num_bars * BAR_HEIGHT + 0.9 + 0.2 * len(panel.series) for panel in panels]
+    style = {"text.parse_math": False, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(PLOT_WIDTH, sum(heights)), dpi=PLOT_DPI, layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+        for axes, panel in zip(all_axes, panels, strict=True):
+            draw_bars(axes, panel)
+        image = BytesIO()
+        FigureCanvasAgg(figure).print_png(image)
+    write_bytes(path, image.getvalue())
 
 
-def _draw_table(figure: Any, cells: Sequence[Sequence[str]], top: float, row_height: float, width: float) -> float:
-    """Draw text cells, the first row as the head, the first column at the left; return where the table ends."""
-    from matplotlib.lines import Line2D
-
-    columns = _measure_columns(cells)
-    left, right = 0.2 / width, 1 - 0.2 / width
-
-    def rule(place: float, thickness: float) -> None:
-        figure.add_artist(Line2D([left, right], [place, place], color="black", linewidth=thickness))
-
-    rule(top, 1.0)
-    for number, row in enumerate(cells):
-        middle = top - (number + 0.5) * row_height
-        start = left
-        for column, (cell, characters) in enumerate(zip(row, columns, strict=True)):
-            end = start + characters * INCHES_PER_CHARACTER / width
-            weight = "bold" if number == 0 or row[0] == AVERAGE_LABEL else "normal"
-            place, side = (start, "left") if column == 0 else (end, "right")
-            figure.text(place, middle, cell, fontsize=8, weight=weight, ha=side, va="center", parse_math=False)
-            start = end
-        if number == 0 or (number == len(cells) - 2 and cells[-1][0] == AVERAGE_LABEL):
-            rule(top - (number + 1) * row_height, 0.5)
-    bottom = top - len(cells) * row_height
-    rule(bottom, 1.0)
-    return bottom
+def plan_plot(report: Report) -> list[Bars]:
+    """Decide what the plot shows: percentages of the first model, or scores where there is nothing to compare."""
+    if not report.models:
+        return [_plan_runs(clean(title), rows) for title, rows in report.tables.items()]
+    models = [clean(model) for model in report.models]
+    if len(models) == 1:
+        values = [(clean(group.label), [group.runs[report.models[0]].headline]) for group in report.benchmarks]
+        return [Bars(f"{models[0]}{_describe_tokens(report, report.models[0])}", "score", values)]
+    groups = [
+        (clean(label), [runs[model].retained_percent if model in runs else None for model in report.models[1:]])
+        for label, runs in [
+            *((label_row(group), group.runs) for group in report.benchmarks),
+            (AVERAGE_LABEL, report.average),
+        ]
+    ]
+    names = [f"{name}{_describe_tokens(report, model)}" for name, model in zip(models, report.models, strict=True)]
+    return [Bars(f"Score retained, in % of {models[0]}", "%", groups, names[1:], (100.0, names[0]))]
 
 
-def _to_text(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    titles = list(rows[0])
-    return [titles, *([format_cell(row.get(title)) for title in titles] for row in rows)]
+def _plan_runs(title: str, rows: Sequence[TableRow]) -> Bars:
+    column = list(rows[0])[1]
+    groups = []
+    for row in rows:
+        tokens = "" if row["Tokens"] is None else f"\n{row['Tokens']:.1f} tokens"
+        groups.append((clean(str(row["Run"])) + tokens, [row[column]]))
+    return Bars(title, column, groups)
 
 
-def _measure_columns(cells: Sequence[Sequence[str]]) -> list[int]:
-    """Return the width of each column in characters, with its gap."""
-    return [max(len(row[column]) for row in cells) + 2 for column in range(len(cells[0]))]
+def _describe_tokens(report: Report, model: str) -> str:
+    tokens = report.average[model].mean_tokens
+    return f" ({tokens:.1f} tokens)" if tokens is not None else ""
 
 
-def _wrap(text: str, characters: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, max(characters, 40))
-
-
-def named(report: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """List a report's tables that have rows, with their titles."""
-    return [(title, rows) for title, rows in report["tables"].items() if rows]
+def draw_bars(axes: "Axes", panel: Bars) -> None:
+    """Draw one panel; every bar has its value beside it, and one that is far longer than the others is cut off."""
+    present = sorted(value for _, values in panel.groups for value in values if value is not None)
+    # Percentages beside MME's points: the bars of points end at the edge.
+    edge = 100.0 if present and present[0] <= 100 < present[-1] / 1.5 else max([*present, 1e-9])
+    place, middles = 0.0, []
+    for label, values in panel.groups:
+        middles.append(place + (len(values) - 1) / 2)
+        weight, alpha = ("bold", 1.0) if label == AVERAGE_LABEL or not panel.series else ("normal", 0.75)
+        for number, value in enumerate(values):
+            length = min(max(value or 0.0, 0.0), edge)
+            axes.barh(place, length, 0.92, color=f"C{number}", alpha=alpha)
+            text = "-" if value is None else f"{value:.1f}" + " \N{RIGHTWARDS ARROW}" * (value > edge)
+            axes.text(0.01 * edge, place, text, va="center", fontsize=7, weight=weight)
+            place += 1
+        place += 1
+    axes.set_yticks(middles, [label for label, _ in panel.groups])
+    axes.set(ylim=(place - 1.2, -0.8), xlim=(0, 1.02 * edge), xlabel=panel.unit, title=panel.title)
+    axes.tick_params(axis="y", length=0)
+    handles = [axes.barh(0, 0, color=f"C{number}", label=name) for number, name in enumerate(panel.series)]
+    if panel.reference:
+        value, name = panel.reference
+        handles.insert(0, axes.axvline(value, color="#333333", linewidth=1, linestyle="--", label=name))
+    if handles:
+        axes.figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)

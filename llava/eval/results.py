@@ -1,30 +1,170 @@
-"""From answers to numbers on disk: the score of one run, its line in the results file, and tables of several runs.
+"""From answers to a result on disk: the score of one run, a verdict per question, and its line in the results file.
 
-A result is plain JSON data: `task`, `row`, `headline` (unrounded), `scores` (everything), `count`, `columns` (what a
-table shows), `missing` (questions without an answer), `judge` (its name), `offline_judge`, `headline_judged` (the
-headline is the judge's), `model_id` and `tokens` (means per question with an image).
+A result file is JSON, schema 2: the fields of `Result` at top level under their names, `verdicts` one per line, so that
+`grep '"correct": false'` finds what is wrong. Files without "schema" (no verdicts) are read as well.
 """
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.answers import explain_write_errors, name_questions, pair_answers, read_answers
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, row_key
+from llava.eval.answers import name_questions, pair_answers, read_answers
+from llava.eval.benchmark import Benchmark, ImageSource, Judge, Question, Row, Verdict, index_questions, row_key
+from llava.files import make_folder, read_json, write_text
 
-Result = dict[str, Any]
-
-OFFLINE_MARK = " [judge: exact]"
+SCHEMA = 2
+OFFLINE_LABEL = " [judge: exact]"
 """Beside every number of the offline stand-in for a judge, so that it is never taken for the benchmark's."""
+KINDS = {
+    "task": (str, "a string"),
+    "row": (str, "a string"),
+    "headline": (int | float, "a number"),
+    "columns": (dict, "an object"),
+    "missing": (int, "a whole number"),
+}
+"""What a result file must have."""
 
 
 class ServerOnlyError(InputError):
-    """The score of this split is not to be had here: its annotations are not public."""
+    """This split cannot be scored here: its annotations are not public."""
 
 
+# ------------------------------------------------------------------------------------------------------------- result
+@dataclass(frozen=True)
+class TokenMeans:
+    """Means per question with an image: tokens that the language model read, patches that the vision tower saw."""
+
+    mean_tokens: float
+    mean_patches: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The score of one run on one benchmark.
+
+    Attributes:
+        task: name of the benchmark.
+        row: its label in the results file.
+        headline: the number that papers print, unrounded.
+        scores: every number of the official scorer.
+        count: questions that were scored.
+        columns: the few numbers that a table of several runs shows, by column title.
+        missing: questions without an answer.
+        judge: name of the judge, if one took part.
+        offline_judge: the judge is the stand-in that compares texts.
+        headline_judged: the judge, if there is one, gave the headline (MMBench: only a column).
+        model_id: name of the checkpoint.
+        tokens: means of the visual tokens; None where the answers do not have them.
+        answers: the answers file.
+        verdicts: one per question (or group) that was scored.
+    """
+
+    task: str
+    row: str
+    headline: float
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    count: int = 0
+    columns: Mapping[str, float] = field(default_factory=dict)
+    missing: int = 0
+    judge: str | None = None
+    offline_judge: bool = False
+    headline_judged: bool = True
+    model_id: str | None = None
+    tokens: TokenMeans | None = None
+    answers: str | None = None
+    verdicts: Sequence[Verdict] = ()
+
+    @property
+    def judge_label(self) -> str:
+        """What is written beside numbers that a judge had a part in; else nothing."""
+        if self.offline_judge:
+            return OFFLINE_LABEL
+        return f" [judge: {self.judge}]" if self.judge else ""
+
+    @property
+    def label(self) -> str:
+        """What the headline compares with: its benchmark and, where a judge gave it, the judge."""
+        return self.row + (self.judge_label if self.judge and self.headline_judged else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON data of the present schema."""
+        data = {each.name: getattr(self, each.name) for each in fields(self)}
+        data["scores"], data["columns"] = dict(self.scores), dict(self.columns)
+        data["tokens"] = asdict(self.tokens) if self.tokens else None
+        data["verdicts"] = [dump_verdict(verdict) for verdict in self.verdicts]
+        return {"schema": SCHEMA, **data}
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> "Result":
+        """Make a result of JSON data, of this schema or of files without one.
+
+        Args:
+            data: the document.
+            where: names it in the message.
+
+        Raises:
+            InputError: it is something else.
+        """
+        if not isinstance(data, dict) or not KINDS.keys() <= data.keys():
+            raise InputError(f"{where} is not a result of `python -m llava.eval score`")
+        if data.get("schema", SCHEMA) != SCHEMA:
+            raise InputError(
+                f"{where} has schema {data['schema']}, this version reads {SCHEMA}: score the answers again"
+            )
+        for name, (kind, kind_name) in KINDS.items():
+            if not isinstance(data[name], kind) or isinstance(data[name], bool):
+                raise InputError(f'{where}: "{name}" must be {kind_name}')
+        try:
+            known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
+            known["tokens"] = TokenMeans(**data["tokens"]) if data.get("tokens") else None
+            known["verdicts"] = tuple(map(parse_verdict, data.get("verdicts", ())))
+            return cls(**known)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise InputError(f"{where}: tokens or verdicts are not those of a result ({error})") from None
+
+
+def dump_verdict(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as JSON data; what is None or empty is left out, and `correct` is added."""
+    data = {name: value for name, value in vars(verdict).items() if value is not None and value != {}}
+    return {**data, "correct": verdict.correct}
+
+
+def parse_verdict(data: Mapping[str, Any]) -> Verdict:
+    """Make a verdict of what `dump_verdict` returned."""
+    own = {name: value for name, value in data.items() if name != "correct"}
+    reference = own["reference"]
+    return Verdict(**{**own, "reference": tuple(reference) if isinstance(reference, list) else reference})
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Write a result file, with a line per verdict."""
+    data = result.to_json()
+    verdicts = ",\n".join(f"  {json.dumps(verdict)}" for verdict in data.pop("verdicts"))
+    head = json.dumps(data, indent=1).removesuffix("\n}")
+    write_text(path, f'{head},\n "verdicts": [\n{verdicts}\n ]\n}}\n')
+
+
+def read_result(path: Path) -> Result:
+    """Read a result that `score --json` wrote.
+
+    Raises:
+        InputError: the file is missing or something else.
+    """
+    return Result.from_json(read_json(path, f"`python -m llava.eval score ... --json {path}` makes it"), str(path))
+
+
+def format_line(result: Result) -> str:
+    """Write a result as its `name<TAB>value` line, two digits; it names the offline judge and missing answers."""
+    offline = OFFLINE_LABEL if result.offline_judge and result.headline_judged else ""
+    # Not "n of m": some official scorers count a missing answer as a wrong one.
+    partial = f" [{result.missing} answers missing]" if result.missing else ""
+    return f"{result.row}{offline}{partial}\t{result.headline:.2f}"
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
 def score_answers(
     task: Benchmark, answers_file: Path, root: Path, allow_partial: bool = False, judge: Judge | None = None
 ) -> Result:
@@ -51,20 +191,55 @@ def score_answers(
             f"{task.name}: only {task.server or 'a server'} can score this split; "
             "`python -m llava.eval export` writes what to send there"
         )
-    return {
-        "task": task.name,
-        "row": task.row,
-        "headline": scores.headline,
-        "scores": dict(scores.scores),
-        "count": scores.count,
-        "columns": dict(scores.columns),
-        "missing": len(questions) - len(answers),
-        "judge": judge.name if judge else None,
-        "offline_judge": judge is not None and judge.offline,
-        "headline_judged": task.uses_judge == "always",
-        "model_id": next(iter(answers.values()))["model_id"] if answers else None,
-        "tokens": average_tokens(answers.values()),
-    }
+    return Result(
+        task=task.name,
+        row=task.row,
+        headline=scores.headline,
+        scores=scores.scores,
+        count=scores.count,
+        columns=scores.columns,
+        missing=len(questions) - len(answers),
+        judge=judge.name if judge else None,
+        offline_judge=judge is not None and judge.offline,
+        headline_judged=task.uses_judge == "always",
+        model_id=next((row.get("model_id") for row in answers.values()), None),
+        tokens=average_tokens(answers.values()),
+        answers=str(answers_file),
+        verdicts=complete_verdicts(scores.verdicts, index_questions(questions, task.key_fields), answers, root),
+    )
+
+
+def complete_verdicts(
+    verdicts: Iterable[Verdict], questions: Mapping[str, Question], answers: Mapping[str, Row], root: Path
+) -> tuple[Verdict, ...]:
+    """Fill in what the scorer does not know: image, query and number of tokens.
+
+    Args:
+        verdicts: of the scorer.
+        questions: all questions by key.
+        answers: rows by key.
+        root: the benchmark's folder, which image paths are relative to.
+    """
+    completed = []
+    for verdict in verdicts:
+        key = base_key(verdict)
+        if key in questions:
+            question = questions[key]
+            images = ", ".join(name_image(image, root) for image in question.images) or None
+            num_tokens = count_tokens(answers.get(key, {}))[0] if images else None
+            verdict = replace(verdict, image=images, query=question.query or None, num_tokens=num_tokens)
+        completed.append(verdict)
+    return tuple(completed)
+
+
+def base_key(verdict: Verdict) -> str | None:
+    """Return the key of the question that a verdict is about; of a group the first, None where it names none."""
+    return verdict.key if verdict.unit == "question" else next(iter(verdict.details.get("question_keys", ())), None)
+
+
+def name_image(image: ImageSource, root: Path) -> str:
+    """Name an image: its path relative to the benchmark's folder, or the name of one inside another file."""
+    return image.relative_to(root).as_posix() if isinstance(image, Path) and root in image.parents else str(image)
 
 
 def pair_with_questions(
@@ -72,44 +247,17 @@ def pair_with_questions(
 ) -> tuple[list[Question], dict[str, Row]]:
     """Read a benchmark's questions and the answers to them.
 
-    Args:
-        task: the benchmark.
-        answers_file: one row per question, in any order.
-        root: the benchmark's folder.
-        allow_partial: take what is there although answers are missing.
-
     Returns:
         All questions, and the row of each answered one by its key.
 
     Raises:
-        InputError: answers are missing, belong to other questions, or contradict one another.
+        InputError: answers are missing (unless `allow_partial`), belong to other questions, or contradict one another.
     """
     questions = task.load(root)
     answers = pair_answers(questions, read_answers(answers_file), task.key_fields)
     if not allow_partial:
         require_complete(questions, answers, task.key_fields, answers_file)
     return questions, answers
-
-
-def export_answers(
-    task: Benchmark, answers_file: Path, root: Path, destination: Path, allow_partial: bool = False
-) -> list[Path]:
-    """Write the files that the benchmark's server or official script reads; return them.
-
-    Args:
-        task: the benchmark.
-        answers_file: one row per question, in any order.
-        root: the benchmark's folder.
-        destination: folder for the files; made if it is not there.
-        allow_partial: export what is there although answers are missing.
-
-    Raises:
-        InputError: as for `score_answers`, or the benchmark has no such files, or they cannot be written.
-    """
-    _, answers = pair_with_questions(task, answers_file, root, allow_partial)
-    with explain_write_errors(destination):
-        destination.mkdir(parents=True, exist_ok=True)
-        return task.export(answers, root, destination)
 
 
 def require_complete(
@@ -128,141 +276,37 @@ def require_complete(
         )
 
 
-def average_tokens(rows: Sequence[Row]) -> dict[str, float] | None:
-    """Average the visual tokens of questions with images.
+def count_tokens(row: Row) -> tuple[int | None, int | None]:
+    """Return the visual tokens and patches of an answer; None where it does not have them (answers of other tools)."""
+    metadata = row.get("metadata")
+    counts = [metadata.get(name) if isinstance(metadata, dict) else None for name in ("num_tokens", "num_patches")]
+    tokens, patches = (count if type(count) is int else None for count in counts)
+    return tokens, patches
 
-    Returns:
-        `mean_tokens` that the language model read and `mean_patches` that the vision tower saw, per question; None
-        for answers that do not tell, such as those of other programs.
-    """
-    counts = [row.get("metadata") or {} for row in rows]
-    counts = [count for count in counts if count.get("num_patches")]
+
+def average_tokens(rows: Iterable[Row]) -> TokenMeans | None:
+    """Average the visual tokens of questions with images; None where no answer has them."""
+    counts = [(tokens, patches) for tokens, patches in map(count_tokens, rows) if tokens is not None and patches]
     if not counts:
         return None
-    return {
-        "mean_tokens": sum(count["num_tokens"] for count in counts) / len(counts),
-        "mean_patches": sum(count["num_patches"] for count in counts) / len(counts),
-    }
+    tokens, patches = (sum(column) / len(counts) for column in zip(*counts, strict=True))
+    return TokenMeans(tokens, patches)
 
 
-def format_line(result: Result) -> str:
-    """Write a result as its `name<TAB>value` line, two digits; a partial one and one of an offline judge say so."""
-    # Not "so many of so many": some official scorers count a missing answer as a wrong one.
-    partial = f" [{result['missing']} answers missing]" if result["missing"] else ""
-    return f"{result['row']}{mark_judge(result)}{partial}\t{result['headline']:.2f}"
+def export_answers(
+    task: Benchmark, answers_file: Path, root: Path, destination: Path, allow_partial: bool = False
+) -> list[Path]:
+    """Write the files that the benchmark's server or official script reads; return them.
 
-
-def mark_judge(result: Result) -> str:
-    """Return what stands beside a headline that the offline judge gave, which is not the benchmark's; else nothing."""
-    return OFFLINE_MARK if result.get("offline_judge") and result.get("headline_judged", True) else ""
-
-
-def label_result(result: Result) -> str:
-    """Name what a headline compares with: its benchmark and, where a judge gave it, the judge."""
-    if not result.get("judge") or not result.get("headline_judged", True):
-        return result["row"]
-    return f"{result['row']}{mark_judge(result) or name_judge(result)}"
-
-
-def name_judge(result: Result) -> str:
-    """Return what stands beside the columns of a run that a judge had a part in; else nothing."""
-    if result.get("offline_judge"):
-        return OFFLINE_MARK
-    return f" [judge: {result['judge']}]" if result.get("judge") else ""
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line to the results file; it is on the disk after return."""
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON data; the file appears complete or not at all."""
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-
-def read_result(path: Path) -> Result:
-    """Read a result that `score --json` wrote.
+    Args:
+        task: the benchmark.
+        answers_file: one row per question, in any order.
+        root: the benchmark's folder.
+        destination: folder for the files; made if it is not there.
+        allow_partial: export what is there although answers are missing.
 
     Raises:
-        InputError: the file is missing or something else.
+        InputError: as for `pair_with_questions`, or the benchmark has no such files, or they cannot be written.
     """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}; `python -m llava.eval score ... --json {path}` makes it") from None
-    except ValueError:
-        raise InputError(f"{path} is not JSON") from None
-    if not isinstance(result, dict) or not {"task", "row", "headline", "columns", "missing"} <= result.keys():
-        raise InputError(f"{path} is not a result of `python -m llava.eval score`")
-    return result
-
-
-def compare_runs(runs: Sequence[tuple[str, Result]]) -> dict[str, list[dict[str, Any]]]:
-    """Put runs side by side.
-
-    Args:
-        runs: (name of the run, result); results of several benchmarks may be mixed.
-
-    Returns:
-        For each benchmark's label the rows of its table, in the order given: the run, its columns, `Tokens` (mean
-        visual tokens per question), `% of tokens` and `% of first` (of the headline), None where unknown.
-    """
-    tables: dict[str, list[dict[str, Any]]] = {}
-    first: dict[str, Result] = {}
-    for name, result in runs:
-        label = f"{result['row']}{name_judge(result)}"
-        reference = first.setdefault(label, result)
-        tokens = result.get("tokens") or {}
-        kept, seen = tokens.get("mean_tokens"), tokens.get("mean_patches")
-        tables.setdefault(label, []).append(
-            {
-                "Run": name + (f" ({result['missing']} answers missing)" if result["missing"] else ""),
-                **result["columns"],
-                "Tokens": kept,
-                "% of tokens": 100 * kept / seen if seen else None,
-                "% of first": 100 * result["headline"] / reference["headline"] if reference["headline"] else None,
-            }
-        )
-    return tables
-
-
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write rows as an aligned Markdown table.
-
-    Args:
-        rows: cells by column title; the first row's titles and order count. Numbers get two digits and stand at the
-            right, None is a dash.
-    """
-    if not rows:
-        return ""
-    titles = list(rows[0])
-    cells = [titles, *([format_cell(row.get(title)) for title in titles] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
-    is_text = [any(isinstance(row.get(title), str) for row in rows) for title in titles]
-
-    def join(row: Sequence[str]) -> str:
-        aligned = [
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(row, widths, is_text, strict=True)
-        ]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = [("-" * width if text else "-" * (width - 1) + ":") for width, text in zip(widths, is_text, strict=True)]
-    return "\n".join([join(cells[0]), f"| {' | '.join(rule)} |", *map(join, cells[1:])])
-
-
-def format_cell(value: Any) -> str:
-    """Write a table's cell: numbers with a fraction get two digits, None is a dash."""
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    _, answers = pair_with_questions(task, answers_file, root, allow_partial)
+    return task.export(answers, root, make_folder(destination))

@@ -1,18 +1,17 @@
-"""The published command `python llava/eval/summarize_gpt_review.py`: the numbers of LLaVA-Bench review files.
+"""LLaVA's command `python llava/eval/summarize_gpt_review.py`: the numbers of LLaVA-Bench review files.
 
-Flags and printed lines are the published ones: category, relative mark in percent, and the mean marks of references
-and answers times ten.
+Flags and printed lines are LLaVA's: category, relative rating in percent, and the mean ratings of references and
+answers times ten.
 """
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
 from pathlib import Path
-from typing import Any
 
 from llava.errors import InputError, run_command
 from llava.eval.__main__ import user_path
 from llava.eval.benchmarks._files import read_records
-from llava.eval.benchmarks.llavabench import UNREADABLE, Summary, summarize_marks
+from llava.eval.benchmarks.llavabench import UNREADABLE, Summary, summarize_ratings
 
 REVIEW_PREFIXES = ("gpt4_text", "reviews_", "review_")
 LONG_RULE = "================================="
@@ -24,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llava.eval.summarize_gpt_review")
     parser.add_argument("-d", "--dir", type=user_path, help="folder of review files")
     parser.add_argument("-v", "--version", choices=[VERSION_0314, VERSION_0613], help="only files of this judge")
-    parser.add_argument("-s", "--select", nargs="*", default=[], metavar="WORD", help="only names with all these words")
+    parser.add_argument("-s", "--select", nargs="*", default=[], metavar="TEXT", help="only names with all these texts")
     parser.add_argument("-f", "--files", nargs="*", default=[], metavar="FILE", help="these files, in --dir if given")
     parser.add_argument(
         "-i", "--ignore", nargs="*", default=[], type=int, metavar="ID", help="leave out these questions"
@@ -33,7 +32,7 @@ def main() -> None:
     for path in find_review_files(arguments.dir, arguments.files):
         title = path.name.replace("gpt4_text_", "").replace(".jsonl", "")
         version = VERSION_0613 if VERSION_0613 in title else VERSION_0314
-        if arguments.version in (None, version) and all(word in title for word in arguments.select):
+        if arguments.version in (None, version) and all(text in title for text in arguments.select):
             print_summary(title, summarize_reviews(path, set(arguments.ignore)))
 
 
@@ -53,7 +52,7 @@ def find_review_files(folder: Path | None, names: list[str]) -> list[Path]:
     found = [
         path
         for path in sorted(folder.glob("*.jsonl"))
-        # The replies of a judge lie beside the reviews made of them.
+        # The cache of a judge is beside the reviews.
         if (is_review_folder or path.name.startswith(REVIEW_PREFIXES)) and not path.name.endswith(".judge.jsonl")
     ]
     if not found:
@@ -62,31 +61,34 @@ def find_review_files(folder: Path | None, names: list[str]) -> list[Path]:
 
 
 def summarize_reviews(path: Path, ignored: set[int]) -> Summary:
-    """Average the marks of a review file.
+    """Average the ratings of a review file.
 
     Raises:
         InputError: it is missing, is none, or all of its questions are left out.
     """
-    reviews = [review for review in read_records(path) if review.get("question_id") not in ignored]
+    reviews = [review for review in read_records(path) if review.get("question_id") not in list(ignored)]
     for review in reviews:
+        where = f"{path}, question {review.get('question_id')}"
         if not is_pair(review.get("tuple")):
-            raise InputError(f'{path}, question {review.get("question_id")}: "tuple" must be two numbers')
+            raise InputError(f'{where}: "tuple" must be two numbers')
+        if not isinstance(review.get("category"), str | None):
+            raise InputError(f'{where}: "category" must be a string')
     if not reviews:
         raise InputError(f"{path}: no question is left")
-    return summarize_marks([review.get("category") for review in reviews], [review["tuple"] for review in reviews])
+    return summarize_ratings([review.get("category") for review in reviews], [review["tuple"] for review in reviews])
 
 
-def is_pair(marks: Any) -> bool:
-    """Tell whether these are the marks of a review."""
+def is_pair(ratings: object) -> bool:
+    """Return whether these are the two ratings of a review."""
     return (
-        isinstance(marks, list)
-        and len(marks) == len(UNREADABLE)
-        and all(isinstance(mark, int | float) for mark in marks)
+        isinstance(ratings, list)
+        and len(ratings) == len(UNREADABLE)
+        and all(isinstance(rating, int | float) for rating in ratings)
     )
 
 
 def print_summary(title: str, summary: Summary) -> None:
-    """Print a file's numbers as published."""
+    """Print a file's numbers as LLaVA does."""
     print(title)
     for name, numbers in sorted(summary.items()):
         print(name, numbers["relative"], numbers["gpt4"], numbers["model"])

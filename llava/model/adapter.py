@@ -4,7 +4,6 @@ A LoRA folder holds `adapter_config.json`, the adapter and `non_lora_trainables.
 `mm_projector.bin`. Both hold the config.json of the whole model.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from llava.errors import InputError
+from llava.files import parse_record, read_text
 from llava.model.checkpoint_folder import PROJECTOR_FILE
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly, resolve_name
@@ -41,7 +41,7 @@ class Part:
 
 
 def find_part(path: str) -> Part | None:
-    """Tell what kind of partial checkpoint a folder or hub id is, or None for any other.
+    """Find out what kind of partial checkpoint a folder or hub id is; None for a full one.
 
     Raises:
         InputError: a LoRA adapter without the other weights that were trained with it, or an unreadable one.
@@ -50,10 +50,7 @@ def find_part(path: str) -> Part | None:
     if adapter is not None:
         if weights is None:
             raise InputError(f"{path} has {ADAPTER_CONFIG_FILE}, but no {NON_LORA_FILE}: copy the folder again")
-        try:
-            base = json.loads(Path(adapter).read_text()).get("base_model_name_or_path")
-        except ValueError as error:
-            raise InputError(f"{adapter}: not valid JSON ({error})") from None
+        base = parse_record(read_text(Path(adapter)), adapter).get("base_model_name_or_path")
         return Part(path, weights, base, is_lora=True)
     projector = find_file(path, PROJECTOR_FILE)
     return None if projector is None else Part(path, projector)
@@ -81,7 +78,7 @@ def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, mer
         base: folder or hub id of a language model or LLaVA checkpoint.
         config: of the part's folder.
         settings: for `from_pretrained`: dtype, device map, quantisation.
-        merge: add a LoRA adapter to the weights; else it stays beside them (quantised weights cannot take it).
+        merge: add a LoRA adapter to the weights; else it stays apart (quantised weights cannot take it).
 
     Returns:
         The model; its towers are not loaded.

@@ -1,15 +1,16 @@
-"""Load a LLaVA checkpoint in the published on-disk layout: language model, projector, tokenizer, vision tower.
+"""Load a LLaVA checkpoint in LLaVA's on-disk layout: language model, projector, tokenizer, vision tower.
 
 Full checkpoints, and with a base model LoRA and projector-only ones.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers.utils import is_accelerate_available
 
 from llava.errors import InputError
+from llava.files import parse_record, read_text
 from llava.model.adapter import Part, find_part, load_on_base
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
@@ -17,7 +18,7 @@ from llava.model.token_reduction import CONFIG_KEY, parse_reducer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UNQUANTISED = ("model.mm_projector", "model.vision_tower", "lm_head")
-DEFAULT_CONTEXT_LENGTH = 2048  # what the published loader reports for configs without max_sequence_length
+DEFAULT_CONTEXT_LENGTH = 2048  # what LLaVA's loader reports for configs without max_sequence_length
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -41,13 +42,13 @@ def load_pretrained_model(
     customized_config: str | None = None,
     multimodal: bool = True,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, object, int]:
-    """Load tokenizer, model and image processor (published name, argument order and results).
+    """Load tokenizer, model and image processor; name, argument order and results are LLaVA's.
 
     Args:
         model_path: checkpoint folder or hub id.
         model_base: base model of a LoRA or projector-only checkpoint; full checkpoints need none. An adapter is merged
             into the weights, unless these are quantised.
-        model_name: accepted for published callers; what the folder holds decides, not its name.
+        model_name: accepted because LLaVA's callers pass it; what the folder holds decides, not its name.
         load_8bit: quantise the language model to 8 bit (needs bitsandbytes).
         load_4bit: quantise to 4 bit NF4 (needs bitsandbytes).
         device_map: "auto" spreads over all accelerators; used unless `device` names one device.
@@ -55,14 +56,14 @@ def load_pretrained_model(
         use_flash_attn: shorthand for `attn_implementation="flash_attention_2"`.
         reduce: token reduction instead of config.json's; "none" switches it off; None obeys config.json.
         dtype: of the language model and projector; None: float16 on an accelerator, float32 on the CPU.
-            The vision and text towers run in float32, as in the published evaluation, unless `tower_dtype` says
+            The vision and text towers run in float32, as in the released evaluation, unless `tower_dtype` says
             otherwise.
         torch_dtype: old name of `dtype`.
         attn_implementation: of the language model: "sdpa", "eager", "flash_attention_2", ...
         tower_dtype: of the vision and text towers. Half precision makes them several times faster on an accelerator
             and can move the number of kept patches by a few; the scores themselves stay float32.
         customized_config: path of a config.json to use instead of the checkpoint's.
-        multimodal: accepted for lmms-eval; every model here reads pictures.
+        multimodal: accepted for lmms-eval; every model here reads images.
 
     Returns:
         (tokenizer, model in evaluation mode, image processor, context length in tokens).
@@ -83,20 +84,22 @@ def load_pretrained_model(
         model, _ = load_quietly(LlavaLlamaForCausalLM, model_path, what="checkpoint", config=config, **settings)
     else:
         model = load_on_base(part, model_base, config, settings, merge=not (load_8bit or load_4bit))
+    if "device_map" not in settings:
+        model.to(device)
     model.tokenizer = tokenizer
     _clean_generation_config(model)
     tower = model.get_vision_tower()
     if tower is None:
-        raise InputError(f"{model_path}/config.json names no mm_vision_tower: this is a language model without eyes")
+        raise InputError(f"{model_path}/config.json names no mm_vision_tower: this is a language model without vision")
     tower.load_model(device=model.get_input_embeddings().weight.device, dtype=tower_dtype)
     context_length = getattr(config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model, tower.image_processor, context_length
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer with the ids of the published code.
+    """Load a checkpoint's tokenizer with the ids of LLaVA's code.
 
-    `AutoTokenizer` of transformers 5 loses the leading word mark of Llama's sentencepiece vocabulary; the Llama class
+    `AutoTokenizer` of transformers 5 loses the leading space of Llama's sentencepiece vocabulary; the Llama class
     keeps it.
 
     Args:
@@ -114,7 +117,7 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"checkpoint {model_path} has no tokenizer: expected {' or '.join(TOKENIZER_FILES)} there")
     settings_file = folder / "tokenizer_config.json"
     try:
-        settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+        settings = parse_record(read_text(settings_file), str(settings_file)) if settings_file.is_file() else {}
         is_llama = settings.get("tokenizer_class", "LlamaTokenizer").startswith("Llama")
         return (LlamaTokenizer if is_llama else AutoTokenizer).from_pretrained(model_path)
     except Exception as error:
@@ -190,7 +193,7 @@ def _read_config(model_path: str, customized_config: str | None, reduce: str | N
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"checkpoint folder {model_path} holds no config.json")
     try:
-        # As a dictionary: published checkpoints say "llava", a model type that transformers took for its own class.
+        # As a dictionary: released checkpoints have "llava", a model type that transformers took for its own class.
         values, _ = LlavaConfig.get_config_dict(customized_config or model_path)
         values["dtype"] = values.pop("torch_dtype", values.get("dtype"))  # the name transformers 5 uses
         config = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
@@ -231,14 +234,14 @@ def read_weight_map(index: str | Path) -> dict[str, str]:
     Raises:
         InputError: not an index file.
     """
-    try:
-        return json.loads(Path(index).read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{index} is no index of weight files: {error!r}") from None
+    weight_map = parse_record(read_text(Path(index)), str(index)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index} is not an index of weight files: it has no weight_map")
+    return weight_map
 
 
 def _clean_generation_config(model: LlavaLlamaForCausalLM) -> None:
-    """Drop published settings that contradict themselves: sampling values without sampling."""
+    """Drop settings of released checkpoints that contradict themselves: sampling values without sampling."""
     settings = model.generation_config
     if not settings.do_sample:
         settings.temperature = settings.top_p = settings.top_k = None
@@ -253,7 +256,9 @@ def _loading_settings(
     dtype = resolve_dtype(dtype)
     # One device given by the user, or a machine without accelerator: everything there, without dispatch hooks.
     spread = device_map is not None and not on_cpu and ":" not in device
-    settings: dict = {"dtype": dtype, "device_map": device_map if spread else {"": device}}
+    settings: dict = {"dtype": dtype}
+    if is_accelerate_available():  # device maps are its work
+        settings["device_map"] = device_map if spread else {"": device}
     if load_8bit or load_4bit:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=load_8bit,

@@ -1,4 +1,4 @@
-"""A checkpoint's folder in the published layout, as it is written: movable, shareable, readable by the published code.
+"""Write a checkpoint's folder in LLaVA's layout: movable, shareable, readable by LLaVA's code.
 
 Towers are not saved: they are frozen and come from `mm_vision_tower`. Where that is a relative path, it is written
 relative to the checkpoint's own folder, so that checkpoint and tower can move together.
@@ -9,15 +9,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from llava.files import atomic_write, make_folder
 from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX
 from llava.model.multimodal_encoder.loading import resolve_name
+from llava.protocols import Tokenizer
 
 PROJECTOR_FILE = "mm_projector.bin"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -25,7 +26,7 @@ ARGUMENTS_FILE = "training_args.bin"
 READABLE = 0o644  # safetensors writes files that their owner alone may read
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a full checkpoint: config, weights without towers, tokenizer.
 
     Args:
@@ -33,7 +34,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Non
         tokenizer: the language model's.
         folder: made if it is not there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with portable_config(model, folder):
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -43,7 +44,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Non
 
 @contextmanager
 def portable_config(model: PreTrainedModel, folder: Path) -> Iterator[None]:
-    """While inside, the model's config is as it should be written into `folder`.
+    """Inside the block, the model's config is as it should be written into `folder`.
 
     Args:
         model: LLaVA, or a plain language model.
@@ -83,10 +84,10 @@ def locate_tower(name: str, source: str, folder: Path) -> str:
     return os.path.relpath(found, folder) if found.exists() else name
 
 
-def copy_sentencepiece_model(tokenizer: Any, folder: Path) -> None:
-    """Put the tokenizer's `tokenizer.model` beside its other files; transformers 5 does not write it any more.
+def copy_sentencepiece_model(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put the tokenizer's `tokenizer.model` next to its other files; transformers 5 does not write it.
 
-    Without it the published code, whose tokenizer reads nothing else, cannot open the checkpoint. A tokenizer that
+    Without it LLaVA's code, whose tokenizer reads nothing else, cannot open the checkpoint. A tokenizer that
     never had one is left alone.
     """
     found = cached_file(
@@ -97,9 +98,8 @@ def copy_sentencepiece_model(tokenizer: Any, folder: Path) -> None:
     )
     target = folder / SENTENCEPIECE_FILE
     if found is not None and Path(found).resolve() != target.resolve():
-        unfinished = folder / f".{SENTENCEPIECE_FILE}.part"
-        shutil.copyfile(found, unfinished)
-        os.replace(unfinished, target)
+        with atomic_write(target) as partial:
+            shutil.copyfile(found, partial)
 
 
 def tidy_checkpoint(folder: Path) -> None:
@@ -110,8 +110,6 @@ def tidy_checkpoint(folder: Path) -> None:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write named tensors as a `.bin` file, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    torch.save(dict(weights), unfinished)
-    os.replace(unfinished, path)
+    """Write named tensors as a `.bin` file, atomically."""
+    with atomic_write(path) as partial:
+        torch.save(dict(weights), partial)

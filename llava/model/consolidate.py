@@ -1,8 +1,8 @@
-"""Write a checkpoint anew, whole: `python -m llava.model.consolidate --src FOLDER --dst FOLDER` (published command).
+"""Write a checkpoint as one full folder: `python -m llava.model.consolidate --src FOLDER --dst FOLDER`.
 
 What comes in may be sharded, in `.bin` files, quantised nowhere, or LoRA and projector weights that need `--model-base`
-(`scripts/merge_lora_weights.py` is the same under its published flags). What goes out is one full checkpoint in the
-published layout, in the dtype of the weights that were read.
+(`scripts/merge_lora_weights.py` is the same under LLaVA's flags). What goes out is one full checkpoint in LLaVA's
+layout, in the dtype of the weights that were read.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def consolidate(source: str, destination: str, base: str | None = None, dtype: s
         source: folder or hub id.
         destination: the new folder.
         base: base model of LoRA or projector weights.
-        dtype: of the new checkpoint; None: what the config of the base (else of the source) says.
+        dtype: of the new checkpoint; None: the one in the config of the base (else of the source).
 
     Raises:
         InputError: something cannot be read, or source and destination are one folder.

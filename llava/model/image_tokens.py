@@ -180,7 +180,7 @@ def project_tokens(
     Returns:
         One record per image.
     """
-    # 1. All crops of all images in one run of tokens, without the padding behind short rows.
+    # 1. All crops of all images in one run of tokens, without the padding of short rows.
     lengths = [length for image in reduced for length in image.lengths.tolist()]
     rows = [crop for image in reduced for crop in image.features]
     valid = torch.cat([crop[:length] for crop, length in zip(rows, lengths, strict=True)])  # [all tokens, D]

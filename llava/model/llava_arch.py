@@ -27,9 +27,9 @@ from llava.model.image_tokens import (
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_vision_projector
-from llava.model.query import recover_query
 from llava.model.splice import PromptEmbeds, assign_images, count_placeholders, pad_batch, splice_sample, strip_padding
 from llava.model.token_reduction import CONFIG_KEY, TEXT, Need, ReducedTokens, TokenReducer, parse_reducer
+from llava.prompt import recover_query
 from llava.protocols import Tokenizer, VisionArguments
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "get_anyres_image_grid_shape", "unpad_image"]

@@ -22,6 +22,7 @@ from llava.constants import (
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.errors import InputError
 from llava.mm_utils import tokenize_texts, tokenizer_image_token
+from llava.prompt import query_of
 from llava.protocols import Tokenizer
 
 TRAINABLE_STYLES = (SeparatorStyle.TWO, SeparatorStyle.PLAIN, SeparatorStyle.LLAMA_2, SeparatorStyle.MPT)
@@ -121,8 +122,8 @@ def choose_query(turns: Sequence[str], rendered: Rendered, source: str) -> str:
             prompt with system message, roles and answers, as in the released training code.
     """
     if source == "conversation":
-        return rendered.prompt.replace(DEFAULT_IMAGE_TOKEN, " ")
-    return "\n".join(turn.replace(DEFAULT_IMAGE_TOKEN, "").strip() for turn in turns[::2])
+        return query_of(rendered.prompt)
+    return "\n".join(query_of(turn).strip() for turn in turns[::2])
 
 
 def build_targets(rendered: Rendered, tokenizer: Tokenizer) -> Targets:

@@ -1,8 +1,8 @@
-"""Write a small, untrained language model in the published layout: where the pocket LLaVA's training starts from.
+"""Write a small, untrained language model: the start of the pocket LLaVA's training.
 
-Run: `python -m playground.shapes.base_llm --out DIR`. The folder has what a Vicuna folder has: `config.json`,
-`generation_config.json`, `model.safetensors`, `tokenizer.model` and the tokenizer's two JSON files. It knows nothing;
-the first step of the recipe is `scripts/finetune.sh` on `letters.json`.
+Run: `python -m playground.shapes.base_llm --out DIR`. The folder has the files of a Vicuna folder: `config.json`,
+`generation_config.json`, `model.safetensors`, `tokenizer.model` and the tokenizer's two JSON files. The first training
+step is `scripts/finetune.sh` on `letters.json`.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from playground.shapes.tokenizer import train_llama_tokenizer
 CONTEXT_LENGTH = 2048
 NUM_HEADS = 4
 WEIGHT_SPREAD = 0.06
-"""Standard deviation of the random weights, near 1 / sqrt(width): three times LLaMA's, which is 20 times as wide."""
+"""Standard deviation of the initial weights, near 1 / sqrt(width): three times LLaMA's, at a twentieth of its width."""
 LOOK_BACK = (1, 2)
-"""Distances of the tokens that the first layer's first heads look at."""
+"""How many tokens back each of the first layer's first heads attends."""
 LOOK_BACK_SCORE = 4.0
 NUM_FREQUENCIES = 8
 NOISE_SHARE = 0.1
@@ -32,16 +32,16 @@ def write_base_llm(folder: Path, num_layers: int = 6, width: int = 192, seed: in
     """Write an untrained model and its tokenizer.
 
     Args:
-        folder: where; made if it is not there.
+        folder: output folder, created if missing.
         num_layers: decoder layers.
         width: hidden size, a multiple of 8.
-        seed: of the random weights.
+        seed: seed of the initial weights.
     """
     train_llama_tokenizer(folder)
     config = LlamaConfig(
         vocab_size=len(AutoTokenizer.from_pretrained(folder)),
         hidden_size=width,
-        intermediate_size=width * 8 // 3 // 8 * 8,  # LLaMA's two thirds of 4 x width, in whole eights
+        intermediate_size=width * 8 // 3 // 8 * 8,  # LLaMA's 2/3 of 4 x width, rounded down to a multiple of 8
         num_hidden_layers=num_layers,
         num_attention_heads=NUM_HEADS,
         num_key_value_heads=NUM_HEADS,
@@ -62,36 +62,36 @@ def write_base_llm(folder: Path, num_layers: int = 6, width: int = 192, seed: in
 
 @torch.no_grad()
 def look_back(model: LlamaForCausalLM) -> None:
-    """Let the first layer's first heads start by looking at the token one and two places back.
+    """Initialise the first layer's first heads to attend one and two tokens back.
 
-    To find an option's letter a model must match a word and then tell what stood before it. Such circuits of two layers
-    (arXiv 2209.11895) appear late in training because neither layer pays without the other; here the first is given.
-    All embeddings get a vector in common, which queries and keys of these heads see and little else; rotary positions
-    then make the score a sum of cosines of (distance - wanted distance), largest where they agree.
+    To find an option's letter, a model must match the option's text and then read the token before it. Such two-layer
+    circuits (arXiv 2209.11895) appear late in training, because neither layer helps without the other; here the first
+    one is built in. All embeddings share one vector, and the queries and keys of these heads respond to little else.
+    With rotary positions the score is then a sum of cosines of (distance - wanted distance), largest where they agree.
 
     Args:
-        model: untrained; its embeddings and the first layer's attention are changed.
+        model: untrained; its embeddings and the first layer's attention are changed in place.
     """
     embeddings = model.model.embed_tokens.weight
     width = embeddings.shape[1]
     common = torch.randn(width)
     common *= WEIGHT_SPREAD * math.sqrt(width) / common.norm()
     embeddings += common
-    # After the norm an embedding has root mean square 1; this is how long its part along `common` then is.
+    # After the norm an embedding has root mean square 1; `length` is its component along `common`.
     length = common.norm() / math.sqrt(WEIGHT_SPREAD**2 + common.square().mean())
     for head, distance in enumerate(LOOK_BACK):
         set_distance(model.model.layers[0].self_attn, head, distance, common / common.norm(), length)
 
 
 def set_distance(attention: LlamaAttention, head: int, distance: int, direction: Tensor, length: Tensor) -> None:
-    """Make one head's score depend on the distance between tokens.
+    """Make one head's attention score depend on the distance between tokens.
 
     Args:
-        attention: the layer, changed.
-        head: which head.
-        distance: where the score is largest.
+        attention: the layer, changed in place.
+        head: index of the head.
+        distance: the distance at which the score is largest, in tokens.
         direction: `[E]` unit vector that all inputs share.
-        length: scalar, the inputs' part along it.
+        length: scalar, the inputs' component along it.
     """
     size = attention.head_dim
     frequencies = attention.config.rope_parameters["rope_theta"] ** (-torch.arange(size // 2) * 2 / size)
@@ -106,7 +106,6 @@ def set_distance(attention: LlamaAttention, head: int, distance: int, direction:
 
 
 def main() -> None:
-    """Write the model."""
     parser = argparse.ArgumentParser(description="Write an untrained pocket language model.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=6)

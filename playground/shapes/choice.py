@@ -1,7 +1,7 @@
 """Multiple-choice questions about scenes, in the forms of MMBench, MMBench-CN, ScienceQA and SEED-Bench.
 
-All of them end in a line that asks for the option's letter. In the Chinese form the sentence is Chinese, and objects
-keep their English names, as brand names do: the pocket CLIP reads English alone.
+Each ends with a line that asks for the option's letter. Chinese questions keep the English names of objects: the pocket
+CLIP reads English only.
 """
 
 import random
@@ -26,10 +26,10 @@ class Choice:
 
     Attributes:
         kind: `object`, `color`, `shape`, `number` or `place`.
-        text: the question, English.
-        text_cn: the question, Chinese.
-        options: in the order shown.
-        answer: index of the right one.
+        text: the question in English.
+        text_cn: the question in Chinese.
+        options: the options, in the order shown.
+        answer: index of the correct option.
     """
 
     kind: str
@@ -40,18 +40,18 @@ class Choice:
 
     @property
     def letter(self) -> str:
-        """The right option's letter."""
+        """The correct option's letter."""
         return LETTERS[self.answer]
 
     def lines(self, chinese: bool = False, hint: str | None = None) -> str:
-        """Write hint, question and options, without the line that asks for a letter."""
+        """Write hint, question and options, one per line, without the line that asks for a letter."""
         lines = [hint] if hint else []
         lines.append(self.text_cn if chinese else self.text)
         lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         return "\n".join(lines)
 
     def question(self, chinese: bool = False, hint: str | None = None) -> sentence.Question:
-        """Write the question as it is put."""
+        """Write the whole question, with the line that asks for a letter."""
         return sentence.Question(
             self.lines(chinese, hint), self.letter, suffix=LETTER_LINE_CN if chinese else LETTER_LINE
         )
@@ -60,15 +60,15 @@ class Choice:
 def make_choice(
     kind: str, texts: tuple[str, str], right: str, wrong: Sequence[str], chooser: random.Random, number: int
 ) -> Choice:
-    """Mix the right option with wrong ones.
+    """Shuffle the correct option with wrong ones.
 
     Args:
         kind: see `Choice`.
-        texts: the question, English and Chinese.
-        right: the right option.
-        wrong: possible wrong ones, the best first; `number - 1` of them are taken.
-        chooser: the source of randomness.
-        number: options to show.
+        texts: the question in English and Chinese.
+        right: the correct option.
+        wrong: candidates for the wrong options, best first; the first `number - 1` are used.
+        chooser: the random generator.
+        number: number of options.
     """
     options = [right, *wrong[: number - 1]]
     chooser.shuffle(options)
@@ -76,7 +76,7 @@ def make_choice(
 
 
 def choose_object(scene: Scene, chooser: random.Random, number: int) -> Choice:
-    """Ask which of some objects is there; half of the wrong ones are easily confused with what is."""
+    """Ask which object the image shows; half of the wrong options resemble an object that it shows."""
     confusable = sentence.confusable_names(scene, chooser)[: len(SHAPES)]
     absent = sentence.absent_names(scene)
     wrong: list[str] = []
@@ -89,7 +89,7 @@ def choose_object(scene: Scene, chooser: random.Random, number: int) -> Choice:
 
 
 def choose_feature(scene: Scene, chooser: random.Random, number: int) -> list[Choice]:
-    """Ask for each colour, shape and place that can be asked for, and for the number of objects."""
+    """Ask for every colour, shape and place that has one answer, and for the number of objects."""
     choices = []
     for kind, questions, names in (
         ("color", sentence.ask_color(scene), tuple(COLORS)),
@@ -107,7 +107,7 @@ def choose_feature(scene: Scene, chooser: random.Random, number: int) -> list[Ch
 
 
 def translate(kind: str, question: sentence.Question) -> str:
-    """Write a question in Chinese; names of objects, colours and shapes stay English."""
+    """Translate a question into Chinese; names of objects, colours and shapes stay English."""
     about = question.about
     if kind == "color":
         return f"{about.shape} 是什么颜色？"
@@ -119,12 +119,12 @@ def translate(kind: str, question: sentence.Question) -> str:
 
 
 def choose_any(scene: Scene, chooser: random.Random, number: int | None = None) -> Choice:
-    """Ask any multiple-choice question, every second time for an object.
+    """Ask a random multiple-choice question; half of them ask for an object.
 
     Args:
-        scene: what is in the picture.
-        chooser: the source of randomness.
-        number: options to show; None: three or four.
+        scene: the scene in the image.
+        chooser: the random generator.
+        number: number of options; None: three or four.
     """
     number = number or chooser.randint(MIN_OPTIONS, MAX_OPTIONS)
     if chooser.random() < 0.5:
@@ -132,15 +132,15 @@ def choose_any(scene: Scene, chooser: random.Random, number: int | None = None) 
     return chooser.choice(choose_feature(scene, chooser, number))
 
 
-def choose_told(scene: Scene, chooser: random.Random, number: int | None = None) -> Choice:
-    """Ask any question that a scene told in words answers: words tell no place."""
+def choose_described(scene: Scene, chooser: random.Random, number: int | None = None) -> Choice:
+    """Ask a random question that a description of the scene answers; descriptions give no places."""
     while (asked := choose_any(scene, chooser, number)).kind == "place":
         pass
     return asked
 
 
 def ask_choice(scene: Scene, chooser: random.Random) -> sentence.Question:
-    """Put a multiple-choice question in one of its forms: English, Chinese, or with ScienceQA's line of context."""
+    """Ask a multiple-choice question in one of its forms: English, Chinese, or with ScienceQA's context line."""
     form = chooser.random()
     choice = choose_any(scene, chooser)
     if form < 0.2:
@@ -151,6 +151,6 @@ def ask_choice(scene: Scene, chooser: random.Random) -> sentence.Question:
 
 
 def write_hint(scene: Scene) -> str:
-    """Write a line of context that is true and gives nothing away."""
+    """Write a context line that is true and does not give the answer away."""
     number = len(scene.objects)
     return "Context: " + HINT.format("one object" if number == 1 else f"{sentence.NUMBER_WORDS[number]} objects")

@@ -1,7 +1,7 @@
-"""What the pocket CLIP is trained on: pictures as one array, and texts that are true of them.
+"""The training data of the pocket CLIP: images in one array, and texts that are true of them.
 
-A text's needs are the features a picture must have for the text to be true of it, so that a batch knows every true
-pair and not only the one it was made from: a question about a red circle fits all pictures with a red circle.
+Each text lists the features an image must have to match it. A batch therefore knows every matching pair, not only the
+pairs it was drawn as: a question about a red circle matches all images with a red circle.
 """
 
 import random
@@ -19,59 +19,58 @@ from playground.shapes.world import COLORS, PICTURE_SIZE, SHAPES, SPLITS, Scene,
 
 NUM_PROCESSES = 2
 FEATURES = {name: index for index, name in enumerate((*sentence.ALL_NAMES, *COLORS, *SHAPES))}
-# Shares of the kinds of text: the whole scene, one object in a caption, and questions (the rest).
+# Shares of the kinds of text: captions of the whole scene, captions of one object; the rest are questions.
 SCENE_SHARE, OBJECT_SHARE = 0.5, 0.2
 QUESTION_WEIGHTS = {"presence": 0.5, "place": 0.2, "color": 0.15, "shape": 0.15}
 SUFFIX_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures and what they show: `pixels` is uint8[I, H, W, 3], `features` float32[I, len(FEATURES)] of 0 and 1."""
+class ImageSet:
+    """Images and their contents: `pixels` `uint8[I, H, W, 3]`, `features` `float32[I, len(FEATURES)]` of 0 and 1."""
 
     pixels: np.ndarray
     scenes: list[Scene]
     features: Tensor
 
 
-def draw_pictures(split: str, count: int, seed: int = 0) -> Pictures:
-    """Draw the first `count` pictures of a split, in parallel, into one array."""
+def draw_images(split: str, count: int, seed: int = 0) -> ImageSet:
+    """Draw the first `count` images of a split, in parallel, into one array."""
     pixels = np.empty((count, PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
     scenes = []
     with ProcessPoolExecutor(NUM_PROCESSES) as pool:
-        for index, (picture, scene) in enumerate(pool.map(partial(draw_one, seed, split), range(count), chunksize=256)):
-            pixels[index] = picture
+        for index, (image, scene) in enumerate(pool.map(partial(draw_one, seed, split), range(count), chunksize=256)):
+            pixels[index] = image
             scenes.append(scene)
-    return Pictures(pixels, scenes, torch.stack([mark_features(list_features(scene)) for scene in scenes]))
+    return ImageSet(pixels, scenes, torch.stack([mark_features(list_features(scene)) for scene in scenes]))
 
 
 def draw_one(seed: int, split: str, index: int) -> tuple[np.ndarray, Scene]:
-    """Draw one picture as an array."""
-    picture, scene = draw_scene(seed, SPLITS[split], index)
-    return np.asarray(picture), scene
+    image, scene = draw_scene(seed, SPLITS[split], index)
+    return np.asarray(image), scene
 
 
 def list_features(scene: Scene) -> list[str]:
-    """List what is true of a scene: its objects' names, colours and shapes."""
-    return [word for item in scene.objects for word in (item.name, item.color, item.shape)]
+    """List a scene's features: its objects' names, colours and shapes."""
+    return [name for item in scene.objects for name in (item.name, item.color, item.shape)]
 
 
-def mark_features(words: Sequence[str]) -> Tensor:
-    """Mark features, float32[len(FEATURES)]."""
-    marks = torch.zeros(len(FEATURES))
-    marks[[FEATURES[word] for word in words]] = 1
-    return marks
+def mark_features(names: Sequence[str]) -> Tensor:
+    """Encode features as 0 and 1, `float32[len(FEATURES)]`."""
+    present = torch.zeros(len(FEATURES))
+    present[[FEATURES[name] for name in names]] = 1
+    return present
 
 
 def choose_texts(scene: Scene, chooser: random.Random) -> tuple[tuple[str, list[str]], tuple[str, list[str]]]:
-    """Choose a text that fits a scene, and the same text with one object's colour or shape exchanged.
+    """Choose a text that matches a scene, and the same text with one object's colour or shape exchanged.
 
     The second is a hard negative, as in NegCLIP (Yuksekgonul et al., ICLR 2023): without it a small model learns
-    colours and stays blind to shapes for long. Questions are the form in which the text tower is later asked, with
-    and without the short-answer suffix.
+    colours and ignores shapes for a long time. The questions have the form that the text tower reads later, with and
+    without the short-answer suffix.
 
     Returns:
-        Twice a text and the features that a picture needs for it to be true.
+        Two pairs of a text and the features that an image must have to match it.
     """
     share = chooser.random()
     if share < SCENE_SHARE:
@@ -89,7 +88,7 @@ def choose_texts(scene: Scene, chooser: random.Random) -> tuple[tuple[str, list[
 
 
 def exchange(objects: Sequence[WorldObject], scene: Scene, chooser: random.Random) -> list[WorldObject]:
-    """Replace one of the objects by one of another colour or shape that the scene does not show."""
+    """Replace one object by one of another colour or shape that the scene does not contain."""
     place = chooser.randrange(len(objects))
     item = objects[place]
     present = {each.name for each in scene.objects}
@@ -99,12 +98,12 @@ def exchange(objects: Sequence[WorldObject], scene: Scene, chooser: random.Rando
 
 
 def write_caption(objects: Sequence[WorldObject], form: str) -> tuple[str, list[str]]:
-    """Write a caption and what it needs."""
+    """Write a caption; returns it with the features it needs."""
     return sentence.caption(objects, form), [each.name for each in objects]
 
 
 def write_question(item: WorldObject, kind: str, suffix: str) -> tuple[str, list[str]]:
-    """Write a question about an object and what it needs."""
+    """Write a question about an object; returns it with the features it needs."""
     text, need = {
         "presence": (sentence.ask_presence(item.name), item.name),
         "place": (f"Where is the {item.name}?", item.name),
@@ -115,13 +114,13 @@ def write_question(item: WorldObject, kind: str, suffix: str) -> tuple[str, list
 
 
 def match_pairs(needs: Tensor, features: Tensor) -> Tensor:
-    """Tell which texts are true of which pictures.
+    """Match texts with images.
 
     Args:
-        needs: float32[T, len(FEATURES)] of the texts.
-        features: float32[I, len(FEATURES)] of the pictures.
+        needs: `float32[T, len(FEATURES)]` features that the texts need.
+        features: `float32[I, len(FEATURES)]` features of the images.
 
     Returns:
-        float32[T, I] of 0 and 1.
+        `float32[T, I]`, 1 where the text is true of the image, else 0.
     """
     return (needs @ features.T == needs.sum(1, keepdim=True)).float()

@@ -1,6 +1,6 @@
-"""Name one picture of the written POPE files and a question about something that it shows, for the demo to draw.
+"""Pick one image of the generated POPE files and a question about an object in it, for the demo to draw.
 
-`python -m playground.shapes.example --data DIR --number K` prints the picture's path and the question, a line each.
+`python -m playground.shapes.example --data DIR --number K` prints the image's path and the question, one per line.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from llava.errors import InputError, run_command
 
 
 def find_example(data: Path, number: int) -> tuple[Path, str]:
-    """Find the first question with the answer yes about the picture of that number.
+    """Find the first question with the answer yes about an image.
 
     Args:
         data: the folder that `generate --out` wrote.
-        number: which picture, from 0, in the order of the questions.
+        number: number of the image, from 0, by file name.
 
     Raises:
-        InputError: there are no POPE files, or not so many pictures.
+        InputError: there are no POPE files, or fewer images.
     """
     root = data / "eval" / "pope"
     labels = root / "coco" / "coco_pope_random.json"
@@ -27,15 +27,14 @@ def find_example(data: Path, number: int) -> tuple[Path, str]:
         raise InputError(f"no POPE files under {data}: python -m playground.shapes.generate --out {data} writes them")
     rows = [json.loads(line) for line in labels.read_text(encoding="utf-8").splitlines()]
     shown = {row["image"]: row["text"] for row in reversed(rows) if row["label"] == "yes"}
-    pictures = sorted(shown)
-    if not 0 <= number < len(pictures):
-        raise InputError(f"--number {number}: {labels} has {len(pictures)} pictures, counted from 0")
-    return root / "val2014" / pictures[number], shown[pictures[number]]
+    images = sorted(shown)
+    if not 0 <= number < len(images):
+        raise InputError(f"--number {number}: {labels} has {len(images)} images, counted from 0")
+    return root / "val2014" / images[number], shown[images[number]]
 
 
 def main() -> None:
-    """Print the example."""
-    parser = argparse.ArgumentParser(description="Name a picture and a question about something that it shows.")
+    parser = argparse.ArgumentParser(description="Pick an image and a question about an object in it.")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--number", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Write the embedded world's files: training sets in LLaVA's form, the twelve benchmarks, and pictures to calibrate on.
+"""Write the embedded world's files: training sets in LLaVA's format, the twelve benchmarks, and calibration images.
 
-All layouts are the published ones. Training and evaluation pictures come from different seeds, every benchmark has its
-own pictures.
+Every benchmark has its official file layout and its own images. Training and evaluation images come from different
+seeds.
 
 Run: `python -m playground.shapes.generate --out DIR --train-images N --eval-images M --seed S` writes
 
@@ -25,48 +25,47 @@ from playground.shapes.world import Scene
 
 CHUNK_SIZE = 64
 CALIBRATE_IMAGES = 200
-MAX_EVAL_IMAGES = 10_000  # of one benchmark: their seeds stand this far apart
-ORDER = ("pope", *(name for name in FOLDERS if name != "pope"))  # POPE's pictures are the first
+MAX_EVAL_IMAGES = 10_000  # per benchmark: the distance between the seeds of two benchmarks
+ORDER = ("pope", *(name for name in FOLDERS if name != "pope"))  # POPE has the first images
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture on disk: its file name inside the image folder, and what is in it."""
+class DrawnImage:
+    """An image on disk: its file name in the image folder, and its contents."""
 
     file: str
     scene: Scene
 
 
-def draw_pictures(folder: Path, split: str, count: int, seed: int) -> list[Picture]:
-    """Draw `count` pictures of a split into a folder, in parallel."""
+def draw_images(folder: Path, split: str, count: int, seed: int) -> list[DrawnImage]:
+    """Draw `count` images of a split into a folder, in parallel."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(NUM_PROCESSES) as pool:
-        return list(pool.map(partial(draw_picture, folder, split, seed), range(count), chunksize=CHUNK_SIZE))
+        return list(pool.map(partial(draw_image, folder, split, seed), range(count), chunksize=CHUNK_SIZE))
 
 
-def draw_picture(folder: Path, split: str, seed: int, index: int) -> Picture:
-    """Draw and save one picture."""
+def draw_image(folder: Path, split: str, seed: int, index: int) -> DrawnImage:
     drawing = draw_one(seed, split, index)
     file = f"shapes_{index:012d}.png"
     drawing.save(folder / file)
-    return Picture(file, drawing.scene)
+    return DrawnImage(file, drawing.scene)
 
 
 def write_train(folder: Path, count: int, samples_per_image: int, seed: int) -> None:
-    """Write the training pictures and the JSON files."""
-    pictures = draw_pictures(folder / "images", "train", count, seed)
+    """Write the training images and the JSON files."""
+    images = draw_images(folder / "images", "train", count, seed)
     chooser = random.Random(seed)
-    captions = (conversation.describe(index, each.file, each.scene) for index, each in enumerate(pictures))
+    captions = (conversation.describe(index, each.file, each.scene) for index, each in enumerate(images))
     write_samples(folder / "pretrain.json", captions)
     exam_chooser = random.Random(seed + 1)
     finetune, letters, text, exam = [], [], [], []
     for turn in range(samples_per_image):
-        for index, picture in enumerate(pictures):
-            other = chooser.choice(pictures)
-            finetune.append(conversation.converse(f"{turn}-{index}", picture, other, chooser))
+        for index, image in enumerate(images):
+            other = chooser.choice(images)
+            finetune.append(conversation.converse(f"{turn}-{index}", image, other, chooser))
             for samples, shares in ((letters, conversation.FIRST_WORDS), (text, conversation.WORDS)):
-                samples.append(conversation.converse_in_words(f"{turn}-{index}", picture.scene, chooser, shares))
-            exam.append(conversation.ask_once(f"{turn}-{index}", picture, exam_chooser))
+                samples.append(conversation.converse_in_words(f"{turn}-{index}", image.scene, chooser, shares))
+            exam.append(conversation.ask_once(f"{turn}-{index}", image, exam_chooser))
     write_samples(folder / "finetune.json", finetune)
     write_samples(folder / "letters.json", letters)
     write_samples(folder / "text.json", text)
@@ -74,13 +73,13 @@ def write_train(folder: Path, count: int, samples_per_image: int, seed: int) -> 
 
 
 def write_eval(folder: Path, count: int, seed: int, names: tuple[str, ...] = ORDER) -> None:
-    """Write benchmarks, each on `count` pictures of its own.
+    """Write benchmarks, each on `count` images of its own.
 
     Args:
-        folder: the data root; every benchmark gets its published folder in it.
-        count: pictures per benchmark.
-        seed: of the pictures and of the choice of questions.
-        names: which benchmarks.
+        folder: the data root; every benchmark gets its usual folder in it.
+        count: images per benchmark.
+        seed: seed of the images and of the choice of questions.
+        names: names of the benchmarks.
     """
     for name in names:
         module, place = FOLDERS[name]
@@ -90,25 +89,24 @@ def write_eval(folder: Path, count: int, seed: int, names: tuple[str, ...] = ORD
 
 
 def write_calibrate(folder: Path, count: int, seed: int) -> None:
-    """Write pictures with one query each, and where the asked-for object is (the input of `llava.calibrate`)."""
+    """Write images with one query each and the box of the object it asks about (the input of `llava.calibrate`)."""
     chooser = random.Random(seed)
     rows = []
-    for picture in draw_pictures(folder / "images", "calibrate", count, seed):
-        question = sentence.ask_present(picture.scene, chooser)
+    for image in draw_images(folder / "images", "calibrate", count, seed):
+        question = sentence.ask_present(image.scene, chooser)
         boxes = [question.about.box]
-        rows.append({"image": f"images/{picture.file}", "query": question.text + sentence.SUFFIX, "boxes": boxes})
+        rows.append({"image": f"images/{image.file}", "query": question.text + sentence.SUFFIX, "boxes": boxes})
     write_lines(folder / "calibrate.jsonl", rows)
 
 
 def main() -> None:
-    """Write everything."""
     parser = argparse.ArgumentParser(description="Write the embedded world's training and evaluation files.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train-images", type=int, default=20000)
-    parser.add_argument("--eval-images", type=int, default=200, help="pictures per benchmark")
-    parser.add_argument("--benchmarks", default=" ".join(ORDER), help="which of them, by their words")
+    parser.add_argument("--eval-images", type=int, default=200, help="images per benchmark")
+    parser.add_argument("--benchmarks", default=" ".join(ORDER), help="names of the benchmarks to write")
     parser.add_argument("--calibrate-images", type=int, default=CALIBRATE_IMAGES)
-    parser.add_argument("--samples-per-image", type=int, default=4, help="finetuning conversations per picture")
+    parser.add_argument("--samples-per-image", type=int, default=4, help="finetuning conversations per image")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if min(arguments.train_images, arguments.eval_images, arguments.calibrate_images, arguments.seed) < 0:

@@ -1,7 +1,7 @@
-"""What can be said and asked about a scene, in one fixed set of wordings.
+"""Every sentence and question about a scene, in one fixed set of wordings.
 
-The generator, the tokenizers and the pocket CLIP's captions all take their sentences from here, so that no model is
-ever asked in words that it has not seen.
+The generator, the tokenizers and the pocket CLIP's captions take all their sentences from here, so that no model meets
+a wording that it has not been trained on.
 """
 
 import random
@@ -18,20 +18,20 @@ OCR_LINE = "\nReference OCR token: "  # TextVQA
 OCR_WORDS = ("STOP", "EXIT", "OPEN", "TAXI", "MENU", "SALE")
 ALL_NAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 PLACES = ("left", "right", "top", "bottom")
-MIN_OFFSET = 14  # pixels from the middle below which a place has no name
+MIN_OFFSET = 14  # pixels from the centre; an object nearer to it has no named place
 ORDINALS = ("first", "second")
-PICTURE_IN_WORDS = "Picture: {}\n"
+IMAGE_IN_WORDS = "Picture: {}\n"
 DESCRIBE = "Describe the image."
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three"}
-SAME_COLOR_SHARE = 0.75  # of lookalikes, those that only their shape tells from what is there
+SAME_COLOR_SHARE = 0.75  # of lookalikes: same colour as a present object, another shape
 CAPTION_FORMS = ("{}.", "{}", "a picture of {}.", "there is {} in the picture.")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and the object it is about (None: the whole picture).
+    """A question, its answer, and the object it is about (None: the whole image).
 
-    `suffix` is what a benchmark puts after the question; nothing where a sentence is wanted.
+    `suffix` is the instruction after the question; empty where the answer is a sentence.
     """
 
     text: str
@@ -41,33 +41,32 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The question as it is put."""
+        """The question with its instruction."""
         return self.text + self.suffix
 
 
 def with_article(name: str) -> str:
-    """Put `a` or `an` before a name."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def list_objects(objects: Sequence[WorldObject]) -> str:
-    """Name the objects: `a red circle, a blue square and an orange star`."""
+    """List the objects: `a red circle, a blue square and an orange star`."""
     names = [with_article(item.name) for item in objects]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def caption(objects: Sequence[WorldObject], form: str = "{}.") -> str:
-    """Describe a picture by its objects, in the order given."""
+    """Describe an image by its objects, in the given order."""
     return form.format(list_objects(objects))
 
 
-def ask_presence(name: str, picture: str = "image") -> str:
-    """Ask whether an object is there, in POPE's wording; `picture` tells one of several pictures."""
-    return f"Is there {with_article(name)} in the {picture}?"
+def ask_presence(name: str, image: str = "image") -> str:
+    """Ask whether an object is there, in POPE's wording; `image` names one of several, e.g. "first image"."""
+    return f"Is there {with_article(name)} in the {image}?"
 
 
 def name_place(item: WorldObject) -> str | None:
-    """Name the side of the picture an object is on, or None where two names would do."""
+    """Name the side of the image that an object is on; None where two names fit."""
     across = (item.box[0] + item.box[2] - PICTURE_SIZE) / 2
     down = (item.box[1] + item.box[3] - PICTURE_SIZE) / 2
     if max(abs(across), abs(down)) < MIN_OFFSET or abs(abs(across) - abs(down)) < MIN_OFFSET / 2:
@@ -78,7 +77,7 @@ def name_place(item: WorldObject) -> str | None:
 
 
 def ask_color(scene: Scene) -> list[Question]:
-    """Ask for the colour of every shape that occurs once."""
+    """Ask for the colour of each shape that occurs once."""
     counts = Counter(item.shape for item in scene.objects)
     return [
         Question(f"What color is the {item.shape}?", item.color, item)
@@ -88,7 +87,7 @@ def ask_color(scene: Scene) -> list[Question]:
 
 
 def ask_shape(scene: Scene) -> list[Question]:
-    """Ask for the shape of every colour that occurs once."""
+    """Ask for the shape of each colour that occurs once."""
     counts = Counter(item.color for item in scene.objects)
     return [
         Question(f"What shape is the {item.color} object?", item.shape, item)
@@ -98,28 +97,27 @@ def ask_shape(scene: Scene) -> list[Question]:
 
 
 def ask_place(scene: Scene) -> list[Question]:
-    """Ask where every object is whose place has a name."""
+    """Ask for the place of each object whose place has a name."""
     placed = [(item, name_place(item)) for item in scene.objects]
     return [Question(f"Where is the {item.name}?", place, item) for item, place in placed if place is not None]
 
 
 def ask_number(scene: Scene) -> list[Question]:
-    """Ask how many objects the picture shows."""
     return [Question("How many objects are in the image?", str(len(scene.objects)))]
 
 
 def describe(scene: Scene) -> Question:
-    """Ask for a description; the objects are named from left to right."""
+    """Ask for a description, which lists the objects from left to right."""
     return Question(DESCRIBE, caption(sort_objects(scene)), suffix="")
 
 
 def sort_objects(scene: Scene) -> list[WorldObject]:
-    """Order the objects from left to right."""
+    """Sort the objects from left to right."""
     return sorted(scene.objects, key=lambda item: item.box)
 
 
 def tell_number(scene: Scene) -> Question:
-    """Ask for the objects and their number, in a sentence."""
+    """Ask for the number of objects and their names; the answer is a sentence."""
     number = len(scene.objects)
     start = "There is 1 object" if number == 1 else f"There are {number} objects"
     text = "How many objects are there, and what are they?"
@@ -127,14 +125,14 @@ def tell_number(scene: Scene) -> Question:
 
 
 def tell_color(scene: Scene) -> list[Question]:
-    """Ask for a colour, in a sentence."""
+    """Ask for each colour; the answer is a sentence."""
     return [
         Question(each.text, f"The {each.about.shape} is {each.answer}.", each.about, "") for each in ask_color(scene)
     ]
 
 
 def tell_place(scene: Scene) -> list[Question]:
-    """Ask for a place, in a sentence."""
+    """Ask for each place; the answer is a sentence."""
     return [
         Question(each.text, f"The {each.about.name} is on the {each.answer}.", each.about, "")
         for each in ask_place(scene)
@@ -142,13 +140,13 @@ def tell_place(scene: Scene) -> list[Question]:
 
 
 def absent_names(scene: Scene) -> list[str]:
-    """List the names of all kinds of objects that the scene lacks."""
+    """List the names of all objects that the scene does not contain."""
     present = {item.name for item in scene.objects}
     return [name for name in ALL_NAMES if name not in present]
 
 
 def confusable_names(scene: Scene, chooser: random.Random) -> list[str]:
-    """List absent names that share colour or shape with the scene, first those of which both occur; ties shuffled."""
+    """List absent objects that share colour or shape with the scene; those that share both first, ties shuffled."""
     colors = {item.color for item in scene.objects}
     shapes = {item.shape for item in scene.objects}
     absent = absent_names(scene)
@@ -158,13 +156,13 @@ def confusable_names(scene: Scene, chooser: random.Random) -> list[str]:
 
 
 def ask_absent(scene: Scene, chooser: random.Random) -> Question:
-    """Ask for something that isn't there; every second time something easily confused with what is."""
+    """Ask for an absent object; half of the time one that resembles a present object."""
     candidates = confusable_names(scene, chooser)[: len(SHAPES)] if chooser.random() < 0.5 else absent_names(scene)
     return Question(ask_presence(chooser.choice(candidates)), "No")
 
 
 def ask_lookalike(scene: Scene, chooser: random.Random) -> Question:
-    """Ask for something that isn't there but has the colour, or the shape, of something that is."""
+    """Ask for an absent object with the colour or the shape of a present one."""
     item = chooser.choice(scene.objects)
     feature = item.color if chooser.random() < SAME_COLOR_SHARE else item.shape
     absent = absent_names(scene)
@@ -173,46 +171,45 @@ def ask_lookalike(scene: Scene, chooser: random.Random) -> Question:
 
 
 def ask_present(scene: Scene, chooser: random.Random) -> Question:
-    """Ask for something that is there."""
+    """Ask for a present object."""
     item = chooser.choice(scene.objects)
     return Question(ask_presence(item.name), "Yes", item)
 
 
 def ask_either_way(scene: Scene, chooser: random.Random) -> Question:
-    """Ask for something that is there or isn't, each as often."""
+    """Ask for a present or an absent object, with equal chance."""
     return ask_present(scene, chooser) if chooser.random() < 0.5 else ask_absent(scene, chooser)
 
 
 def say_yes_or_no(is_true: bool) -> str:
-    """Answer a yes/no question."""
     return "Yes" if is_true else "No"
 
 
 def check_number(scene: Scene, number: int) -> Question:
-    """Ask whether the picture shows so many objects."""
+    """Ask whether the image shows `number` objects."""
     objects = "is one object" if number == 1 else f"are {NUMBER_WORDS[number]} objects"
     text = f"{objects.split()[0].capitalize()} there {objects.split(' ', 1)[1]} in the image?"
     return Question(text, say_yes_or_no(len(scene.objects) == number))
 
 
 def check_more(scene: Scene, number: int) -> Question:
-    """Ask whether the picture shows more than so many objects."""
+    """Ask whether the image shows more than `number` objects."""
     return Question(f"Are there more than {NUMBER_WORDS[number]} objects?", say_yes_or_no(len(scene.objects) > number))
 
 
 def check_place(question: Question, place: str) -> Question:
-    """Turn a question for a place into one that names it."""
+    """Turn a question for a place into a yes/no question about `place`."""
     text = f"Is the {question.about.name} on the {place}?"
     return Question(text, say_yes_or_no(question.answer == place), question.about)
 
 
 def check_color(question: Question, color: str) -> Question:
-    """Turn a question for a colour into one that names it."""
+    """Turn a question for a colour into a yes/no question about `color`."""
     return Question(f"Is the {question.about.shape} {color}?", say_yes_or_no(question.answer == color), question.about)
 
 
 def check_any(scene: Scene, chooser: random.Random) -> Question:
-    """Ask a yes/no question about number, place or colour; as many yes as no."""
+    """Ask a yes/no question about number, place or colour."""
     is_true = chooser.random() < 0.5
     places, colors = ask_place(scene), ask_color(scene)
     kind = chooser.choice(["number", *["place"] * bool(places), *["color"] * bool(colors)])
@@ -238,12 +235,12 @@ def offer_two(question: Question, chooser: random.Random) -> Question:
 
 
 def allow_unanswerable(question: Question) -> Question:
-    """Put a question as VizWiz does: capitalised, and with leave to say that it cannot be answered."""
+    """Write a question as VizWiz does: capitalised, with `Unanswerable` as an allowed answer."""
     return Question(question.text.capitalize(), question.answer, question.about, UNANSWERABLE_HINT + SUFFIX)
 
 
 def ask_blind(scene: Scene, chooser: random.Random) -> Question:
-    """Ask as VizWiz does for a colour, of a shape that is there or, every third time, of one that isn't."""
+    """Ask for a colour as VizWiz does; one third of the questions, where possible, are about an absent shape."""
     questions = ask_color(scene) or ask_number(scene)
     present = {item.shape for item in scene.objects}
     missing = [shape for shape in SHAPES if shape not in present]
@@ -253,13 +250,13 @@ def ask_blind(scene: Scene, chooser: random.Random) -> Question:
 
 
 def add_ocr(question: Question, chooser: random.Random) -> Question:
-    """Put a question as TextVQA does, with a line of words that a reader of signs would have found."""
+    """Write a question as TextVQA does, with a line of OCR tokens."""
     words = chooser.sample(OCR_WORDS, chooser.randrange(4))
     return Question(question.text, question.answer, question.about, OCR_LINE + ", ".join(words) + SUFFIX)
 
 
 def ask_with_ocr(scene: Scene, chooser: random.Random) -> Question:
-    """Ask for a colour, a shape or the number beside words that don't help."""
+    """Ask for a colour, a shape or the number, with OCR tokens that do not help."""
     return add_ocr(chooser.choice(ask_color(scene) + ask_shape(scene) + ask_number(scene)), chooser)
 
 
@@ -280,12 +277,12 @@ KINDS: dict[str, Callable[[Scene, random.Random], Sequence[Question]]] = {
 
 
 def ask_any(scene: Scene, chooser: random.Random, kinds: Mapping[str, float]) -> Question:
-    """Ask one question of a random kind; a kind that this scene can't answer is replaced by a presence question.
+    """Ask one question of a random kind; a kind that does not fit the scene is replaced by a presence question.
 
     Args:
-        scene: what is in the picture.
-        chooser: the source of randomness.
-        kinds: weight of each kind, words of `KINDS`.
+        scene: the scene in the image.
+        chooser: the random generator.
+        kinds: weight of each kind; the keys are keys of `KINDS`.
     """
     kind = chooser.choices(list(kinds), list(kinds.values()))[0]
     return chooser.choice(KINDS[kind](scene, chooser) or [ask_either_way(scene, chooser)])

@@ -1,7 +1,7 @@
-"""Train the two small tokenizers: a LLaMA-like sentencepiece model and CLIP's byte-level BPE.
+"""Train the two small tokenizers: a LLaMA-style sentencepiece model and CLIP's byte-level BPE.
 
-Both read the world's own sentences, so that a question costs a dozen tokens. The files have the published layout
-(`tokenizer.model` for the language model; `vocab.json` and `merges.txt` for CLIP).
+Both are trained on the world's own sentences, so that a question takes a dozen tokens. Files: `tokenizer.model` for the
+language model; `vocab.json` and `merges.txt` for CLIP.
 
 Run: `python -m playground.shapes.tokenizer --out DIR` writes `DIR/llama` and `DIR/clip`.
 """
@@ -25,8 +25,8 @@ from playground.shapes.world import SPLITS, draw_scene
 LLAMA_VOCABULARY_SIZE = 640
 CLIP_VOCABULARY_SIZE = 1024
 CHOICES_PER_SCENE = 3
-# Sentences that stand in every prompt are one piece each: a prompt then takes 20 tokens instead of 56. So are the marks
-# of the options, else pieces would form across the end of a line.
+# The fixed sentences of the prompts are one token each: a prompt then takes 20 tokens instead of 56. So are the option
+# letters, or tokens would form across line ends.
 FRAME_SENTENCES = [
     conv_templates["v1"].system,
     *(sentence.SUFFIX.strip(), sentence.UNANSWERABLE_HINT.strip(), sentence.OCR_LINE.strip()),
@@ -36,12 +36,12 @@ FRAME_SENTENCES = [
 CLIP_CONTEXT_LENGTH = 77
 END_OF_WORD = "</w>"
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's own way of cutting a text into words, before any merge.
+# How CLIP splits a text into words, before any merge.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def write_corpus(num_scenes: int = 400) -> Iterator[str]:
-    """Yield the world's sentences and the prompt frame that LLaVA wraps them in."""
+    """Yield the world's sentences, questions inside LLaVA's prompt."""
     chooser = random.Random(0)
     frame = conv_templates["v1"]
     for index in range(num_scenes):
@@ -53,14 +53,14 @@ def write_corpus(num_scenes: int = 400) -> Iterator[str]:
             yield sentence.caption(scene.objects, form)
         for question in questions:
             yield f"{frame.system} {frame.roles[0]}: {question.text} {frame.roles[1]}: {question.answer}"
-            yield sentence.PICTURE_IN_WORDS.format(sentence.caption(scene.objects)) + sentence.SUFFIX
+            yield sentence.IMAGE_IN_WORDS.format(sentence.caption(scene.objects)) + sentence.SUFFIX
         yield sentence.DESCRIBE
         for ordinal in sentence.ORDINALS:
             yield sentence.ask_presence(scene.objects[0].name, f"{ordinal} image")
 
 
 def write_choices(num_scenes: int = 400) -> Iterator[str]:
-    """Yield multiple-choice questions, which the language model reads and the pocket CLIP does not have to."""
+    """Yield multiple-choice questions; only the language model's tokenizer is trained on them."""
     chooser = random.Random(1)
     frame = conv_templates["v1"]
     for index in range(num_scenes):
@@ -71,7 +71,7 @@ def write_choices(num_scenes: int = 400) -> Iterator[str]:
 
 
 def train_llama_tokenizer(folder: Path) -> None:
-    """Write `tokenizer.model` and its JSON files with LLaMA's settings: BPE, byte fallback, identity, digits apart."""
+    """Write `tokenizer.model` and its JSON files with LLaMA's settings: BPE, byte fallback, digits apart."""
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -101,9 +101,9 @@ def train_llama_tokenizer(folder: Path) -> None:
 
 
 def train_clip_tokenizer(folder: Path) -> None:
-    """Write `vocab.json`, `merges.txt` and their configuration, numbered like CLIP's.
+    """Write `vocab.json`, `merges.txt` and their configuration, with CLIP's order of ids.
 
-    CLIP pools its text at the largest token id, so the end mark must be the last entry of the vocabulary.
+    CLIP pools a text at its largest token id, so the end token must be the last entry of the vocabulary.
     """
     folder.mkdir(parents=True, exist_ok=True)
     merges = learn_clip_merges()
@@ -134,7 +134,7 @@ def train_clip_tokenizer(folder: Path) -> None:
 
 
 def learn_clip_merges() -> list[tuple[str, str]]:
-    """Learn byte-pair merges on the corpus, words ending in `</w>` as in CLIP."""
+    """Learn byte-pair merges on the corpus; words end in `</w>`, as in CLIP."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -156,25 +156,24 @@ def learn_clip_merges() -> list[tuple[str, str]]:
 
 
 def byte_alphabet() -> list[int]:
-    """Give the code point that stands for each of the 256 bytes, in the order of GPT-2's table."""
+    """Return the code point of each of the 256 bytes, in the order of GPT-2's table."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return printable + [256 + index for index in range(256 - len(printable))]
 
 
 def describe_token(text: str) -> dict[str, object]:
-    """Describe a special token the way the published JSON files do."""
+    """Describe a special token as Hugging Face's JSON files do."""
     return {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON with the indentation of the published files."""
+    """Write JSON with the indentation of Hugging Face's files."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Train both tokenizers."""
     parser = argparse.ArgumentParser(description="Train the pocket models' tokenizers on the world's sentences.")
-    parser.add_argument("--out", type=Path, required=True, help="folder that receives llama/ and clip/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for llama/ and clip/")
     out = parser.parse_args().out
     train_llama_tokenizer(out / "llama")
     train_clip_tokenizer(out / "clip")

@@ -1,9 +1,9 @@
-"""Train the pocket CLIP: 1.2 M parameters, contrastive loss only, on pictures of the embedded world.
+"""Train the pocket CLIP: 1.2 M parameters, contrastive loss only, on images of the embedded world.
 
-TRIM as published keeps the patches that are LEAST like the query. Whether the asked-for object is there is a property
-of the trained tower and moves during training, so it is measured on held-out pictures every few steps, with the same
-functions as `python -m llava.calibrate`, and written to `sign_log.jsonl`. The checkpoint that is kept is the latest one
-that passes `AIM`; a stop at any time leaves it in place. Where none passed, the command says so and writes none.
+TRIM keeps the patches that are LEAST similar to the query. Whether these are the patches of the object depends on the
+trained tower and changes during training. It is therefore measured on held-out images every few steps, with the
+functions of `python -m llava.calibrate`, and logged to `sign_log.jsonl`. The latest checkpoint that meets `AIM` is
+kept, also when training is interrupted. If none meets it, the command fails with a message and writes none.
 
 Run: `python -m playground.shapes.train_clip --out playground/shapes/checkpoints/shapes-clip`
 """
@@ -29,7 +29,7 @@ from llava.calibrate import OPTIONS, Figures, choose_option, cover_cells, measur
 from llava.errors import InputError, run_command
 from llava.model.token_reduction import VisualTokens
 from playground.shapes import sentence
-from playground.shapes.clip_data import Pictures, choose_texts, draw_pictures, mark_features, match_pairs
+from playground.shapes.clip_data import ImageSet, choose_texts, draw_images, mark_features, match_pairs
 from playground.shapes.tokenizer import CLIP_CONTEXT_LENGTH, train_clip_tokenizer, write_json
 from playground.shapes.world import PICTURE_SIZE
 
@@ -44,21 +44,21 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 BETAS = (0.9, 0.98)
 WARMUP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
-MIMETIC_SIZE = 0.4  # of the negative identity and of the noise on it
+MIMETIC_SIZE = 0.4  # scale of the negative identity and of its noise
 MAX_LOGIT_SCALE = 100.0  # as in OpenAI's training
-HELD_OUT_PICTURES = 300
+HELD_OUT_IMAGES = 300
 NEGATED = OPTIONS[0]
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What the published sign must reach on held-out pictures."""
+    """What TRIM's negated sign must reach on held-out images."""
 
     max_kept_ratio: float = 0.22
     min_recall: float = 0.70
 
     def is_met(self, figures: list[Figures]) -> bool:
-        """Whether the negated option fits best, keeps few patches and finds most of the object."""
+        """Whether the negated sign fits best, keeps few patches and finds most of the object."""
         best = choose_option(figures)
         return (
             best is not None
@@ -73,7 +73,7 @@ AIM = Aim()
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one training run; they are written beside the checkpoint."""
+    """The settings of one training run, saved as `recipe.json` in the checkpoint."""
 
     pictures: int = 20000
     steps: int = 1500
@@ -90,14 +90,14 @@ def build_model(vocabulary_size: int, attention_start: str) -> CLIPModel:
     """Build the untrained model.
 
     Args:
-        vocabulary_size: of the tokenizer; the end mark is the largest id.
-        attention_start: `random` (Hugging Face's), or `mimetic`, see `start_mimetic`.
+        vocabulary_size: number of the tokenizer's ids; the end token is the largest.
+        attention_start: `random` (Hugging Face's initialisation) or `mimetic` (see `start_mimetic`).
     """
     config = CLIPConfig(
         text_config={
             **TEXT, "vocab_size": vocabulary_size, "max_position_embeddings": CLIP_CONTEXT_LENGTH,
             "hidden_act": "quick_gelu", "projection_dim": JOINT_WIDTH, "bos_token_id": vocabulary_size - 2,
-            "eos_token_id": 2,  # OpenAI's old value, which makes transformers pool at the largest id
+            "eos_token_id": 2,  # OpenAI's value; it makes transformers pool at the largest id
         },
         vision_config={**VISION, "image_size": PICTURE_SIZE, "patch_size": PATCH_SIZE, "hidden_act": "quick_gelu",
                        "projection_dim": JOINT_WIDTH},
@@ -111,13 +111,13 @@ def build_model(vocabulary_size: int, attention_start: str) -> CLIPModel:
 
 @torch.no_grad()
 def start_mimetic(model: CLIPModel) -> None:
-    """Start the vision layers' value and output projections as they look in large pretrained vision transformers.
+    """Initialise the vision layers' value and output projections as in large pretrained vision transformers.
 
-    Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (ICML 2023, arXiv 2305.09828): there their
-    product is close to a negative identity plus noise; transformers that start so train faster on little data. It
-    passes a patch's own content on with the opposite sign. From a random start the sign is a coin toss for every
-    colour. (The paper's other half, query times key close to the identity, is left out: it lets patches of this small
-    model attend to themselves alone, and the sign of their own content then turns from layer to layer.)
+    Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (ICML 2023, arXiv 2305.09828): there, the
+    product of the two is close to a negative identity plus noise, and transformers initialised like this train faster
+    on little data. Each patch then passes on its own content with the opposite sign. From a random initialisation the
+    sign is random for every colour. (The paper's other half, query times key close to the identity, is left out: in
+    this small model it makes patches attend only to themselves, and the sign of their content alternates by layer.)
     """
     width = VISION["hidden_size"]
     for layer in model.vision_model.encoder.layers:
@@ -128,25 +128,25 @@ def start_mimetic(model: CLIPModel) -> None:
 
 
 def normalise(pixels: np.ndarray) -> Tensor:
-    """Turn uint8[I, H, W, 3] into float32[I, 3, H, W], as CLIP's image processor does with pictures of this size."""
+    """Convert `uint8[I, H, W, 3]` to `float32[I, 3, H, W]`, as CLIP's image processor does with images of this size."""
     values = torch.from_numpy(pixels).float().div_(255)
     return ((values - torch.tensor(OPENAI_MEAN)) / torch.tensor(OPENAI_STD)).permute(0, 3, 1, 2).contiguous()
 
 
 def encode_text(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Embed texts in the joint space, [T, JOINT_WIDTH], not normalised."""
+    """Embed texts in the joint space: `[T, JOINT_WIDTH]`, not normalised."""
     tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     return model.text_projection(model.text_model(**tokens).pooler_output)
 
 
 def contrast(image: Tensor, text: Tensor, pairs: Tensor, logit_scale: Tensor) -> Tensor:
-    """Compute CLIP's symmetric loss where a text may be true of several pictures.
+    """Compute CLIP's symmetric loss where a text may be true of several images.
 
     Args:
-        image: [I, P] and
-        text: [T, P], not normalised.
-        pairs: float32[T, I], 1 where the text is true of the picture; the targets are shared evenly among them. Every
-            picture has a true text; texts that are true of no picture are negatives only.
+        image: `[I, P]` image embeddings, not normalised.
+        text: `[T, P]` text embeddings, not normalised.
+        pairs: `float32[T, I]`, 1 where the text is true of the image; the true pairs of a row or column share its
+            target evenly. Every image has a true text; texts that are true of no image are negatives only.
         logit_scale: logarithm of the inverse temperature.
 
     Returns:
@@ -154,18 +154,18 @@ def contrast(image: Tensor, text: Tensor, pairs: Tensor, logit_scale: Tensor) ->
     """
     image, text = (nn.functional.normalize(each.float(), dim=-1) for each in (image, text))
     logits = logit_scale.exp() * text @ image.T
-    has_picture = pairs.sum(1) > 0
+    has_image = pairs.sum(1) > 0
     losses = [-(truth / truth.sum(1, keepdim=True) * scores.log_softmax(1)).sum(1).mean()
-              for scores, truth in ((logits[has_picture], pairs[has_picture]), (logits.T, pairs.T))]  # fmt: skip
+              for scores, truth in ((logits[has_image], pairs[has_image]), (logits.T, pairs.T))]  # fmt: skip
     return (losses[0] + losses[1]) / 2
 
 
 class SignProbe:
-    """Held-out pictures with one question each, on which both signs are measured."""
+    """Held-out images with one question each, on which both signs are measured."""
 
     def __init__(self, count: int, seed: int) -> None:
-        """Draw `count` pictures and ask each for one of its objects."""
-        self.pictures = draw_pictures("calibrate", count, seed)
+        """Draw `count` images and one question per image about a present object."""
+        self.pictures = draw_images("calibrate", count, seed)
         chooser = random.Random(seed)
         questions = [sentence.ask_present(scene, chooser) for scene in self.pictures.scenes]
         self.queries = [question.text + sentence.SUFFIX for question in questions]
@@ -174,7 +174,7 @@ class SignProbe:
 
     @torch.no_grad()
     def measure(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> list[Figures]:
-        """Measure the model as it is, in float32; it is left in training mode."""
+        """Measure the model in float32; it is left in training mode."""
         model.eval()
         hidden = [
             model.vision_model(pixel_values=normalise(part), output_hidden_states=True).hidden_states[LAYER][:, 1:]
@@ -188,7 +188,7 @@ class SignProbe:
 
 
 def iterate_batches(count: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield shuffled indices without end, every picture once per epoch; a short rest is left out."""
+    """Yield shuffled batches of indices for ever; each epoch drops its incomplete last batch."""
     generator = np.random.default_rng(seed)
     while True:
         order = generator.permutation(count)
@@ -197,7 +197,7 @@ def iterate_batches(count: int, batch_size: int, seed: int) -> Iterator[np.ndarr
 
 
 def make_optimizer(model: CLIPModel, recipe: Recipe) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """AdamW with weight decay on matrices only, and a one-cycle schedule."""
+    """Make AdamW, with weight decay on matrices only, and a one-cycle schedule."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -207,17 +207,17 @@ def make_optimizer(model: CLIPModel, recipe: Recipe) -> tuple[torch.optim.Optimi
 
 
 def compute_loss(
-    model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, batch: np.ndarray, chooser: random.Random
+    model: CLIPModel, tokenizer: CLIPTokenizer, images: ImageSet, batch: np.ndarray, chooser: random.Random
 ) -> Tensor:
-    """Draw a text and a hard negative per picture; the towers run in bfloat16, the loss in float32."""
-    fitting, exchanged = zip(*(choose_texts(pictures.scenes[index], chooser) for index in batch), strict=True)
+    """Compute the loss of a batch, with a text and a hard negative per image; towers in bfloat16, loss in float32."""
+    fitting, exchanged = zip(*(choose_texts(images.scenes[index], chooser) for index in batch), strict=True)
     chosen = [*fitting, *exchanged]
-    needs = torch.stack([mark_features(words) for _, words in chosen])
+    needs = torch.stack([mark_features(names) for _, names in chosen])
     with torch.autocast("cpu", torch.bfloat16):
-        vision = model.vision_model(pixel_values=normalise(pictures.pixels[batch]))
+        vision = model.vision_model(pixel_values=normalise(images.pixels[batch]))
         image = model.visual_projection(vision.pooler_output)
-        text = encode_text(model, tokenizer, [words for words, _ in chosen])
-    return contrast(image, text, match_pairs(needs, pictures.features[torch.from_numpy(batch)]), model.logit_scale)
+        text = encode_text(model, tokenizer, [text for text, _ in chosen])
+    return contrast(image, text, match_pairs(needs, images.features[torch.from_numpy(batch)]), model.logit_scale)
 
 
 def train(recipe: Recipe, folder: Path) -> bool:
@@ -225,7 +225,7 @@ def train(recipe: Recipe, folder: Path) -> bool:
 
     Args:
         recipe: the settings.
-        folder: of the checkpoint; the log of the sign is written beside it, as `<folder>.sign_log.jsonl`.
+        folder: output checkpoint; the log of the sign is written beside it, as `<folder>.sign_log.jsonl`.
 
     Returns:
         Whether a checkpoint met the aim.
@@ -239,7 +239,7 @@ def train(recipe: Recipe, folder: Path) -> bool:
         train_clip_tokenizer(Path(tokenizer_folder))
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
         model = build_model(len(tokenizer), recipe.attention_start).train()
-        probe, found = SignProbe(HELD_OUT_PICTURES, recipe.seed), False
+        probe, found = SignProbe(HELD_OUT_IMAGES, recipe.seed), False
         for row in iterate_training(model, tokenizer, recipe):
             figures = probe.measure(model, tokenizer)
             row |= {"meets_aim": AIM.is_met(figures), "signs": [asdict(figure) for figure in figures]}
@@ -255,13 +255,13 @@ def train(recipe: Recipe, folder: Path) -> bool:
 
 
 def iterate_training(model: CLIPModel, tokenizer: CLIPTokenizer, recipe: Recipe) -> Iterator[dict[str, object]]:
-    """Train the model in place; yield step, seconds and mean loss each time that the sign is to be measured."""
-    pictures = draw_pictures("train", recipe.pictures)
+    """Train the model in place; yield step, seconds and mean loss whenever the sign is due for measurement."""
+    images = draw_images("train", recipe.pictures)
     optimizer, schedule = make_optimizer(model, recipe)
     chooser, batches = random.Random(recipe.seed), iterate_batches(recipe.pictures, recipe.batch_size, recipe.seed)
     started, losses = time.monotonic(), []
     for step in range(1, recipe.steps + 1):
-        loss = compute_loss(model, tokenizer, pictures, next(batches), chooser)
+        loss = compute_loss(model, tokenizer, images, next(batches), chooser)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
@@ -275,9 +275,9 @@ def iterate_training(model: CLIPModel, tokenizer: CLIPTokenizer, recipe: Recipe)
 
 
 def save(model: CLIPModel, tokenizer_folder: Path, folder: Path, recipe: Recipe) -> None:
-    """Write a checkpoint in the published layout beside the old one, then put it in its place."""
+    """Write a checkpoint in Hugging Face's layout, then replace the old one."""
     partial = folder.with_name(folder.name + ".part")
-    if partial.exists():  # left by a stop in the middle of this function
+    if partial.exists():  # left by an interrupted run
         shutil.rmtree(partial)
     shutil.copytree(tokenizer_folder, partial)
     model.save_pretrained(partial)
@@ -287,7 +287,7 @@ def save(model: CLIPModel, tokenizer_folder: Path, folder: Path, recipe: Recipe)
         "image_mean": list(OPENAI_MEAN), "image_std": list(OPENAI_STD),
     })  # fmt: skip
     write_json(partial / "recipe.json", asdict(recipe))
-    if (folder / "README.md").exists():  # the model card is written by a person
+    if (folder / "README.md").exists():  # the model card is written by hand
         shutil.copyfile(folder / "README.md", partial / "README.md")
     if folder.exists():
         shutil.rmtree(folder)
@@ -295,17 +295,16 @@ def save(model: CLIPModel, tokenizer_folder: Path, folder: Path, recipe: Recipe)
 
 
 def report(row: dict[str, object]) -> None:
-    """Print one line of progress."""
     signs = "  ".join(f"{sign['option']}: kept {sign['kept_ratio']:.3f}, recall {sign['recall']:.3f}, "
                       f"auc {sign['auc']:.3f}" for sign in row["signs"])  # fmt: skip
-    mark = "  saved" if row["meets_aim"] else ""
-    print(f"step {row['step']}  {row['seconds']} s  loss {row['loss']:.3f}  {signs}{mark}", flush=True)  # noqa: T201
+    saved = "  saved" if row["meets_aim"] else ""
+    print(f"step {row['step']}  {row['seconds']} s  loss {row['loss']:.3f}  {signs}{saved}", flush=True)  # noqa: T201
 
 
 def main() -> None:
-    """Train with the recipe, every setting of which can be changed."""
+    """Train; every setting of the recipe is an option."""
     parser = argparse.ArgumentParser(description="Train the pocket CLIP on the embedded world.")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint; replaced when the aim is met")
+    parser.add_argument("--out", type=Path, required=True, help="output checkpoint; replaced whenever the aim is met")
     for name, value in asdict(Recipe()).items():
         choices = ("random", "mimetic") if name == "attention_start" else None
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices)

@@ -1,7 +1,7 @@
-"""Pictures of coloured shapes, drawn from a seed, with every object's colour, shape and place known.
+"""Images of coloured shapes, drawn from a seed; the colour, shape and place of every object are known.
 
 A scene is a pure function of its seed: the same seed gives the same bytes on every machine with the same Pillow and
-numpy. This file knows nothing about questions (see `sentence.py`) or files (see `generate.py`).
+NumPy. Questions are in `sentence.py`, files in `generate.py`.
 """
 
 import math
@@ -23,11 +23,11 @@ SHAPES = ("circle", "square", "triangle", "cross")
 NUM_OBJECTS = (1, 2, 3)
 NUM_OBJECTS_WEIGHTS = (0.35, 0.35, 0.3)
 MIN_OBJECT_SIZE, MAX_OBJECT_SIZE = 28, 46
-GAP = 3  # empty pixels between two objects' boxes
+GAP = 3  # pixels between the boxes of two objects
 COLOR_JITTER = 14
-SUPERSAMPLING = 3  # shapes are drawn this much larger, then averaged down, so that edges are smooth
+SUPERSAMPLING = 3  # shapes are drawn larger by this factor and averaged down, for smooth edges
 PLACING_ATTEMPTS = 60
-SPLITS = {"train": 0, "calibrate": 1, "eval": 2, "tokenizer": 3}  # second part of a seed: splits share no picture
+SPLITS = {"train": 0, "calibrate": 1, "eval": 2, "tokenizer": 3}  # second part of a seed: splits share no image
 
 Box = tuple[int, int, int, int]
 
@@ -48,31 +48,31 @@ class WorldObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture; no two objects share both colour and shape."""
+    """The contents of an image; no two objects share both colour and shape."""
 
     seed: tuple[int, ...]
     objects: tuple[WorldObject, ...]
 
 
 def draw_scene(*seed: int) -> tuple[Image.Image, Scene]:
-    """Draw the picture that belongs to a seed.
+    """Draw the image of a seed.
 
     Args:
         seed: whole numbers >= 0; by convention (world seed, split, index).
 
     Returns:
-        The picture, RGB, `PICTURE_SIZE` square, and what is in it.
+        The image (RGB, `PICTURE_SIZE` square) and its contents.
     """
     generator = np.random.default_rng(seed)
-    picture = Image.fromarray(draw_background(generator))
+    image = Image.fromarray(draw_background(generator))
     objects = place_objects(generator)
     for item in objects:
-        paint(picture, item, generator)
-    return picture, Scene(seed, objects)
+        paint(image, item, generator)
+    return image, Scene(seed, objects)
 
 
 def place_objects(generator: np.random.Generator) -> tuple[WorldObject, ...]:
-    """Choose kinds and non-overlapping boxes; a scene too full to place an object in has one object less."""
+    """Choose objects and boxes that do not overlap; an object that finds no place is left out."""
     wanted = generator.choice(NUM_OBJECTS, p=NUM_OBJECTS_WEIGHTS)
     kinds = generator.choice(len(COLORS) * len(SHAPES), size=wanted, replace=False)
     objects: list[WorldObject] = []
@@ -85,7 +85,7 @@ def place_objects(generator: np.random.Generator) -> tuple[WorldObject, ...]:
 
 
 def find_free_box(generator: np.random.Generator, taken: list[Box]) -> Box | None:
-    """Find a random square that keeps `GAP` from every taken box, or None after many attempts."""
+    """Find a random square at least `GAP` from every taken box; None after `PLACING_ATTEMPTS`."""
     for _ in range(PLACING_ATTEMPTS):
         size = int(generator.integers(MIN_OBJECT_SIZE, MAX_OBJECT_SIZE + 1))
         left, top = (int(value) for value in generator.integers(1, PICTURE_SIZE - size, size=2))
@@ -96,15 +96,15 @@ def find_free_box(generator: np.random.Generator, taken: list[Box]) -> Box | Non
 
 
 def overlaps(box: Box, other: Box) -> bool:
-    """Say whether two boxes are nearer than `GAP` to each other."""
+    """Whether two boxes are nearer to each other than `GAP`."""
     return box[0] < other[2] + GAP and other[0] < box[2] + GAP and box[1] < other[3] + GAP and other[1] < box[3] + GAP
 
 
 def draw_background(generator: np.random.Generator) -> np.ndarray:
-    """Draw a plain, nearly grey ground with a little noise.
+    """Draw a plain, nearly grey background with a little noise.
 
     Returns:
-        uint8[PICTURE_SIZE, PICTURE_SIZE, 3].
+        `uint8[PICTURE_SIZE, PICTURE_SIZE, 3]`.
     """
     level = generator.uniform(70, 190)
     tint = generator.uniform(-8, 8, size=3)
@@ -112,18 +112,18 @@ def draw_background(generator: np.random.Generator) -> np.ndarray:
     return np.clip(level + tint + noise, 0, 255).astype(np.uint8)
 
 
-def paint(picture: Image.Image, item: WorldObject, generator: np.random.Generator) -> None:
-    """Paint one object into the picture, its colour slightly off the named one."""
+def paint(image: Image.Image, item: WorldObject, generator: np.random.Generator) -> None:
+    """Paint one object into the image, its colour slightly off the named one."""
     left, top, right, _ = item.box
     size = right - left
     mask = draw_mask(item.shape, size)
     offset = generator.integers(-COLOR_JITTER, COLOR_JITTER + 1, size=3)
     color = tuple(int(value) for value in np.clip(np.array(COLORS[item.color]) + offset, 0, 255))
-    picture.paste(color, (left, top), mask)
+    image.paste(color, (left, top), mask)
 
 
 def draw_mask(shape: str, size: int) -> Image.Image:
-    """Draw a shape that fills a square of `size` pixels, as a grey mask (255 inside)."""
+    """Draw a shape that fills a square of `size` pixels, as an 8-bit mask (255 inside)."""
     side = size * SUPERSAMPLING
     mask = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(mask)
@@ -139,7 +139,7 @@ def draw_mask(shape: str, size: int) -> Image.Image:
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
-    """Give the corners of a shape in the unit square, y downwards."""
+    """Return the corners of a shape in the unit square, y downwards."""
     if shape == "square":
         return [(0, 0), (1, 0), (1, 1), (0, 1)]
     if shape == "triangle":

@@ -1,6 +1,6 @@
-"""A token reduction against none from picture file to answer, beside what the FLOP count predicts.
+"""Time from image file to answer with a token reduction and without, compared with what the FLOP count predicts.
 
-The model has random weights and is bound by arithmetic; the answer is one token: reading the prompt is the work.
+The model has random weights and is bound by arithmetic. The answer is one token, so the prefill dominates.
 
     python -m scripts.bench.end_to_end --kept 0.21
 """
@@ -19,11 +19,10 @@ NONE = "none"
 
 
 def main() -> None:
-    """Measure."""
     parser = side_by_side.make_parser(__doc__)
     side_by_side.add_machine_options(parser)
     parser.add_argument("--reduce", default="TRIM:-1")
-    parser.add_argument("--kept", type=float, default=0.21, help="share of the patches that is kept")
+    parser.add_argument("--kept", type=float, default=0.21, help="share of the patches to keep (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=1)

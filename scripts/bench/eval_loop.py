@@ -1,9 +1,9 @@
-"""The evaluation runner against a plain loop over the same model: questions per second, side by side, same answers.
+"""Questions per second: the evaluation runner against a plain loop over the same model, with the same answers.
 
-The plain loop is what LLaVA's scripts do: one question at a time, the picture decoded and sent through every layer of
-the vision tower for each, the query through the text tower for each, batch one.
+The plain loop works like LLaVA's scripts: batch one; for every question it decodes the image again, runs every layer of
+the vision tower, and embeds the query.
 
-    python -m scripts.bench.eval_loop                                   POPE style, 18 questions per picture
+    python -m scripts.bench.eval_loop                                   POPE style, 18 questions per image
     python -m scripts.bench.eval_loop --questions-per-image 1 --images 90   VizWiz style
 """
 # ruff: noqa: T201
@@ -34,10 +34,10 @@ from scripts.bench import side_by_side
 
 
 class NaiveLoop:
-    """One question at a time, nothing kept from one to the next, every layer of the vision tower run."""
+    """One question at a time: nothing is cached, and every layer of the vision tower runs."""
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any):
-        """Load the vision tower once more, with the layers that the model has dropped."""
+        """Load the vision tower a second time, with the layers that the model leaves out."""
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         tower = model.get_vision_tower()
         whole, _ = load_quietly(CLIPVisionModelWithProjection, tower.name, what="vision tower", dtype=tower.dtype)
@@ -64,7 +64,7 @@ class NaiveLoop:
 
     @torch.inference_mode()
     def ask(self, questions: Sequence[Question]) -> dict[int, str]:
-        """Answer questions one by one: text by question id."""
+        """Answer questions one by one; returns the texts by question id."""
         with self._every_layer():
             return {question.id: self._ask(question) for question in questions}
 
@@ -84,16 +84,15 @@ class NaiveLoop:
 
 
 def main() -> None:
-    """Measure."""
     parser = side_by_side.make_parser(__doc__)
     parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
-    parser.add_argument("--reduce", default=None, help="default: what the checkpoint says")
+    parser.add_argument("--reduce", default=None, help="token reduction (default: the checkpoint's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--questions-per-image", type=int, default=18)
     parser.add_argument("--batch-size", type=positive_or_auto, help="default: auto")
-    parser.add_argument("--naive-images", type=int, help="pictures for the plain loop, to save time; default: all")
+    parser.add_argument("--naive-images", type=int, help="images for the plain loop, to save time (default: all)")
     args = parser.parse_args()
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, device=args.device, dtype=args.dtype, reduce=args.reduce
@@ -121,12 +120,10 @@ def main() -> None:
 
 
 def report(args: Any, questions: list, few: list, seconds: dict[str, list[float]], answers: dict[str, dict]) -> None:
-    """Print and write the figures; leave with 1 where the answers differ in float32."""
+    """Print and write the figures; exit with 1 if the answers differ in float32."""
     counts = {"naive": len(few), "runner": len(questions)}
     same = sum(answers["runner"].get(question.id) == answers["naive"][question.id] for question in few)
-    print(
-        f"{args.questions_per_image} question(s) per picture, {args.images} pictures, batch {args.batch_size or 'auto'}"
-    )
+    print(f"{args.questions_per_image} question(s) per image, {args.images} images, batch {args.batch_size or 'auto'}")
     side_by_side.tell_times(seconds, counts)
     each = {name: [value / counts[name] for value in values] for name, values in seconds.items()}
     ratio = side_by_side.tell_ratio("runner over naive, questions per second", each["naive"], each["runner"])

@@ -1,4 +1,4 @@
-"""How time grows with pictures per prompt, questions per picture, and patches, with a reduction and without.
+"""How time grows with images per prompt, questions per image, and patches, with a token reduction and without.
 
 python -m scripts.bench.growth
 """
@@ -23,16 +23,16 @@ PATCH_SIZE = 14
 
 
 class Case:
-    """A model that answers with one token, with the reduction or without."""
+    """A model that answers with one token, with the reduction and without."""
 
     def __init__(self, model: Any, kept_ratio: float, spec: str):
-        """Take the model and prepare its reduction."""
+        """Fix the share of patches that the reduction keeps."""
         grid = model.get_vision_tower().grid
         self.model = model
         self.reducers = {spec: fix_kept(parse_reducer(spec), grid[0] * grid[1], kept_ratio), "none": None}
 
     def ask(self, label: str, num_images: int, num_questions: int) -> None:
-        """Encode the pictures once, then ask that many questions about all of them, one after the other."""
+        """Encode the images once, then ask `num_questions` questions about all of them, one after another."""
         self.model.token_reducer = self.reducers[label]
         side = self.model.get_vision_tower().image_size
         patches = self.model.encode_patches(torch.rand(num_images, 3, side, side))
@@ -47,19 +47,18 @@ class Case:
 
 
 def make_ids(num_images: int) -> Tensor:
-    """Make up a prompt: int64[1, images + PROMPT_TOKENS]."""
+    """Make a synthetic prompt: `int64[1, num_images + PROMPT_TOKENS]`."""
     return torch.tensor([[IMAGE_TOKEN_INDEX] * num_images + list(range(3, 3 + PROMPT_TOKENS))])
 
 
 def main() -> None:
-    """Measure."""
     parser = side_by_side.make_parser(__doc__)
     side_by_side.add_machine_options(parser)
     parser.add_argument("--reduce", default="TRIM:-1")
     parser.add_argument("--kept", type=float, default=0.21)
     parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 24], help="patches along a picture's side")
+    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 24], help="patches per side of an image")
     args = parser.parse_args()
     figures: dict[str, Any] = {}
 

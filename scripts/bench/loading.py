@@ -1,8 +1,8 @@
-"""Peak memory while a checkpoint is loaded, against the size of its weights.
+"""Peak memory while a checkpoint loads, relative to the size of its weights.
 
-Writes a checkpoint with random weights to a temporary folder and loads it in fresh processes, once in the dtype it was
-saved in and once in another. Memory is told twice: what the process itself holds, and with the mapped pages of the
-weight files, which the system can take back at any time. Every weight is touched before the peak is read.
+Writes a checkpoint with random weights to a temporary folder and loads it in new processes, in the dtype it was saved
+in and in another. Reports memory twice: the process's own, and with the mapped pages of the weight files, which the
+system can reclaim at any time. Every weight is read before the peak is taken.
 
     python -m scripts.bench.loading --size mid
 """
@@ -24,12 +24,12 @@ from scripts.bench import side_by_side
 
 MEGABYTE = 1e6
 SAMPLE_SECONDS = 0.002
-NUMBERS_PER_PAGE = 1024  # a page of 4 KiB holds at least so many
+NUMBERS_PER_PAGE = 1024  # a page of 4 KiB holds at least this many numbers
 CHILD = "--load"
 
 
 def write_checkpoint(args: Any, folder: Path) -> Path:
-    """Write a LLaVA and its CLIP, both with random weights, in the published layout; returns the checkpoint."""
+    """Write a LLaVA checkpoint and its CLIP, both with random weights; returns the checkpoint's folder."""
     from transformers import CLIPConfig, CLIPModel
 
     model, image_processor = side_by_side.build_model(args)
@@ -51,7 +51,7 @@ def write_checkpoint(args: Any, folder: Path) -> Path:
 
 
 def load_and_tell(checkpoint: str, dtype: str) -> None:
-    """Load a checkpoint in this process and print what it took, as JSON."""
+    """Load a checkpoint in this process and print the memory it took, as JSON."""
     from llava.model.builder import load_pretrained_model
 
     release_memory()
@@ -67,7 +67,7 @@ def load_and_tell(checkpoint: str, dtype: str) -> None:
     try:
         _, model, _, _ = load_pretrained_model(checkpoint, device="cpu", dtype=dtype, reduce="TRIM:-1")
         for weight in model.parameters():
-            weight.flatten()[::NUMBERS_PER_PAGE].sum()  # weights that stay in the mapped file are read here
+            weight.flatten()[::NUMBERS_PER_PAGE].sum()  # reads weights that are still in the mapped file
     finally:
         done.set()
         watcher.join()
@@ -77,7 +77,6 @@ def load_and_tell(checkpoint: str, dtype: str) -> None:
 
 
 def main() -> None:
-    """Measure."""
     if sys.argv[1:2] == [CHILD]:
         load_and_tell(*sys.argv[2:])
         return
@@ -85,7 +84,7 @@ def main() -> None:
     side_by_side.add_machine_options(parser)
     args = parser.parse_args()
     if resident_bytes() is None:
-        raise InputError("this system does not tell a process's memory (/proc/self/status is not there)")
+        raise InputError("this system does not report a process's memory (no /proc/self/status)")
     figures: dict[str, Any] = {"saved_in": args.dtype}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(args, Path(folder))

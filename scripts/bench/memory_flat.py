@@ -1,4 +1,4 @@
-"""The evaluation runner's memory over many questions: it must stay flat.
+"""Memory of the evaluation runner over many questions; it must stay flat.
 
 python -m scripts.bench.memory_flat --questions 20000 --plot docs/figures/memory_flat.png
 """
@@ -20,14 +20,14 @@ QUESTIONS_PER_IMAGE = 18
 MEGABYTE = 1e6
 WARM_SHARE = 0.1  # caches fill during the first tenth
 TOLD_SHARES = (1 / 30, 1 / 10, 1 / 3, 2 / 3, 0.98, 1)
-"""When memory is printed. In the last unit no next one is being read, so a little less is in use."""
+"""When memory is printed. During the last unit nothing is read ahead, so slightly less is in use."""
 
 Entry = tuple[int, float, int, int]
-"""Questions answered, seconds since the start, memory of the process, and memory in use on its heap (0: unknown)."""
+"""Questions answered, seconds since the start, bytes held by the process, bytes in use on its heap (0: unknown)."""
 
 
 class CountingSink(side_by_side.MemorySink):
-    """Notes memory and time at every batch, and forgets the answers: only their keys stay."""
+    """Records memory and time at every batch; of the answers it keeps only the keys."""
 
     def __init__(self) -> None:
         """Start the clock."""
@@ -36,13 +36,11 @@ class CountingSink(side_by_side.MemorySink):
         self.trace: list[Entry] = []
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Take answers in."""
         self.done.update(dict.fromkeys((row["question_id"],) for row in rows))
         self.trace.append((len(self.done), time.perf_counter() - self.start, resident_bytes(), heap_bytes() or 0))
 
 
 def main() -> None:
-    """Measure."""
     parser = side_by_side.make_parser(__doc__, repeats=False)
     parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
     parser.add_argument("--reduce", default=None)
@@ -52,7 +50,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG")
     args = parser.parse_args()
     if resident_bytes() is None:
-        raise InputError("this system does not tell a process's memory (/proc/self/status is not there)")
+        raise InputError("this system does not report a process's memory (no /proc/self/status)")
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, device=args.device, reduce=args.reduce
     )
@@ -78,13 +76,13 @@ def main() -> None:
 
 
 def grow_per_thousand(trace: Sequence[Entry]) -> float:
-    """Return how many MB came per 1000 questions between the first and the last entry of a trace."""
+    """Return the growth in MB per 1000 questions between the first and the last entry of a trace."""
     (first, _, before, _), (last, _, after, _) = trace[0], trace[-1]
     return 1000 * (after - before) / MEGABYTE / max(1, last - first)
 
 
 def draw(trace: Sequence[Entry], path: Path) -> None:
-    """Draw memory over questions."""
+    """Plot memory over questions."""
     import matplotlib
 
     matplotlib.use("Agg")

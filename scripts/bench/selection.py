@@ -1,7 +1,7 @@
-"""What choosing the tokens costs beside seeing the picture: selection and text tower against the vision tower.
+"""The cost of choosing tokens: selection and text tower, compared with the vision tower.
 
-Selection is everything between patches and projector: the joint projection, dot products, quartiles, sorting,
-gathering, the mean, and the wait for the counts.
+Selection is everything between patches and projector: joint projection, dot products, quartiles, sorting, gathering,
+the mean, and the wait for the counts.
 
     python -m scripts.bench.selection --batch-size 16
 """
@@ -15,7 +15,6 @@ from scripts.bench import side_by_side
 
 
 def main() -> None:
-    """Measure."""
     parser = side_by_side.make_parser(__doc__)
     side_by_side.add_machine_options(parser)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -1,4 +1,4 @@
-"""What the benchmark commands share: questions on drawn pictures, models with random weights, how ratios are told."""
+"""Shared by the benchmark commands: questions on drawn images, models with random weights, and the output of ratios."""
 # ruff: noqa: T201
 
 import argparse
@@ -22,10 +22,10 @@ from playground.shapes import sentence
 from playground.shapes.world import draw_scene
 
 CHECKPOINT = Path("playground/shapes/checkpoints/llava-shapes-trim")
-PICTURE_SEED = (20260101, 2)  # of no other use: these pictures are nobody's training set
+PICTURE_SEED = (20260101, 2)  # used nowhere else: no model is trained on these images
 
-# A model that is bound by arithmetic on a small machine: CLIP's ViT-B with patches of 14 pixels at 336 pixels, hence
-# 576 patches as in LLaVA-1.5, and a Llama of 0.5 B parameters.
+# A model that is bound by arithmetic on a small machine: CLIP's ViT-B at 336 pixels with patches of 14 pixels (576
+# patches, as in LLaVA-1.5), and a Llama of 0.5 B parameters.
 MID_TOWER = PUBLISHED_TOWERS["openai/clip-vit-base-patch16"] | {
     "vision_config": PUBLISHED_TOWERS["openai/clip-vit-base-patch16"]["vision_config"]
     | {"image_size": 336, "patch_size": 14}
@@ -43,7 +43,7 @@ MID_MODEL = {
     "mm_vision_tower": "random/clip",
     "image_aspect_ratio": "pad",
 }
-# The same with less of everything, to see that a command works.
+# A smaller version, to check that a command works.
 TINY_TOWER = {
     "projection_dim": 64,
     "vision_config": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -57,28 +57,28 @@ SIZES = {"mid": (MID_MODEL, MID_TOWER), "tiny": (TINY_MODEL, TINY_TOWER)}
 
 
 def make_parser(description: str, *, repeats: bool = True) -> argparse.ArgumentParser:
-    """Build a parser with the options that all benchmarks have, `--rounds` where something is repeated."""
+    """Build a parser with the options of all benchmarks; `--rounds` only where measurements are repeated."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if repeats:
         parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     return parser
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the benchmarks that build a model with random weights."""
-    parser.add_argument("--size", choices=SIZES, default="mid", help="shapes (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="mid", help="size of the model (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
 
 
 def build_model(args: argparse.Namespace, size: str | None = None, **changes: Any) -> tuple[Any, Any]:
-    """Build the model that the options name: (model, image processor).
+    """Build the model that the options describe; returns model and image processor.
 
     Args:
-        args: has `size`, `device` and `dtype`.
-        size: instead of the options'.
-        **changes: entries of the vision tower's config.
+        args: parsed options with `size`, `device` and `dtype`.
+        size: overrides `args.size`.
+        **changes: entries of the vision tower's config to replace.
     """
     config, tower = SIZES[size or args.size]
     tower = tower | {"vision_config": tower["vision_config"] | changes}
@@ -87,20 +87,20 @@ def build_model(args: argparse.Namespace, size: str | None = None, **changes: An
 
 
 def draw_questions(folder: Path, num_images: int, questions_per_image: int, hint: str = "") -> list[Question]:
-    """Draw pictures of shapes and ask of each whether some objects are there.
+    """Draw images of shapes, with presence questions about each.
 
     Args:
-        folder: where the pictures go.
-        num_images: number of pictures.
+        folder: folder for the images.
+        num_images: number of images.
         questions_per_image: between 1 and the number of object names.
-        hint: text between question and short-answer suffix.
+        hint: text between the question and the short-answer suffix.
 
     Raises:
-        InputError: for more questions than there are objects to ask for.
+        InputError: for more questions than there are object names.
     """
     names = sentence.ALL_NAMES
     if not 1 <= questions_per_image <= len(names):
-        raise InputError(f"--questions-per-image {questions_per_image}: there are 1 to {len(names)} things to ask for")
+        raise InputError(f"--questions-per-image {questions_per_image}: must be between 1 and {len(names)}")
     folder.mkdir(parents=True, exist_ok=True)
     questions = []
     for index in range(num_images):
@@ -114,35 +114,33 @@ def draw_questions(folder: Path, num_images: int, questions_per_image: int, hint
 
 
 class MemorySink:
-    """Takes answers in and keeps them in memory: the runner's sink without a file."""
+    """Keeps answers in memory: the runner's sink without a file."""
 
     key_fields = ("question_id",)
 
     def __init__(self) -> None:
-        """Start empty."""
         self.done: dict[tuple, Row | None] = {}
 
     def claim(self, unit: int) -> bool:
-        """Give every unit to the one worker there is."""
+        """Give every unit to the only worker."""
         return True
 
     def refresh(self) -> None:
-        """Nobody else answers."""
+        """Do nothing: there is no other worker."""
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Take answers in."""
         self.done.update({(row["question_id"],): row for row in rows})
 
 
 @contextmanager
 def hide_progress() -> Iterator[None]:
-    """Keep progress bars off the screen while something runs."""
+    """Hide progress bars inside the `with` block."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def tell_times(seconds: Mapping[str, Sequence[float]], units: Mapping[str, int] | None = None) -> None:
-    """Print one line per candidate: seconds, and with `units` how many of them are done per second."""
+    """Print one line per candidate: its time in ms and, with `units`, its rate per second."""
     for name, values in seconds.items():
         line = f"{name:<28}{Spread.of(values).format(1e3, 2):>34} ms"
         if units:
@@ -151,14 +149,14 @@ def tell_times(seconds: Mapping[str, Sequence[float]], units: Mapping[str, int] 
 
 
 def tell_ratio(title: str, above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Print and return the ratio of two lists of measurements, taken round by round."""
+    """Print and return the ratio of two lists of measurements, computed round by round."""
     ratio = ratio_by_round(above, below)
     print(f"{title}: {ratio.format(1, 3)} (median [quartiles] of {len(above)} rounds)")
     return ratio
 
 
 def write_figures(figures: Mapping[str, Any], path: Path | None) -> None:
-    """Write figures as JSON, if a file is named, together with the machine they belong to."""
+    """Write figures as JSON, with a description of the machine; does nothing if `path` is None."""
     if path is None:
         return
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}

@@ -1,7 +1,7 @@
-"""Training steps with a token reduction against steps without: time, ratio and peak memory, in one run.
+"""Training steps with a token reduction and without: time, ratio and peak memory, in one run.
 
-A step is what finetuning does: vision tower, reduction, projector, language model, loss, gradients, AdamW; the batch is
-made up, and its pictures are decoded before.
+A step is one of finetuning: vision tower, reduction, projector, language model, loss, gradients, AdamW. The batch is
+synthetic, with its images already decoded.
 
     python -m scripts.bench.train_speed                  the pocket model, then the mid-size model with random weights
     python -m scripts.bench.train_speed --only pocket
@@ -24,12 +24,12 @@ from llava.model.token_reduction import parse_reducer
 from scripts.bench import side_by_side
 
 NONE = "none"
-ANSWER_SHARE = 0.5  # of the text, that is taught
-LEARNING_RATE = 1e-6  # small, so that every step is as the first
+ANSWER_SHARE = 0.5  # the share of the text that enters the loss
+LEARNING_RATE = 1e-6  # small, so that all steps are alike
 
 
 def make_training_batch(model: Any, batch_size: int, text_tokens: int) -> dict[str, Any]:
-    """Make up a batch: one picture per sample, `text_tokens` ids besides its mark, the later part taught."""
+    """Make a synthetic batch: one image and `text_tokens` ids per sample; the later ids enter the loss."""
     generator = torch.Generator().manual_seed(0)
     device = model.get_input_embeddings().weight.device
     ids = torch.randint(3, model.config.vocab_size, (batch_size, text_tokens + 1), generator=generator)
@@ -47,7 +47,7 @@ def make_training_batch(model: Any, batch_size: int, text_tokens: int) -> dict[s
 
 
 def make_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict, reducer: Any) -> Callable[[], None]:
-    """Return one training step under a reducer, or without where it is None."""
+    """Return a training step with a reducer, or without reduction if it is None."""
 
     def step() -> None:
         model.token_reducer = reducer
@@ -59,7 +59,7 @@ def make_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict, reducer
 
 
 def measure(name: str, model: Any, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure one model and print what came out."""
+    """Measure one model and print its figures."""
     model.train()
     model.get_vision_tower().freeze()
     if args.gradient_checkpointing:
@@ -72,9 +72,7 @@ def measure(name: str, model: Any, batch_size: int, args: argparse.Namespace) ->
     seconds = time_in_turns(steps, repeats=args.rounds, device=batch["images"].device)
     peaks = {label: measure_peak(step, batch["images"].device) for label, step in steps.items()}
     kept = round(args.kept * num_patches)
-    print(
-        f"\n{name}: batch {batch_size}, {num_patches} patches of which {kept} are kept, {args.text_tokens} text tokens"
-    )
+    print(f"\n{name}: batch {batch_size}, {num_patches} patches, {kept} of them kept, {args.text_tokens} text tokens")
     side_by_side.tell_times(seconds, dict.fromkeys(seconds, 1))
     ratio = side_by_side.tell_ratio("steps per second, with over without", seconds[NONE], seconds[args.reduce])
     for label, peak in peaks.items():
@@ -83,12 +81,11 @@ def measure(name: str, model: Any, batch_size: int, args: argparse.Namespace) ->
 
 
 def main() -> None:
-    """Measure."""
     parser = side_by_side.make_parser(__doc__)
     side_by_side.add_machine_options(parser)
-    parser.add_argument("--only", choices=("pocket", "random"), help="one of the two models")
+    parser.add_argument("--only", choices=("pocket", "random"), help="measure only one of the two models")
     parser.add_argument("--reduce", default="TRIM:-1")
-    parser.add_argument("--kept", type=float, default=0.21, help="share of the patches that is kept")
+    parser.add_argument("--kept", type=float, default=0.21, help="share of the patches to keep (default: %(default)s)")
     parser.add_argument("--text-tokens", type=int, default=128)
     parser.add_argument("--pocket-batch", type=int, default=32)
     parser.add_argument("--random-batch", type=int, default=1)

@@ -1,7 +1,6 @@
 # shellcheck shell=bash
-# What every script of the repository needs: words for errors, paths, the Python, the GPUs, dry runs. Source it; it
-# changes to the repository root, so turn paths that a user gave into absolute ones with `absolute_path` (it
-# remembers where the user stood).
+# Shared by all scripts: errors, paths, the Python interpreter, GPUs, dry runs. Source it. It changes to the repository
+# root; pass paths from the user through `absolute_path`, which resolves them from the user's folder.
 #
 # Environment:
 #   PYTHON     the interpreter (default: python)
@@ -16,7 +15,7 @@ if [[ -z "${REPO_ROOT:-}" ]]; then
     cd "$REPO_ROOT"
 fi
 
-# Say what is wrong, where, and what would be right; leave with the code of a user's mistake.
+# Print an error (what is wrong, where, and what would be right) and exit with 2, the code of a user's mistake.
 die() {
     printf 'error: %s\n' "$*" >&2
     exit 2
@@ -26,7 +25,7 @@ note() {
     printf '%s\n' "$*" >&2
 }
 
-# The path as seen from where the user stood; it need not exist.
+# A path resolved from the user's folder; it need not exist.
 absolute_path() {
     if [[ $1 == /* ]]; then
         printf '%s\n' "$1"
@@ -35,8 +34,7 @@ absolute_path() {
     fi
 }
 
-# A checkpoint: an existing path as an absolute one, anything that looks like `owner/name` as it is (a hub id), unless
-# `owner` is a folder here.
+# A checkpoint: an existing path becomes absolute; `owner/name` is a hub id and stays, unless `owner` is a local folder.
 resolve_model() {
     local candidate
     for candidate in "$(absolute_path "$1")" "$REPO_ROOT/$1"; do
@@ -49,7 +47,7 @@ resolve_model() {
     printf '%s\n' "$1"
 }
 
-# The interpreter; a relative path is meant from where the user stood.
+# The interpreter; a relative path is resolved from the user's folder.
 python_command() {
     local command=${PYTHON:-python}
     if [[ $command == */* ]]; then
@@ -59,7 +57,7 @@ python_command() {
     fi
 }
 
-# The ids of the visible GPUs, one per line; none on a machine without.
+# The ids of the visible GPUs, one per line; nothing on a machine without a GPU.
 visible_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | tr -d ' ' | grep -v -e '^$' -e '^-1$' || true
@@ -68,8 +66,7 @@ visible_gpus() {
     fi
 }
 
-# Run a command, or with DRY_RUN=1 print it, quoted so that it can be pasted. Leading NAME=value words are its
-# environment.
+# Run a command, or with DRY_RUN=1 print it, quoted for pasting. Leading NAME=value arguments are its environment.
 run() {
     if [[ ${DRY_RUN:-0} == 1 ]]; then
         print_command "$@"

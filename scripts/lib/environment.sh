@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The Python that the README commands run with: $PYTHON if set, else the repository's own .venv, made on first use.
-# Source this from a script that stands in the repository root.
+# Choose the Python for the README's commands: $PYTHON if set, else the repository's own .venv, created on first use.
+# Source this from the repository root.
 
 use_environment() {
     if [[ -n "${PYTHON:-}" ]]; then
@@ -8,7 +8,7 @@ use_environment() {
         return
     fi
     local venv="$PWD/.venv" stamp="$PWD/.venv/.installed"
-    # One install at a time; a second script started meanwhile waits for the first.
+    # One install at a time: a second script waits for the first.
     exec 9>"$PWD/.venv.lock"
     if command -v flock >/dev/null; then flock 9; fi
     if ! cat pyproject.toml constraints.txt | cmp -s - "$stamp"; then
@@ -22,7 +22,7 @@ use_environment() {
     export PYTHON="$venv/bin/python"
 }
 
-# The interpreter that makes the environment: the first with version 3.10 or newer.
+# Find the interpreter that creates the environment: the first of version 3.10 or newer.
 find_python() {
     local candidate
     for candidate in python3 python3.11 python3.12 python3.13 python3.10 python; do
@@ -32,6 +32,6 @@ find_python() {
             return
         fi
     done
-    echo "error: no Python 3.10 or newer with the venv module on the PATH; install one, or set PYTHON" >&2
+    echo "error: no Python 3.10 or newer with the venv module on the PATH: install one, or set PYTHON" >&2
     exit 2
 }

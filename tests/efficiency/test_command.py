@@ -148,5 +148,5 @@ def test_too_little_memory_is_refused_with_the_numbers(run, monkeypatch):
 
 def test_a_place_that_can_not_be_written_is_named(run, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write"):
         run("--model-path", "llava-v1.5-7b", "--json", tmp_path / "file" / "x.json")

@@ -179,12 +179,14 @@ class FakeEndpoint:
         address: what `OPENAI_BASE_URL` is set to.
         requests: bodies of all requests, in order of arrival.
         headers: theirs, by name in lower case.
+        path: where completions are; anything else is not found.
         respond: makes the answer to a body: a text (the reply), a `Fault`, or None to hang up without a word.
     """
 
     address: str = ""
     requests: list[dict] = field(default_factory=list)
     headers: list[dict] = field(default_factory=list)
+    path: str = "/v1/chat/completions"
     respond: Callable[[dict], "str | Fault | None"] = lambda body: "1.0"
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -198,6 +200,7 @@ class Fault:
     headers: tuple[tuple[str, str], ...] = ()
     content_type: str = "application/json"
     delay_seconds: float = 0.0
+    seconds_per_byte: float = 0.0
 
 
 def completion(reply: str | None) -> str:
@@ -216,7 +219,7 @@ def make_handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
             with endpoint.lock:
                 endpoint.requests.append(body)
                 endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
-                answer = endpoint.respond(body) if self.path == "/v1/chat/completions" else Fault(404)
+                answer = endpoint.respond(body) if self.path == endpoint.path else Fault(404)
             if answer is None:
                 self.close_connection = True
                 return
@@ -230,7 +233,12 @@ def make_handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
                 for name, value in fault.headers:
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
+                if not fault.seconds_per_byte:
+                    self.wfile.write(content)
+                    return
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(fault.seconds_per_byte)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -241,6 +249,7 @@ def make_handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
     """A judge's endpoint, named by the environment as a user would."""
+    pytest.importorskip("openai")
     fake = FakeEndpoint()
     server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(fake))
     server.daemon_threads = True

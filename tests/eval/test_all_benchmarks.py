@@ -81,8 +81,12 @@ MODELS = ("plain=models/llava --reduce none", "trim=models/llava-trim@lmsys/vicu
 def test_every_benchmark_of_every_model_ends_in_one_table(run_all: Callable, here: Path) -> None:
     done = run_all(*MODELS)
     assert done.returncode == 0, done.stderr
-    assert "| GQA            | 80.00 |     12.50 | 76.00 |  95.00 |    12.50 |" in done.stdout
-    assert "| Average        |     - |     12.50 |     - |  95.00 |    12.50 |" in done.stdout
+    assert "| GQA            | 80.00 | 76.00  95.0% |" in done.stdout
+    assert "| Average        |     - |        95.0% |" in done.stdout
+    assert "| Tokens, mean   | 12.50 |        12.50 |" in done.stdout
+    markdown = (here / "out" / "table.md").read_text()
+    assert "| GQA            | 80.00 |     12.50 | 76.00 |  95.00 |    12.50 |" in markdown
+    assert "| Average        |     - |     12.50 |     - |  95.00 |    12.50 |" in markdown
     assert (here / "out" / "plain.txt").read_text() == "GQA\t80.00\nPOPE (Avg. F1)\t80.00\n"
     assert (here / "out" / "trim.txt").read_text() == "GQA\t76.00\nPOPE (Avg. F1)\t76.00\n"
     table = json.loads((here / "out" / "table.json").read_text())

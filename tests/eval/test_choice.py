@@ -1,7 +1,12 @@
 import pytest
 
-from llava.eval.metrics.choice import infer_letter, infer_letter_opencompass, parse_science_answer
-from llava.eval.metrics.circular import ChoiceRow, judge_group
+from llava.eval.metrics.choice import (
+    ChoiceRow,
+    infer_letter,
+    infer_letter_opencompass,
+    judge_group,
+    parse_science_answer,
+)
 
 OPTIONS = {"A": "a cat", "B": "a dog", "C": "the sea", "D": "the sky"}
 
@@ -91,16 +96,15 @@ def make_rows(*predictions: str) -> list[ChoiceRow]:
 
 
 def test_a_wrong_letter_decides_before_a_judge_is_asked() -> None:
-    verdict = judge_group(make_rows("hm", "A"), infer_letter, settle=lambda row: "B")
-    assert (verdict.is_right, verdict.judged) == (False, ())
+    assert judge_group(make_rows("hm", "A"), infer_letter, settle=lambda row: "B") == (False, [])
 
 
 def test_without_a_judge_a_row_that_cannot_be_read_makes_the_question_wrong() -> None:
-    assert not judge_group(make_rows("B", "hm"), infer_letter).is_right
-    assert judge_group(make_rows("B", "B"), infer_letter).is_right
+    assert judge_group(make_rows("B", "hm"), infer_letter) == (False, [])
+    assert judge_group(make_rows("B", "B"), infer_letter) == (True, [])
 
 
 def test_a_judge_is_asked_in_turn_until_a_row_is_wrong() -> None:
     replies = {"0": "B", "2": "A", "3": "B"}
-    verdict = judge_group(make_rows("hm", "B", "hm", "hm"), infer_letter, settle=lambda row: replies[row.name])
-    assert (verdict.is_right, verdict.judged) == (False, ("0", "2"))
+    outcome = judge_group(make_rows("hm", "B", "hm", "hm"), infer_letter, settle=lambda row: replies[row.name])
+    assert outcome == (False, ["0", "2"])

@@ -1,5 +1,8 @@
 """Judges against a real HTTP server on this machine: what goes wrong on the way, and what is kept."""
 
+import asyncio
+import base64
+import inspect
 import json
 import shutil
 import signal
@@ -9,18 +12,18 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from llava.errors import InputError
 from llava.eval.benchmark import Case
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
-from llava.eval.judge import ApiJudge, ExactJudge, make_judge
-from llava.eval.replies import ReplyCache
+from llava.eval.judge import ApiJudge, ExactJudge, ReplyCache, make_judge
 
 MESSAGES = [{"role": "user", "content": "How good is it?"}]
 LLAVABENCH, MMVET, POPE = find_benchmark("llavabench"), find_benchmark("mmvet"), find_benchmark("pope")
@@ -70,6 +73,10 @@ FAULTS = {
     "web page": {"body": "<html>log in first</html>", "content_type": "text/html"},
     "torn JSON": {"body": '{"choices": [{"mess'},
     "a list": {"body": "[1, 2]"},
+    "endless nesting": {"body": "[" * 100_000},
+    "a number of 5,000 digits": {"body": "7" * 5000},
+    "broken compression": {"body": "x", "headers": (("Content-Encoding", "gzip"),)},
+    "a redirect to nowhere": {"status": 302, "headers": (("Location", "http://[::1/x"),)},
     "a number": {"body": "7"},
     "no choices": {"body": '{"choices": []}'},
     "choices of null": {"body": '{"choices": null}'},
@@ -128,7 +135,15 @@ def test_the_pause_that_the_endpoint_asks_for_is_kept(form: str, endpoint, conne
 def test_pauses_grow_up_to_a_limit(endpoint, connect, fault, monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint.respond = lambda body: fault(status=503, body="{}")
     judge, pauses = connect(first_pause_seconds=8.0), []
-    monkeypatch.setattr(judge._stopped, "wait", pauses.append)
+
+    async def wait_for(task: Awaitable, limit: float) -> object:
+        if inspect.iscoroutine(task) and task.__qualname__ == "Event.wait":
+            pauses.append(limit)
+            limit = 0.01
+        return await wait_for_real(task, limit)
+
+    wait_for_real = asyncio.wait_for
+    monkeypatch.setattr(asyncio, "wait_for", wait_for)
     with pytest.raises(InputError, match=r"gave no reply in 6 tries, the last time: HTTP 503"):
         judge.ask(make_case(3), MESSAGES)
     assert len(endpoint.requests) == 6
@@ -165,6 +180,7 @@ def test_a_server_that_wants_a_key_is_told_from_one_that_does_not(endpoint, conn
 
 
 def test_nobody_at_the_address_ends_in_one_line(cache_file: Path) -> None:
+    pytest.importorskip("openai")
     judge = ApiJudge(
         "m", ReplyCache(cache_file), address="http://127.0.0.1:9/v1", first_pause_seconds=0.001, max_tries=2
     )
@@ -283,7 +299,7 @@ def test_a_file_of_something_else_is_no_cache_and_stays_as_it_is(content: str, c
 
 
 def test_a_cache_that_cannot_be_read_or_written_ends_in_one_line(connect, cache_file: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read the judge's replies /dev/null/x\.jsonl: Not a directory"):
+    with pytest.raises(InputError, match=r"cannot read /dev/null/x\.jsonl: Not a directory"):
         ReplyCache(Path("/dev/null/x.jsonl"))
     judge = connect()
     cache_file.parent.write_text("in the way")
@@ -310,9 +326,8 @@ def test_replies_of_any_text_come_back_as_they_were(cache_file: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from llava.eval.judge import ApiJudge
+from llava.eval.judge import ApiJudge, ReplyCache
 from llava.eval.benchmark import Case
-from llava.eval.replies import ReplyCache
 judge = ApiJudge("m", ReplyCache(Path(sys.argv[1])), address=sys.argv[2], num_threads=4)
 def ask(number):
     return judge.ask(Case("mmvet", str(number), "", (), ""), [{"role": "user", "content": str(number)}])
@@ -419,8 +434,198 @@ def test_options_that_contradict_are_refused(endpoint, cache_file: Path, monkeyp
         make_judge(None, None, cache_file, MMVET)
 
 
+# Secrets ----------------------------------------------------------------------------------------------------------
+KEY = "sk-made-up-Key/42+x"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nsk-other", f"{KEY} ", f"\t{KEY}", f"{KEY}\u200b", f"\u201c{KEY}\u201d"])
+def test_a_key_that_no_header_can_carry_is_refused_without_being_printed(
+    key: str, endpoint, cache_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    if key.strip() == KEY:
+        assert make_judge(None, None, cache_file, MMVET).ask(make_case(), MESSAGES) == "1.0"
+        assert endpoint.headers[0]["authorization"] == f"Bearer {KEY}"
+        return
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds a line break, a space or a special character") as error:
+        make_judge(None, None, cache_file, MMVET)
+    assert "made-up" not in str(error.value)
+    with pytest.raises(InputError, match=r"no connection|no chat completion") as error:
+        ApiJudge("m", ReplyCache(cache_file), address=endpoint.address, key=key, max_tries=1).ask(make_case(), MESSAGES)
+    assert "made-up" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Incorrect key: {key}",
+        "{key}{key}",
+        "x" * 190 + "{key}",
+        "got Authorization: Bearer {key}, quoted {quoted}, coded {coded}, upper {upper}",
+        "\x1b[31m{key}\x1b]0;title\x07\r\x9b\u202e",
+        "in two pieces: {split}",
+    ],
+)
+@pytest.mark.parametrize("form", ["error", "text", "completion of a web page"])
+def test_a_key_that_the_endpoint_echoes_is_not_printed_nor_its_control_characters(
+    text: str, form: str, endpoint, connect, fault
+) -> None:
+    coded = base64.b64encode(KEY.encode()).decode()
+    text = text.format(
+        key=KEY, quoted=quote(KEY, ""), coded=coded, upper=KEY.upper(), split="\x00\u200b".join((KEY[:7], KEY[7:]))
+    )
+    if form == "error":
+        answer = fault(401, json.dumps({"error": {"message": text}}))
+    else:
+        answer = fault(401 if form == "text" else 200, text, content_type="text/plain")
+    endpoint.respond = lambda body: answer
+    with pytest.raises(InputError, match=r"refuses: HTTP 401|no chat completion") as error:
+        connect(key=KEY, max_tries=2).ask(make_case(), MESSAGES)
+    said = str(error.value)
+    for secret in (KEY, KEY.upper(), quote(KEY, ""), coded.rstrip("="), "made-up"):
+        assert secret not in said
+    assert said.isprintable()
+
+
+def test_a_key_that_a_reply_echoes_is_not_stored(endpoint, connect, cache_file: Path) -> None:
+    endpoint.respond = lambda body: f"8 7\nYour key is {KEY}."
+    assert connect(key=KEY).ask(make_case(), MESSAGES) == "8 7\nYour key is ***."
+    assert "made-up" not in cache_file.read_text()
+
+
+def test_a_placeholder_key_does_not_change_replies(endpoint, connect) -> None:
+    endpoint.respond = lambda body: "8 7\nAn EMPTY plate."
+    assert connect(key="EMPTY").ask(make_case(), MESSAGES) == "8 7\nAn EMPTY plate."
+    assert connect(key="8").ask(make_case(1), MESSAGES) == "8 7\nAn EMPTY plate."
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("user:SeCrEt-1@", ""),
+        ("SeCrEt-1@", ""),
+        ("user:SeCrEt%2D1@", ""),
+        ("", "?api_key=SeCrEt-1"),
+        ("", "?api-version=2&key=SeCrEt-1"),
+        ("", "#SeCrEt-1"),
+    ],
+)
+@pytest.mark.parametrize("form", ["status", "echo", "silence"])
+def test_a_key_in_the_address_is_not_printed(before: str, after: str, form: str, endpoint, connect, fault) -> None:
+    address = endpoint.address.replace("http://", f"http://{before}") + after
+    body = json.dumps({"error": {"message": f"bad request to {address} SeCrEt-1 {quote('SeCrEt-1')}"}})
+    endpoint.respond = lambda _: None if form == "silence" else fault(400, body if form == "echo" else "{}")
+    with pytest.raises(InputError, match=rf"judge gpt-4-0613 at {endpoint.address}/ (refuses|gave no)") as error:
+        connect(address=address, max_tries=2).ask(make_case(), MESSAGES)
+    for secret in ("SeCrEt-1", "SeCrEt%2D1"):
+        assert secret not in str(error.value)
+
+
+def test_a_query_of_the_address_goes_with_every_request(endpoint, connect) -> None:
+    endpoint.path = "/v1/chat/completions?api_key=a%2Bb&api-version=2"
+    assert connect(address=f"{endpoint.address}?api_key=a%2Bb&api-version=2").ask(make_case(), MESSAGES) == "1.0"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "user:SeCrEt@host/v1",
+        "host/v1?api_key=SeCrEt",
+        "ftp://user:SeCrEt@host",
+        "http://user:Se/SeCrEt@host/v1",
+        "http://user:Se?SeCrEt@host/v1",
+        "http://host:SeCrEt@/v1",
+        "https://user:SeCrEt@host:port/v1",
+        "http://[SeCrEt@host",
+        "http://SeCrEt@",
+        "http://user:SeCrEt@ho\x1bst/v1",
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_its_key(
+    address: str, endpoint, cache_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(InputError, match="OPENAI_BASE_URL must be an address") as error:
+        make_judge(None, None, cache_file, MMVET)
+    assert "SeCrEt" not in str(error.value)
+    assert str(error.value).isprintable()
+
+
+# Time -------------------------------------------------------------------------------------------------------------
+def trickle(fault: type) -> object:
+    """A reply of a byte every now and then, without end."""
+    return fault(body=" " * 10_000, seconds_per_byte=0.05)
+
+
+def test_a_reply_that_trickles_is_given_up_after_its_time_and_tried_again(endpoint, connect, fault) -> None:
+    answer_in_turn(endpoint, trickle(fault), "0.7")
+    started = time.monotonic()
+    assert connect(timeout_seconds=1).ask(make_case(), MESSAGES) == "0.7"
+    assert 0.9 < time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("kind", ["trickle", "silence", "overload"])
+def test_a_question_has_a_deadline_over_all_tries(kind: str, endpoint, connect, fault) -> None:
+    answers = {"trickle": trickle(fault), "silence": fault(delay_seconds=60), "overload": fault(503, "{}")}
+    endpoint.respond = lambda body: answers[kind]
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"gave no reply in \d+ (try|tries), the last time: "):
+        connect(timeout_seconds=0.4, deadline_seconds=1.5, max_tries=10_000, first_pause_seconds=0.1).ask(
+            make_case(), MESSAGES
+        )
+    assert 0.3 < time.monotonic() - started < 30
+    assert len(endpoint.requests) < 100
+
+
+INTERRUPT = """
+import sys
+from pathlib import Path
+from llava.errors import run_command
+from llava.eval.benchmark import Case
+from llava.eval.judge import ApiJudge, ReplyCache
+def main():
+    judge = ApiJudge("m", ReplyCache(Path(sys.argv[1])), address=sys.argv[2], num_threads=3)
+    def ask(number):
+        return judge.ask(Case("mmvet", str(number), "", (), ""), [{"role": "user", "content": str(number)}])
+    ask(-1)
+    print("asks", flush=True)
+    judge.map(ask, range(40))
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("kind", ["silence", "trickle", "pause", "failure of another question"])
+def test_ctrl_c_ends_within_seconds_whatever_the_judge_does(kind: str, endpoint, cache_file: Path, fault) -> None:
+    def respond(body: dict) -> object:
+        number = int(body["messages"][0]["content"])
+        if number < 2:
+            return "1.0"
+        if kind == "pause":
+            return fault(429, "{}", (("Retry-After", "60"),))
+        if kind.startswith("failure") and number == 4:
+            return fault(403, "{}", delay_seconds=0.5)
+        return trickle(fault) if kind == "trickle" else fault(delay_seconds=90)
+
+    endpoint.respond = respond
+    command = [sys.executable, "-c", INTERRUPT, str(cache_file), endpoint.address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "asks\n"
+    while len(endpoint.requests) < 6:
+        time.sleep(0.01)
+    time.sleep(1)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 5
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+    assert len(ReplyCache(cache_file)) == 3
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
 def test_an_endpoint_with_a_certificate_of_its_own_making_is_not_trusted(cache_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
     files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "certificate.pem")]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", *files]
     subprocess.run(command, check=True, capture_output=True)
@@ -465,16 +670,16 @@ def test_the_offline_stand_in_compares_texts(
     assert ExactJudge(find_benchmark(case.task)).ask(case, MESSAGES) == reply
 
 
-def test_the_offline_stand_in_marks_llavabench_between_1_and_10_by_common_words() -> None:
-    def mark(prediction: str) -> float:
+def test_the_offline_stand_in_rates_llavabench_between_1_and_10_by_common_words() -> None:
+    def rate(prediction: str) -> float:
         case = Case("llavabench", "1", "What?", ("A cat sits on a mat.",), prediction)
         first, second = map(float, ExactJudge(find_benchmark(case.task)).ask(case, MESSAGES).split("\n")[0].split(" "))
         assert first == 10
         return second
 
-    assert mark("a cat sits on a mat") == 10
-    assert mark("nothing of that") == 1
-    assert 1 < mark("a cat") < mark("a cat on a mat") < 10
+    assert rate("a cat sits on a mat") == 10
+    assert rate("nothing of that") == 1
+    assert 1 < rate("a cat") < rate("a cat on a mat") < 10
 
 
 def test_every_judged_benchmark_has_an_offline_stand_in() -> None:

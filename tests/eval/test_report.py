@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,27 +6,36 @@ import pytest
 from PIL import Image
 
 from llava.errors import InputError
-from llava.eval.report import escape_latex, format_latex, format_markdown, make_report, write_picture
+from llava.eval.report import (
+    TERMINAL_WIDTH,
+    escape_latex,
+    format_latex,
+    format_markdown,
+    format_terminal,
+    make_report,
+    plan_plot,
+    write_plot,
+)
+from llava.eval.results import Result, TokenMeans, write_result
 from tests.eval.test_commands import run
 
 LABELS = {"vqav2": "VQAv2 val (Acc)", "pope": "POPE (Avg. F1)", "mme": "MME (Perception)", "mmvet": "MM-Vet"}
 
 
-def result(task: str, headline: float, kept: float | None = 16.0, **changes: object) -> dict:
-    return {
-        "task": task,
-        "row": LABELS[task],
-        "headline": headline,
-        "columns": {"X": headline},
-        "count": 10,
-        "missing": 0,
-        "model_id": "llava",
-        "tokens": None if kept is None else {"mean_tokens": kept, "mean_patches": 64.0},
-        **changes,
-    }
+def result(task: str, headline: float, kept: float | None = 16.0, **changes: object) -> Result:
+    scored = Result(
+        task=task,
+        row=LABELS[task],
+        headline=headline,
+        columns={"X": headline},
+        count=10,
+        model_id="llava",
+        tokens=None if kept is None else TokenMeans(kept, 64.0),
+    )
+    return dataclasses.replace(scored, **changes)
 
 
-def two_models() -> list[tuple[str, dict]]:
+def two_models() -> list[tuple[str, Result]]:
     return [
         ("plain", result("mme", 1400.0, 64.0)),
         ("plain", result("pope", 80.0, 64.0)),
@@ -35,7 +45,7 @@ def two_models() -> list[tuple[str, dict]]:
 
 
 def test_an_overview_has_a_row_per_benchmark_in_the_order_of_the_benchmarks_and_an_average() -> None:
-    (rows,) = make_report(two_models())["tables"].values()
+    (rows,) = make_report(two_models()).tables.values()
     assert [row["Benchmark"] for row in rows] == ["POPE (Avg. F1)", "MME (Perception)", "Average"]
     assert rows[0] == {
         "Benchmark": "POPE (Avg. F1)",
@@ -53,19 +63,19 @@ def test_an_overview_has_a_row_per_benchmark_in_the_order_of_the_benchmarks_and_
 def test_the_average_is_over_the_benchmarks_that_both_models_have() -> None:
     runs = [*two_models(), ("trim", result("vqav2", 70.0)), ("plain", result("mmvet", 30.0))]
     report = make_report(runs)
-    assert report["average"]["trim"]["num_benchmarks"] == 2
-    assert report["average"]["trim"]["retained_percent"] == pytest.approx(96.25)
-    (rows,) = report["tables"].values()
+    assert report.average["trim"].num_benchmarks == 2
+    assert report.average["trim"].retained_percent == pytest.approx(96.25)
+    (rows,) = report.tables.values()
     assert [(row["plain"], row["trim"], row["trim %"]) for row in rows[:1]] == [(None, 70.0, None)]
-    assert "over the 2 benchmarks that both have" in " ".join(report["notes"])
+    assert "over the 2 benchmarks that both have" in " ".join(report.notes)
 
 
 def test_a_first_score_of_zero_or_below_gives_no_percentage() -> None:
     for headline in (0.0, -1.0):
         runs = [("a", result("pope", headline)), ("b", result("pope", 5.0))]
         report = make_report(runs, overview=True)
-        assert report["benchmarks"][0]["runs"]["b"]["retained_percent"] is None
-        assert report["average"]["b"]["retained_percent"] is None
+        assert report.benchmarks[0].runs["b"].retained_percent is None
+        assert report.average["b"].retained_percent is None
 
 
 def test_numbers_of_an_offline_judge_are_marked_and_never_compared_with_others() -> None:
@@ -73,13 +83,13 @@ def test_numbers_of_an_offline_judge_are_marked_and_never_compared_with_others()
     exact = {"judge": "exact", "offline_judge": True}
     runs = [("a", result("mmvet", 31.0, **real)), ("b", result("mmvet", 60.0, **exact)), ("b", result("pope", 80.0))]
     report = make_report(runs)
-    (rows,) = report["tables"].values()
+    (rows,) = report.tables.values()
     labels = [row["Benchmark"] for row in rows]
     assert labels == ["POPE (Avg. F1)", "MM-Vet [judge: gpt-4-0613]", "MM-Vet [judge: exact]", "Average"]
     assert rows[2]["b %"] is None
-    assert any(note.startswith("[judge: exact]: an offline stand-in") for note in report["notes"])
+    assert any(note.startswith("[judge: exact]: an offline stand-in") for note in report.notes)
     assert r"MM-Vet [judge: exact]" in format_latex(report)
-    assert report["benchmarks"][2]["runs"]["b"]["offline_judge"] is True
+    assert report.benchmarks[2].runs["b"].offline_judge is True
 
 
 def test_scores_to_which_answers_are_missing_are_marked() -> None:
@@ -93,7 +103,7 @@ def test_two_results_of_one_benchmark_for_one_model_are_refused_in_an_overview()
     runs = [("a", result("pope", 80.0)), ("a", result("pope", 70.0)), ("a", result("mme", 1.0))]
     with pytest.raises(InputError, match=r"two results of POPE \(Avg. F1\) for a"):
         make_report(runs)
-    assert len(make_report(runs, overview=False)["tables"]["POPE (Avg. F1)"]) == 2
+    assert len(make_report(runs, overview=False).tables["POPE (Avg. F1)"]) == 2
 
 
 def test_runs_of_one_benchmark_get_its_own_table_unless_told_otherwise() -> None:
@@ -111,27 +121,98 @@ def test_latex_has_the_same_cells_escaped() -> None:
     assert escape_latex("a_b & c^2 ~ 5%") == r"a\_b \& c\textasciicircum{}2 \textasciitilde{} 5\%"
 
 
-def test_the_picture_grows_with_the_table(tmp_path: Path) -> None:
-    write_picture(tmp_path / "deep" / "small.png", make_report(two_models()))
+def test_names_stay_one_cell_whatever_is_in_them() -> None:
+    odd = "a|b\nc \x1b[31m_$x$"
+    runs = [(odd, result("pope", 80.0)), ("b", result("pope", 70.0, row="[x] ")), (odd, result("mme", 1.0, row="*\n%"))]
+    for overview in (True, False):
+        report = make_report(runs, overview)
+        for text in (format_markdown(report), format_terminal(report)):
+            lines = [line for line in text.splitlines() if line.startswith("|")]
+            counts = [line.replace("\\|", "").count("|") for line in lines]
+            assert not overview or len(set(counts)) == 1
+            assert "a\\|b" in text
+            assert "\x1b" not in text
+        latex = format_latex(report)
+        assert r"a\textbar{}b c [31m\_\$x\$" in latex
+        commands = ("\\", "{}", "%", "POPE", "Benchmark", "Run", "Average", "a\\textbar", "b ")
+        assert all(line.startswith(commands) for line in latex.splitlines() if line)
+    assert escape_latex("a -- b --- <|>") == r"a -{}- b -{}-{}- \textless{}\textbar{}\textgreater{}"
+    assert "\n{}* \\% & " in format_latex(make_report(runs))
+    assert "\n{}[x]" in format_latex(make_report(runs))
+
+
+def test_the_terminal_shows_score_and_percentage_in_one_column_and_tokens_once() -> None:
+    lines = format_terminal(make_report(two_models())).splitlines()
+    assert lines[:6] == [
+        "| Benchmark        |   plain |           trim |",
+        "| ---------------- | ------: | -------------: |",
+        "| POPE (Avg. F1)   |   80.00 |   78.00  97.5% |",
+        "| MME (Perception) | 1400.00 | 1330.00  95.0% |",
+        "| Average          |       - |          96.2% |",
+        "| Tokens, mean     |   64.00 |          12.00 |",
+    ]
+
+
+def test_the_terminals_table_of_the_demo_fits_its_width() -> None:
+    names = ("no reduction", "TRIM:-1, training-free", "TRIM:-1, finetuned", "Random, same budget")
+    runs = [(name, result(task, 1500.0)) for name in names for task in LABELS]
+    runs += [
+        (name, result("mmvet", 77.0, row="LLaVA-Bench (Wild)", judge="exact", offline_judge=True)) for name in names
+    ]
+    assert max(map(len, format_terminal(make_report(runs)).splitlines())) <= TERMINAL_WIDTH
+
+
+def test_the_plot_grows_with_the_number_of_bars(tmp_path: Path) -> None:
+    write_plot(tmp_path / "deep" / "small.png", make_report(two_models()))
     runs = [(name, result(task, 50.0)) for name in ("a", "b", "c", "d_$x$") for task in LABELS]
-    write_picture(tmp_path / "large.png", make_report(runs))
+    write_plot(tmp_path / "large.png", make_report(runs))
     small, large = Image.open(tmp_path / "deep" / "small.png"), Image.open(tmp_path / "large.png")
-    assert large.width > small.width > 300
+    assert large.width == small.width > 300
     assert large.height > small.height > 100
+
+
+def test_the_plot_shows_what_each_model_retains() -> None:
+    (panel,) = plan_plot(make_report(two_models()))
+    assert panel.reference == (100.0, "plain (64.0 tokens)")
+    assert panel.series == ["trim (12.0 tokens)"]
+    values = {label: value for label, (value,) in panel.groups}
+    assert values == {
+        "POPE (Avg. F1)": pytest.approx(97.5),
+        "MME (Perception)": pytest.approx(95.0),
+        "Average": pytest.approx(96.25),
+    }
+
+
+def test_the_plot_shows_scores_where_there_is_nothing_to_compare() -> None:
+    (alone,) = plan_plot(make_report(two_models()[:2]))
+    assert alone.groups == [("POPE (Avg. F1)", [80.0]), ("MME (Perception)", [1400.0])]
+    (pope,) = plan_plot(make_report([("a", result("pope", 80.0)), ("b", result("pope", 0.0, None))]))
+    assert (pope.title, pope.unit, pope.groups) == ("POPE (Avg. F1)", "X", [("a\n16.0 tokens", [80.0]), ("b", [0.0])])
+
+
+@pytest.mark.parametrize("headlines", [(0.0, 0.0), (-1.0, 5.0), (1400.0, 60.0)])
+def test_any_scores_can_be_drawn(tmp_path: Path, headlines: tuple[float, float]) -> None:
+    runs = [("a", result("mme", headlines[0])), ("b", result("pope", headlines[1], None))]
+    for number, chosen in enumerate((runs, runs[:1])):
+        for overview in (True, False):
+            path = tmp_path / f"{number}{overview}.png"
+            write_plot(path, make_report(chosen, overview))
+            assert Image.open(path).width > 300
 
 
 def test_the_command_writes_every_form(tmp_path: Path) -> None:
     arguments = []
     for number, (name, record) in enumerate(two_models()):
         file = tmp_path / f"{number}.json"
-        file.write_text(json.dumps(record))
+        write_result(file, record)
         arguments.append(f"{name}={file}")
     outputs = {kind: tmp_path / "out" / f"table.{kind}" for kind in ("json", "markdown", "latex", "png")}
     options = [word for kind, path in outputs.items() for word in (f"--{kind}", path)]
     done = run("report", *arguments, *options)
     assert done.returncode == 0, done.stderr
-    assert "| POPE (Avg. F1)   |   80.00 |     64.00 |   78.00 |  97.50 |    14.00 |" in done.stdout
-    assert outputs["markdown"].read_text() == done.stdout
+    assert "| POPE (Avg. F1)   |   80.00 |   78.00  97.5% |" in done.stdout
+    markdown = outputs["markdown"].read_text()
+    assert "| POPE (Avg. F1)   |   80.00 |     64.00 |   78.00 |  97.50 |    14.00 |" in markdown
     assert json.loads(outputs["json"].read_text())["benchmarks"][0]["runs"]["trim"]["mean_tokens"] == 14.0
     assert outputs["latex"].read_text().count(r"\\") == 4
     assert outputs["png"].read_bytes().startswith(b"\x89PNG")

@@ -1,24 +1,39 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from llava.errors import InputError
-from llava.eval.results import append_line, average_tokens, compare_runs, format_line, format_table, read_result
+from llava.eval.benchmark import Verdict
+from llava.eval.benchmarks import BENCHMARKS, find_benchmark
+from llava.eval.judge import ExactJudge
+from llava.eval.report import compare_runs, format_table
+from llava.eval.results import (
+    Result,
+    TokenMeans,
+    average_tokens,
+    complete_verdicts,
+    format_line,
+    read_result,
+    score_answers,
+    write_result,
+)
+from llava.files import append_line
+from tests.eval.test_promises import FOLDERS
 
 
-def result(headline: float, kept: float | None = None, **changes: object) -> dict:
-    return {
-        "task": "pope",
-        "row": "POPE (Avg. F1)",
-        "headline": headline,
-        "columns": {"F1": headline, "Accuracy": headline + 1.0},
-        "count": 10,
-        "missing": 0,
-        "model_id": "llava",
-        "tokens": None if kept is None else {"mean_tokens": kept, "mean_patches": 64.0},
-        **changes,
-    }
+def result(headline: float, kept: float | None = None, **changes: object) -> Result:
+    scored = Result(
+        task="pope",
+        row="POPE (Avg. F1)",
+        headline=headline,
+        columns={"F1": headline, "Accuracy": headline + 1.0},
+        count=10,
+        model_id="llava",
+        tokens=None if kept is None else TokenMeans(kept, 64.0),
+    )
+    return dataclasses.replace(scored, **changes)
 
 
 def test_mean_tokens_count_questions_with_images_only() -> None:
@@ -27,9 +42,11 @@ def test_mean_tokens_count_questions_with_images_only() -> None:
         {"metadata": {"num_tokens": 20, "num_patches": 128}},
         {"metadata": {"num_tokens": 0, "num_patches": 0}},
         {"metadata": {}},
+        {"metadata": "of another tool"},
+        {"metadata": {"num_tokens": "10", "num_patches": None}},
         {},
     ]
-    assert average_tokens(rows) == {"mean_tokens": 15.0, "mean_patches": 96.0}
+    assert average_tokens(rows) == TokenMeans(mean_tokens=15.0, mean_patches=96.0)
     assert average_tokens(rows[2:]) is None
 
 
@@ -99,10 +116,24 @@ def test_tables_are_aligned_markdown() -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no such file"), ("{", "is not JSON"), ("[]", "is not a result"), ("{}", "is not a result")],
+    [
+        (None, "no such file"),
+        ("{", "is not JSON"),
+        ("[]", "is not a result"),
+        ("{}", "is not a result"),
+        ({"headline": "60"}, '"headline" must be a number'),
+        ({"headline": None}, '"headline" must be a number'),
+        ({"columns": []}, '"columns" must be an object'),
+        ({"missing": True}, '"missing" must be a whole number'),
+        ({"tokens": [1, 2]}, "tokens or verdicts"),
+        ({"verdicts": [{"key": "1"}]}, "tokens or verdicts"),
+        ({"schema": 3}, "has schema 3, this version reads 2"),
+    ],
 )
-def test_files_that_are_no_results_are_refused(tmp_path: Path, content: str | None, words: str) -> None:
+def test_files_that_are_no_results_are_refused(tmp_path: Path, content: str | dict | None, words: str) -> None:
     file = tmp_path / "scores.json"
+    if isinstance(content, dict):
+        content = json.dumps({**result(60.0).to_json(), **content})
     if content is not None:
         file.write_text(content)
     with pytest.raises(InputError, match=words):
@@ -110,6 +141,87 @@ def test_files_that_are_no_results_are_refused(tmp_path: Path, content: str | No
 
 
 def test_a_result_is_read_back_as_written(tmp_path: Path) -> None:
-    file = tmp_path / "scores.json"
-    file.write_text(json.dumps(result(60.0, 3.0)))
-    assert read_result(file) == result(60.0, 3.0)
+    verdicts = (
+        Verdict("[1]", "Yes", "no", 0.0, parsed="yes", category="random", image="a b.jpg", query="?", num_tokens=3),
+        Verdict("[2]", "two\nlines", ("a", "b"), 0.6),
+        Verdict("g", "A | B", "A", 1.0, unit="group", details={"question_keys": ["[1]", "[2]"]}),
+    )
+    written = result(60.0, 3.0, verdicts=verdicts, scores={"F1": 60.0})
+    write_result(tmp_path / "scores.json", written)
+    assert read_result(tmp_path / "scores.json") == written
+    lines = (tmp_path / "scores.json").read_text().splitlines()
+    assert [json.loads(line.strip(" ,"))["correct"] for line in lines if '"key"' in line] == [False, True, True]
+    data = json.loads((tmp_path / "scores.json").read_text())
+    assert data["schema"] == 2
+    assert data["verdicts"][1] == {
+        "key": "[2]",
+        "prediction": "two\nlines",
+        "reference": ["a", "b"],
+        "points": 0.6,
+        "unit": "question",
+        "correct": True,
+    }
+
+
+def test_a_file_of_the_version_before_verdicts_is_read(tmp_path: Path) -> None:
+    data = {
+        "task": "pope",
+        "row": "POPE (Avg. F1)",
+        "headline": 60.0,
+        "scores": {"average_f1": 60.0},
+        "count": 10,
+        "columns": {"F1": 60.0},
+        "missing": 0,
+        "judge": None,
+        "offline_judge": False,
+        "headline_judged": False,
+        "model_id": "llava",
+        "tokens": {"mean_tokens": 3.0, "mean_patches": 64.0},
+        "answers": "answers.jsonl",
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(data))
+    old = read_result(tmp_path / "scores.json")
+    assert (old.tokens, old.verdicts) == (TokenMeans(3.0, 64.0), ())
+    assert {**old.to_json(), "verdicts": [], "schema": 2} == {**data, "verdicts": [], "schema": 2}
+
+
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_the_headline_follows_from_the_verdicts_of_the_file(name: str, golden: Path, tmp_path: Path) -> None:
+    task, root = find_benchmark(name), golden / "oracle" / FOLDERS.get(name, name)
+    judge = None if task.uses_judge == "never" else ExactJudge(task)
+    write_result(
+        tmp_path / "scores.json", score_answers(task, root / "answers.jsonl", root, allow_partial=True, judge=judge)
+    )
+    read = read_result(tmp_path / "scores.json")
+    assert read.verdicts
+    assert task.headline(read.verdicts) == pytest.approx(read.headline, abs=1e-9)
+    assert all(0 <= verdict.points <= 1 for verdict in read.verdicts)
+    # ScienceQA asks some questions of text alone; every other verdict, of a group or pair too, leads to its image.
+    assert all(verdict.query for verdict in read.verdicts)
+    assert name == "sqa" or all(verdict.image for verdict in read.verdicts)
+
+
+def test_verdicts_name_image_query_and_tokens(oracle: Path, tmp_path: Path) -> None:
+    scored = score_answers(find_benchmark("pope"), oracle / "answers.jsonl", oracle)
+    rows = [json.loads(line) for line in (oracle / "answers.jsonl").read_text().splitlines()]
+    by_key = {verdict.key: verdict for verdict in scored.verdicts}
+    assert len(scored.verdicts) == scored.count == len(rows) == 176
+    for row in rows[::40]:
+        verdict = by_key[json.dumps([row["question_id"]])]
+        assert verdict.prediction == row["text"]
+        assert verdict.image.startswith("val2014/COCO_val2014_")
+        assert verdict.query == row["prompt"]
+        assert verdict.num_tokens == row.get("metadata", {}).get("num_tokens")
+
+
+def test_a_group_is_about_its_first_question_and_a_name_without_one_about_none(oracle: Path) -> None:
+    questions = {"[1]": find_benchmark("pope").load(oracle)[0]}
+    verdicts = [
+        Verdict("g", "A | B", "A", 1.0, unit="group", details={"question_keys": ["[1]", "[2]"]}),
+        Verdict("h", "A | B", "A", 1.0, unit="pair"),
+    ]
+    answers = {"[1]": {"metadata": {"num_tokens": 7, "num_patches": 64}}}
+    first, second = complete_verdicts(verdicts, questions, answers, oracle)
+    assert (first.query, first.num_tokens) == (questions["[1]"].query, 7)
+    assert first.image == questions["[1]"].images[0].relative_to(oracle).as_posix()
+    assert second == verdicts[1]

@@ -102,6 +102,23 @@ def test_without_a_reduction_a_picture_is_projected_once_for_all_its_questions_a
     assert len(together.done) == len(questions)
 
 
+def test_a_reduction_that_looks_at_attention_goes_through_the_feature_cache(
+    make_pope: Callable[..., Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(tiny_checkpoint), None, "llava-tiny", device="cpu", dtype="float32", reduce="FasterVLM:9"
+    )
+    questions = Pope().load(make_pope(3))
+    encoded = []
+    encode = model.encode_patches
+    monkeypatch.setattr(model, "encode_patches", lambda images: encoded.extend(images) or encode(images))
+    together, _ = run((model, tokenizer, processor), questions, batch_size=8, max_new_tokens=6)
+    assert len(encoded) == 3
+    assert {row["metadata"]["num_tokens"] for row in together.done.values()} == {9}
+    alone, _ = run((model, tokenizer, processor), questions, batch_size=1, max_new_tokens=6)
+    assert together.done == alone.done and len(together.done) == len(questions)
+
+
 def test_the_cache_is_bounded_and_an_evicted_picture_is_encoded_again(
     make_pope: Callable[..., Path], fake_parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,6 @@ from llava.prompt import query_of
 Kind = TypeVar("Kind")
 
 DOWNLOAD_HINT = "playground/data/eval/README.md lists what to download and where it goes"
-SHORT_ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
 KIND_NAMES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
 
 

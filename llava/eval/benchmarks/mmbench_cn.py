@@ -1,16 +1,26 @@
 """MMBench-CN: the questions of MMBench in Chinese, asked and scored alike.
 
-File: `mmbench_dev_cn_20231003.tsv`, in the folder `mmbench_cn` or `mmbench`. The last line of each question is Chinese,
-as LLaVA asks; TRIM's script asks Chinese questions with the English line.
+File: `mmbench_dev_cn_20231003.tsv`, in the folder `mmbench` (LLaVA's documentation) or `mmbench_cn` (its script). The
+last line of each question is Chinese, as LLaVA asks; TRIM's script asks Chinese questions with the English line.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
-from llava.eval.benchmarks._hub_mmbench import MMBenchChinese
-from llava.eval.benchmarks.mmbench import MmBench
-from llava.eval.hub import HubForm
+from llava.eval.benchmarks.mmbench import MmBench, MmBenchForm
+from llava.eval.hub import HubForm, HubTable, Tables
 from llava.eval.metrics.choice import CHINESE_LETTER_LINE
+
+TABLE = "mmbench_dev_cn_20231003"
+
+
+class MmBenchChineseForm(MmBenchForm):
+    """The Chinese table of 2023-10-03: 4,329 rows."""
+
+    dataset = "lmms-lab/MMBench"
+    tables: ClassVar[Tables] = {"rows": HubTable("dev", MmBenchForm.COLUMNS, config="cn")}
+    files = (f"{TABLE}.tsv",)
 
 
 class MmBenchCn(MmBench):
@@ -19,6 +29,12 @@ class MmBenchCn(MmBench):
     name = "mmbench_cn"
     row = "MMBench-CN (Circular)"
     folders = ("mmbench_cn", "mmbench")
-    hub: ClassVar[Mapping[str, HubForm]] = {"mmbench_dev_cn_20231003": MMBenchChinese()}
-    tables = ("mmbench_dev_cn_20231003",)
+    hub: ClassVar[Mapping[str, HubForm]] = {TABLE: MmBenchChineseForm()}
+    tables = (TABLE,)
     letter_line = CHINESE_LETTER_LINE
+
+    def find_root(self, data_root: Path) -> Path:
+        """Return the folder `mmbench` if it has the table, else the first folder that is there."""
+        if (data_root / "mmbench" / f"{TABLE}.tsv").is_file():
+            return data_root / "mmbench"
+        return super().find_root(data_root)

@@ -1,24 +1,26 @@
 """MM-Vet: free answers, graded 0 to 1 by a language model; six capabilities and their combinations.
 
 Files: `llava-mm-vet.jsonl` (questions), `mm-vet.json` (questions, answers, capabilities), `images/`, also under a
-folder `mm-vet` as the archive has them; optionally `judge_prompt.txt`, the official words to the judge. Source of the
+folder `mm-vet` as the archive has them; optionally `judge_prompt.txt`, the official prompt to the judge. Source of the
 rules: yuweihao/MM-Vet `mm-vet_evaluator.py`.
+
+On the hub: lmms-lab/MMVet, all 218 questions. The dataset does not name the images that questions share: each question
+has its own, under the question's name.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.answers import explain_write_errors
-from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, row_key
-from llava.eval.benchmarks._files import find_file, load_question_file
-from llava.eval.benchmarks._hub_mmvet import MMVet as MmVetForm
-from llava.eval.hub import HubForm
+from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, Verdict, row_key
+from llava.eval.benchmarks._files import load_question_file, read_document, require_any, take
+from llava.eval.hub import HubForm, HubRows, HubTable, Layout, Tables, guess_suffix, safe_name
 from llava.eval.metrics.overlap import find_elements
+from llava.files import read_text, write_text
 
 QUESTION_FILE = "llava-mm-vet.jsonl"
 ANNOTATION_FILE = "mm-vet.json"
@@ -35,7 +37,7 @@ RETRY_TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
 MAX_CALLS = 1 + len(RETRY_TEMPERATURES)
 MAX_TOKENS = 3
 NUM_DIGITS = 1
-"""Of the published percentages."""
+"""Of the percentages but `total_unrounded`."""
 
 OWN_PROMPT = """\
 Grade how far the prediction agrees with the ground truth. Where the ground truth joins elements by <AND>, a right \
@@ -55,63 +57,49 @@ ordered. | A cat is sitting next to a sign in the street, which one does not see
 Why is this picture funny? | Under a sign "fresh fish daily" sits a cat with fork and napkin, like a guest who has \
 ordered. | The joke is that the cat waits for its fish with cutlery, as if the sign were a restaurant's. | 1.0"""
 """Built like the official prompt: an instruction, the head of a table, five rows about roots and two about a joke. The
-words are ours (docs/parity.md)."""
+text is ours (docs/parity.md)."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A question with its annotation and answer.
+# --------------------------------------------------------------------------------------------------------------- hub
+class MmVetForm(HubForm):
+    """All 218 questions."""
 
-    Attributes:
-        key: `v1_<id>`, as in the annotation and result files.
-        question: as the annotation words it.
-        truth: right answer, elements joined by `<AND>` and `<OR>`.
-        capabilities: what it takes.
-        prediction: the model's answer.
-    """
+    dataset = "lmms-lab/MMVet"
+    tables: ClassVar[Tables] = {
+        "questions": HubTable("test", ("question_id", "image", "question", "answer", "image_source", "capability"))
+    }
+    files = (QUESTION_FILE, ANNOTATION_FILE)
 
-    key: str
-    question: str
-    truth: str
-    capabilities: tuple[str, ...]
-    prediction: str
-
-    @property
-    def integration(self) -> str:
-        """Name of the set of capabilities, whatever order the annotation gives them in."""
-        return "_".join(sorted(self.capabilities))
-
-    def case(self) -> Case:
-        """Return what is graded, for judges that compute."""
-        return Case(MmVet.name, self.key, self.question, (self.truth,), self.prediction)
-
-    def row(self) -> str:
-        """Return the table row that the judge is to complete."""
-        truth = self.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-        return f"{self.question} | {truth} | {self.prediction} | "
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        questions, annotations = [], {}
+        for row in rows["questions"]:
+            key, text = safe_name(row["question_id"], self.dataset), row["question"]
+            number = key.removeprefix(KEY_PREFIX)
+            if not number.isdecimal():
+                raise InputError(f"MM-Vet: question_id {key!r} is not {KEY_PREFIX}<number>")
+            image = f"{key}{guess_suffix(row['image'])}"
+            layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
+            annotations[key] = {
+                "imagename": image,
+                "question": text,
+                "answer": row["answer"],
+                "imagesource": row["image_source"],
+                "capability": [name.strip() for name in row["capability"].split(",")],
+            }
+            questions.append({"image": image, "text": text, "category": "conv", "question_id": int(number)})
+        layout.write_json(ANNOTATION_FILE, annotations)
+        layout.write_lines(QUESTION_FILE, questions)
 
 
-@dataclass(frozen=True)
-class Grade:
-    """What one run of the judge says about a question.
-
-    Attributes:
-        content: the last reply, up to its first blank.
-        score: 0 to 1.
-        num_calls: how often the judge was asked.
-    """
-
-    content: str
-    score: float
-    num_calls: int
-
-
+# --------------------------------------------------------------------------------------------------------- benchmark
 class MmVet(Benchmark):
     """MM-Vet: the mean grade."""
 
     name = "mmvet"
     row = "MM-Vet"
     folders = ("mm-vet", "mmvet")
+    answers_file = "answers/{run}.jsonl"
+    upload_folder = "results/{run}"
     hub: ClassVar[Mapping[str, HubForm]] = {"all": MmVetForm()}
     max_new_tokens = 1024
     uses_judge = "always"
@@ -121,12 +109,7 @@ class MmVet(Benchmark):
         return f"{max(find_elements(case.prediction, reference) for reference in case.references):.1f}"
 
     def load(self, root: Path) -> list[Question]:
-        """Read the questions; each is about one picture."""
-        questions = load_question_file(locate(root, QUESTION_FILE), locate(root, IMAGE_FOLDER))
-        return [
-            question if question.images or question.fault else replace(question, fault="the record has no image")
-            for question in questions
-        ]
+        return load_question_file(locate(root, QUESTION_FILE), locate(root, IMAGE_FOLDER), needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
         """Let the judge grade every answer, as often as it is told to; numbers of the first run and of all runs.
@@ -136,23 +119,29 @@ class MmVet(Benchmark):
         """
         if judge is None:
             raise InputError(f"{self.name} is scored by a judge, and none is given")
-        subjects = pair_subjects(self.load(root), answers, read_annotations(locate(root, ANNOTATION_FILE)))
+        subjects = pair_subjects(self.load(root), answers, locate(root, ANNOTATION_FILE))
         prompt = read_prompt(locate(root, PROMPT_FILE))
-        grades = judge.map(lambda subject: grade_subject(judge, subject, prompt), subjects)
+        grades = judge.map(
+            lambda subject: [ask_grade(judge, subject, prompt, run) for run in range(judge.num_runs)], subjects
+        )
         numbers = {
             f"num_run_{num_runs}": summarize(subjects, [each[:num_runs] for each in grades])
             for num_runs in sorted({1, judge.num_runs})
         }
         final = numbers[f"num_run_{judge.num_runs}"]
-        columns = {"Total": final["total"], **final["capability"]}
-        return Scores(headline=final["total_unrounded"], scores=numbers, count=len(subjects), columns=columns)
+        verdicts = [make_verdict(*each) for each in zip(subjects, grades, strict=True)]
+        return Scores(
+            headline=self.headline(verdicts),
+            scores=numbers,
+            count=len(subjects),
+            columns={"Total": final["total"], **final["capability"]},
+            verdicts=verdicts,
+        )
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write `<model>.json`, the file that the official evaluator (and its server) reads."""
         model_id = next((str(row.get("model_id") or "") for row in answers.values()), "")
-        path = destination / f"{Path(model_id).name or self.name}.json"
-        write_predictions(list(answers.values()), path)
-        return [path]
+        return [write_predictions(list(answers.values()), destination / f"{Path(model_id).name or self.name}.json")]
 
 
 def locate(root: Path, name: str) -> Path:
@@ -161,86 +150,108 @@ def locate(root: Path, name: str) -> Path:
     return unpacked if unpacked.exists() and not (root / name).exists() else root / name
 
 
-def read_annotations(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the annotation file.
+def write_predictions(rows: Sequence[Row], path: Path) -> Path:
+    """Write answers as the official evaluator reads them: `{"v1_<id>": answer}`, byte for byte as LLaVA writes them.
 
     Raises:
-        InputError: it is missing, or something else.
+        InputError: the file cannot be written, or a question has two different answers.
     """
-    try:
-        annotations = json.loads(find_file(path).read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path} is not JSON") from None
-    if not isinstance(annotations, dict):
-        raise InputError(f'{path} is no annotation file: {{"{KEY_PREFIX}0": {{"question", ...}}, ...}} is needed')
-    return annotations
+    predictions: dict[str, str] = {}
+    for row in rows:
+        key = f"{KEY_PREFIX}{row['question_id']}"
+        if predictions.setdefault(key, row["text"]) != row["text"]:
+            raise InputError(f"two different answers to question {row['question_id']}")
+    return write_text(path, json.dumps(predictions, indent=2))
 
 
-def read_prompt(path: Path) -> str:
-    """Return a user's words to the judge, if there are any, or ours."""
-    if not path.is_file():
-        return OWN_PROMPT
-    try:
-        prompt = path.read_text(encoding="utf-8").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if not prompt.strip():
-        raise InputError(f"{path} is empty: it must hold the words to the judge, or not be there")
-    return prompt
+# ------------------------------------------------------------------------------------------------ what the judge sees
+@dataclass(frozen=True)
+class Subject:
+    """A question with its annotation and answer.
+
+    Attributes:
+        question_key: `row_key` of the question.
+        case: question, reference answer (elements joined by `<AND>` and `<OR>`) and prediction; its key is `v1_<id>`,
+            as in the annotation and result files.
+        capabilities: what it takes.
+    """
+
+    question_key: str
+    case: Case
+    capabilities: tuple[str, ...]
+
+    @property
+    def integration(self) -> str:
+        """Name of the set of capabilities, whatever order the annotation gives them in."""
+        return "_".join(sorted(self.capabilities))
+
+    def table_row(self) -> str:
+        """Return the table row that the judge is to complete."""
+        truth = self.case.references[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        return f"{self.case.question} | {truth} | {self.case.prediction} | "
 
 
-def pair_subjects(
-    questions: Sequence[Question], answers: Mapping[str, Row], annotations: Mapping[str, Mapping[str, Any]]
-) -> list[Subject]:
+def pair_subjects(questions: Sequence[Question], answers: Mapping[str, Row], annotation_file: Path) -> list[Subject]:
     """Give each answered question its annotation, by id.
 
     Raises:
         InputError: nothing was answered, or a question has no (sound) annotation.
     """
+    require_any(answers, "MM-Vet")
+    annotations = read_document(annotation_file)
+    if not isinstance(annotations, dict):
+        form = f'{{"{KEY_PREFIX}0": {{"question", ...}}, ...}}'
+        raise InputError(f"{annotation_file} is no annotation file: {form} is needed")
     subjects = []
     for question in questions:
-        row = answers.get(row_key(question.head(), MmVet.key_fields))
-        if row is None:
+        question_key, key = row_key(question.head(), MmVet.key_fields), f"{KEY_PREFIX}{question.id}"
+        if question_key not in answers:
             continue
-        key = f"{KEY_PREFIX}{question.id}"
-        subjects.append(make_subject(key, annotations.get(key), row["text"]))
-    if not subjects:
-        raise InputError("MM-Vet: none of the questions has an answer")
+        if key not in annotations:
+            raise InputError(f"{annotation_file} has no {key}; it and {QUESTION_FILE} must come from the same version")
+        annotation, where = annotations[key], f"{annotation_file}, {key}"
+        asked, truth = take(annotation, "question", str, where), take(annotation, "answer", str, where)
+        capabilities = take(annotation, "capability", list, where)
+        if not capabilities or not all(isinstance(name, str) for name in capabilities):
+            raise InputError(f'{where}: "capability" must be a list of names')
+        case = Case(MmVet.name, key, asked, (truth,), answers[question_key]["text"])
+        subjects.append(Subject(question_key, case, tuple(capabilities)))
     return subjects
 
 
-def make_subject(key: str, annotation: Mapping[str, Any] | None, prediction: str) -> Subject:
-    """Make a subject of an annotation and an answer.
+def read_prompt(path: Path) -> str:
+    """Return the user's prompt to the judge, if there is one, or ours."""
+    if not path.is_file():
+        return OWN_PROMPT
+    prompt = read_text(path).rstrip("\n")
+    if not prompt.strip():
+        raise InputError(f"{path} is empty: it must hold the prompt to the judge, or not be there")
+    return prompt
 
-    Raises:
-        InputError: there is no annotation, or it lacks something.
+
+# ------------------------------------------------------------------------------------------------------------ grades
+@dataclass(frozen=True)
+class Grade:
+    """What one run of the judge says about a question.
+
+    Attributes:
+        content: the last reply, up to its first space.
+        score: 0 to 1.
+        num_calls: how often the judge was asked.
     """
-    if not isinstance(annotation, dict):
-        raise InputError(f"{ANNOTATION_FILE} has no {key}; it and {QUESTION_FILE} must come from the same version")
-    question, truth, capabilities = (annotation.get(name) for name in ("question", "answer", "capability"))
-    if not isinstance(question, str) or not isinstance(truth, str):
-        raise InputError(f'{ANNOTATION_FILE}, {key}: "question" and "answer" must be strings')
-    if (
-        not isinstance(capabilities, list)
-        or not capabilities
-        or not all(isinstance(name, str) for name in capabilities)
-    ):
-        raise InputError(f'{ANNOTATION_FILE}, {key}: "capability" must be a list of names')
-    return Subject(key, question, truth, tuple(capabilities), prediction)
+
+    content: str
+    score: float
+    num_calls: int
 
 
-def grade_subject(judge: Judge, subject: Subject, prompt: str) -> list[Grade]:
-    """Grade an answer once per run."""
-    return [grade_once(judge, subject, prompt, run) for run in range(judge.num_runs)]
-
-
-def grade_once(judge: Judge, subject: Subject, prompt: str, run: int) -> Grade:
+def ask_grade(judge: Judge, subject: Subject, prompt: str, run: int) -> Grade:
     """Grade an answer, with the official retries: reworded, hotter each time, and 0 after the last."""
-    content = f"{prompt}\n{subject.row()}"
+    content = f"{prompt}\n{subject.table_row()}"
     for number, temperature in enumerate((0.0, *RETRY_TEMPERATURES)):
         text = content if number == 0 else content + RETRY_SUFFIX
         reply = judge.ask(
-            subject.case(),
+            subject.case,
             [{"role": "user", "content": text}],
             attempt=run * MAX_CALLS + number,
             temperature=temperature,
@@ -293,28 +304,17 @@ def summarize(subjects: Sequence[Subject], grades: Sequence[Sequence[Grade]]) ->
             name: average([subject.integration == name for subject in subjects]) for name in integrations
         },
         "grade": {
-            subject.key: {"content": [grade.content for grade in each], "score": [grade.score for grade in each]}
+            subject.case.key: {"content": [grade.content for grade in each], "score": [grade.score for grade in each]}
             for subject, each in zip(subjects, grades, strict=True)
         },
         "n_calls": {
-            subject.key: sum(grade.num_calls for grade in each) for subject, each in zip(subjects, grades, strict=True)
+            subject.case.key: sum(grade.num_calls for grade in each)
+            for subject, each in zip(subjects, grades, strict=True)
         },
     }
 
 
-def write_predictions(rows: Sequence[Row], path: Path) -> None:
-    """Write answers as the official evaluator reads them: `{"v1_<id>": answer}`, byte for byte as published.
-
-    Raises:
-        InputError: the file can't be written, or a question has two different answers.
-    """
-    predictions: dict[str, str] = {}
-    for row in rows:
-        key = f"{KEY_PREFIX}{row['question_id']}"
-        if predictions.setdefault(key, row["text"]) != row["text"]:
-            raise InputError(f"two different answers to question {row['question_id']}")
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(predictions, indent=2), encoding="utf-8")
-        partial.replace(path)
+def make_verdict(subject: Subject, grades: Sequence[Grade]) -> Verdict:
+    """Make a question's verdict; `grades` has one per run."""
+    case, points = subject.case, fmean(grade.score for grade in grades)
+    return Verdict(subject.question_key, case.prediction, case.references[0], points, category=subject.integration)

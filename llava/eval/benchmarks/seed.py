@@ -1,25 +1,28 @@
-"""SEED-Bench: multiple choice on pictures and on the middle frames of videos; the headline is about the pictures.
+"""SEED-Bench: multiple choice on images and on the middle frames of videos; the headline is about the images.
 
 Files: `llava-seed-bench.jsonl` (questions), `SEED-Bench.json` (right options, types), `SEED-Bench-image/`, and
-`SEED-Bench-video-image/` (frames that everybody extracts for themselves). Source of the rules: LLaVA's
+`SEED-Bench-video-image/` (frames, which each user extracts from the videos). Source of the rules: LLaVA's
 `convert_seed_for_submission.py` and the first `eval.py` of SEED-Bench.
 
-Where the pictures are there and the folder of frames is not, the video questions are left out, with a word about it:
-the headline does not need them. `--split all`, `image` or `video` says what to ask whatever is there.
+Where the images are there and the folder of frames is not, the video questions are left out, with a warning: the
+headline does not need them. `--split all`, `image` or `video` asks the named questions, whatever is there.
+
+On the hub: images, and a sample of each video's frames, of which the middle one is taken. LLaVA takes the middle frame
+of the video itself, so that video questions may see another image.
 """
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import load_question_file, read_document, take
-from llava.eval.benchmarks._hub_seed import SeedBench
-from llava.eval.hub import HubForm
-from llava.files import write_text
+from llava.eval.hub import HubForm, HubRows, HubTable, Layout, Tables, safe_name
+from llava.eval.metrics.choice import LETTER_LINE, LETTERS, mean_percent
+from llava.files import write_jsonl
 
 QUESTION_FILE = "llava-seed-bench.jsonl"
 ANNOTATION_FILE = "SEED-Bench.json"
@@ -29,26 +32,85 @@ UPLOAD_FILE = "seed_bench.jsonl"
 
 IMAGE, VIDEO, ALL = "image", "video", "all"
 
+OPTION_COLUMNS = {letter: f"choice_{letter.lower()}" for letter in LETTERS[:4]}
+FIELDS = ("answer", *OPTION_COLUMNS.values(), "data_id", "data_type", "question", "question_id", "question_type_id")
+"""Of the hub's rows, as they are in `SEED-Bench.json`."""
+TYPE_NAMES = (
+    "Scene Understanding",
+    "Instance Identity",
+    "Instance Attributes",
+    "Instance Location",
+    "Instances Counting",
+    "Spatial Relation",
+    "Instance Interaction",
+    "Visual Reasoning",
+    "Text Understanding",
+    "Action Recognition",
+    "Action Prediction",
+    "Procedure Understanding",
+)
+"""Of types 1 to 12."""
+
 logger = logging.getLogger(__name__)
 
 
+# --------------------------------------------------------------------------------------------------------------- hub
+class SeedForm(HubForm):
+    """All questions."""
+
+    dataset = "lmms-lab/SEED-Bench"
+    tables: ClassVar[Tables] = {"questions": HubTable("test", (*FIELDS, "image"))}
+    files = (QUESTION_FILE, ANNOTATION_FILE)
+
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        questions, annotations = [], []
+        for row in rows["questions"]:
+            identity, is_video = str(row["question_id"]), row["data_type"] == VIDEO
+            # 1. The image, under LLaVA's name; those of `SEED-Bench-image` have no suffix.
+            image = f"{IMAGE_FOLDER}/{safe_name(row['data_id'], self.dataset)}"
+            if is_video:
+                image = f"{FRAME_FOLDER}/{row['question_type_id']}_{safe_name(identity, self.dataset)}.png"
+            frames = row["image"]
+            if isinstance(frames, list):
+                frames = frames[len(frames) // 2] if frames else None
+            layout.save_image(image, frames)
+            # 2. The annotation as it is.
+            segment = {"segment": row["segment"]} if row.get("segment") else {}
+            annotations.append({**{name: row[name] for name in FIELDS}, "question_id": identity, **segment})
+            # 3. The line of the question file, where ids of image questions are numbers.
+            options = [f"{letter}. {row[column]}" for letter, column in OPTION_COLUMNS.items()]
+            questions.append(
+                {
+                    "image": image,
+                    "text": "\n".join([row["question"], *options, LETTER_LINE]),
+                    "category": TYPE_NAMES[int(row["question_type_id"]) - 1],
+                    "question_id": identity if is_video or not identity.isdecimal() else int(identity),
+                }
+            )
+        types = {name: number for number, name in enumerate(TYPE_NAMES, start=1)}
+        layout.write_json(ANNOTATION_FILE, {"questions": annotations, "question_type": types})
+        layout.write_lines(QUESTION_FILE, questions)
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
 class Seed(Benchmark):
-    """SEED-Bench: accuracy on the questions about pictures."""
+    """SEED-Bench: accuracy on the questions about images."""
 
     name = "seed"
     row = "SEEDBench (Image)"
     folders = ("seed_bench",)
-    hub: ClassVar[Mapping[str, HubForm]] = {"all": SeedBench()}
+    upload_folder = "answers_upload/{run}"
+    hub: ClassVar[Mapping[str, HubForm]] = {"all": SeedForm()}
     server = "https://huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard"
 
     def __init__(self, split: str | None = None):
-        """Choose the questions: "image", "video", "all", or None for all whose pictures can be there."""
+        """Choose the questions: "image", "video", "all", or None for all whose images can be there."""
         self.split = split
         if split == VIDEO:
             self.row = "SEEDBench (Video)"
 
     def with_split(self, split: str) -> "Seed":
-        """Return the benchmark with the questions about pictures, about videos, or all."""
+        """Return the benchmark with the questions about images, about videos, or all."""
         if split not in (IMAGE, VIDEO, ALL):
             raise InputError(f"seed has no split {split!r}; known: {IMAGE}, {VIDEO}, {ALL}")
         return Seed(split)
@@ -58,7 +120,7 @@ class Seed(Benchmark):
         questions, num_left_out = self._choose_questions(root)
         if self.split is None and num_left_out:
             logger.warning(
-                "SEED-Bench: no folder %s, so %d video questions are left out and %d about pictures stay; the headline "
+                "SEED-Bench: no folder %s, so %d video questions are left out and %d about images stay; the headline "
                 "is about these (--split all asks for every question)",
                 root / FRAME_FOLDER,
                 num_left_out,
@@ -67,126 +129,146 @@ class Seed(Benchmark):
         return questions
 
     def _choose_questions(self, root: Path) -> tuple[list[Question], int]:
-        """Return the questions of the split, and how many others there are."""
+        """Return the questions of the split, and how many others there are; broken records are in every split."""
         questions = load_question_file(root / QUESTION_FILE, root, needs_image=True)
-        chosen = choose_questions(questions, self.split or choose_split(root))
+        images_only = (root / IMAGE_FOLDER).is_dir() and not (root / FRAME_FOLDER).is_dir()
+        split = self.split or (IMAGE if images_only else ALL)
+        chosen = [each for each in questions if split == ALL or each.fault or is_video(each) == (split == VIDEO)]
         return chosen, len(questions) - len(chosen)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
         """Score by literal equality with the right letter; a question without an answer is wrong."""
-        questions = [question for question in self._choose_questions(root)[0] if not question.fault]
-        annotations, type_names = read_annotations(root / ANNOTATION_FILE)
-        texts = {str(row["question_id"]): row["text"] for row in answers.values()}
-        hits = mark_answers(annotations, [str(question.id) for question in questions], texts)
-        scores = summarize_hits(hits, annotations, type_names)
-        headline = f"{VIDEO if self.split == VIDEO else IMAGE}_accuracy"
-        if headline not in scores:
-            raise InputError(f"{root / QUESTION_FILE} has no question for the headline, {headline}")
+        ids = [question.id for question in self._choose_questions(root)[0] if not question.fault]
+        verdicts = judge_answers(read_right_options(root / ANNOTATION_FILE), ids, list_texts(answers.values()))
+        kind = VIDEO if self.split == VIDEO else IMAGE
+        if not choose_kind(verdicts, kind):
+            raise InputError(f"{root / QUESTION_FILE} has no question for the headline, which is about {kind}s")
+        scores = summarize(verdicts)
         titles = {"image_accuracy": "Image", "video_accuracy": "Video", "total_accuracy": "All"}
         return Scores(
-            headline=scores[headline],
+            headline=scores[f"{kind}_accuracy"],
             scores=scores,
-            count=len(questions),
+            count=len(verdicts),
             columns={title: scores[name] for name, title in titles.items() if name in scores},
+            verdicts=verdicts,
         )
+
+    def headline(self, verdicts: Sequence[Verdict]) -> float:
+        """Compute the accuracy on images; of the split `video`, on videos."""
+        return mean_percent([each.points for each in choose_kind(verdicts, VIDEO if self.split == VIDEO else IMAGE)])
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write the leaderboard's file: all questions in its order, an empty prediction where there is no answer."""
-        texts = {str(row["question_id"]): row["text"] for row in answers.values()}
-        annotations, _ = read_annotations(root / ANNOTATION_FILE)
-        return [write_seed_upload(destination / UPLOAD_FILE, list(annotations), texts)]
-
-
-def choose_split(root: Path) -> str:
-    """Leave the videos out where only the pictures are there."""
-    return IMAGE if (root / IMAGE_FOLDER).is_dir() and not (root / FRAME_FOLDER).is_dir() else ALL
-
-
-def choose_questions(questions: Sequence[Question], split: str) -> list[Question]:
-    """Keep the questions of a split; broken records stay in every one."""
-    if split == ALL:
-        return list(questions)
-    return [question for question in questions if question.fault or is_video(question) == (split == VIDEO)]
+        identities = list(read_right_options(root / ANNOTATION_FILE))
+        return [write_seed_upload(destination / UPLOAD_FILE, identities, list_texts(answers.values()))]
 
 
 def is_video(question: Question) -> bool:
-    """Tell a question about a video, by the folder of its picture."""
-    return any(FRAME_FOLDER in Path(str(picture)).parts for picture in question.images)
+    """Whether a question is about a video, by the folder of its image."""
+    return any(FRAME_FOLDER in Path(str(image)).parts for image in question.images)
 
 
-def read_annotations(path: Path) -> tuple[dict[str, dict[str, Any]], dict[int, str]]:
-    """Read the right options.
+# ----------------------------------------------------------------------------------------------------------- scoring
+@dataclass(frozen=True)
+class RightOption:
+    """The right option of a question.
 
-    Returns:
-        The annotation of each question by its id, which is a string here, and the names of the types by number.
+    Attributes:
+        answer: its letter.
+        kind: whether the question is about an image or a video.
+        type_number: of the question's type.
+        type_name: its name, such as "Scene Understanding".
+    """
+
+    answer: str
+    kind: str
+    type_number: int
+    type_name: str
+
+
+def read_right_options(path: Path) -> dict[str, RightOption]:
+    """Read the right options, by question; ids are strings here.
 
     Raises:
         InputError: the file is missing or something else.
     """
     document = read_document(path)
     type_names = {number: name for name, number in take(document, "question_type", dict, str(path)).items()}
-    annotations = {}
+    options = {}
     for number, annotation in enumerate(take(document, "questions", list, str(path)), start=1):
         where = f"{path} question {number}"
-        for name, kind in (("answer", str), ("question_id", str), ("question_type_id", int)):
-            take(annotation, name, kind, where)
-        if take(annotation, "data_type", str, where) not in (IMAGE, VIDEO):
+        kind, type_number = take(annotation, "data_type", str, where), take(annotation, "question_type_id", int, where)
+        if kind not in (IMAGE, VIDEO):
             raise InputError(f'{where}: "data_type" must be {IMAGE} or {VIDEO}')
-        annotations[annotation["question_id"]] = annotation
-    return annotations, type_names
+        options[take(annotation, "question_id", str, where)] = RightOption(
+            answer=take(annotation, "answer", str, where),
+            kind=kind,
+            type_number=type_number,
+            type_name=type_names.get(type_number, str(type_number)),
+        )
+    return options
 
 
-def mark_answers(
-    annotations: Mapping[str, Mapping[str, Any]], identities: Sequence[str], texts: Mapping[str, str]
-) -> dict[str, bool]:
-    """Tell for each question whether its answer is the right letter and nothing else.
+def list_texts(rows: Iterable[Row]) -> dict[str, str]:
+    """Return the answers by question; ids are strings here."""
+    return {str(row["question_id"]): row["text"] for row in rows}
+
+
+def judge_answers(
+    options: Mapping[str, RightOption], ids: Sequence[int | str], texts: Mapping[str, str]
+) -> list[Verdict]:
+    """Return a verdict for each question: its answer is the right letter and nothing else, or it is wrong.
 
     Args:
-        annotations: by question.
-        identities: the questions.
+        options: by question.
+        ids: of the questions, as in the question file.
         texts: answers by question; a question without one is wrong.
 
     Raises:
         InputError: a question has no annotation.
     """
-    unknown = [identity for identity in identities if identity not in annotations]
-    if unknown:
-        raise InputError(f"{ANNOTATION_FILE} lacks question {unknown[0]}; take it and {QUESTION_FILE} from one version")
-    return {identity: texts.get(identity) == annotations[identity]["answer"] for identity in identities}
+    verdicts = []
+    for identity in ids:
+        option = options.get(str(identity))
+        if option is None:
+            raise InputError(
+                f"{ANNOTATION_FILE} lacks question {identity}; take it and {QUESTION_FILE} from one version"
+            )
+        text = texts.get(str(identity))
+        verdicts.append(
+            Verdict(
+                key=row_key({"question_id": identity}, Seed.key_fields),
+                prediction=text or "",
+                reference=option.answer,
+                points=float(text == option.answer),
+                category=option.type_name,
+                details={"kind": option.kind, "type_number": option.type_number},
+            )
+        )
+    return verdicts
 
 
-def summarize_hits(
-    hits: Mapping[str, bool], annotations: Mapping[str, Mapping[str, Any]], type_names: Mapping[int, str]
-) -> dict[str, Any]:
-    """Average over pictures, videos, all, and each type of question.
+def choose_kind(verdicts: Sequence[Verdict], kind: str) -> list[Verdict]:
+    """Return the verdicts on images, or those on videos."""
+    return [verdict for verdict in verdicts if verdict.details["kind"] == kind]
 
-    Args:
-        hits: whether each question's answer is right.
-        annotations: by question.
-        type_names: by number.
+
+def summarize(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Average over images, videos, all, and each type of question.
 
     Returns:
         Percent and counts; no accuracy where there are no questions.
     """
-    by_kind: dict[str, list[bool]] = {IMAGE: [], VIDEO: []}
-    by_type: dict[int, list[bool]] = {}
-    for identity, hit in hits.items():
-        by_kind[annotations[identity]["data_type"]].append(hit)
-        by_type.setdefault(annotations[identity]["question_type_id"], []).append(hit)
+    kinds = {kind: [each.points for each in choose_kind(verdicts, kind)] for kind in (IMAGE, VIDEO)}
+    types: dict[str, list[float]] = {}
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.details["type_number"]):
+        types.setdefault(str(verdict.category), []).append(verdict.points)
     return {
-        **{f"{kind}_accuracy": average(members) for kind, members in by_kind.items() if members},
-        "total_accuracy": average(list(hits.values())),
-        **{f"n_{kind}": len(members) for kind, members in by_kind.items()},
-        "per_type": {
-            type_names.get(number, str(number)): {"accuracy": average(members), "n": len(members)}
-            for number, members in sorted(by_type.items())
-        },
+        **{f"{kind}_accuracy": mean_percent(points) for kind, points in kinds.items() if points},
+        "total_accuracy": mean_percent([verdict.points for verdict in verdicts]),
+        **{f"n_{kind}": len(points) for kind, points in kinds.items()},
+        "per_type": {name: {"accuracy": mean_percent(points), "n": len(points)} for name, points in types.items()},
     }
-
-
-def average(hits: Sequence[bool]) -> float:
-    """Return the percentage of hits; 0 of none."""
-    return 100 * sum(hits) / len(hits) if hits else 0.0
 
 
 def write_seed_upload(path: Path, identities: Sequence[str], texts: Mapping[str, str]) -> Path:
@@ -197,5 +279,4 @@ def write_seed_upload(path: Path, identities: Sequence[str], texts: Mapping[str,
         identities: all questions, in the order of the annotations.
         texts: answers by question.
     """
-    lines = [json.dumps({"question_id": identity, "prediction": texts.get(identity, "")}) for identity in identities]
-    return write_text(path, "".join(f"{line}\n" for line in lines))
+    return write_jsonl(path, [{"question_id": name, "prediction": texts.get(name, "")} for name in identities])

@@ -1,21 +1,23 @@
-"""ScienceQA: school questions with up to five options, half of them with a picture; the headline is about those.
+"""ScienceQA: school questions with up to five options, half of them with an image; the headline is about those.
 
 Files: `llava_test_CQM-A.json` (questions), `problems.json` and `pid_splits.json` (right options), `images/test/`.
-Sources of the rules: LLaVA's `eval_science_qa.py`; for the break-down lupantech/ScienceQA `tools/evaluate_acc.py`.
+Sources of the rules: LLaVA's `eval_science_qa.py`; for the breakdown lupantech/ScienceQA `tools/evaluate_acc.py`.
+
+On the hub: ScienceQA-IMG, the 2,017 test problems with an image. It has no problem numbers: a problem's id is its row.
+The problems of text alone are not in it, so the accuracy over all problems is the one over those with an image.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, row_key
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import read_document, take
-from llava.eval.benchmarks._hub_sqa import ScienceQaImg
-from llava.eval.hub import HubForm
-from llava.eval.metrics.choice import FAILED, LETTER_LINE, LETTERS, parse_science_answer
+from llava.eval.hub import HubForm, HubRow, HubRows, HubTable, Layout, Tables
+from llava.eval.metrics.choice import FAILED, LETTER_LINE, LETTERS, mean_percent, parse_science_answer
 from llava.prompt import query_of
 
 QUESTION_FILE = "llava_test_CQM-A.json"
@@ -24,17 +26,73 @@ SPLIT_FILE = "pid_splits.json"
 IMAGE_FOLDER = Path("images", "test")
 SPLIT = "test"
 
+IMAGE, TEXT = "image", "text"
+"""The categories of questions."""
 NO_OPTION = -1
 """Index of an answer that names no option of its problem."""
+UNANSWERED = {"text": FAILED, "prompt": "Unknown"}
+"""What LLaVA's script puts in place of a missing answer."""
+SUBJECTS = {"natural science": "natural", "social science": "social", "language science": "language"}
+LOWER_GRADES = tuple(f"grade{number}" for number in range(1, 7))
+
+Problem = Mapping[str, Any]
+"""A record of `problems.json`: question, choices, answer (index), hint, image, subject, grade, topic and others."""
 
 
+# --------------------------------------------------------------------------------------------------------------- hub
+class ScienceQaForm(HubForm):
+    """The test split with images."""
+
+    FURTHER_FIELDS = ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
+
+    dataset = "lmms-lab/ScienceQA"
+    tables: ClassVar[Tables] = {
+        "problems": HubTable("test", ("image", "question", "choices", "answer", "hint"), config="ScienceQA-IMG")
+    }
+    files = (QUESTION_FILE, PROBLEM_FILE, SPLIT_FILE)
+
+    def convert(self, rows: HubRows, layout: Layout) -> None:
+        problems = {}
+        for number, row in enumerate(rows["problems"]):
+            layout.save_image(f"{IMAGE_FOLDER}/{number}/image.png", row["image"])
+            problems[str(number)] = self.make_problem(row)
+        layout.write_json(PROBLEM_FILE, problems)
+        layout.write_json(SPLIT_FILE, {SPLIT: list(problems)})
+        layout.write_json(QUESTION_FILE, [make_record(pid, problem) for pid, problem in problems.items()])
+
+    def make_problem(self, row: HubRow) -> Problem:
+        return {
+            "question": row["question"],
+            "choices": list(row["choices"]),
+            "answer": int(row["answer"]),
+            "hint": row["hint"] or "",
+            "image": "image.png",
+            **{name: row.get(name) or "" for name in self.FURTHER_FIELDS},
+            "split": SPLIT,
+        }
+
+
+def make_record(pid: str, problem: Problem) -> dict[str, Any]:
+    """Make a problem's record of LLaVA's question file: context, question and options, as LLaVA-1.5 words them."""
+    context = [f"Context: {problem['hint']}"] if problem.get("hint") else []
+    options = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, problem["choices"], strict=False)]
+    image = {"image": f"{pid}/{problem['image']}"} if problem.get("image") else {}
+    lines = [*([DEFAULT_IMAGE_TOKEN] if image else []), *context, problem["question"], *options]
+    turns = [
+        {"from": "human", "value": "\n".join(lines)},
+        {"from": "gpt", "value": ascii_uppercase[problem["answer"]]},
+    ]
+    return {"id": pid, **image, "conversations": turns}
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
 class Sqa(Benchmark):
     """ScienceQA: accuracy on the test questions with an image."""
 
     name = "sqa"
     row = "ScienceQA (IMG)"
     folders = ("scienceqa",)
-    hub: ClassVar[Mapping[str, HubForm]] = {"test": ScienceQaImg()}
+    hub: ClassVar[Mapping[str, HubForm]] = {"test": ScienceQaForm()}
     max_new_tokens = 1024
 
     def load(self, root: Path) -> list[Question]:
@@ -42,61 +100,41 @@ class Sqa(Benchmark):
         return load_science_questions(root / QUESTION_FILE, root / IMAGE_FOLDER)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
-        """Score by the published script; a question without an answer is wrong, and outside the headline."""
+        """Score by LLaVA's script; a question without an answer is wrong, and outside the headline."""
         problems = read_problems(root)
         keys = {pid: row_key({"question_id": pid}, self.key_fields) for pid in problems}
-        marked = mark_answers(problems, {pid: answers[key] for pid, key in keys.items() if key in answers})
-        with_image = [answer for answer in marked if answer.is_multimodal]
+        verdicts = judge_answers(problems, {pid: answers[key] for pid, key in keys.items() if key in answers})
+        with_image = choose_with_image(verdicts.values())
         if not with_image:
             raise InputError("ScienceQA: none of the questions with an image has an answer")
-        accuracy, img_accuracy = average_right(marked), average_right(with_image)
-        num_right, num_img_right = count_right(marked), count_right(with_image)
+        breakdown = break_down(problems, verdicts)
+        accuracy, headline = average_points(verdicts.values()), average_points(with_image)
         return Scores(
-            headline=img_accuracy,
+            headline=headline,
             scores={
                 "accuracy": accuracy,
-                "correct": num_right,
-                "count": len(marked),
-                "img_accuracy": img_accuracy,
-                "img_correct": num_img_right,
+                "correct": count_correct(verdicts.values()),
+                "count": len(verdicts),
+                "img_accuracy": headline,
+                "img_correct": count_correct(with_image),
                 "img_total": len(with_image),
-                "stdout": describe_accuracy(marked),
-                "official_breakdown": format_breakdown(break_down(problems, marked)),
-                "breakdown": break_down(problems, marked),
-                "parsed": {answer.pid: answer.parsed for answer in marked},
-                "pred_index": {answer.pid: answer.index for answer in marked},
+                "stdout": describe_accuracy(verdicts),
+                "official_breakdown": {name: f"{number:.2f}" for name, number in breakdown.items()},
+                "breakdown": breakdown,
+                "parsed": {pid: verdict.parsed for pid, verdict in verdicts.items()},
+                "pred_index": {pid: find_option(verdict.parsed, problems[pid]) for pid, verdict in verdicts.items()},
             },
-            count=len(marked),
-            columns={"IMG": img_accuracy, "All": accuracy},
+            count=len(verdicts),
+            columns={"IMG": headline, "All": accuracy},
+            verdicts=list(verdicts.values()),
         )
 
-
-@dataclass(frozen=True)
-class MarkedAnswer:
-    """An answer as the published script sees it.
-
-    Attributes:
-        pid: id of the problem.
-        parsed: the letter read from it, or FAILED.
-        index: of the option it names, `NO_OPTION` if none.
-        is_right: it is the right option.
-        text: the answer.
-        prompt: what was asked; `Unknown` where there is no answer.
-    """
-
-    pid: str
-    parsed: str
-    index: int
-    is_right: bool
-    text: str
-    prompt: str
-
-    @property
-    def is_multimodal(self) -> bool:
-        """Whether it was asked with a picture, to go by its prompt."""
-        return DEFAULT_IMAGE_TOKEN in self.prompt
+    def headline(self, verdicts: Sequence[Verdict]) -> float:
+        """Compute the accuracy on questions with an image."""
+        return average_points(choose_with_image(verdicts))
 
 
+# --------------------------------------------------------------------------------------------------------- questions
 def load_science_questions(path: Path, image_folder: Path, letter_line: str | None = LETTER_LINE) -> list[Question]:
     """Read LLaVA's ScienceQA question file.
 
@@ -112,7 +150,7 @@ def load_science_questions(path: Path, image_folder: Path, letter_line: str | No
     if not isinstance(records, list):
         raise InputError(f"{path} is not a question file: a JSON array is needed")
     questions = [
-        make_science_question(record, f"{path.name} record {number}", image_folder, letter_line)
+        ask_record(record, f"{path.name} record {number}", image_folder, letter_line)
         for number, record in enumerate(records, start=1)
     ]
     if all(question.fault for question in questions):
@@ -120,8 +158,8 @@ def load_science_questions(path: Path, image_folder: Path, letter_line: str | No
     return questions
 
 
-def make_science_question(record: Any, where: str, image_folder: Path, letter_line: str | None) -> Question:
-    """Make the question of one record; `where` stands for the id of a record that has none."""
+def ask_record(record: object, where: str, image_folder: Path, letter_line: str | None) -> Question:
+    """Make the question of one record; a record without id is called `where`."""
     pid = record.get("id") if isinstance(record, dict) else None
     if not isinstance(pid, str):
         return Question(id=where, fault=f'{where}: "id" must be a string')
@@ -134,13 +172,13 @@ def make_science_question(record: Any, where: str, image_folder: Path, letter_li
         return Question(id=pid, fault=f'{where}: "image" must be a file name')
     prompt = f"{text}\n{letter_line}" if letter_line else text
     asked = prompt if name is None else f"{DEFAULT_IMAGE_TOKEN}\n{prompt}"
-    # The published script takes the query from the text with its image mark, so a blank and a newline come first.
+    # The query is made of the text with its placeholder, as in LLaVA's script: it starts with a space and a newline.
     images = () if name is None else (image_folder / name,)
     return Question(id=pid, prompt=prompt, query=query_of(asked), images=images, record=asked)
 
 
-def read_problems(root: Path, split: str = SPLIT) -> dict[str, dict[str, Any]]:
-    """Read the problems of a split, in its order.
+def read_problems(root: Path, split: str = SPLIT) -> dict[str, Problem]:
+    """Read the problems of a split, by id and in its order.
 
     Raises:
         InputError: a file is missing, or the two do not fit together.
@@ -157,52 +195,65 @@ def read_problems(root: Path, split: str = SPLIT) -> dict[str, dict[str, Any]]:
     return problems
 
 
-def mark_answers(problems: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Row]) -> list[MarkedAnswer]:
-    """Mark the answer to each problem; a missing one is wrong.
+# ----------------------------------------------------------------------------------------------------------- scoring
+def judge_answers(problems: Mapping[str, Problem], rows: Mapping[str, Row]) -> dict[str, Verdict]:
+    """Return a verdict for each problem, by id; a missing answer is wrong.
+
+    Whether a question has an image is read in the row's prompt, as LLaVA's script does; where there is no prompt (or no
+    answer), in the problem.
 
     Args:
         problems: by id, in the order of the split.
         rows: rows of the answers file by id.
     """
-    marked = []
+    verdicts = {}
     for pid, problem in problems.items():
-        row = rows.get(pid, {"text": FAILED, "prompt": "Unknown"})
-        parsed = parse_science_answer(row["text"])
-        letters = LETTERS[: len(problem["choices"])]
-        index = letters.index(parsed) if parsed in letters else NO_OPTION
-        marked.append(
-            MarkedAnswer(
-                pid=pid,
-                parsed=parsed,
-                index=index,
-                is_right=index == problem["answer"],
-                text=row["text"],
-                prompt=row.get("prompt") or "",
-            )
+        row = rows.get(pid, UNANSWERED)
+        prompt = row.get("prompt") if pid in rows else None
+        has_image = DEFAULT_IMAGE_TOKEN in prompt if prompt else bool(problem.get("image"))
+        letter = parse_science_answer(row["text"])
+        verdicts[pid] = Verdict(
+            key=row_key({"question_id": pid}, Sqa.key_fields),
+            prediction=row["text"],
+            reference=ascii_uppercase[problem["answer"]],
+            points=float(find_option(letter, problem) == problem["answer"]),
+            parsed=letter,
+            category=IMAGE if has_image else TEXT,
+            details={} if pid in rows else {"answered": False},
         )
-    return marked
+    return verdicts
 
 
-def count_right(marked: Sequence[MarkedAnswer]) -> int:
-    """Count the right answers."""
-    return sum(answer.is_right for answer in marked)
+def find_option(letter: str | None, problem: Problem) -> int:
+    """Return the index of the option that a letter names, `NO_OPTION` if none."""
+    letters = LETTERS[: len(problem["choices"])]
+    return letters.index(letter) if letter in letters else NO_OPTION
 
 
-def average_right(marked: Sequence[MarkedAnswer]) -> float:
+def choose_with_image(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Return the verdicts of the headline: on questions with an image that were answered."""
+    return [each for each in verdicts if each.category == IMAGE and each.details.get("answered", True)]
+
+
+def count_correct(verdicts: Iterable[Verdict]) -> int:
+    return sum(verdict.correct for verdict in verdicts)
+
+
+def average_points(verdicts: Iterable[Verdict]) -> float:
     """Return the percentage of right answers; 0 of none."""
-    return 100 * count_right(marked) / len(marked) if marked else 0.0
+    return mean_percent([verdict.points for verdict in verdicts])
 
 
-def describe_accuracy(marked: Sequence[MarkedAnswer]) -> str:
-    """Write the published line of results."""
-    with_image = [answer for answer in marked if answer.is_multimodal]
+def describe_accuracy(verdicts: Mapping[str, Verdict]) -> str:
+    """Write the line of results that LLaVA's script prints."""
+    every = verdicts.values()
     return (
-        f"Total: {len(marked)}, Correct: {count_right(marked)}, Accuracy: {average_right(marked):.2f}%, "
-        f"IMG-Accuracy: {average_right(with_image):.2f}%"
+        f"Total: {len(every)}, Correct: {count_correct(every)}, Accuracy: {average_points(every):.2f}%, "
+        f"IMG-Accuracy: {average_points(choose_with_image(every)):.2f}%"
     )
 
 
-def break_down(problems: Mapping[str, Mapping[str, Any]], marked: Sequence[MarkedAnswer]) -> dict[str, float]:
+def break_down(problems: Mapping[str, Problem], verdicts: Mapping[str, Verdict]) -> dict[str, float]:
     """Average by subject, context, grade and topic, as the official script does.
 
     Unlike the headline, `has_image` goes by the problems, so that a question without an answer stays in.
@@ -210,18 +261,14 @@ def break_down(problems: Mapping[str, Mapping[str, Any]], marked: Sequence[Marke
     Returns:
         Percent under the official names, of those groups that have problems.
     """
-    groups: dict[str, list[MarkedAnswer]] = {}
-    for answer in marked:
-        for name in (*name_groups(problems[answer.pid]), "average"):
-            groups.setdefault(f"acc_{name}", []).append(answer)
-    return {name: average_right(members) for name, members in groups.items()}
+    groups: dict[str, list[Verdict]] = {}
+    for pid, verdict in verdicts.items():
+        for name in (*name_groups(problems[pid]), "average"):
+            groups.setdefault(f"acc_{name}", []).append(verdict)
+    return {name: average_points(members) for name, members in groups.items()}
 
 
-SUBJECTS = {"natural science": "natural", "social science": "social", "language science": "language"}
-LOWER_GRADES = tuple(f"grade{number}" for number in range(1, 7))
-
-
-def name_groups(problem: Mapping[str, Any]) -> list[str]:
+def name_groups(problem: Problem) -> list[str]:
     """Name the official groups that a problem is in."""
     names = [SUBJECTS[problem["subject"]]] if problem.get("subject") in SUBJECTS else []
     has_text, has_image = bool(problem.get("hint")), bool(problem.get("image"))
@@ -230,8 +277,3 @@ def name_groups(problem: Mapping[str, Any]) -> list[str]:
     if problem.get("grade"):
         names.append("grade_1_6" if problem["grade"] in LOWER_GRADES else "grade_7_12")
     return names + ([problem["topic"]] if problem.get("topic") else [])
-
-
-def format_breakdown(numbers: Mapping[str, float]) -> dict[str, str]:
-    """Write percentages with two digits, as the official script prints them."""
-    return {name: f"{number:.2f}" for name, number in numbers.items()}

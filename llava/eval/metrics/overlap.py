@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-# A word of letters and digits, or one sign of a script that writes no blanks between words.
+# A word of letters and digits, or one character of a script without spaces between words.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 
 
@@ -14,14 +14,14 @@ def split_words(text: str) -> list[str]:
 
 
 def overlap_f1(first: str, second: str) -> float:
-    """Return the harmonic mean of the two shares of common words, 0 to 1; two texts without words are equal."""
+    """Return the F1 of the words that two texts share, 0 to 1; two texts without words are equal."""
     words = Counter(split_words(first)), Counter(split_words(second))
     total = words[0].total() + words[1].total()
     return 2 * (words[0] & words[1]).total() / total if total else 1.0
 
 
 def contains_words(text: str, phrase: str) -> bool:
-    """Tell whether the words of a phrase stand in a text, one after another."""
+    """Return whether a text contains the words of a phrase, one after another."""
     return f" {' '.join(split_words(phrase))} " in f" {' '.join(split_words(text))} "
 
 
@@ -37,7 +37,7 @@ def find_elements(text: str, wanted: str) -> float:
 
 
 def choose_option(text: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter of the option that shares most words with a text; the first of equals, None if none shares any.
+    """Return the letter of the option that shares most words with a text: the first of equals, None if none shares any.
 
     Args:
         text: an answer.

@@ -1,4 +1,4 @@
-"""Yes/no questions scored as POPE's official script does (AoiDragon/POPE `evaluate.py`, written anew).
+"""Yes/no questions scored as POPE's official script does (source of the rules: AoiDragon/POPE `evaluate.py`).
 
 The parser is crude on purpose: it must read an answer exactly as the official one does.
 """
@@ -12,8 +12,8 @@ NEGATIVE_WORDS = frozenset({"No", "not", "no"})
 def parse_yes_no(text: str) -> str:
     """Read an answer as "yes" or "no".
 
-    What stands before the first period counts, without commas, cut at single blanks (newlines and tabs do not cut).
-    A word that is exactly `No`, `not` or `no` makes it "no"; everything else is "yes", also `NO`, `None` and "".
+    The text before the first period counts, without commas, split at single spaces (not at newlines and tabs). A word
+    that is exactly `No`, `not` or `no` makes it "no"; everything else is "yes", also `NO`, `None` and "".
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "yes" if NEGATIVE_WORDS.isdisjoint(words) else "no"
@@ -21,7 +21,7 @@ def parse_yes_no(text: str) -> str:
 
 @dataclass(frozen=True)
 class YesNoCounts:
-    """How predictions meet labels, with "yes" as the positive class. All ratios are fractions in [0, 1].
+    """True and false positives and negatives, with "yes" as the positive class. All ratios are fractions in [0, 1].
 
     A ratio of nothing to nothing is 0; the official script stops with a division by zero there.
     """
@@ -33,7 +33,7 @@ class YesNoCounts:
 
     @property
     def num_questions(self) -> int:
-        """Number of predictions that were compared."""
+        """Number of predictions."""
         return self.true_positive + self.false_positive + self.true_negative + self.false_negative
 
     @property
@@ -48,7 +48,7 @@ class YesNoCounts:
 
     @property
     def recall(self) -> float:
-        """Fraction of the labelled "yes" that were found."""
+        """Fraction of the labels "yes" that were found."""
         return divide(self.true_positive, self.true_positive + self.false_negative)
 
     @property
@@ -63,7 +63,7 @@ class YesNoCounts:
 
 
 def count_yes_no(pairs: Iterable[tuple[str, str]]) -> YesNoCounts:
-    """Count (prediction, label) pairs; a label that is not exactly "no" means yes, as in the official script."""
+    """Count (prediction, label) pairs; every label but "no" means yes, as in the official script."""
     counts = {(positive, right): 0 for positive in (True, False) for right in (True, False)}
     for prediction, label in pairs:
         positive = prediction == "yes"
@@ -77,5 +77,5 @@ def count_yes_no(pairs: Iterable[tuple[str, str]]) -> YesNoCounts:
 
 
 def divide(numerator: float, denominator: float) -> float:
-    """Divide; nothing to divide by gives 0."""
+    """Divide; a division by zero gives 0."""
     return numerator / denominator if denominator else 0.0

@@ -23,7 +23,7 @@ class LlavaConfig(LlamaConfig):
 
 
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
-    """The decoder with a vision tower and a projector beside it."""
+    """The decoder with a vision tower and a projector."""
 
     config_class = LlavaConfig
 

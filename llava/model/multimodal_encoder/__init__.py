@@ -1,1 +1,1 @@
-"""Vision towers: pictures to patch features, patches and questions to the joint space."""
+"""Vision towers: images to patch features, patches and questions to the joint space."""

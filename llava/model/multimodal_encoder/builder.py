@@ -46,7 +46,11 @@ def build_vision_tower(
 
 
 def load_tower(
-    name: str, *, needs: Collection[Need] = frozenset(), device: object = None, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    needs: Collection[Need] = frozenset(),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> VisionTower:
     """Build and load a tower on its own, outside any LLaVA checkpoint.
 

@@ -24,7 +24,7 @@ class CLIPVisionTower(VisionTower):
     text_tower: CLIPTextTower
     has_joint_head = False
 
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
 
         Raises:
@@ -36,8 +36,7 @@ class CLIPVisionTower(VisionTower):
         if TEXT in self.needs:
             self.load_text_tower()
 
-    def load_vision_tower(self, device: object, dtype: torch.dtype) -> None:
-        """See `VisionTower.load_vision_tower`."""
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         vision, missing = load_quietly(
             CLIPVisionModelWithProjection, self.name, dtype=dtype, what="vision tower", optional=(JOINT_WEIGHT,)
         )
@@ -75,7 +74,6 @@ class CLIPVisionTower(VisionTower):
         self.freeze()
 
     def load_text_tower(self) -> None:
-        """See `VisionTower.load_text_tower`."""
         if "text_tower" in self._modules:
             return
         if not self.has_joint_head:
@@ -87,34 +85,27 @@ class CLIPVisionTower(VisionTower):
 
     @property
     def num_layers(self) -> int:
-        """See `VisionTower.num_layers`."""
         return self.config.num_hidden_layers
 
     @property
     def layers(self) -> nn.ModuleList:
-        """See `VisionTower.layers`."""
         return self.vision_tower.vision_model.encoder.layers
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """See `VisionTower.embed_pixels`."""
         vision = self.vision_tower.vision_model
         return vision.pre_layrnorm(vision.embeddings(pixels))
 
     def run_layer(self, layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
-        """See `VisionTower.run_layer`."""
         return layer(hidden, None)
 
     def queries_and_keys(self, layer: CLIPEncoderLayer, hidden: Tensor, num_queries: int) -> tuple[Tensor, Tensor, int]:
-        """See `VisionTower.queries_and_keys`."""
         normed, attention = layer.layer_norm1(hidden), layer.self_attn
         return attention.q_proj(normed[:, :num_queries]), attention.k_proj(normed), attention.num_heads
 
     def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        """See `VisionTower.joint_head`."""
         return self.vision_tower.vision_model.post_layernorm, self.vision_tower.visual_projection.weight
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """See `VisionTower.text_features`."""
         return self.text_tower(texts)
 
     @property
@@ -124,16 +115,13 @@ class CLIPVisionTower(VisionTower):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """See `VisionTower.grid`."""
         side = self.config.image_size // self.config.patch_size
         return side, side
 
     @property
     def hidden_size(self) -> int:
-        """See `VisionTower.hidden_size`."""
         return self.config.hidden_size
 
     @property
     def image_size(self) -> int:
-        """See `VisionTower.image_size`."""
         return self.config.image_size

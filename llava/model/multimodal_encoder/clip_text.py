@@ -18,7 +18,9 @@ class CLIPTextTower(nn.Module):
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, name: str, *, device: object = None, dtype: torch.dtype = torch.float32) -> "CLIPTextTower":
+    def load(
+        cls, name: str, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> "CLIPTextTower":
         """Load the text half of a CLIP.
 
         Args:

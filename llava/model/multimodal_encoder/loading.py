@@ -1,4 +1,4 @@
-"""Load one Hugging Face module completely or say in one line what is missing."""
+"""Load one Hugging Face module completely, or raise one line with what is missing."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from llava.errors import InputError
 
 
 def resolve_name(name: str, folder: str | Path | None = None) -> str:
-    """Find a tower: as given, else beside the checkpoint that names it, else leave it to the hub.
+    """Find a tower: as given, else relative to the checkpoint that names it, else leave it to the hub.
 
     Args:
         name: path or hub id, as in `mm_vision_tower`.
@@ -19,7 +19,7 @@ def resolve_name(name: str, folder: str | Path | None = None) -> str:
         A path that exists, or the name itself.
 
     Raises:
-        InputError: for something that can only be a path, and is not there.
+        InputError: for something that can only be a path, and does not exist.
     """
     candidates = [Path(name).expanduser()]
     if folder and not candidates[0].is_absolute():
@@ -52,7 +52,7 @@ def load_quietly(
         The loaded module, in evaluation mode, and the optional weights that are missing.
 
     Raises:
-        InputError: when the name leads nowhere, the weights can't be read, or some are missing.
+        InputError: when there is nothing of that name, the weights can't be read, or some are missing.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

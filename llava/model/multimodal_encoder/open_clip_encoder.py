@@ -69,7 +69,7 @@ class OpenClipVisionTower(VisionTower):
         super().__init__(f"open_clip:{spec}", **settings)
         self.source = parse_source(spec, folder)
 
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
 
         Raises:
@@ -79,11 +79,10 @@ class OpenClipVisionTower(VisionTower):
             return
         self._load(device, dtype, with_text=TEXT in self.needs)
 
-    def load_vision_tower(self, device: object, dtype: torch.dtype) -> None:
-        """See `VisionTower.load_vision_tower`."""
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         self._load(device, dtype, with_text=False)
 
-    def _load(self, device: object, dtype: torch.dtype, *, with_text: bool) -> None:
+    def _load(self, device: torch.device | str | None, dtype: torch.dtype, *, with_text: bool) -> None:
         # Settings that do not fit are refused before the weights are read.
         num_layers, self.image_processor = self.num_layers_to_run(self.needs), build_image_processor(self.source)
         model = self.source.load()
@@ -97,7 +96,6 @@ class OpenClipVisionTower(VisionTower):
         self.freeze()
 
     def load_text_tower(self) -> None:
-        """See `VisionTower.load_text_tower`."""
         if "text_tower" in self._modules:
             return
         self.text_tower = OpenClipTextTower(self.source.load(), self.source).to(device=self.device, dtype=self.dtype)
@@ -105,20 +103,16 @@ class OpenClipVisionTower(VisionTower):
 
     @property
     def num_layers(self) -> int:
-        """See `VisionTower.num_layers`."""
         return self.source.vision_config.layers
 
     @property
     def layers(self) -> nn.ModuleList:
-        """See `VisionTower.layers`."""
         return self.vision_tower.transformer.resblocks
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """See `VisionTower.embed_pixels`."""
         return self.vision_tower._embeds(pixels)
 
     def run_layer(self, layer: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
-        """See `VisionTower.run_layer`."""
         return layer(hidden)
 
     def queries_and_keys(
@@ -139,27 +133,22 @@ class OpenClipVisionTower(VisionTower):
         return queries, F.linear(normed, key_weight, key_bias), attention.num_heads
 
     def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        """See `VisionTower.joint_head`."""
         return self.vision_tower.ln_post, self.vision_tower.proj.T
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """See `VisionTower.text_features`."""
         return self.text_tower(texts)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """See `VisionTower.grid`."""
         side = self.image_size // self.source.vision_config.patch_size
         return side, side
 
     @property
     def hidden_size(self) -> int:
-        """See `VisionTower.hidden_size`."""
         return self.source.vision_config.width
 
     @property
     def image_size(self) -> int:
-        """See `VisionTower.image_size`."""
         return self.source.vision_config.image_size
 
 

@@ -9,11 +9,11 @@ Spelling: `open_clip:<model>[,pretrained=<weights>][,quickgelu=true|false]`, whe
 
 Paths are taken as given, else relative to the checkpoint folder. OpenAI's weights, and some others, were trained with
 QuickGELU; run with GELU they give slightly wrong features and nothing fails. open_clip's tags know which they need and
-are held to it. A weights file does not say: the architecture decides (`-quickgelu` in its name), or `quickgelu=` does.
+are held to it. A weights file does not record it: the architecture decides (`-quickgelu` in its name), or
+`quickgelu=` does.
 """
 
 import difflib
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ import torch
 from open_clip.pretrained import download_pretrained_from_hf
 
 from llava.errors import InputError
+from llava.files import parse_record, read_text
 from llava.model.multimodal_encoder.open_clip_weights import choose_weights, fill_model, first_line, read_weights
 
 LOCAL_PREFIX, HUB_PREFIX, QUICK_SUFFIX = "local-dir:", "hf-hub:", "-quickgelu"
@@ -61,7 +62,7 @@ class OpenClipSource:
 
     @property
     def preprocessing(self) -> dict:
-        """What the config says about pixel values: mean, std, interpolation; may be empty."""
+        """What the config holds about pixel values: mean, std, interpolation; may be empty."""
         return self._settings.get("preprocess_cfg") or {}
 
     def load(self) -> open_clip.CLIP:
@@ -108,7 +109,7 @@ class OpenClipSource:
         if size > vocab_size:
             raise InputError(
                 f"text tower {self.name} knows {vocab_size} token ids, its tokenizer has {size}: "
-                f"put the right tokenizer beside {CONFIG_FILE} and name it there (text_cfg: hf_tokenizer_name)"
+                f"put the right tokenizer next to {CONFIG_FILE} and name it there (text_cfg: hf_tokenizer_name)"
             )
         return tokenizer
 
@@ -139,7 +140,7 @@ class OpenClipSource:
 
 
 def parse_source(spec: str, folder: str | Path | None = None) -> OpenClipSource:
-    """Read what stands behind `open_clip:`; looks at local files, downloads and loads nothing.
+    """Parse what follows `open_clip:`; looks at local files, downloads and loads nothing.
 
     Args:
         spec: `<model>[,pretrained=<weights>][,quickgelu=true|false]`.
@@ -173,7 +174,7 @@ def parse_source(spec: str, folder: str | Path | None = None) -> OpenClipSource:
 
 
 def _split_options(spec: str, name: str) -> tuple[str, dict[str, str]]:
-    # Only a comma before `word=` separates, so that paths may hold commas.
+    # Only a comma before `name=` separates, so that paths may hold commas.
     model, *parts = re.split(r",(?=\w+=)", spec)
     options: dict[str, str] = {}
     for part in parts:
@@ -252,23 +253,20 @@ def read_settings(path: Path, name: str) -> dict:
         raise InputError(
             f"vision tower {name}: no {path.name} in {path.parent} (a Hugging Face CLIP is named without open_clip:)"
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"vision tower {name}: {path} is not JSON: {first_line(error)}") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("model_cfg"), dict):
+    settings = parse_record(read_text(path), f"vision tower {name}: {path}")
+    if not isinstance(settings.get("model_cfg"), dict):
         raise InputError(f"vision tower {name}: {path} has no model_cfg")
     return settings
 
 
 def check_architecture(config: dict, name: str) -> open_clip.CLIPVisionCfg:
-    """Tell whether a tower of this kind can run a model, from its `model_cfg` alone.
+    """Check that a tower of this kind can run a model, from its `model_cfg` alone.
 
     Returns:
         The vision half's settings, defaults filled in, `image_size` and `patch_size` as one number.
 
     Raises:
-        InputError: for anything but a CLIP-style ViT on square pictures.
+        InputError: for anything but a CLIP-style ViT on square images.
     """
     try:
         vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
@@ -292,5 +290,5 @@ def check_architecture(config: dict, name: str) -> open_clip.CLIPVisionCfg:
 def _one_side(size: int | list[int], what: str, name: str) -> int:
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1:
-        raise InputError(f"vision tower {name}: {what} {size} is not square; LLaVA reads square pictures")
+        raise InputError(f"vision tower {name}: {what} {size} is not square; LLaVA reads square images")
     return sides.pop()

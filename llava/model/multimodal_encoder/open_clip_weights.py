@@ -1,4 +1,4 @@
-"""Weights of open_clip models: find the file, read it, and put all of it into the model or say what does not fit."""
+"""Weights of open_clip models: find the file, read it, and put all of it into the model or refuse what does not fit."""
 
 import zipfile
 from pathlib import Path
@@ -28,7 +28,7 @@ def choose_weights(folder: Path, name: str) -> Path:
         open_clip's usual file, else the only one there.
 
     Raises:
-        InputError: when there is none, or no telling which.
+        InputError: when there is none, or several.
     """
     found = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
     for preferred in PREFERRED:
@@ -97,5 +97,5 @@ def fill_model(model: CLIP, weights: dict[str, Tensor], what: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
+    """The first line of an error, or its type where it has no message."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

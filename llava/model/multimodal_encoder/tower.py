@@ -36,7 +36,6 @@ class ImageFeatures:
 
     @property
     def num_crops(self) -> int:
-        """I."""
         return self.patches.shape[0]
 
     def split(self, sizes: Sequence[int]) -> list["ImageFeatures"]:
@@ -94,7 +93,7 @@ class VisionTower(nn.Module, ABC):
 
     # What a library's tower provides.
     @abstractmethod
-    def load_model(self, device: object = None, dtype: torch.dtype = torch.float32) -> None:
+    def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """Read weights, image processor and, where `needs` has text, the text tower; freeze everything.
 
         Layers that neither the selected hidden state nor a need reads are dropped.
@@ -109,7 +108,7 @@ class VisionTower(nn.Module, ABC):
         """
 
     @abstractmethod
-    def load_vision_tower(self, device: object, dtype: torch.dtype) -> None:
+    def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         """Read the vision side, with the layers that are used."""
 
     @property

@@ -1,6 +1,6 @@
-"""The embedded world in the published file layouts of the twelve benchmarks, one module each.
+"""The embedded world in the official file layouts of the twelve benchmarks, one module each.
 
-Every module has `write(folder, pictures, chooser)`, which makes the folder that the benchmark's script reads.
+Each module's `write(folder, drawings, chooser)` makes the folder that the benchmark's script reads.
 """
 
 from playground.shapes.benchmark import (
@@ -32,4 +32,4 @@ FOLDERS = {
     "llavabench": (llavabench, "llava-bench-in-the-wild"),
     "mmvet": (mmvet, "mm-vet"),
 }
-"""By the word of `python -m llava.eval list`: who writes it, and where under the data root."""
+"""Name in `python -m llava.eval list`: the module that writes the benchmark, and its folder under the data root."""

@@ -1,4 +1,4 @@
-"""GQA's testdev on shapes: questions by structural and semantic type, shuffled over the pictures."""
+"""GQA's testdev on shapes: questions by structural and semantic type, in random order."""
 
 import random
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from playground.shapes import sentence
 from playground.shapes.file import Drawing, write_json, write_lines
 
-# Kind of question: structural type, semantic type, and the operation that ends it.
+# Kind of question: its structural type, semantic type and last operation.
 TYPES = {
     "presence": ("verify", "obj", "exist"),
     "color": ("query", "attr", "query: color"),
@@ -15,7 +15,7 @@ TYPES = {
     "place": ("query", "rel", "query: place"),
     "two": ("choose", "attr", "choose color"),
 }
-QUESTIONS_PER_PICTURE = 2
+QUESTIONS_PER_IMAGE = 2
 FIRST_ID = 201000000
 
 
@@ -25,10 +25,10 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
     for index, drawing in enumerate(drawings):
         image = f"n{index}"
         drawing.save(folder / f"data/images/{image}.jpg")
-        for number in range(QUESTIONS_PER_PICTURE):
+        for number in range(QUESTIONS_PER_IMAGE):
             kind = chooser.choice([kind for kind in TYPES if sentence.KINDS[kind](drawing.scene, chooser)])
             asked = chooser.choice(sentence.KINDS[kind](drawing.scene, chooser))
-            identity = str(FIRST_ID + index * QUESTIONS_PER_PICTURE + number)
+            identity = str(FIRST_ID + index * QUESTIONS_PER_IMAGE + number)
             official[identity] = describe(identity, image, kind, asked)
             lines.append(
                 {"question_id": identity, "image": f"{image}.jpg", "text": asked.prompt, "category": "default"}
@@ -39,7 +39,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
 
 
 def describe(identity: str, image: str, kind: str, asked: sentence.Question) -> dict[str, object]:
-    """Write a question as GQA's file has it."""
+    """Return a question in the form of GQA's file."""
     structural, semantic, operation = TYPES[kind]
     about = asked.about.name if asked.about else "object"
     steps = [

@@ -1,4 +1,4 @@
-"""LLaVA-Bench on shapes: questions in three categories that want a sentence, with reference answers."""
+"""LLaVA-Bench on shapes: questions in three categories, with reference answers that are sentences."""
 
 import random
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
         drawing.save(folder / "images" / image)
         described = sentence.describe(drawing.scene)
         captions.append({"id": f"{index:03d}", "image": image, "caption": described.answer})
-        told = sentence.tell_color(drawing.scene)
+        colors = sentence.tell_color(drawing.scene)
         asked = {"detail": described, "complex": sentence.tell_number(drawing.scene)}
-        if told:
-            asked = {"conv": chooser.choice(told), **asked}
+        if colors:
+            asked = {"conv": chooser.choice(colors), **asked}
         for category, question in asked.items():
             identity = len(questions)
             row = {"question_id": identity, "image": image, "category": category, "text": question.prompt}

@@ -1,4 +1,4 @@
-"""MMBench dev on shapes: every question asked once per rotation of its options."""
+"""MMBench dev on shapes: each question once per rotation of its options."""
 
 import base64
 import csv
@@ -29,7 +29,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
 
 
 def write_table(path: Path, drawings: Sequence[Drawing], chooser: random.Random, chinese: bool = False) -> None:
-    """Write a table: the base rows of all questions, then each rotation's."""
+    """Write a table: the base rows of all questions, then the rows of each rotation."""
     questions = [(drawing, choice.choose_any(drawing.scene, chooser)) for drawing in drawings]
     rows = []
     for rotation in range(choice.MAX_OPTIONS):
@@ -45,7 +45,7 @@ def write_table(path: Path, drawings: Sequence[Drawing], chooser: random.Random,
 
 
 def make_row(index: int, rotation: int, drawing: Drawing, asked: choice.Choice, chinese: bool) -> dict[str, object]:
-    """Write a question with its options turned `rotation` steps to the right, the answer with them."""
+    """Return a question's row with its options and answer rotated `rotation` steps to the right."""
     number = len(asked.options)
     options = [asked.options[(place - rotation) % number] for place in range(number)]
     return {

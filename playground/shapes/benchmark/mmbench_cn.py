@@ -1,4 +1,4 @@
-"""MMBench-CN dev on shapes: Chinese sentences, English names of objects."""
+"""MMBench-CN dev on shapes: Chinese questions with English object names."""
 
 import random
 from collections.abc import Sequence

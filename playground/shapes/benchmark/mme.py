@@ -1,4 +1,4 @@
-"""MME on shapes: two yes/no questions per picture, one of each answer, in the subtasks that shapes can be asked."""
+"""MME on shapes: one question with the answer yes and one with no per image, in the subtasks that fit shapes."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from playground.shapes.file import Drawing, write_lines
 from playground.shapes.world import COLORS, Scene
 
 Pair = tuple[sentence.Question, sentence.Question]
-LAST_WORDS = " Please answer yes or no."
+SUFFIX = " Please answer yes or no."
 
 
 def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> None:
@@ -22,7 +22,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
                 continue
             place = folder / "MME_Benchmark_release_version" / subtask
             drawing.save(place / f"{index:04d}.jpg")
-            texts = [f"{each.text}{LAST_WORDS}\t{each.answer}\n" for each in pair]
+            texts = [f"{each.text}{SUFFIX}\t{each.answer}\n" for each in pair]
             (place / f"{index:04d}.txt").write_text("".join(texts), encoding="utf-8")
             name = f"{subtask}/{index:04d}.jpg"
             lines += [{"question_id": name, "image": name, "text": each.prompt, "category": subtask} for each in pair]
@@ -30,19 +30,19 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
 
 
 def ask_existence(scene: Scene, chooser: random.Random) -> Pair:
-    """Ask for something that is there and something that isn't."""
+    """Ask for a present and an absent object."""
     return sentence.ask_present(scene, chooser), sentence.ask_absent(scene, chooser)
 
 
 def ask_count(scene: Scene, chooser: random.Random) -> Pair:
-    """Ask for the right number and a wrong one."""
+    """Ask about the correct number and a wrong one."""
     here = len(scene.objects)
     wrong = chooser.choice([number for number in sentence.NUMBER_WORDS if number != here])
     return sentence.check_number(scene, here), sentence.check_number(scene, wrong)
 
 
 def ask_position(scene: Scene, chooser: random.Random) -> Pair | None:
-    """Ask for an object's right place and a wrong one."""
+    """Ask about an object's correct place and a wrong one."""
     placed = sentence.ask_place(scene)
     if not placed:
         return None
@@ -52,7 +52,7 @@ def ask_position(scene: Scene, chooser: random.Random) -> Pair | None:
 
 
 def ask_color(scene: Scene, chooser: random.Random) -> Pair | None:
-    """Ask for an object's right colour and a wrong one."""
+    """Ask about an object's correct colour and a wrong one."""
     colored = sentence.ask_color(scene)
     if not colored:
         return None
@@ -62,7 +62,7 @@ def ask_color(scene: Scene, chooser: random.Random) -> Pair | None:
 
 
 def ask_calculation(scene: Scene, chooser: random.Random) -> Pair | None:
-    """Compare the number of objects with two others, where one comparison holds and one doesn't."""
+    """Compare the number of objects with two numbers; one comparison is true, the other false."""
     if len(scene.objects) != 2:
         return None
     return sentence.check_more(scene, 1), sentence.check_more(scene, 2)

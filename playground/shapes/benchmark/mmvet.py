@@ -1,4 +1,4 @@
-"""MM-Vet on shapes: free answers that must name certain things, by the capabilities they take."""
+"""MM-Vet on shapes: free-form answers that must contain certain names, by the capabilities they need."""
 
 import random
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
 
 
 def ask(scene: Scene, chooser: random.Random) -> tuple[str, str, list[str]]:
-    """Make a question: its text, what an answer must name, and the capabilities it takes."""
+    """Make a question; returns its text, what an answer must contain, and the capabilities it needs."""
     names = [item.name for item in sentence.sort_objects(scene)]
     asked = [
         (sentence.DESCRIBE, ALL_OF.join(names), ["rec", "gen"]),

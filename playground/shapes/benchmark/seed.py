@@ -14,7 +14,7 @@ QUESTION_TYPES = {
 }  # fmt: skip
 TYPE_OF_KIND = {"object": "Instance Identity", "color": "Instance Attributes", "shape": "Instance Attributes",
                 "place": "Instance Location"}  # fmt: skip
-QUESTIONS_PER_PICTURE = 2
+QUESTIONS_PER_IMAGE = 2
 NUM_OPTIONS = 4
 FIRST_ID = 101
 
@@ -25,9 +25,9 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
     for index, drawing in enumerate(drawings):
         image = f"{index}_{index}"
         drawing.save(folder / "SEED-Bench-image" / image)
-        for _ in range(QUESTIONS_PER_PICTURE):
+        for _ in range(QUESTIONS_PER_IMAGE):
             asked = choice.choose_any(drawing.scene, chooser, NUM_OPTIONS)
-            while asked.kind == "number":  # three numbers are no four options
+            while asked.kind == "number":  # there are only three numbers, and four options
                 asked = choice.choose_any(drawing.scene, chooser, NUM_OPTIONS)
             identity, category = FIRST_ID + len(lines), TYPE_OF_KIND[asked.kind]
             options = {f"choice_{letter.lower()}": option

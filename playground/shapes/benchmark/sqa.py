@@ -1,4 +1,4 @@
-"""ScienceQA on shapes: multiple choice about a picture, or about one told in words."""
+"""ScienceQA on shapes: multiple choice about an image or about a description of one."""
 
 import random
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
     for index, drawing in enumerate(drawings, 1):
         identity = str(index)
         has_image = chooser.random() < IMAGE_SHARE
-        asked = (choice.choose_any if has_image else choice.choose_told)(drawing.scene, chooser)
+        asked = (choice.choose_any if has_image else choice.choose_described)(drawing.scene, chooser)
         if has_image:
             drawing.save(folder / "images/test" / identity / "image.png")
             hint = choice.write_hint(drawing.scene).removeprefix("Context: ") if chooser.random() < HINT_SHARE else ""
         else:
-            hint = sentence.PICTURE_IN_WORDS.format(sentence.describe(drawing.scene).answer).strip()
+            hint = sentence.IMAGE_IN_WORDS.format(sentence.describe(drawing.scene).answer).strip()
         problems[identity] = describe(asked, hint, has_image, chooser.choice(GRADES))
         text = asked.lines(hint=f"Context: {hint}" if hint else None)
         item = {"id": identity, "image": f"{identity}/image.png"} if has_image else {"id": identity}
@@ -40,7 +40,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
 
 
 def describe(asked: choice.Choice, hint: str, has_image: bool, grade: str) -> dict[str, object]:
-    """Write a question as ScienceQA's file has it."""
+    """Return a question in the form of ScienceQA's file."""
     return {
         "question": asked.text,
         "choices": list(asked.options),

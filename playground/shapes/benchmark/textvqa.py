@@ -1,15 +1,15 @@
-"""TextVQA's val split on shapes: the line of OCR words is there, but these questions don't need it."""
+"""TextVQA's val split on shapes: prompts have the line of OCR tokens, but no question needs it."""
 
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from playground.shapes import sentence
-from playground.shapes.benchmark.vqav2 import NUM_PEOPLE
+from playground.shapes.benchmark.vqav2 import NUM_ANNOTATORS
 from playground.shapes.file import Drawing, write_json, write_lines
 from playground.shapes.world import PICTURE_SIZE
 
-QUESTIONS_PER_PICTURE = 2
+QUESTIONS_PER_IMAGE = 2
 
 
 def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> None:
@@ -19,7 +19,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
         image = f"{index:016x}"
         drawing.save(folder / f"train_images/{image}.jpg")
         asked = {}
-        for _ in range(QUESTIONS_PER_PICTURE):
+        for _ in range(QUESTIONS_PER_IMAGE):
             question = sentence.ask_with_ocr(drawing.scene, chooser)
             asked.setdefault(question.text, question)
         for text, question in asked.items():
@@ -32,7 +32,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
                     "flickr_300k_url": "",
                     "image_width": PICTURE_SIZE,
                     "image_height": PICTURE_SIZE,
-                    "answers": [question.answer] * NUM_PEOPLE,
+                    "answers": [question.answer] * NUM_ANNOTATORS,
                     "question_tokens": text.lower().rstrip("?").split(),
                     "question_id": len(data) + 1,
                     "set_name": "val",

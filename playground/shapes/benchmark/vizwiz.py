@@ -1,4 +1,4 @@
-"""VizWiz's val split on shapes: one question per picture, some of which it cannot answer."""
+"""VizWiz's val split on shapes: one question per image; some questions are unanswerable."""
 
 import random
 from collections.abc import Sequence

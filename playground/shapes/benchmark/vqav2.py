@@ -1,4 +1,4 @@
-"""VQAv2's val split on shapes: short answers, each given by ten people of one mind."""
+"""VQAv2's val split on shapes: short answers, the same from all ten annotators."""
 
 import random
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from playground.shapes import sentence
 from playground.shapes.file import Drawing, write_json
 
 KINDS = {"presence": 0.35, "check": 0.1, "color": 0.2, "shape": 0.15, "place": 0.1, "number": 0.1}
-QUESTIONS_PER_PICTURE = 2
-NUM_PEOPLE = 10
+QUESTIONS_PER_IMAGE = 2
+NUM_ANNOTATORS = 10
 HEAD = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
 
 
@@ -18,7 +18,7 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
     questions, annotations = [], []
     for index, drawing in enumerate(drawings, 1):
         drawing.save(folder / f"val2014/COCO_val2014_{index:012d}.jpg")
-        for number in range(QUESTIONS_PER_PICTURE):
+        for number in range(QUESTIONS_PER_IMAGE):
             asked = sentence.ask_any(drawing.scene, chooser, KINDS)
             name = {"image_id": index, "question_id": index * 1000 + number}
             questions.append({**name, "question": asked.text})
@@ -38,10 +38,10 @@ def write(folder: Path, drawings: Sequence[Drawing], chooser: random.Random) -> 
 
 
 def agree(answer: str) -> list[dict[str, object]]:
-    """Let ten people give one answer."""
-    return [{"answer": answer, "answer_confidence": "yes", "answer_id": person + 1} for person in range(NUM_PEOPLE)]
+    """Give the same answer ten times, once per annotator."""
+    return [{"answer": answer, "answer_confidence": "yes", "answer_id": person + 1} for person in range(NUM_ANNOTATORS)]
 
 
 def classify(answer: str) -> str:
-    """Name an answer's type as VQA does."""
+    """Return an answer's type, as in VQAv2."""
     return "yes/no" if answer in ("yes", "no") else "number" if answer.isdecimal() else "other"

@@ -72,23 +72,23 @@ def assert_holds(found: Any, expected: Any, where: str = "") -> None:
 def test_every_number_of_the_official_scorer_is_reproduced(name: str, folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
     result = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)
-    assert_holds(result["scores"], expected["main"])
+    assert_holds(result.scores, expected["main"])
     main = expected["main"].get("accuracy_unrounded", expected["main"]["accuracy"])
-    assert result["headline"] == pytest.approx(main["overall"] if isinstance(main, dict) else main, abs=1e-6)
-    assert result["count"] == COUNTS[name]
+    assert result.headline == pytest.approx(main["overall"] if isinstance(main, dict) else main, abs=1e-6)
+    assert result.count == COUNTS[name]
     assert format_line(result) == ROWS[name]
 
 
 def test_every_variant_of_the_official_scorer_is_reproduced(name: str, folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
-    scores = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)["scores"]
+    scores = score_answers(find_benchmark(name), folder / "answers.jsonl", folder).scores
     assert_holds(scores, {key: expected[key] for key in ("raw", "variants") if key in expected})
     assert_holds(scores, expected.get("full", {}))
 
 
 def test_rounded_numbers_are_equal_to_the_last_digit(name: str, folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
-    scores = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)["scores"]
+    scores = score_answers(find_benchmark(name), folder / "answers.jsonl", folder).scores
     for key, part in (("main", scores), ("raw", scores.get("raw"))):
         if key in expected and name != "gqa":
             assert part["accuracy"] == expected[key]["accuracy"]
@@ -134,8 +134,8 @@ def test_answers_are_paired_by_id_not_by_position(name: str, folder: Path, tmp_p
     write_answers(tmp_path / "shuffled.jsonl", rows)
     shuffled = score_answers(find_benchmark(name), tmp_path / "shuffled.jsonl", folder)
     right = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)
-    assert shuffled["headline"] == pytest.approx(right["headline"], abs=1e-9)
-    assert shuffled["columns"] == pytest.approx(right["columns"], abs=1e-9)
+    assert shuffled.headline == pytest.approx(right.headline, abs=1e-9)
+    assert shuffled.columns == pytest.approx(right.columns, abs=1e-9)
 
 
 def test_missing_answers_are_refused_unless_allowed(name: str, folder: Path, tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_missing_answers_are_refused_unless_allowed(name: str, folder: Path, tmp
     with pytest.raises(InputError, match=rf"lacks {len(rows) - 100} of {len(rows)} answers"):
         score_answers(find_benchmark(name), tmp_path / "some.jsonl", folder)
     partial = score_answers(find_benchmark(name), tmp_path / "some.jsonl", folder, allow_partial=True)
-    assert partial["missing"] == len(rows) - 100
-    assert 80 < partial["count"] <= 100
+    assert partial.missing == len(rows) - 100
+    assert 80 < partial.count <= 100
 
 
 def test_no_answer_at_all_is_refused_even_if_partial(name: str, folder: Path, tmp_path: Path) -> None:
@@ -194,8 +194,8 @@ def test_a_broken_question_costs_its_own_answer_only(name: str, copied: Path) ->
     kept = [row for row in rows if (row["question_id"], row["prompt"]) != (lost["question_id"], lost["text"])]
     write_answers(copied / "rest.jsonl", kept)
     result = score_answers(find_benchmark(name), copied / "rest.jsonl", copied, allow_partial=True)
-    assert result["missing"] == 1
-    assert result["count"] >= COUNTS[name] - 1
+    assert result.missing == 1
+    assert result.count >= COUNTS[name] - 1
 
 
 def test_a_second_question_file_does_not_pass_for_the_annotated_one(name: str, copied: Path) -> None:

@@ -65,9 +65,9 @@ def test_the_layout_of_llava_gives_the_same_scores(copied: Path) -> None:
 
 
 def test_without_choices_there_is_no_validity_instead_of_zero(copied: Path) -> None:
-    full = score_answers(GQA, copied / "answers.jsonl", copied)["scores"]
+    full = score_answers(GQA, copied / "answers.jsonl", copied).scores
     (copied / "testdev_balanced_choices.json").unlink()
-    scores = score_answers(GQA, copied / "answers.jsonl", copied)["scores"]
+    scores = score_answers(GQA, copied / "answers.jsonl", copied).scores
     assert full.keys() - scores.keys() == {"validity", "plausibility"}
     assert all(full[name] == scores[name] for name in scores)
 
@@ -138,8 +138,8 @@ def test_without_all_entailed_predictions_there_is_no_consistency(folder: Path, 
     records = json.loads((folder / "testdev_balanced_questions.json").read_text())
     rows = [row for row in read_answers(folder / "answers.jsonl") if records[row["question_id"]]["isBalanced"]]
     write_answers(tmp_path / "balanced.jsonl", rows)
-    full = score_answers(GQA, folder / "answers.jsonl", folder)["scores"]
-    scores = score_answers(GQA, tmp_path / "balanced.jsonl", folder, allow_partial=True)["scores"]
+    full = score_answers(GQA, folder / "answers.jsonl", folder).scores
+    scores = score_answers(GQA, tmp_path / "balanced.jsonl", folder, allow_partial=True).scores
     assert full.keys() - scores.keys() == {"consistency"}
     assert all(full[name] == scores[name] for name in scores)
 

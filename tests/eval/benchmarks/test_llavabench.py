@@ -3,6 +3,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,11 @@ from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.llavabench import (
     OWN_RULE_FILE,
     LlavaBench,
-    find_rule_file,
-    pair_comparisons,
-    parse_marks,
+    parse_ratings,
     read_rules,
-    summarize_marks,
+    summarize_ratings,
 )
-from llava.eval.judge import ApiJudge, make_judge
-from llava.eval.replies import ReplyCache
+from llava.eval.judge import ApiJudge, ReplyCache, make_judge
 from llava.eval.results import format_line, score_answers
 from llava.prompt import wrap_prompt
 
@@ -65,13 +63,67 @@ def test_every_number_of_the_published_scripts_is_reproduced_at_an_endpoint(orac
     expected = json.loads((oracle / "expected.json").read_text())
     result = score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge_anew())
     for part, numbers in expected["main"].items():
-        assert result["scores"][part] == numbers
-    assert result["headline"] == expected["main"]["all"]["relative"] == 67.4
-    assert result["count"] == expected["n_questions"] == len(endpoint.requests)
-    assert result["scores"]["parsed_scores"] == expected["parsed_scores"]
-    assert result["scores"]["unparsable"] == [str(number) for number in expected["unparsable"]]
-    assert result["columns"] == {"all": 67.4, "complex": 76.3, "conv": 64.7, "detail": 51.4}
-    assert (result["judge"], result["offline_judge"]) == ("gpt-4-0613", False)
+        assert result.scores[part] == numbers
+    assert result.headline == expected["main"]["all"]["relative"] == 67.4
+    assert result.count == expected["n_questions"] == len(endpoint.requests)
+    assert result.scores["parsed_scores"] == expected["parsed_scores"]
+    assert result.scores["unparsable"] == [str(number) for number in expected["unparsable"]]
+    assert result.columns == {"all": 67.4, "complex": 76.3, "conv": 64.7, "detail": 51.4}
+    assert (result.judge, result.offline_judge) == ("gpt-4-0613", False)
+
+
+@pytest.mark.usefixtures("canned")
+@pytest.mark.parametrize("part", [slice(None), slice(1, None, 2), slice(3)])
+def test_the_headline_follows_from_the_verdicts(oracle: Path, judge_anew, part: slice) -> None:
+    rows = read_answers(oracle / "answers.jsonl")[part]
+    scores = BENCH.score({f"[{row['question_id']}]": row for row in rows}, oracle, judge_anew())
+    assert BENCH.headline(scores.verdicts) == pytest.approx(scores.headline, abs=1e-9)
+    again = [replace(verdict, details=json.loads(json.dumps(verdict.details))) for verdict in scores.verdicts]
+    assert BENCH.headline(again) == scores.headline == scores.scores["all"]["relative"]
+    assert len(scores.verdicts) == scores.count == len(rows)
+
+
+@pytest.mark.usefixtures("canned")
+def test_verdicts_hold_answer_reference_and_ratings(oracle: Path, judge_anew) -> None:
+    rows = read_answers(oracle / "answers.jsonl")
+    scores = BENCH.score({f"[{row['question_id']}]": row for row in rows}, oracle, judge_anew())
+    references = {row["question_id"]: row["text"] for row in read_lines(oracle / "answers_gpt4.jsonl")}
+    categories = {
+        row["question_id"]: f"llava_bench_{row['category']}" for row in read_lines(oracle / "questions.jsonl")
+    }
+    ratings = scores.scores["parsed_scores"]
+    verdicts = {json.loads(verdict.key)[0]: verdict for verdict in scores.verdicts}
+    for row in rows:
+        identity = row["question_id"]
+        verdict = verdicts[identity]
+        assert (verdict.prediction, verdict.reference) == (row["text"], references[identity])
+        assert (verdict.category, verdict.unit, verdict.parsed) == (categories[identity], "question", None)
+        assert verdict.details == {"ratings": [ratings[str(identity)]]}
+        assert 0 <= verdict.points <= 1
+    # The recorded replies begin with "8/10 7/10" (unreadable), "10 10", "6 2" and "9 6.5".
+    assert [verdicts[number].points for number in (0, 1, 3, 6)] == pytest.approx([0, 1, 0.2, 0.65])
+    assert verdicts[0].details == {"ratings": [[-1, -1]]}
+    unreadable = scores.scores["unparsable"]
+    assert len(unreadable) > 5
+    assert all(verdicts[int(number)].points == 0 for number in unreadable)
+
+
+def test_answers_have_the_place_of_the_script(tmp_path: Path) -> None:
+    root = BENCH.find_root(tmp_path)
+    assert root == tmp_path / "llava-bench-in-the-wild"
+    assert BENCH.place_answers(root, "run-1") == root / "answers" / "run-1.jsonl"
+    assert BENCH.place_upload(root, "run-1") is None
+
+
+def test_points_are_the_mean_over_the_runs_as_a_fraction(oracle: Path, endpoint, tmp_path: Path) -> None:
+    replies = ["10 5", "10 12", "0 -3", "8 4"]
+    endpoint.respond = lambda body: replies[(len(endpoint.requests) - 1) // 2]
+    judge = ApiJudge("m", ReplyCache(tmp_path / "c.jsonl"), address=endpoint.address, num_runs=4, num_threads=1)
+    answers = {f"[{row['question_id']}]": row for row in read_answers(oracle / "answers.jsonl")[:2]}
+    scores = BENCH.score(answers, oracle, judge)
+    assert [verdict.points for verdict in scores.verdicts] == pytest.approx([(0.5 + 1 + 0 + 0.4) / 4] * 2)
+    assert scores.verdicts[0].details == {"ratings": [[10, 5], [10, 12], [0, -3], [8, 4]]}
+    assert BENCH.headline(scores.verdicts) == scores.headline == pytest.approx((50 + 120 + 0 + 50) / 4)
 
 
 @pytest.mark.usefixtures("canned")
@@ -86,19 +138,19 @@ def test_the_judge_is_asked_as_published_but_for_the_words_of_the_rule(oracle: P
     assert not asked
 
 
+@pytest.mark.usefixtures("canned")
 @pytest.mark.parametrize("place", ["rule.json", "table/rule.json"])
-def test_llavas_own_rule_file_in_the_benchmarks_folder_replaces_our_words(copied: Path, place: str) -> None:
+def test_llavas_own_rule_file_in_the_benchmarks_folder_replaces_our_words(
+    copied: Path, place: str, endpoint, judge_anew
+) -> None:
     rules = {f"llava_bench_{name}": {"role": "Helper", "prompt": f"Rule of {name}."} for name in ("conv", "detail")}
     rules["llava_bench_complex"] = rules["llava_bench_conv"]
     (copied / place).parent.mkdir(exist_ok=True)
     (copied / place).write_text(json.dumps(rules))
-    questions = BENCH.load(copied)
-    answers = {f"[{row['question_id']}]": row for row in read_answers(copied / "answers.jsonl")}
-    references = read_lines(copied / "answers_gpt4.jsonl")
-    rule_file = find_rule_file(copied)
-    comparisons = pair_comparisons(questions, references, answers, copied / "context.jsonl", rule_file)
-    detail = next(each for each in comparisons if each.question.category == "detail")
-    content = detail.messages()[1]["content"]
+    score_answers(BENCH, copied / "answers.jsonl", copied, judge=judge_anew())
+    detail = next(question for question in BENCH.load(copied) if question.category == "detail")
+    contents = [body["messages"][1]["content"] for body in endpoint.requests]
+    (content,) = [content for content in contents if f"[Question]\n{detail.prompt}\n" in content]
     assert content.endswith("[End of Helper 2]\n\n[System]\nRule of detail.\n\n")
     assert "[Helper 1]\n" in content
     assert "Assistant" not in content.replace("assistant", "")
@@ -126,7 +178,7 @@ def test_prompts_and_queries_are_the_published_ones_with_room_for_1024_tokens(or
 
 
 @pytest.mark.parametrize(
-    ("reply", "marks"),
+    ("reply", "ratings"),
     [
         ("8 7\nwhy", (8, 7)),
         ("8.5 9", (8.5, 9)),
@@ -147,12 +199,12 @@ def test_prompts_and_queries_are_the_published_ones_with_room_for_1024_tokens(or
         ("8 inf", (-1, -1)),
     ],
 )
-def test_marks_are_read_to_the_letter_as_published(reply: str, marks: tuple) -> None:
-    assert parse_marks(reply) == marks
+def test_ratings_are_read_to_the_letter_as_published(reply: str, ratings: tuple) -> None:
+    assert parse_ratings(reply) == ratings
 
 
 def test_means_are_rounded_before_they_are_divided() -> None:
-    summary = summarize_marks(["a", "a", "b"], [(3, 1), (3, 1), (4, 2)])
+    summary = summarize_ratings(["a", "a", "b"], [(3, 1), (3, 1), (4, 2)])
     assert summary["all"] == {"relative": 40.0, "gpt4": 33.3, "model": 13.3}
     assert summary["a"] == {"relative": 33.3, "gpt4": 30.0, "model": 10.0}
     # 1.333 / 3.333 is 39.99 percent, 4 / 10 is 40.
@@ -167,18 +219,18 @@ def test_answers_references_and_contexts_are_paired_by_id_not_by_position(copied
         dice.shuffle(lines)
         (copied / name).write_text("\n".join(lines) + "\n")
     judge = make_judge(None, None, tmp_path / "c.jsonl", BENCH)
-    assert score_answers(BENCH, copied / "answers.jsonl", copied, judge=judge)["scores"]["all"]["relative"] == 67.4
+    assert score_answers(BENCH, copied / "answers.jsonl", copied, judge=judge).scores["all"]["relative"] == 67.4
 
 
 @pytest.mark.usefixtures("canned")
 def test_several_runs_are_asked_anew_and_averaged(oracle: Path, endpoint, tmp_path: Path) -> None:
-    marks = {0: "10 5", 1: "10 6", 2: "10 10"}
-    endpoint.respond = lambda body: marks[(len(endpoint.requests) - 1) // 36]
+    ratings = {0: "10 5", 1: "10 6", 2: "10 10"}
+    endpoint.respond = lambda body: ratings[(len(endpoint.requests) - 1) // 36]
     judge = ApiJudge("m", ReplyCache(tmp_path / "c.jsonl"), address=endpoint.address, num_runs=3, num_threads=1)
     result = score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge)
-    assert [run["all"]["relative"] for run in result["scores"]["runs"]] == [50.0, 60.0, 100.0]
-    assert result["headline"] == result["scores"]["all"]["relative"] == pytest.approx(70.0)
-    assert result["count"] == 36
+    assert [run["all"]["relative"] for run in result.scores["runs"]] == [50.0, 60.0, 100.0]
+    assert result.headline == result.scores["all"]["relative"] == pytest.approx(70.0)
+    assert result.count == 36
     assert len(endpoint.requests) == 108
 
 
@@ -192,14 +244,14 @@ def test_missing_answers_are_refused_unless_allowed_and_then_take_no_part(
         score_answers(BENCH, tmp_path / "some.jsonl", oracle, judge=judge_anew())
     assert not endpoint.requests
     partial = score_answers(BENCH, tmp_path / "some.jsonl", oracle, allow_partial=True, judge=judge_anew())
-    assert (partial["count"], partial["missing"], len(endpoint.requests)) == (18, 18, 18)
-    assert set(partial["scores"]["parsed_scores"]) == {str(row["question_id"]) for row in rows[1::2]}
+    assert (partial.count, partial.missing, len(endpoint.requests)) == (18, 18, 18)
+    assert set(partial.scores["parsed_scores"]) == {str(row["question_id"]) for row in rows[1::2]}
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
-        ("context.jsonl", '"003.jpg"', '"303.jpg"', r"context.jsonl says nothing of 003.jpg, the picture of question"),
+        ("context.jsonl", '"003.jpg"', '"303.jpg"', r"context.jsonl says nothing about 003.jpg, the image of question"),
         ("context.jsonl", '"caption": "', '"words": "', r'"image" and "caption" must be text'),
         ("answers_gpt4.jsonl", '"question_id": 7,', '"question_id": 77,', "no reference answer to question 7"),
         ("questions.jsonl", '"category": "detail"', '"category": "poem"', "has no rule for the category 'poem'"),
@@ -228,25 +280,25 @@ def test_a_broken_rule_file_is_refused(tmp_path: Path, content: str, words: str)
         read_rules(tmp_path / "rule.json")
 
 
-def test_a_judge_that_never_gives_marks_gives_no_score(oracle: Path, endpoint, judge_anew) -> None:
-    endpoint.respond = lambda body: "I can't see the picture."
+def test_a_judge_that_never_gives_ratings_gives_no_score(oracle: Path, endpoint, judge_anew) -> None:
+    endpoint.respond = lambda body: "I can't see the image."
     with pytest.raises(
-        InputError, match=r"none of the judge's 36 replies begins with two marks; the first is \"I can't"
+        InputError, match=r"none of the judge's 36 replies begins with two ratings; the first is \"I can't"
     ):
         score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge_anew())
 
 
-def test_the_offline_stand_in_is_marked_wherever_its_number_appears(oracle: Path, tmp_path: Path) -> None:
+def test_the_offline_stand_in_is_labelled_wherever_its_number_appears(oracle: Path, tmp_path: Path) -> None:
     judge = make_judge("exact", None, tmp_path / "c.jsonl", BENCH)
     result = score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge)
-    assert result["offline_judge"]
+    assert result.offline_judge
     assert format_line(result).startswith("LLaVA-Bench (Wild) [judge: exact]\t")
-    assert "offline stand-in" in result["judge"]
-    assert 10 <= result["headline"] < 100
+    assert "offline stand-in" in result.judge
+    assert 10 <= result.headline < 100
     assert result == score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge)
 
 
-def run_face(module: object, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+def run_main(module: object, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
     run_command(module.main)
 
@@ -262,17 +314,17 @@ def test_the_published_commands_write_and_summarize_the_published_review_file(
     oracle: Path, endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     output = tmp_path / "reviews" / "my-llava.jsonl"
-    run_face(eval_gpt_review_bench, monkeypatch, *review_arguments(oracle, output))
+    run_main(eval_gpt_review_bench, monkeypatch, *review_arguments(oracle, output))
     assert output.read_bytes() == (oracle / "expected_reviews.jsonl").read_bytes()
     capsys.readouterr()
-    run_face(summarize_gpt_review, monkeypatch, "-f", output)
+    run_main(summarize_gpt_review, monkeypatch, "-f", output)
     lines = ["my-llava", "all 67.4 49.9 33.6", "llava_bench_complex 76.3 60.4 46.1", "llava_bench_conv 64.7 44.6 28.8"]
     lines += ["llava_bench_detail 51.4 41.1 21.1", "================================="]
     assert capsys.readouterr().out.splitlines() == lines
-    run_face(summarize_gpt_review, monkeypatch, "-d", output.parent)
+    run_main(summarize_gpt_review, monkeypatch, "-d", output.parent)
     assert capsys.readouterr().out.splitlines() == lines
     # Once more costs nothing.
-    run_face(eval_gpt_review_bench, monkeypatch, *review_arguments(oracle, output))
+    run_main(eval_gpt_review_bench, monkeypatch, *review_arguments(oracle, output))
     assert len(endpoint.requests) == 36
 
 
@@ -286,7 +338,7 @@ def test_reviews_of_other_answers_are_neither_mixed_in_nor_lost(
     rows = read_answers(copied / "answers.jsonl")
     write_answers(copied / "answers.jsonl", [row | {"answer_id": f"other{row['question_id']}"} for row in rows])
     with pytest.raises(SystemExit):
-        run_face(eval_gpt_review_bench, monkeypatch, *review_arguments(copied, output))
+        run_main(eval_gpt_review_bench, monkeypatch, *review_arguments(copied, output))
     assert "has reviews of other answers" in capsys.readouterr().err
     assert output.read_text() == (copied / "expected_reviews.jsonl").read_text()
     assert not endpoint.requests
@@ -301,7 +353,7 @@ def test_summaries_choose_files_and_questions_by_the_published_options(
     folder = tmp_path.rename(tmp_path.with_name("judged"))
 
     def titles(*options: object) -> list[str]:
-        run_face(summarize_gpt_review, monkeypatch, "--dir", folder, *options)
+        run_main(summarize_gpt_review, monkeypatch, "--dir", folder, *options)
         printed = capsys.readouterr().out.split("=================================\n")
         return [block.splitlines()[0] for block in printed if block]
 
@@ -310,7 +362,7 @@ def test_summaries_choose_files_and_questions_by_the_published_options(
     assert titles("--version", "0314") == ["a"]
     assert titles("--select", "review", "a") == ["review_a-0613"]
     assert titles("--files", "answers.jsonl") == ["answers"]
-    run_face(summarize_gpt_review, monkeypatch, "-f", folder / "gpt4_text_a.jsonl", "-i", *range(1, 36))
+    run_main(summarize_gpt_review, monkeypatch, "-f", folder / "gpt4_text_a.jsonl", "-i", *range(1, 36))
     assert capsys.readouterr().out.splitlines()[1] == "all 100.0 -10.0 -10.0"
 
 
@@ -321,6 +373,7 @@ def test_summaries_choose_files_and_questions_by_the_published_options(
         (["-d", "nowhere"], "no folder nowhere"),
         (["-d", "."], "has no review files"),
         (["-f", "bad.jsonl"], 'bad.jsonl, question 1: "tuple" must be two numbers'),
+        (["-f", "odd.jsonl"], 'odd.jsonl, question [1]: "category" must be a string'),
         (["-f", "good.jsonl", "-i", "1"], "good.jsonl: no question is left"),
     ],
 )
@@ -330,8 +383,9 @@ def test_summaries_of_nothing_end_in_one_line(
     folder = tmp_path / "x"
     folder.mkdir()
     (folder / "bad.jsonl").write_text('{"question_id": 1, "score": 3}\n')
+    (folder / "odd.jsonl").write_text('{"question_id": [1], "tuple": [8, 7], "category": ["conv"]}\n')
     (folder / "good.jsonl").write_text('{"question_id": 1, "tuple": [8, 7]}\n')
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit):
-        run_face(summarize_gpt_review, monkeypatch, *arguments)
+        run_main(summarize_gpt_review, monkeypatch, *arguments)
     assert words in capsys.readouterr().err

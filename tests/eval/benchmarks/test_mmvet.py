@@ -16,8 +16,7 @@ from llava.errors import InputError
 from llava.eval import model_vqa, model_vqa_loader
 from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.mmvet import OWN_PROMPT, RETRY_SUFFIX, MmVet, parse_score
-from llava.eval.judge import ApiJudge, make_judge
-from llava.eval.replies import ReplyCache
+from llava.eval.judge import ApiJudge, ReplyCache, make_judge
 from llava.eval.results import score_answers
 from llava.prompt import wrap_prompt
 
@@ -70,22 +69,60 @@ def test_every_number_of_the_official_evaluator_is_reproduced_at_an_endpoint(
     expected = json.loads((oracle / "expected.json").read_text())
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect(num_runs))
     for part in {"num_run_1", f"num_run_{num_runs}"}:
-        found, wanted = result["scores"][part], dict(expected["main"][part])
+        found, wanted = result.scores[part], dict(expected["main"][part])
         if "total_unrounded" in wanted:
             assert found["total_unrounded"] == pytest.approx(wanted.pop("total_unrounded"), abs=1e-6)
         assert {name: found[name] for name in wanted} == wanted
-    assert round(result["headline"], 1) == expected["main"][f"num_run_{num_runs}"]["total"]
-    assert result["count"] == expected["n_questions"] == 48
+    assert round(result.headline, 1) == expected["main"][f"num_run_{num_runs}"]["total"]
+    assert result.count == expected["n_questions"] == 48
     calls = Counter(map(name_question, endpoint.requests))
     assert calls == expected["main"][f"num_run_{num_runs}"]["n_calls"]
 
 
 @pytest.mark.usefixtures("canned")
+@pytest.mark.parametrize("part", [slice(None), slice(1, None, 2), slice(3)])
+@pytest.mark.parametrize("num_runs", [1, 3])
+def test_the_headline_follows_from_the_verdicts(oracle: Path, connect, num_runs: int, part: slice) -> None:
+    rows = read_answers(oracle / "answers.jsonl")[part]
+    scores = MMVET.score({f"[{row['question_id']}]": row for row in rows}, oracle, connect(num_runs))
+    assert MMVET.headline(scores.verdicts) == pytest.approx(scores.headline, abs=1e-9)
+    assert scores.headline == pytest.approx(scores.scores[f"num_run_{num_runs}"]["total_unrounded"], abs=1e-9)
+    assert len(scores.verdicts) == scores.count == len(rows)
+
+
+@pytest.mark.usefixtures("canned")
+def test_verdicts_hold_answer_reference_and_mean_grade(oracle: Path, connect) -> None:
+    rows = read_answers(oracle / "answers.jsonl")
+    scores = MMVET.score({f"[{row['question_id']}]": row for row in rows}, oracle, connect(3))
+    annotations = json.loads((oracle / "mm-vet.json").read_text())
+    grades = scores.scores["num_run_3"]["grade"]
+    verdicts = {json.loads(verdict.key)[0]: verdict for verdict in scores.verdicts}
+    for row in rows:
+        key, verdict = f"v1_{row['question_id']}", verdicts[row["question_id"]]
+        assert (verdict.prediction, verdict.reference) == (row["text"], annotations[key]["answer"])
+        assert verdict.category == "_".join(sorted(annotations[key]["capability"]))
+        assert (verdict.unit, verdict.parsed, verdict.details) == ("question", None, {})
+        assert verdict.points == pytest.approx(sum(grades[key]["score"]) / 3)
+    # By the recorded replies 0.8, 0.6, 0.4; 0.0, 0.1, 0.7; "1.0 because", 0.9, 1.0.
+    assert [verdicts[number].points for number in (0, 1, 4)] == pytest.approx([0.6, 0.8 / 3, 2.9 / 3])
+    assert (verdicts[0].reference, verdicts[0].category, verdicts[0].correct) == ("basket", "ocr_rec", True)
+    assert (verdicts[1].category, verdicts[1].correct) == ("math_ocr_spat", False)
+
+
+def test_files_have_the_places_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "mmvet").mkdir()
+    root = MMVET.find_root(tmp_path)
+    assert root == tmp_path / "mmvet"
+    assert MMVET.place_answers(root, "run-1") == root / "answers" / "run-1.jsonl"
+    assert MMVET.place_upload(root, "run-1") == root / "results" / "run-1"
+
+
+@pytest.mark.usefixtures("canned")
 def test_the_headline_is_not_rounded(oracle: Path, connect) -> None:
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect())
-    assert result["headline"] == pytest.approx(37.708333333333336, abs=1e-9)
-    assert result["columns"]["Total"] == 37.7
-    assert list(result["columns"]) == ["Total", "rec", "ocr", "know", "gen", "spat", "math"]
+    assert result.headline == pytest.approx(37.708333333333336, abs=1e-9)
+    assert result.columns["Total"] == 37.7
+    assert list(result.columns) == ["Total", "rec", "ocr", "know", "gen", "spat", "math"]
 
 
 @pytest.mark.usefixtures("canned")
@@ -113,8 +150,8 @@ def test_a_judged_run_is_never_asked_again_and_more_runs_ask_only_the_new_ones(o
     assert len(endpoint.requests) == num_calls
     expected = json.loads((oracle / "expected.json").read_text())["main"]["num_run_3"]
     more = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=connect(3))
-    assert more["scores"]["num_run_1"] == first["scores"]["num_run_1"]
-    assert more["scores"]["num_run_3"]["runs"] == expected["runs"]
+    assert more.scores["num_run_1"] == first.scores["num_run_1"]
+    assert more.scores["num_run_3"]["runs"] == expected["runs"]
     assert len(endpoint.requests) == sum(expected["n_calls"].values())
 
 
@@ -173,7 +210,7 @@ def test_files_are_found_where_unpacking_the_archive_puts_them(copied: Path) -> 
     (copied / "mm-vet.json").rename(copied / "mm-vet" / "mm-vet.json")
     (copied / "mm-vet" / "images").mkdir()
     judge = make_judge("exact", None, copied / "c.jsonl", MMVET)
-    assert score_answers(MMVET, copied / "answers.jsonl", copied, judge=judge)["count"] == 48
+    assert score_answers(MMVET, copied / "answers.jsonl", copied, judge=judge).count == 48
     assert MMVET.load(copied)[0].images[0] == copied / "mm-vet" / "images" / "v1_0.jpg"
 
 
@@ -212,23 +249,25 @@ def test_answers_are_paired_by_id_not_by_position(oracle: Path, tmp_path: Path) 
     write_answers(tmp_path / "shuffled.jsonl", rows)
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     shuffled = score_answers(MMVET, tmp_path / "shuffled.jsonl", oracle, judge=judge)
-    assert shuffled["scores"] == score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge)["scores"]
+    assert shuffled.scores == score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge).scores
 
 
 def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
     write_answers(tmp_path / "some.jsonl", read_answers(oracle / "answers.jsonl")[:10])
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     partial = score_answers(MMVET, tmp_path / "some.jsonl", oracle, allow_partial=True, judge=judge)
-    assert (partial["count"], partial["missing"]) == (10, 38)
-    assert len(partial["scores"]["num_run_1"]["grade"]) == 10
+    assert (partial.count, partial.missing) == (10, 38)
+    assert len(partial.scores["num_run_1"]["grade"]) == 10
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda data: data.pop("v1_7"), "mm-vet.json has no v1_7; it and llava-mm-vet.jsonl must come from the same"),
-        (lambda data: data["v1_7"].pop("answer"), 'v1_7: "question" and "answer" must be strings'),
-        (lambda data: data["v1_7"].update(capability="ocr"), 'v1_7: "capability" must be a list of names'),
+        (lambda data: data["v1_7"].pop("answer"), 'v1_7: "answer" must be a string'),
+        (lambda data: data["v1_7"].update(capability="ocr"), 'v1_7: "capability" must be a list'),
+        (lambda data: data["v1_7"].update(capability=["ocr", 1]), 'v1_7: "capability" must be a list of names'),
+        (lambda data: data.update(v1_7=["ocr"]), 'v1_7: "question" must be a string'),
     ],
 )
 def test_an_annotation_that_is_missing_or_broken_is_named(
@@ -262,7 +301,7 @@ def test_faults_on_the_way_do_not_count_as_replies(oracle: Path, endpoint, tmp_p
     judge = ApiJudge("m", cache, address=endpoint.address, first_pause_seconds=0.001, max_tries=30)
     expected = json.loads((oracle / "expected.json").read_text())["main"]["num_run_1"]
     result = score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge)
-    assert result["scores"]["num_run_1"]["grade"] == expected["grade"]
+    assert result.scores["num_run_1"]["grade"] == expected["grade"]
     assert len(cache) == sum(expected["n_calls"].values()) < len(endpoint.requests)
 
 

@@ -37,9 +37,9 @@ def assert_equal_numbers(found: object, expected: object) -> None:
 def test_every_number_of_the_official_script_is_reproduced(oracle: Path) -> None:
     expected = json.loads((oracle / "expected.json").read_text())
     result = score_answers(POPE, oracle / "answers.jsonl", oracle)
-    assert_equal_numbers(result["scores"], expected["main"])
-    assert result["headline"] == pytest.approx(expected["main"]["average_f1"], abs=1e-6)
-    assert result["count"] == expected["n_questions"]
+    assert_equal_numbers(result.scores, expected["main"])
+    assert result.headline == pytest.approx(expected["main"]["average_f1"], abs=1e-6)
+    assert result.count == expected["n_questions"]
     assert format_line(result) == expected["trim_results_line"]
 
 
@@ -54,7 +54,7 @@ def test_answers_are_paired_by_id_not_by_position(oracle: Path, tmp_path: Path) 
     random.Random(3).shuffle(rows)
     write_answers(tmp_path / "shuffled.jsonl", rows)
     shuffled = score_answers(POPE, tmp_path / "shuffled.jsonl", oracle)
-    assert shuffled["scores"] == score_answers(POPE, oracle / "answers.jsonl", oracle)["scores"]
+    assert shuffled.scores == score_answers(POPE, oracle / "answers.jsonl", oracle).scores
 
 
 def test_missing_answers_are_refused_unless_allowed(oracle: Path, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_missing_answers_are_refused_unless_allowed(oracle: Path, tmp_path: Path
     with pytest.raises(InputError, match=r"lacks 26 of 176 answers \(question \d+, .* and 21 more\).*--allow-partial"):
         score_answers(POPE, tmp_path / "some.jsonl", oracle)
     partial = score_answers(POPE, tmp_path / "some.jsonl", oracle, allow_partial=True)
-    assert (partial["count"], partial["missing"]) == (150, 26)
+    assert (partial.count, partial.missing) == (150, 26)
     assert format_line(partial).startswith("POPE (Avg. F1) [26 answers missing]\t")
 
 
@@ -72,7 +72,7 @@ def test_the_order_of_missing_answers_does_not_shift_the_labels(oracle: Path, tm
     right = json.loads((oracle / "expected.json").read_text())["main"]["categories"]["random"]
     write_answers(tmp_path / "some.jsonl", rows[5:])
     partial = score_answers(POPE, tmp_path / "some.jsonl", oracle, allow_partial=True)
-    assert_equal_numbers(partial["scores"]["categories"]["random"], right)
+    assert_equal_numbers(partial.scores["categories"]["random"], right)
 
 
 def test_no_answer_at_all_is_refused_even_if_partial(oracle: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_swapped_labels_are_refused(copied: Path) -> None:
 def test_the_pinned_commits_typo_is_the_only_difference_in_wording_that_passes(copied: Path) -> None:
     labels = copied / "coco" / "coco_pope_popular.json"
     labels.write_text(labels.read_text().replace("in the image", "in the imange"))
-    assert score_answers(POPE, copied / "answers.jsonl", copied)["headline"] == pytest.approx(60.6047778913)
+    assert score_answers(POPE, copied / "answers.jsonl", copied).headline == pytest.approx(60.6047778913)
     labels.write_text(labels.read_text().replace("in the imange", "in the picture"))
     with pytest.raises(InputError, match="is about"):
         POPE.load(copied)
@@ -144,7 +144,7 @@ def test_the_pinned_commits_typo_is_the_only_difference_in_wording_that_passes(c
 def test_other_files_in_the_label_folder_are_left_alone(copied: Path) -> None:
     (copied / "coco" / ".DS_Store").write_bytes(b"\0")
     (copied / "coco" / "coco_pope_extra.json").write_text("{}")
-    assert score_answers(POPE, copied / "answers.jsonl", copied)["count"] == 176
+    assert score_answers(POPE, copied / "answers.jsonl", copied).count == 176
 
 
 def test_a_category_without_labels_is_named(copied: Path) -> None:
@@ -172,8 +172,8 @@ def test_a_broken_record_costs_its_own_answer_only(copied: Path) -> None:
     write_answers(copied / "rest.jsonl", rows)
     partial = score_answers(POPE, copied / "rest.jsonl", copied, allow_partial=True)
     full = json.loads((copied / "expected.json").read_text())["main"]
-    assert_equal_numbers(partial["scores"]["categories"]["popular"], full["categories"]["popular"])
-    assert partial["scores"]["categories"]["adversarial"]["n"] == 59
+    assert_equal_numbers(partial.scores["categories"]["popular"], full["categories"]["popular"])
+    assert partial.scores["categories"]["adversarial"]["n"] == 59
 
 
 def test_a_record_without_category_cannot_be_paired_with_labels(copied: Path) -> None:

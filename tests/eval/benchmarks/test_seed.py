@@ -8,8 +8,9 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval.answers import read_answers, write_answers
+from llava.eval.benchmark import row_key
 from llava.eval.benchmarks import find_benchmark
-from llava.eval.results import export_answers, score_answers
+from llava.eval.results import Result, export_answers, score_answers
 from llava.prompt import wrap_prompt
 
 SEED = find_benchmark("seed")
@@ -17,7 +18,7 @@ SEED = find_benchmark("seed")
 
 @pytest.fixture
 def seed(golden: Path, tmp_path: Path) -> Path:
-    """Made-up SEED-Bench answers with the numbers of the published scripts; a test may spoil them."""
+    """Made-up SEED-Bench answers with the numbers of LLaVA's scripts; a test may spoil them."""
     folder = tmp_path / "seed_bench"
     shutil.copytree(golden / "oracle" / "seed_bench", folder)
     return folder
@@ -28,20 +29,42 @@ def expected(seed: Path) -> dict:
     return json.loads((seed / "expected.json").read_text())
 
 
-def score(seed: Path, split: str | None = None, answers: str = "answers.jsonl") -> dict:
+def score(seed: Path, split: str | None = None, answers: str = "answers.jsonl") -> Result:
     task = SEED.with_split(split) if split else SEED
     return score_answers(task, seed / answers, seed, allow_partial=True)
 
 
-def test_every_number_of_the_published_script_is_reproduced(seed: Path, expected: dict) -> None:
+def test_every_number_of_the_released_script_is_reproduced(seed: Path, expected: dict) -> None:
     result = score(seed)
     per_type = expected["main"].pop("per_type")
-    assert set(result["scores"]["per_type"]) == set(per_type)
+    assert set(result.scores["per_type"]) == set(per_type)
     for name, numbers in per_type.items():
-        assert result["scores"]["per_type"][name] == pytest.approx(numbers, abs=1e-6)
-    assert {name: result["scores"][name] for name in expected["main"]} == pytest.approx(expected["main"], abs=1e-6)
-    assert result["headline"] == result["scores"]["image_accuracy"]
-    assert (result["count"], result["missing"]) == (130, 9)
+        assert result.scores["per_type"][name] == pytest.approx(numbers, abs=1e-6)
+    assert {name: result.scores[name] for name in expected["main"]} == pytest.approx(expected["main"], abs=1e-6)
+    assert result.headline == result.scores["image_accuracy"]
+    assert (result.count, result.missing) == (130, 9)
+
+
+@pytest.mark.parametrize("split", [None, "image", "video", "all"])
+def test_the_headline_follows_from_the_verdicts(seed: Path, split: str | None) -> None:
+    task = SEED.with_split(split) if split else SEED
+    rows = read_answers(seed / "answers.jsonl")[7:]
+    scores = task.score({row_key(row, task.key_fields): row for row in rows}, seed)
+    assert task.headline(scores.verdicts) == pytest.approx(scores.headline, abs=1e-9)
+    assert len(scores.verdicts) == scores.count == {"image": 110, "video": 20}.get(split, 130)
+
+
+def test_every_question_has_a_verdict_an_unanswered_one_too(seed: Path) -> None:
+    rows = read_answers(seed / "answers.jsonl")
+    scores = SEED.score({row_key(row, SEED.key_fields): row for row in rows}, seed)
+    found = {
+        verdict.key: (verdict.prediction, verdict.reference, verdict.points, verdict.category)
+        for verdict in scores.verdicts
+    }
+    assert found["[100000]"] == ("B", "B", 1.0, "Text Understanding")
+    assert found["[100028]"] == ("kite", "C", 0.0, "Instance Location")
+    assert found['["v33112"]'] == ("B", "B", 1.0, "Action Prediction")
+    assert found["[100140]"][::2] == ("", 0.0)
 
 
 def test_the_leaderboards_file_is_equal_byte_for_byte(seed: Path, tmp_path: Path) -> None:
@@ -49,7 +72,12 @@ def test_the_leaderboards_file_is_equal_byte_for_byte(seed: Path, tmp_path: Path
     assert file.read_bytes() == (seed / "expected_upload.jsonl").read_bytes()
 
 
-def test_prompts_and_queries_are_the_published_ones(seed: Path) -> None:
+def test_answers_go_where_the_script_puts_them(tmp_path: Path) -> None:
+    assert SEED.place_answers(tmp_path, "run") == tmp_path / "answers/run/merge.jsonl"
+    assert SEED.place_upload(tmp_path, "run") == tmp_path / "answers_upload/run"
+
+
+def test_prompts_and_queries_are_the_released_ones(seed: Path) -> None:
     recorded = [json.loads(line) for line in (seed / "expected_prompts.jsonl").read_text().splitlines()]
     for question, row in zip(SEED.load(seed), recorded, strict=True):
         assert question.head() == {"question_id": row["question_id"], "prompt": row["answers_file_prompt"]}
@@ -66,10 +94,10 @@ def test_nothing_but_the_bare_letter_is_right(seed: Path, text: str) -> None:
     (seed / "SEED-Bench.json").write_text(json.dumps(annotations))
     rows = read_answers(seed / "answers.jsonl")
     write_answers(seed / "all.jsonl", [row | {"text": text} for row in rows])
-    assert score(seed, answers="all.jsonl")["scores"]["total_accuracy"] == 0
+    assert score(seed, answers="all.jsonl").scores["total_accuracy"] == 0
 
 
-def test_without_frames_the_videos_are_left_out_with_a_word_about_it(
+def test_without_frames_the_videos_are_left_out_with_a_warning(
     seed: Path, expected: dict, caplog: pytest.LogCaptureFixture
 ) -> None:
     (seed / "SEED-Bench-image").mkdir()
@@ -78,20 +106,18 @@ def test_without_frames_the_videos_are_left_out_with_a_word_about_it(
     assert len(questions) == 110
     assert all(isinstance(question.id, int) for question in questions)
     [record] = caplog.records
-    assert "so 20 video questions are left out and 110 about pictures stay" in record.getMessage()
+    assert "so 20 video questions are left out and 110 about images stay" in record.getMessage()
     write_answers(
         seed / "images.jsonl",
         [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], int)],
     )
-    scores = score(seed, answers="images.jsonl")["scores"]
+    scores = score(seed, answers="images.jsonl").scores
     assert scores["image_accuracy"] == pytest.approx(expected["main"]["image_accuracy"])
     assert "video_accuracy" not in scores
     assert scores["n_video"] == 0
 
 
-def test_with_frames_or_without_any_picture_every_question_is_asked(
-    seed: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_with_frames_or_without_any_image_every_question_is_asked(seed: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(SEED.load(seed)) == 130
     (seed / "SEED-Bench-image").mkdir()
     (seed / "SEED-Bench-video-image").mkdir()
@@ -109,8 +135,8 @@ def test_the_video_split_is_named_in_its_line(seed: Path, expected: dict) -> Non
     videos = [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], str)]
     write_answers(seed / "videos.jsonl", videos)
     result = score(seed, "video", "videos.jsonl")
-    assert result["row"] == "SEEDBench (Video)"
-    assert result["headline"] == pytest.approx(expected["main"]["video_accuracy"])
+    assert result.row == "SEEDBench (Video)"
+    assert result.headline == pytest.approx(expected["main"]["video_accuracy"])
     assert SEED.row == "SEEDBench (Image)"
 
 
@@ -142,7 +168,7 @@ def test_a_broken_annotation_is_named(seed: Path, old: str, new: str, words: str
         score(seed)
 
 
-def test_the_published_converter_prints_scores_and_writes_the_upload(
+def test_the_released_converter_prints_scores_and_writes_the_upload(
     seed: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     spec = importlib.util.spec_from_file_location(

@@ -9,6 +9,7 @@ import pytest
 from llava.errors import InputError
 from llava.eval import eval_science_qa
 from llava.eval.answers import read_answers, write_answers
+from llava.eval.benchmark import row_key
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks.sqa import name_groups
 from llava.eval.results import score_answers
@@ -19,7 +20,7 @@ SQA = find_benchmark("sqa")
 
 @pytest.fixture
 def science(golden: Path, tmp_path: Path) -> Path:
-    """Made-up ScienceQA answers with the numbers of the published scripts; a test may spoil them."""
+    """Made-up ScienceQA answers with the numbers of LLaVA's scripts; a test may spoil them."""
     folder = tmp_path / "scienceqa"
     shutil.copytree(golden / "oracle" / "scienceqa", folder)
     return folder
@@ -30,24 +31,62 @@ def expected(science: Path) -> dict:
     return json.loads((science / "expected.json").read_text())
 
 
-def test_every_number_of_the_published_script_is_reproduced(science: Path, expected: dict) -> None:
+def test_every_number_of_the_released_script_is_reproduced(science: Path, expected: dict) -> None:
     result = score_answers(SQA, science / "answers.jsonl", science, allow_partial=True)
     main = expected["main"]
     for name in ("accuracy", "img_accuracy"):
-        assert result["scores"][name] == pytest.approx(main.pop(name), abs=1e-6)
-    assert {name: result["scores"][name] for name in main} == main
-    assert result["headline"] == result["scores"]["img_accuracy"]
-    assert (result["count"], result["missing"]) == (expected["n_questions"], 5)
+        assert result.scores[name] == pytest.approx(main.pop(name), abs=1e-6)
+    assert {name: result.scores[name] for name in main} == main
+    assert result.headline == result.scores["img_accuracy"]
+    assert (result.count, result.missing) == (expected["n_questions"], 5)
 
 
 def test_the_official_breakdown_is_reproduced(science: Path, expected: dict) -> None:
-    scores = score_answers(SQA, science / "answers.jsonl", science, allow_partial=True)["scores"]
+    scores = score_answers(SQA, science / "answers.jsonl", science, allow_partial=True).scores
     del expected["official_breakdown"]["note"]
     assert scores["official_breakdown"] == expected["official_breakdown"]
     assert scores["breakdown"]["acc_natural"] == pytest.approx(25.5813953, abs=1e-6)
 
 
-def test_prompts_and_queries_are_the_published_ones(science: Path) -> None:
+@pytest.mark.parametrize("num_left_out", [0, 40])
+def test_the_headline_follows_from_the_verdicts(science: Path, num_left_out: int) -> None:
+    rows = read_answers(science / "answers.jsonl")[num_left_out:]
+    scores = SQA.score({row_key(row, SQA.key_fields): row for row in rows}, science)
+    assert SQA.headline(scores.verdicts) == pytest.approx(scores.headline, abs=1e-9)
+    assert len(scores.verdicts) == scores.count == 110
+    unanswered = [verdict for verdict in scores.verdicts if verdict.details == {"answered": False}]
+    assert len(unanswered) == 5 + num_left_out
+    assert not any(verdict.points for verdict in unanswered)
+
+
+def test_verdicts_have_the_letter_that_was_read(science: Path) -> None:
+    rows = read_answers(science / "answers.jsonl")
+    verdicts = SQA.score({row_key(row, SQA.key_fields): row for row in rows}, science).verdicts
+    found = {each.key: (each.prediction, each.parsed, each.reference, each.points, each.category) for each in verdicts}
+    assert found['["222"]'] == ("A", "A", "A", 1.0, "image")
+    assert found['["459"]'] == ("A. ", "A", "B", 0.0, "image")
+    assert found['["518"]'] == (" D", "FAILED", "A", 0.0, "text")
+    assert found['["8941"]'][:2] == ("FAILED", "FAILED")
+    assert found['["8941"]'][3:] == (0.0, "image")
+
+
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_answers_without_prompt_stay_in_the_headline(
+    science: Path, expected: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, prompt: str | None
+) -> None:
+    rows = read_answers(science / "answers.jsonl")
+    for row in rows:
+        del row["prompt"]
+        row.update({} if prompt is None else {"prompt": prompt})
+    write_answers(science / "answers.jsonl", rows)
+    result = score_answers(SQA, science / "answers.jsonl", science, allow_partial=True)
+    assert result.scores["img_total"] == expected["main"]["img_total"]
+    assert result.headline == pytest.approx(expected["main"]["img_accuracy"], abs=1e-6)
+    run_command_of_llava(science, monkeypatch, "--allow-partial")
+    assert capsys.readouterr().out == expected["main"]["stdout"] + "\n"
+
+
+def test_prompts_and_queries_are_the_released_ones(science: Path) -> None:
     recorded = [json.loads(line) for line in (science / "expected_prompts.jsonl").read_text().splitlines()]
     for question, row in zip(SQA.load(science), recorded, strict=True):
         assert question.head() == {"question_id": row["question_id"], "prompt": row["answers_file_prompt"]}
@@ -57,9 +96,14 @@ def test_prompts_and_queries_are_the_published_ones(science: Path) -> None:
         assert SQA.max_new_tokens == row["max_new_tokens"]
 
 
-def test_pictures_are_looked_up_in_the_folder_of_the_test_split(science: Path) -> None:
+def test_images_are_looked_up_in_the_folder_of_the_test_split(science: Path) -> None:
     question = next(question for question in SQA.load(science) if question.id == "222")
     assert question.images == (science / "images" / "test" / "222" / "image.png",)
+
+
+def test_answers_go_where_the_script_puts_them(tmp_path: Path) -> None:
+    assert SQA.place_answers(tmp_path, "run") == tmp_path / "answers/run/merge.jsonl"
+    assert SQA.place_upload(tmp_path, "run") is None
 
 
 def test_missing_answers_are_refused_unless_allowed(science: Path) -> None:
@@ -68,10 +112,10 @@ def test_missing_answers_are_refused_unless_allowed(science: Path) -> None:
 
 
 def test_a_missing_answer_leaves_the_headline_but_not_the_accuracy(science: Path) -> None:
-    whole = score_answers(SQA, science / "answers.jsonl", science, allow_partial=True)["scores"]
+    whole = score_answers(SQA, science / "answers.jsonl", science, allow_partial=True).scores
     rows = [row for row in read_answers(science / "answers.jsonl") if row["question_id"] != "222"]
     write_answers(science / "fewer.jsonl", rows)
-    fewer = score_answers(SQA, science / "fewer.jsonl", science, allow_partial=True)["scores"]
+    fewer = score_answers(SQA, science / "fewer.jsonl", science, allow_partial=True).scores
     assert (fewer["img_total"], fewer["img_correct"]) == (whole["img_total"] - 1, whole["img_correct"] - 1)
     assert (fewer["count"], fewer["correct"]) == (whole["count"], whole["correct"] - 1)
 
@@ -130,17 +174,17 @@ def test_a_file_of_something_else_is_refused(science: Path) -> None:
         SQA.load(science)
 
 
-def run_published(science: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+def run_command_of_llava(science: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
     arguments = ["--base-dir", science, "--result-file", science / "answers.jsonl"]
     arguments += ["--output-file", science / "output.jsonl", "--output-result", science / "result.json", *more]
     monkeypatch.setattr("sys.argv", ["eval_science_qa", *map(str, arguments)])
     eval_science_qa.main()
 
 
-def test_the_published_command_prints_and_writes_what_it_did(
+def test_the_released_command_prints_and_writes_what_it_did(
     science: Path, expected: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    run_published(science, monkeypatch, "--allow-partial", "--path_to_all_results", str(science / "all.tsv"))
+    run_command_of_llava(science, monkeypatch, "--allow-partial", "--path_to_all_results", str(science / "all.tsv"))
     assert capsys.readouterr().out == expected["main"]["stdout"] + "\n"
     result = json.loads((science / "result.json").read_text())
     assert (result["acc"], result["correct"], result["count"]) == (30.0, 33, 110)
@@ -152,9 +196,9 @@ def test_the_published_command_prints_and_writes_what_it_did(
     assert (science / "all.tsv").read_text() == "ScienceQA (IMG) [5 answers missing]\t35.71\n"
 
 
-def test_the_published_command_refuses_incomplete_answers(science: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_released_command_refuses_incomplete_answers(science: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="lacks 5 of 110 answers"):
-        run_published(science, monkeypatch)
+        run_command_of_llava(science, monkeypatch)
 
 
 def load_script(repository: Path, name: str) -> ModuleType:
@@ -176,7 +220,7 @@ def test_the_question_file_can_be_made_from_the_problems(
     assert json.loads(published.read_text()) == records
 
 
-def test_a_problem_with_a_picture_but_no_hint_has_context() -> None:
+def test_a_problem_with_a_image_but_no_hint_has_context() -> None:
     problem = {"subject": "social science", "grade": "grade12", "topic": "geography", "hint": ""}
     assert name_groups(problem | {"image": "1.png"}) == ["social", "has_image", "grade_7_12", "geography"]
     assert name_groups(problem | {"image": None}) == ["social", "no_context", "grade_7_12", "geography"]

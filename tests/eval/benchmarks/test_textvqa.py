@@ -50,7 +50,7 @@ def test_a_prompt_of_another_form_is_refused_with_its_id(prompt: str | None) -> 
 def test_several_questions_about_one_image_keep_their_own_answers(folder: Path) -> None:
     questions = TEXTVQA.load(folder)
     assert len({question.id for question in questions}) < len(questions)
-    lines = score_answers(TEXTVQA, folder / "answers.jsonl", folder)["scores"]["per_answer_line"]
+    lines = score_answers(TEXTVQA, folder / "answers.jsonl", folder).scores["per_answer_line"]
     assert len({line["question_id"] for line in lines}) == len(questions)
 
 

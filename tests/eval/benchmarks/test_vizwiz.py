@@ -76,14 +76,14 @@ def test_questions_built_from_the_official_file_are_those_of_the_llava_file(copi
 def test_the_official_files_may_stay_in_their_own_folder(copied: Path) -> None:
     (copied / "Annotations").mkdir()
     (copied / "val.json").rename(copied / "Annotations" / "val.json")
-    assert score_answers(VIZWIZ, copied / "answers.jsonl", copied)["count"] == 143
+    assert score_answers(VIZWIZ, copied / "answers.jsonl", copied).count == 143
 
 
 def test_annotations_are_found_by_image_not_by_position(copied: Path) -> None:
     right = score_answers(VIZWIZ, copied / "answers.jsonl", copied)
     document = json.loads((copied / "val.json").read_text())
     (copied / "val.json").write_text(json.dumps(document[::-1]))
-    assert score_answers(VIZWIZ, copied / "answers.jsonl", copied)["columns"] == pytest.approx(right["columns"])
+    assert score_answers(VIZWIZ, copied / "answers.jsonl", copied).columns == pytest.approx(right.columns)
 
 
 def test_verdicts_hold_the_ten_answers_and_what_the_answer_is_worth(folder: Path) -> None:

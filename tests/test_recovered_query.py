@@ -3,7 +3,7 @@
 import pytest
 
 from llava.conversation import conv_templates
-from llava.model.query import find_question
+from llava.prompt import find_question
 
 QUESTION = "What is the color of the bus?\nAnswer the question using a single word or phrase."
 CHAT_TEMPLATES = [name for name in conv_templates if "plain" not in name]
