@@ -9,7 +9,7 @@
 # the last part of PATH names it. What stands after -- goes to every script, see `bash scripts/v1_5/eval/pope.sh --help`.
 # The first model is the one that the others are compared with.
 #
-# Environment (besides that of scripts/lib/common.sh and scripts/lib/eval.sh):
+# Environment (besides that of scripts/lib/common.sh and of `bash scripts/v1_5/eval/pope.sh --help`):
 #   BENCHMARKS="gqa pope"  only these (default: all twelve)
 #   RESULTS=DIR            where everything goes (default: results/eval):
 #                            NAME.txt               a line `benchmark<TAB>value` for each score, appended

@@ -329,3 +329,11 @@ def conversation_name_for(model_name: str) -> str:
     """
     lowered = model_name.lower()
     return next((template for hint, template in _NAME_HINTS if hint in lowered), "vicuna_v1")
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Name a checkpoint after its folder; `run/checkpoint-500` becomes `run_checkpoint-500`."""
+    parts = model_path.strip("/").split("/")
+    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1]

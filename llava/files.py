@@ -126,6 +126,19 @@ def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
+def find_target(path: Path) -> Path:
+    """Return the file that writing to a path means: the path itself, or what it links to.
+
+    Raises:
+        FileError: it is a folder, a device or the like.
+        OSError: it cannot be looked at; see `explain_errors`.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if target.exists() and not target.is_file():
+        raise FileError(f"cannot write {path}: it is {_kind(target)}; name a regular file")
+    return target
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, which takes the place of `path` when the block ends without an error.
@@ -137,9 +150,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         FileError: the place is a folder or a device, or cannot be written.
     """
     with explain_errors("write", path):
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            raise FileError(f"cannot write {path}: it is {_kind(target)}; name a regular file")
+        target = find_target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name[:200]}.{os.getpid()}.partial")
         try:
@@ -189,9 +200,7 @@ def append_line(path: Path, line: str) -> None:
         FileError: see `atomic_write`.
     """
     with explain_errors("write", path):
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            raise FileError(f"cannot write {path}: it is {_kind(target)}; name a regular file")
+        target = find_target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

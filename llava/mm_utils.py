@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaTokenizer, StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import get_model_name_from_path as get_model_name_from_path
 from llava.errors import InputError
 from llava.image import to_rgb
 from llava.protocols import ImageProcessor, ImageSettings, Tokenizer
@@ -236,14 +237,6 @@ def tokenizer_image_token(
     if return_tensors == "pt":
         return torch.tensor(input_ids, dtype=torch.long)
     raise ValueError(f"return_tensors {return_tensors!r}: expected None or 'pt'")
-
-
-def get_model_name_from_path(model_path: str) -> str:
-    """Name a checkpoint after its folder; `run/checkpoint-500` becomes `run_checkpoint-500`."""
-    parts = model_path.strip("/").split("/")
-    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
-        return f"{parts[-2]}_{parts[-1]}"
-    return parts[-1]
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from llava.errors import run_command
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmarks.mmbench import MmBench, load_table_questions, write_upload
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import require_complete
 
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.chat import ChatSession, Sampling
+from llava.chat import ChatSession
 from llava.errors import InputError
 from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.image_tokens import ImageTokens
+from llava.sampling import Sampling
 from llava.visualize import (
     DIMMED,
     TextLine,

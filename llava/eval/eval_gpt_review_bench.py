@@ -9,9 +9,8 @@ when all are there. A review file of other answers is never mixed in or overwrit
 import argparse
 from pathlib import Path
 
+from llava.cli import positive, user_path
 from llava.errors import InputError, run_command
-from llava.eval.__main__ import positive, user_path
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmarks._files import load_question_file, read_records
 from llava.eval.benchmarks.llavabench import (
     IMAGE_FOLDER,
@@ -23,6 +22,7 @@ from llava.eval.benchmarks.llavabench import (
     pair_comparisons,
 )
 from llava.eval.judge import make_judge
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import require_complete
 from llava.files import write_jsonl
 

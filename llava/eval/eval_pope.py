@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import run_command
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmarks._files import load_question_file
 from llava.eval.benchmarks.pope import IMAGE_FOLDER, Pope, score_pope
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import Result, format_line, require_complete
 from llava.files import append_line
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import run_command
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmark import Question, Row, Verdict, row_key
 from llava.eval.benchmarks.sqa import (
     SPLIT,
@@ -26,6 +25,7 @@ from llava.eval.benchmarks.sqa import (
     judge_answers,
     read_problems,
 )
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import Result, format_line, require_complete
 from llava.files import append_line, write_json
 

@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from llava.errors import InputError, run_command
-from llava.eval.answers import read_answers
 from llava.eval.benchmarks.textvqa import TextVqa, score_textvqa
+from llava.eval.predictions import read_answers
 from llava.files import append_line
 
 

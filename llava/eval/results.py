@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
-from llava.eval.answers import name_questions, pair_answers, read_answers
 from llava.eval.benchmark import Benchmark, ImageSource, Judge, Question, Row, Verdict, index_questions, row_key
+from llava.eval.predictions import name_questions, pair_answers, read_answers
 from llava.files import make_folder, read_json, write_text
 
 SCHEMA = 2

@@ -8,8 +8,8 @@ answers times ten.
 import argparse
 from pathlib import Path
 
+from llava.cli import user_path
 from llava.errors import InputError, run_command
-from llava.eval.__main__ import user_path
 from llava.eval.benchmarks._files import read_records
 from llava.eval.benchmarks.llavabench import UNREADABLE, Summary, summarize_ratings
 

@@ -7,23 +7,16 @@ layout, in the dtype of the weights that were read.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-from transformers import PreTrainedConfig
-
+from llava.cli import DTYPES
 from llava.errors import InputError, run_command
-from llava.model.adapter import PROJECTOR_PREFIX, find_file
-from llava.model.builder import (
-    DTYPES,
-    INDEX_FILES,
-    WEIGHT_FILES,
-    load_pretrained_model,
-    read_weight_map,
-    resolve_dtype,
-)
-from llava.model.checkpoint_folder import PROJECTOR_FILE, save_checkpoint, save_weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# Every function imports what it needs of torch: the command answers --help and mistaken options before that.
 
 
 def consolidate(source: str, destination: str, base: str | None = None, dtype: str | None = None) -> None:
@@ -40,6 +33,9 @@ def consolidate(source: str, destination: str, base: str | None = None, dtype: s
     Raises:
         InputError: something cannot be read, or source and destination are one folder.
     """
+    from llava.model.builder import load_pretrained_model, resolve_dtype
+    from llava.model.checkpoint_folder import save_checkpoint
+
     folder = Path(destination)
     if Path(source).resolve() == folder.resolve():
         raise InputError(f"{destination}: the checkpoint cannot be written over itself; name another folder")
@@ -58,6 +54,8 @@ def extract_projector(source: str, destination: str) -> None:
     Raises:
         InputError: the checkpoint cannot be read.
     """
+    from llava.model.checkpoint_folder import PROJECTOR_FILE, save_weights
+
     path = Path(destination)
     if path.suffix not in (".bin", ".pt", ".pth"):
         path /= PROJECTOR_FILE
@@ -71,6 +69,9 @@ def extract_projector(source: str, destination: str) -> None:
 
 def _list_weight_files(source: str) -> list[str]:
     """List the weight files of a folder or hub id that hold parts of the projector."""
+    from llava.model.adapter import PROJECTOR_PREFIX, find_file
+    from llava.model.builder import INDEX_FILES, WEIGHT_FILES, read_weight_map
+
     for name in (*INDEX_FILES, *WEIGHT_FILES):
         found = find_file(source, name)
         if found is None:
@@ -86,7 +87,12 @@ def _list_weight_files(source: str) -> list[str]:
     raise InputError(f"{source} holds no weights: expected {' or '.join(WEIGHT_FILES)}, or shards")
 
 
-def _read_projector(file: str) -> dict[str, Tensor]:
+def _read_projector(file: str) -> "dict[str, Tensor]":
+    import torch
+    from safetensors import safe_open
+
+    from llava.model.adapter import PROJECTOR_PREFIX
+
     try:
         if file.endswith(".safetensors"):
             with safe_open(file, framework="pt") as weights:
@@ -98,14 +104,16 @@ def _read_projector(file: str) -> dict[str, Tensor]:
         raise InputError(f"{file} can't be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
-def _stored_dtype(source: str) -> torch.dtype:
+def _stored_dtype(source: str) -> "torch.dtype":
+    import torch
+    from transformers import PreTrainedConfig
+
     values, _ = PreTrainedConfig.get_config_dict(source)
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
-    return DTYPES.get(name, torch.float32)
+    return getattr(torch, name) if name in DTYPES else torch.float32
 
 
 def main() -> None:
-    """Run the command."""
     parser = argparse.ArgumentParser(description="Write a LLaVA checkpoint as one full folder.")
     parser.add_argument("--src", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--dst", required=True, help="new folder")

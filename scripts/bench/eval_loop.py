@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModelWithProjection
 
+from llava.cli import positive_or_auto
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.timing import time_in_turns
 from llava.errors import run_command
-from llava.eval.__main__ import positive_or_auto
 from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, Question
-from llava.eval.runner import Settings, answer_questions
+from llava.eval.predict import Settings, answer_questions
 from llava.image import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model

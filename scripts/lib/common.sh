@@ -3,10 +3,13 @@
 # root; pass paths from the user through `absolute_path`, which resolves them from the user's folder.
 #
 # Environment:
-#   PYTHON     the interpreter (default: python)
+#   PYTHON     the interpreter (default: see python.sh)
 #   DRY_RUN=1  print the commands instead of running them
 
 set -euo pipefail
+
+# shellcheck source=scripts/lib/python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 
 if [[ -z "${REPO_ROOT:-}" ]]; then
     CALLER_DIR=$PWD
@@ -49,11 +52,10 @@ resolve_model() {
 
 # The interpreter; a relative path is resolved from the user's folder.
 python_command() {
-    local command=${PYTHON:-python}
-    if [[ $command == */* ]]; then
-        absolute_path "$command"
+    if [[ ${PYTHON:-} == */* ]]; then
+        absolute_path "$PYTHON"
     else
-        printf '%s\n' "$command"
+        printf '%s\n' "$python"
     fi
 }
 

@@ -16,13 +16,15 @@ from tests.eval.test_scripts import ENVIRONMENT, NO_GPU
 
 FOLDERS = {"gqa": "gqa", "pope": "pope", "mme": "MME"}
 
-# Plays `python -m llava.eval`: `answer` fails where a file says so, `score` writes what the real one would write. The
-# report is the real one.
+# Plays `python -m llava.eval`: `answer` fails where a file says so, `score` writes what the real one would write. `run`
+# and `report` are the real ones.
 PYTHON = """#!{python}
 import json, os, subprocess, sys
 arguments = sys.argv[1:]
 option = lambda name: arguments[arguments.index(name) + 1]
 command, task = arguments[2], arguments[3]
+if command == "run":
+    os.execv(sys.executable, [sys.executable, *arguments])
 with open("{log}", "a") as log:
     log.write(" ".join(arguments) + "\\n")
 if command == "report":

@@ -61,7 +61,7 @@ def test_the_module_runs_as_a_command(oracle: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: no answers file nothing; `python -m llava.eval answer` makes it\n",
+        "error: no such file: nothing; `python -m llava.eval answer` makes it\n",
     )
 
 

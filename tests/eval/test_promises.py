@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.eval.answers import pair_answers
 from llava.eval.benchmark import Benchmark, Row, row_key
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.runner import Settings, answer_questions
+from llava.eval.predict import Settings, answer_questions
+from llava.eval.predictions import pair_answers
 
 FOLDERS = {
     "sqa": "scienceqa",

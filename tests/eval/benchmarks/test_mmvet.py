@@ -14,10 +14,11 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval import model_vqa, model_vqa_loader
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.mmvet import OWN_PROMPT, RETRY_SUFFIX, MmVet, parse_score
 from llava.eval.judge import ApiJudge, ReplyCache, make_judge
+from llava.eval.predictions import read_answers
 from llava.eval.results import score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 MMVET = MmVet()
@@ -237,7 +238,7 @@ def test_the_published_converter_writes_the_published_file(oracle: Path, tmp_pat
     subprocess.run(list(map(str, command)), check=True)
     assert target.read_bytes() == (oracle / "expected_results.json").read_bytes()
     rows = read_answers(oracle / "answers.jsonl")
-    write_answers(tmp_path / "twice.jsonl", [*rows, rows[3] | {"text": "something else"}])
+    write_jsonl(tmp_path / "twice.jsonl", [*rows, rows[3] | {"text": "something else"}])
     command[3] = tmp_path / "twice.jsonl"
     done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: two different answers to question 3\n")
@@ -246,14 +247,14 @@ def test_the_published_converter_writes_the_published_file(oracle: Path, tmp_pat
 def test_answers_are_paired_by_id_not_by_position(oracle: Path, tmp_path: Path) -> None:
     rows = read_answers(oracle / "answers.jsonl")
     random.Random(3).shuffle(rows)
-    write_answers(tmp_path / "shuffled.jsonl", rows)
+    write_jsonl(tmp_path / "shuffled.jsonl", rows)
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     shuffled = score_answers(MMVET, tmp_path / "shuffled.jsonl", oracle, judge=judge)
     assert shuffled.scores == score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge).scores
 
 
 def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
-    write_answers(tmp_path / "some.jsonl", read_answers(oracle / "answers.jsonl")[:10])
+    write_jsonl(tmp_path / "some.jsonl", read_answers(oracle / "answers.jsonl")[:10])
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     partial = score_answers(MMVET, tmp_path / "some.jsonl", oracle, allow_partial=True, judge=judge)
     assert (partial.count, partial.missing) == (10, 38)

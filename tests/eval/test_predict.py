@@ -1,13 +1,37 @@
+"""The prediction loop, and what decides which questions are asked together and how many at once."""
+
+import ctypes
+import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from llava.eval.benchmark import Question, Row, row_key
 from llava.eval.benchmarks.pope import Pope
-from llava.eval.runner import Fault, Settings, answer_questions, claim_units
+from llava.eval.predict import (
+    MAX_UNIT,
+    MIN_UNIT,
+    BatchLimits,
+    Fault,
+    Settings,
+    answer_questions,
+    batch_by_length,
+    choose_limits,
+    choose_unit_size,
+    claim_units,
+    keep_freed_memory,
+    plan_units,
+    take_chunk,
+)
 from llava.model.builder import load_pretrained_model
+from llava.sampling import Sampling
 
 
 class MemorySink:
@@ -36,7 +60,9 @@ class MemorySink:
 
 def run(parts: tuple, questions: list[Question], **settings: object) -> tuple[MemorySink, list[Fault]]:
     sink = MemorySink()
-    faults = answer_questions(*parts, questions, sink, Settings(model_id="llava", **settings))
+    search = {name: settings.pop(name) for name in ("max_new_tokens", "temperature", "top_p") if name in settings}
+    asked = Settings("llava", Sampling(**({"max_new_tokens": 128} | search)), **settings)
+    faults = answer_questions(*parts, questions, sink, asked)
     return sink, faults
 
 
@@ -122,7 +148,7 @@ def test_a_reduction_that_looks_at_attention_goes_through_the_feature_cache(
 def test_the_cache_is_bounded_and_an_evicted_picture_is_encoded_again(
     make_pope: Callable[..., Path], fake_parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava.eval.runner.choose_unit_size", lambda model: 2)
+    monkeypatch.setattr("llava.eval.predict.choose_unit_size", lambda model: 2)
     folder = make_pope(4)
     pictures = sorted(folder.glob("val2014/*"))
     questions = [
@@ -238,3 +264,155 @@ def test_units_that_others_hold_get_a_second_look() -> None:
     units = [[Question(id=number)] for number in range(4)]
     taken = [unit[0].id for unit in claim_units(units, MemorySink(held=[1, 2]))]
     assert taken == [0, 3, 1, 2]
+
+
+def ask(identity: int, *images: str) -> Question:
+    return Question(id=identity, prompt="Is it?", images=tuple(map(Path, images)))
+
+
+def shuffled_questions(num_questions: int, num_images: int) -> list[Question]:
+    numbers = list(range(num_questions))
+    random.Random(5).shuffle(numbers)
+    return [ask(number, f"{number % num_images}.jpg") for number in numbers]
+
+
+@pytest.mark.parametrize("num_workers", [1, 8])
+@pytest.mark.parametrize("limit", [1, 8, 32, 512])
+@pytest.mark.parametrize(("num_questions", "num_images"), [(1, 1), (50, 7), (500, 3), (2000, 90)])
+def test_units_hold_every_question_once_and_stay_within_their_limit(
+    limit: int, num_questions: int, num_images: int, num_workers: int
+) -> None:
+    questions = shuffled_questions(num_questions, num_images)
+    units = plan_units(questions, limit, num_workers)
+    assert sorted(question.id for unit in units for question in unit) == list(range(num_questions))
+    assert all(1 <= len(unit) <= limit for unit in units)
+
+
+def test_equal_images_meet_in_one_unit_where_they_fit() -> None:
+    units = plan_units(shuffled_questions(9 * 400, 400), 32)
+    places = {}
+    for number, unit in enumerate(units):
+        for question in unit:
+            places.setdefault(question.images, set()).add(number)
+    assert all(len(units_of_image) == 1 for units_of_image in places.values())
+
+
+def test_a_small_benchmark_is_still_cut_for_many_workers() -> None:
+    questions = [ask(number, f"{number}.jpg") for number in range(218)]
+    assert len(plan_units(questions, 64, num_workers=8)) >= 24
+    assert len(plan_units(questions, 64)) == 4
+
+
+def test_text_alone_and_several_images_are_groups_of_their_own() -> None:
+    questions = [ask(1, "a", "b"), ask(2), ask(3, "a"), ask(4), ask(5, "a", "b")]
+    units = plan_units(questions, 64)
+    assert [question.id for unit in units for question in unit] == [1, 5, 2, 4, 3]
+
+
+def test_no_question_makes_no_unit() -> None:
+    assert plan_units([], 8) == []
+
+
+def test_batches_hold_neighbours_in_length_and_ties_keep_their_order() -> None:
+    batches = batch_by_length(["ccc", "a", "bb", "b", "aa"], len, lambda number, longest: number <= 2)
+    assert batches == [["a", "b"], ["bb", "aa"], ["ccc"]]
+
+
+def test_long_items_stand_in_smaller_batches_where_space_is_limited_and_no_item_is_refused() -> None:
+    def allow(number: int, longest: int) -> bool:
+        return number == 1 or number * longest <= 6
+
+    items = ["dddd", "a", "cc", "b", "eeeeeeeee", "bb"]
+    assert batch_by_length(items, len, allow) == [["a", "b", "cc"], ["bb"], ["dddd"], ["eeeeeeeee"]]
+
+
+def test_groups_stay_together_and_the_longest_so_far_counts() -> None:
+    def allow(number: int, longest: int) -> bool:
+        return number * longest <= 6
+
+    items = ["aaa", "b", "a", "bb", "c", "cc"]
+    assert batch_by_length(items, len, allow, lambda item: "abc".index(item[0])) == [
+        ["a", "aaa"],
+        ["b", "bb", "c"],
+        ["cc"],
+    ]
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 4, 9, 12])
+def test_chunks_are_consecutive_slices_that_make_the_whole(num_chunks: int) -> None:
+    chunks = [take_chunk(range(9), num_chunks, index) for index in range(num_chunks)]
+    assert [item for chunk in chunks for item in chunk] == list(range(9))
+    assert len(chunks[0]) == -(-9 // num_chunks)
+
+
+def test_a_chunk_past_the_end_is_empty() -> None:
+    assert take_chunk(range(9), 4, 3) == []
+
+
+def make_shapes(**config: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        dtype=torch.float16,
+        get_vision_tower=lambda: SimpleNamespace(num_patches=576),
+        config=SimpleNamespace(
+            **{"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+            | {"mm_hidden_size": 1024} | config
+        ),
+    )  # fmt: skip
+
+
+def test_automatic_batches_shrink_with_length_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava.eval.predict.usable_bytes", lambda device: 10 * 2**30)
+    limits = choose_limits(make_shapes(), None)
+    assert limits.positions == 10 * 2**30 // (2 * (2 * 32 * 4096 + 6 * 4096 + 3 * 11008))
+    assert limits.allow(16, 768)
+    assert not limits.allow(32, 768)
+    assert limits.allow(1, 10**9)
+    small = choose_limits(make_shapes(hidden_size=192, intermediate_size=512, num_hidden_layers=4), None)
+    assert small.allow(small.rows, 500)
+    assert not small.allow(small.rows + 1, 1)
+
+
+def test_a_given_batch_size_is_taken_as_it_is() -> None:
+    assert choose_limits(make_shapes(), 7) == BatchLimits(7)
+    assert BatchLimits(7).allow(7, 10**9)
+    assert not BatchLimits(7).allow(8, 1)
+
+
+def test_units_follow_from_the_shapes_alone() -> None:
+    assert MIN_UNIT < choose_unit_size(make_shapes()) < MAX_UNIT
+    assert choose_unit_size(make_shapes(image_aspect_ratio="anyres")) == MIN_UNIT
+    assert choose_unit_size(make_shapes(hidden_size=192, mm_hidden_size=128)) == MAX_UNIT
+
+
+COUNT_FAULTS = """
+import resource, sys
+import torch
+from llava.eval.predict import keep_freed_memory
+
+torch.set_num_threads(1)
+def faults():
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(40, 2**18)  # 40 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+
+before = faults()
+assert keep_freed_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_tensors_are_used_again_without_a_page_fault() -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert before > 100
+    assert after < before / 20
+
+
+def test_a_c_library_without_the_setting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert keep_freed_memory() is False

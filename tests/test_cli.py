@@ -1,11 +1,13 @@
-"""The command-line faces answer, chat and draw, and tell a user's mistakes in one line with exit code 2."""
+"""The commands that ask about an image answer, chat and draw; a user's mistake ends in one line and exit code 2."""
 
 import http.server
 import io
+import json
 import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,54 @@ from llava.eval.run_llava import eval_model
 from llava.serve import cli
 from llava.visualize import main as visualize_main
 
+ROOT = Path(__file__).parents[1]
+# Runs each command as `python -m` or `python FILE` would, in one process; prints what went wrong.
+RUN_EACH = """
+import contextlib, io, json, os, runpy, sys
+heavy = ("torch", "transformers", "matplotlib", "datasets", "openai")
+for words, code in json.loads(sys.argv[1]):
+    target, sys.argv = words[0], list(words)
+    out, left = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            if target.endswith(".py"):
+                runpy.run_path(target, run_name="__main__")
+            else:
+                runpy.run_module(target, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            left = end.code or 0
+    loaded = [name for name in heavy if name in sys.modules]
+    if left != code or "usage:" not in out.getvalue() or loaded:
+        print(words, "left with", left, "loaded", loaded, out.getvalue()[-300:], flush=True)
+        os._exit(0)
+"""
+
+
+def list_commands() -> list[str]:
+    """List the modules and scripts that are commands, but those of training and the benches."""
+    files = [*ROOT.glob("llava/**/*.py"), *ROOT.glob("scripts/*.py")]
+    commands = [path for path in files if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    names = [path.relative_to(ROOT) for path in commands if "train" not in path.parts]
+    return [
+        str(name) if name.parts[0] == "scripts" else ".".join(name.with_suffix("").parts).removesuffix(".__main__")
+        for name in names
+    ]
+
+
+def test_every_command_answers_help_and_mistaken_options_before_it_loads_a_library():
+    commands = list_commands()
+    assert {"llava.eval", "llava.serve.cli", "llava.efficiency", "scripts/merge_lora_weights.py"} <= set(commands)
+    runs = [([command, "--help"], 0) for command in commands]
+    runs += [([command, "--no-such-option"], 2) for command in commands]
+    runs += [
+        (["llava.eval", name, "--help"], 0) for name in ("list", "run", "answer", "score", "wrong", "export", "report")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_EACH, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 TRIM, PLAIN = "llava-v1.5-tiny84-TRIM", "llava-v1.5-tiny84"
 NOISE, SIGN, TALL = (f"../data/images/{name}.png" for name in ("noise", "sign", "tall_shapes"))
 BUS = "What is the color of the bus?"
@@ -26,7 +76,7 @@ BRIEF = ["--max_new_tokens", "4", "--temperature", "0"]
 
 @pytest.fixture
 def command(checkpoints, monkeypatch, capsys):
-    """Run a face as a command; returns exit code, standard output and standard error."""
+    """Run a command; returns exit code, standard output and standard error."""
 
     def run(main, *arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -102,7 +152,7 @@ MISTAKES = [
     ({"image": "config.json"}, (), "no such file"),
     ({"image": f"{TRIM}/config.json"}, (), "not an image"),
     ({"query": " "}, (), "--query is empty"),
-    ({"query": "<image> <image> which?"}, (), "2 <image> mark"),
+    ({"query": "<image> <image> which?"}, (), "2 <image> placeholders for 1 new images"),
     ({"query": "word " * 5000}, (), "positions"),
     ({"model": "./no-such-folder"}, (), "no-such-folder"),
     ({"model": "../data/images"}, (), "config.json"),
@@ -164,7 +214,7 @@ def test_a_piped_question_that_cannot_be_answered_ends_the_chat_with_one_line(co
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_faces_run_as_modules_from_a_shell(checkpoints, golden):
+def test_commands_run_as_modules_from_a_shell(checkpoints, golden):
     root = golden.parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "llava.serve.cli", "--model-path", TRIM, "--image-file", NOISE, "--max-new-tokens", "2"],

@@ -1,0 +1,378 @@
+"""The answers file and the run that writes it: answers go to disk as they come, workers share them, a kill loses none.
+
+The file `FILE` has one JSON object per line, in question order, with LLaVA's columns: question_id, prompt, text,
+answer_id, model_id, metadata, and what a benchmark adds. Rows are matched with questions by key, never by position.
+`FILE` appears when the run is over and never half. Until then, beside it,
+
+* `FILE.run.json` describes the run that the answers belong to; answers of another run are never mixed in, they are
+  moved to `FILE.old-1` and so on;
+* `FILE.parts/<worker>.jsonl` takes the answers of one worker, appended and synced batch by batch;
+* `FILE.parts/claims` is a file of locks, one byte per unit of work: a worker that holds byte i answers unit i.
+
+The kernel drops the locks of a process however it ends, so a killed worker's units are free for the next comer and
+nothing has to be cleaned up. Workers may come and go; the last one to finish writes `FILE`. The locks are POSIX locks
+of byte ranges (`fcntl`; a library that locks whole files cannot take the place of the claims): they work between
+processes of one machine, and on network file systems that support locking.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from llava.errors import InputError
+from llava.eval.benchmark import Question, Row, index_questions, row_key
+from llava.files import (
+    FileError,
+    explain_errors,
+    find_target,
+    parse_json,
+    read_bytes,
+    read_json,
+    write_json,
+    write_jsonl,
+)
+
+ANSWER_ID_LENGTH = 22
+# The alphabet of the `shortuuid` package, whose ids LLaVA's answers files have: no 0, 1, I, O, l.
+ANSWER_ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+MAX_NAMED_IDS = 5
+
+
+# ----------------------------------------------------------------------------------------------------- the answers file
+def make_row(question: Question, text: str, model_id: str, metadata: Mapping[str, object]) -> Row:
+    """Make the line of one answer.
+
+    Args:
+        question: what was asked.
+        text: the answer, without surrounding white space.
+        model_id: name of the checkpoint.
+        metadata: numbers about this answer, such as the visual tokens kept.
+    """
+    head = question.head()
+    return {
+        "question_id": head.pop("question_id"),
+        "prompt": head.pop("prompt"),
+        "text": text,
+        **head,
+        "answer_id": make_answer_id(model_id, question),
+        "model_id": model_id,
+        "metadata": dict(metadata),
+    }
+
+
+def make_answer_id(model_id: str, question: Question) -> str:
+    """Make a 22-character id that looks like LLaVA's random ones, but is the same in every run.
+
+    A run that was killed and resumed must write the same file as one that was left alone.
+    """
+    name = json.dumps([model_id, question.head()], sort_keys=True)
+    number = uuid.uuid5(uuid.NAMESPACE_URL, name).int
+    digits = []
+    for _ in range(ANSWER_ID_LENGTH):
+        number, digit = divmod(number, len(ANSWER_ID_ALPHABET))
+        digits.append(ANSWER_ID_ALPHABET[digit])
+    return "".join(reversed(digits))
+
+
+def read_answers(path: Path) -> list[Row]:
+    """Read an answers file, of this package or of another one that writes the same columns.
+
+    Raises:
+        InputError: there is no such file, or a line in it is broken.
+    """
+    return parse_rows(read_bytes(path, "`python -m llava.eval answer` makes it"), str(path))
+
+
+def parse_rows(content: bytes, name: str) -> list[Row]:
+    """Parse the lines of an answers file.
+
+    A last line that is torn, as a killed writer leaves it, is ignored.
+
+    Args:
+        content: the file.
+        name: how an error calls it.
+
+    Raises:
+        InputError: a line other than the last is not a JSON object with a question_id.
+    """
+    *lines, tail = content.split(b"\n")
+    rows = [_parse_row(line, f"{name} line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if tail.strip():
+        try:
+            rows.append(_parse_row(tail, name))
+        except InputError:
+            return rows
+    return rows
+
+
+def _parse_row(line: bytes, where: str) -> Row:
+    row = parse_json(line, where)
+    if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
+        raise FileError(f'{where} is not an answer: a JSON object with "question_id" and "text" is needed')
+    return row
+
+
+def pair_answers(questions: Sequence[Question], rows: Iterable[Row], key_fields: Sequence[str]) -> dict[str, Row]:
+    """Match answers with questions by key.
+
+    Args:
+        questions: all questions of the benchmark.
+        rows: answers, in any order.
+        key_fields: columns that together name a question.
+
+    Returns:
+        The row of each answered question by its key.
+
+    Raises:
+        InputError: an answer to no question of the benchmark, two different answers to the same one, or two questions
+            of one key.
+    """
+    known = index_questions(questions, key_fields)
+    paired: dict[str, Row] = {}
+    for row in rows:
+        key = row_key(row, key_fields)
+        if key not in known:
+            raise InputError(f"an answer belongs to no question of this benchmark: {', '.join(key_fields)} = {key}")
+        if key in paired and paired[key]["text"] != row["text"]:
+            raise InputError(f"two different answers to one question: {', '.join(key_fields)} = {key}")
+        paired.setdefault(key, row)
+    return paired
+
+
+def name_questions(questions: Sequence[Question]) -> str:
+    """Name questions by id for a message; of many, the first few."""
+    named = ", ".join(str(question.id) for question in questions[:MAX_NAMED_IDS])
+    rest = len(questions) - MAX_NAMED_IDS
+    return f"{named} and {rest} more" if rest > 0 else named
+
+
+# ------------------------------------------------------------------------------------------------------ the run on disk
+class PredictionStore:
+    """The answers of one run, seen from one worker.
+
+    Use: `open` (`holds` asks before whether the run is known), then any of `claim`, `refresh`, `append`, then `finish`.
+
+    Attributes:
+        path: the answers file; where the user named a link, what it points to.
+        key_fields: columns that together name a question.
+        done: keys of the answered questions, and no more of them: memory stays flat over a long run. What other workers
+            wrote is seen after `refresh`.
+    """
+
+    def __init__(self, path: Path, key_fields: Sequence[str], worker: int = 0):
+        """Name the files; nothing is touched yet.
+
+        Args:
+            path: the answers file.
+            key_fields: columns that together name a question.
+            worker: number of this worker among those that share the questions.
+
+        Raises:
+            FileError: the path is a folder, a device or the like.
+        """
+        with explain_errors("write", path):
+            self.path = find_target(path)
+        self.key_fields = tuple(key_fields)
+        self.done: set[str] = set()
+        self._worker = worker
+        self._parts = self.path.with_name(f"{self.path.name}.parts")
+        self._run = self.path.with_name(f"{self.path.name}.run.json")
+        self._own: BinaryIO
+        self._claims: BinaryIO
+        self._seen: dict[Path, int] = {}  # bytes read of each part
+        self._merged: tuple[int, int, int] | None = None  # version of the answers file that was read last
+
+    # Join ------------------------------------------------------------------------------------------------------
+    def holds(self, run: Mapping[str, object]) -> bool:
+        """Whether the answers on disk, if any, belong to this run."""
+        try:
+            return self._run.is_file() and read_json(self._run) == dict(run)
+        except FileError:
+            return False  # nobody knows what they belong to
+
+    def open(self, run: Mapping[str, object]) -> Path | None:
+        """Join the run that `run` describes, or start it.
+
+        Args:
+            run: everything the answers depend on, as JSON data.
+
+        Returns:
+            Where answers of a different run were moved to, or None.
+
+        Raises:
+            InputError: a worker of the same number is at work on this file, or workers of a different run are; or the
+                files cannot be written.
+        """
+        with explain_errors("write", self.path), self._locked():
+            moved = None if self.holds(run) else self._move_aside()
+            self._parts.mkdir(exist_ok=True)
+            write_json(self._run, dict(run))
+            self._own = self._open_part()
+            self._claims = (self._parts / "claims").open("a+b")
+        self.refresh()
+        return moved
+
+    def _move_aside(self) -> Path | None:
+        """Move files of a different run out of the way, so that nothing is lost and nothing is mixed."""
+        old = [path for path in (self.path, self._run, self._parts) if path.exists()]
+        if not old:
+            return None
+        if self._others_at_work():
+            raise InputError(f"a run with other settings is at work on {self.path}; wait for it or name another file")
+        taken = [path.name for path in self.path.parent.iterdir()]
+        number = 1
+        while any(name.startswith(f"{self.path.name}.old-{number}") for name in taken):
+            number += 1
+        aside = self.path.with_name(f"{self.path.name}.old-{number}")
+        for path in old:
+            path.rename(aside.with_name(aside.name + path.name.removeprefix(self.path.name)))
+        return aside
+
+    def _open_part(self) -> BinaryIO:
+        """Open this worker's part for appending, rid of a torn last line, and take in what it holds."""
+        file = self._own_path().open("a+b")
+        if not _try_lock(file):
+            file.close()
+            raise InputError(
+                f"worker {self._worker} is already at work on {self.path}; give each its own --worker number"
+            )
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        file.truncate(len(whole))
+        self._note(parse_rows(whole, str(self._own_path())))
+        return file
+
+    # Work ------------------------------------------------------------------------------------------------------
+    def claim(self, unit: int) -> bool:
+        """Take a unit of work, unless another living worker has it. It stays ours until `finish`."""
+        try:
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
+        except OSError:
+            return False
+        return True
+
+    def refresh(self) -> None:
+        """Read what other workers have written since the last look."""
+        own = self._own_path()
+        # The own part is left alone: closing a second handle on it would drop this process's lock.
+        for part in self._list_parts():
+            if part != own:
+                self._note(self._read_part(part))
+        self._read_merged()
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Put answers on the disk: after return they survive a power cut.
+
+        Raises:
+            FileError: the disk is full, or the like.
+        """
+        with explain_errors("write", self._own_path()):
+            self._own.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            self._own.flush()
+            os.fsync(self._own.fileno())
+        self._note(rows)
+
+    # Leave -----------------------------------------------------------------------------------------------------
+    def finish(self, questions: Sequence[Question], asked: Sequence[Question]) -> list[Question] | None:
+        """Leave the run; the last worker to leave writes the answers file.
+
+        Args:
+            questions: all that the file may hold, in its order.
+            asked: those that this run was to answer, all or some of `questions`.
+
+        Returns:
+            The asked questions without an answer; None if other workers are still at it.
+        """
+        self._claims.close()
+        self._own.close()
+        with explain_errors("write", self.path), self._locked():
+            # Asked before the rows are read: who has left by now has written everything, so nothing can be missed. The
+            # other way round, a worker that writes and leaves in between would make its answers look missing for good.
+            others_at_work = self._others_at_work()
+            rows = self._collect()
+            missing = [question for question in asked if self._key(question) not in rows]
+            if missing and others_at_work:
+                return None
+            write_jsonl(self.path, (rows[key] for key in map(self._key, questions) if key in rows))
+            if not missing:
+                shutil.rmtree(self._parts, ignore_errors=True)
+        return missing
+
+    def _collect(self) -> dict[str, Row]:
+        """Read the rows of all workers from the disk, by key."""
+        self._seen.clear()
+        rows: dict[str, Row] = {}
+        merged = read_answers(self.path) if self.path.exists() else []
+        for part in (*map(self._read_part, self._list_parts()), merged):
+            for row in part:
+                rows.setdefault(row_key(row, self.key_fields), row)
+        return rows
+
+    # Files and locks -------------------------------------------------------------------------------------------
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep the other workers from starting or ending meanwhile."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(f".{self.path.name}.lock").open("a+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            yield
+
+    def _others_at_work(self) -> bool:
+        """Whether another living process has a part open (asked while our own is closed)."""
+        for part in self._list_parts():
+            with part.open("r+b") as file:
+                if not _try_lock(file):
+                    return True
+        return False
+
+    def _own_path(self) -> Path:
+        return self._parts / f"{self._worker}.jsonl"
+
+    def _list_parts(self) -> list[Path]:
+        return sorted(self._parts.glob("*.jsonl"))
+
+    def _read_part(self, part: Path) -> list[Row]:
+        """Return the whole lines that were appended to a part since the last look."""
+        start = self._seen.get(part, 0)
+        try:
+            with part.open("rb") as file:
+                file.seek(start)
+                content = file.read()
+        except FileNotFoundError:
+            # Its worker found the run complete, and has just put all parts together into the answers file.
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._seen[part] = start + len(whole)
+        return parse_rows(whole, str(part))
+
+    def _read_merged(self) -> None:
+        """Take in the answers file, if there is one and it is not the version seen last."""
+        if not self.path.exists():
+            return
+        status = self.path.stat()
+        version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        if version != self._merged:
+            self._merged = version
+            self._note(read_answers(self.path))
+
+    def _note(self, rows: Iterable[Row]) -> None:
+        self.done.update(row_key(row, self.key_fields) for row in rows)
+
+    def _key(self, question: Question) -> str:
+        return row_key(question.head(), self.key_fields)
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    """Lock a whole file against other processes; released when this one closes it (by any handle) or ends."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
