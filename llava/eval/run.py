@@ -7,6 +7,7 @@ Everything is done by commands that a person could type: `DRY_RUN=1` prints them
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time

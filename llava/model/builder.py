@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 
 from llava.errors import InputError
 from llava.files import parse_record, read_text
@@ -94,6 +94,8 @@ def load_pretrained_model(
         model, _ = load_quietly(LlavaLlamaForCausalLM, model_path, what="checkpoint", config=config, **settings)
     else:
         model = load_on_base(part, model_base, config, settings, merge=not (load_8bit or load_4bit))
+    if "device_map" not in settings:
+        model.to(device)
     model.tokenizer = tokenizer
     _clean_generation_config(model)
     # 3. The towers.
@@ -246,7 +248,9 @@ def _loading_settings(
     dtype = resolve_dtype(dtype)
     # One device given by the user, or a machine without accelerator: everything there, without dispatch hooks.
     spread = device_map is not None and not on_cpu and ":" not in device
-    settings: dict = {"dtype": dtype, "device_map": device_map if spread else {"": device}}
+    settings: dict = {"dtype": dtype}
+    if is_accelerate_available():  # device maps are its work
+        settings["device_map"] = device_map if spread else {"": device}
     if load_8bit and load_4bit:
         raise InputError("a model is quantised to 8 or to 4 bit, not to both: give one of load_8bit and load_4bit")
     if load_8bit or load_4bit:
