@@ -119,17 +119,23 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sep", default=",", help="what joins several images in one --image-file (default: a comma)")
 
 
-def choose_template(args: object) -> str:
-    """Return the conversation template that the options name, or the one that fits the checkpoint's name, and say so.
+def choose_template(args: object, config: object = None) -> str:
+    """Return the conversation template: the option's, else what training stored, else by the checkpoint's name.
 
-    The line goes to stderr: answers on stdout stay as they are.
+    Where no option names it, a line on stderr does; answers on stdout stay as they are.
+
+    Args:
+        args: with `model_path` and possibly `conv_mode`.
+        config: of the loaded model; training stores `conv_mode` in it.
     """
-    given = getattr(args, "conv_mode", None)
+    given, stored = getattr(args, "conv_mode", None), getattr(config, "conv_mode", None)
     if given:
         return given
     name = get_model_name_from_path(args.model_path)
-    template = conversation_name_for(name)
-    sys.stderr.write(f'conversation template {template}, by the name "{name}" (--conv-mode names another)\n')
+    template, source = (
+        (stored, "from config.json") if stored else (conversation_name_for(name), f'by the name "{name}"')
+    )
+    sys.stderr.write(f"conversation template {template}, {source} (--conv-mode names another)\n")
     return template
 
 

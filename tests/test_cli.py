@@ -87,7 +87,9 @@ def command(checkpoints, monkeypatch, capsys):
         except SystemExit as left:
             code = left.code
         output = capsys.readouterr()
-        return code, output.out, output.err
+        # The template is named on stderr once the model is loaded; it is not part of what went wrong.
+        told = [line for line in output.err.splitlines(keepends=True) if not line.startswith("conversation template ")]
+        return code, output.out, "".join(told)
 
     return run
 
@@ -237,3 +239,14 @@ def test_visualize_refuses_a_checkpoint_that_keeps_everything(command, tmp_path)
     code, _, err = command(visualize_main, *arguments)
     assert code == 2 and "--reduce" in err and not (tmp_path / "a.png").exists()
     assert command(visualize_main, *arguments, "--reduce", "Random:0.25")[0] == 0
+
+
+def test_the_template_is_the_options_the_stored_one_or_that_of_the_name_and_is_named(capsys):
+    args = SimpleNamespace(model_path="/a/llava-v1.5-7b")
+    assert choose_template(args) == "llava_v1"
+    assert 'conversation template llava_v1, by the name "llava-v1.5-7b"' in capsys.readouterr().err
+    assert choose_template(args, SimpleNamespace(conv_mode="vicuna_v1")) == "vicuna_v1"
+    assert "conversation template vicuna_v1, from config.json" in capsys.readouterr().err
+    args.conv_mode = "plain"
+    assert choose_template(args, SimpleNamespace(conv_mode="vicuna_v1")) == "plain"
+    assert capsys.readouterr().err == ""

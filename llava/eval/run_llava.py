@@ -37,8 +37,8 @@ def eval_model(args: object) -> str:
     # 1. What needs no library: options out of range, unknown templates, an empty question.
     sampling = _read_sampling(args)
     spec = ModelSpec.from_options(args)
-    template = choose_template(args)
-    find_template(template)
+    if getattr(args, "conv_mode", None):
+        find_template(args.conv_mode)
     if not args.query.strip():
         raise InputError("--query is empty: write what you want to know about the image")
     # 2. Images before the model: they load fast, and a wrong path is the commonest mistake.
@@ -47,7 +47,7 @@ def eval_model(args: object) -> str:
     # 3. Ask.
     from llava.chat import ChatSession
 
-    session = ChatSession(model, tokenizer, image_processor, template)
+    session = ChatSession(model, tokenizer, image_processor, choose_template(args, model.config))
     session.show(images)
     answer = session.ask(args.query, sampling)
     sys.stdout.write(answer.text + "\n")

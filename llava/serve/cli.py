@@ -89,15 +89,15 @@ def main() -> None:
     # 1. What needs no library: options out of range, unknown templates.
     sampling = Sampling(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     spec = ModelSpec.from_options(args)
-    template = choose_template(args)
-    find_template(template)
+    if getattr(args, "conv_mode", None):
+        find_template(args.conv_mode)
     # 2. Images before the model: they load fast, and a wrong path is the commonest mistake.
     images = load_images(args.image_file, args.sep)
     tokenizer, model, image_processor = spec.load(quiet=True)
     # 3. Talk.
     from llava.chat import ChatSession
 
-    session = ChatSession(model, tokenizer, image_processor, template)
+    session = ChatSession(model, tokenizer, image_processor, choose_template(args, model.config))
     session.show(images)
     chat(session, sampling, args.debug)
 
