@@ -313,7 +313,7 @@ TEXT_RULES = _TOWER_HALF | {
     "vocab_size": whole(1, 2**24, null=False),
     "max_position_embeddings": whole(1, 2**20, null=False),
     "bos_token_id": _TOKEN,
-    "eos_token_id": _TOKEN,
+    "eos_token_id": whole(0, 2**31, null=False),
     "pad_token_id": _TOKEN,
 }
 CLIP_RULES = {
