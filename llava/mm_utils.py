@@ -20,6 +20,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import get_model_name_from_path as get_model_name_from_path
 from llava.errors import InputError
 from llava.image import KERNELS, Size, scale_window, to_rgb
+from llava.prompt import check_text
 from llava.protocols import ImageProcessor, ImageSettings, Tokenizer
 
 ASPECT_RATIOS = (None, "square", "pad", "anyres")
@@ -245,10 +246,16 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]
 
     The sentencepiece tokenizer of transformers 4 puts its "▁" before a text that starts with a space; that of
     transformers 5 takes the space itself for the "▁" and loses one token. One more space restores it.
+
+    Raises:
+        InputError: a text that no tokenizer takes; see `check_text`.
     """
+    for text in texts:
+        check_text(text)
     if isinstance(tokenizer, LlamaTokenizer):
         texts = [" " + text if text.startswith((" ", "▁")) else text for text in texts]
-    return tokenizer(list(texts)).input_ids if texts else []
+    # Not verbose: whether a prompt is too long is for the model to decide, once its images are in place.
+    return tokenizer(list(texts), verbose=False).input_ids if texts else []
 
 
 def tokenize_prompts(
@@ -316,8 +323,13 @@ class KeywordsStoppingCriteria(StoppingCriteria):
             keywords: texts, or special tokens such as `</s>`; an empty one is ignored.
             tokenizer: the language model's tokenizer.
             input_ids: int64[S, T], the prompt, with or without image sentinels.
+
+        Raises:
+            InputError: a keyword that no tokenizer takes; see `check_text`.
         """
         self.keywords = [keyword for keyword in keywords if keyword]
+        for keyword in self.keywords:
+            check_text(keyword)
         self.tokenizer = tokenizer
         self.input_ids = input_ids
         self.keyword_ids = [torch.tensor(self._encode(keyword), dtype=torch.long) for keyword in self.keywords]

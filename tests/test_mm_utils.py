@@ -316,6 +316,23 @@ def test_each_image_has_one_mark_and_the_prompt_one_start(tokenizer):
     assert input_ids.count(-7) == 3 and input_ids.count(tokenizer.bos_token_id) == 1 and input_ids[-1] == -7
 
 
+@pytest.mark.parametrize("text", ["half \ud83d", "byte \udcff", "x" * (2**20 + 1)])
+def test_texts_that_no_tokenizer_takes_are_refused(tokenizer, text):
+    for use in (
+        lambda: tokenize_texts(["sound", text], tokenizer),
+        lambda: tokenizer_image_token(f"<image>{text}", tokenizer),
+        lambda: KeywordsStoppingCriteria([text], tokenizer, torch.tensor([[1]])),
+    ):
+        with pytest.raises(InputError):
+            use()
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\u2028b", "\ufeffa", "🙂\x07", "word " * 100_000])
+def test_every_other_text_is_tokenized_without_a_warning(tokenizer, text, caplog):
+    assert len(tokenizer_image_token(f"<image>{text}", tokenizer)) > 2
+    assert not caplog.records
+
+
 def test_an_unknown_tensor_kind_is_refused(tokenizer):
     with pytest.raises(ValueError, match="expected None or 'pt'"):
         tokenizer_image_token("a", tokenizer, return_tensors="np")
