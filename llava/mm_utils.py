@@ -26,6 +26,8 @@ from llava.protocols import ImageProcessor, ImageSettings, Tokenizer
 ASPECT_RATIOS = (None, "square", "pad", "anyres")
 """Values of `image_aspect_ratio`; None and "square" are the processor's own center crop."""
 
+MAX_CANVAS_SIDE = 2**14
+
 DIRECT_PIXELS = 2**24
 """Up to this many pixels an image is padded or scaled as a whole; above, `scale_window` makes the parts that count."""
 
@@ -98,15 +100,19 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Siz
 
 
 def _read_canvases(grid_pinpoints: str | list[Size]) -> list[Size]:
-    canvases = grid_pinpoints
-    if isinstance(grid_pinpoints, str):
-        try:
-            canvases = ast.literal_eval(grid_pinpoints)
-        except (ValueError, SyntaxError):
-            canvases = None
-    if not canvases or not isinstance(canvases, list | tuple):
-        raise InputError(f"image_grid_pinpoints {grid_pinpoints!r}: expected a list like [[336, 672], [672, 336]]")
-    return [(int(width), int(height)) for width, height in canvases]
+    try:
+        pairs = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+        canvases = [(int(width), int(height)) for width, height in pairs]
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
+        canvases = []
+    if not canvases or not all(1 <= side <= MAX_CANVAS_SIDE for canvas in canvases for side in canvas):
+        shown = repr(grid_pinpoints)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+        raise InputError(
+            f"image_grid_pinpoints {shown}: expected a list of (width, height) like [[336, 672], [672, 336]], "
+            f"sides up to {MAX_CANVAS_SIDE}"
+        )
+    return canvases
 
 
 # ---------------------------------------------------------------------------------------------------- pixel values
@@ -151,7 +157,7 @@ def _process_image(image: Image.Image, processor: ImageProcessor, model_cfg: Ima
         if aspect_ratio == "pad":
             return _pad_and_preprocess(image, processor)
         if aspect_ratio == "anyres":
-            return process_anyres_image(image, processor, model_cfg.image_grid_pinpoints)
+            return process_anyres_image(image, processor, getattr(model_cfg, "image_grid_pinpoints", None))
         return _crop_and_preprocess(image, processor)
     except MemoryError:
         raise InputError(
@@ -236,8 +242,15 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Read an image from base64 text, as web clients send it."""
-    return Image.open(BytesIO(base64.b64decode(image)))
+    """Read an image from base64 text, as web clients send it.
+
+    Raises:
+        InputError: it is not the base64 text of an image.
+    """
+    try:
+        return Image.open(BytesIO(base64.b64decode(image)))
+    except (ValueError, OSError, Image.DecompressionBombError):
+        raise InputError("not the base64 text of an image") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- ids

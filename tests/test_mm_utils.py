@@ -252,7 +252,34 @@ def test_grid_shape_is_columns_then_rows():
     assert get_anyres_image_grid_shape((300, 1000), "[(336, 672), (1008, 336)]", 336) == (1, 2)
 
 
-@pytest.mark.parametrize("canvases", ["(1x1", "[]", 7])
+@pytest.mark.parametrize("text", ["", "é", "AAAA", b"\xff", "x" * 5])
+def test_what_is_not_the_base64_text_of_an_image_is_refused(text):
+    with pytest.raises(InputError, match="base64"):
+        load_image_from_base64(text)
+
+
+def test_anyres_without_canvases_is_refused(processor):
+    with pytest.raises(InputError, match="image_grid_pinpoints None"):
+        process_images([Image.new("RGB", (5, 9))], processor, SimpleNamespace(image_aspect_ratio="anyres"))
+
+
+@pytest.mark.parametrize(
+    "canvases",
+    [
+        *("(1x1", "[]", 7, None, "", "null", [[336]], [[1, 2, 3]], [["a", "b"]], "[[336, 672], 5]", [[None, None]]),
+        *(
+            [[0, 336]],
+            [[-336, 336]],
+            [[10**9, 10**9]],
+            [[float("nan"), 1]],
+            [[float("inf"), 1]],
+            "[" * 5000,
+            "9" * 5000,
+        ),
+        *("[" * 5000, "9" * 5000, {"a": 1}, "'" * 3, "(" * 100_000, "x" * 100_000, "\0"),
+    ],
+    ids=lambda canvases: repr(canvases)[:20],
+)
 def test_unreadable_canvases_are_refused(canvases):
     with pytest.raises(InputError, match="image_grid_pinpoints"):
         get_anyres_image_grid_shape((10, 10), canvases, 336)
