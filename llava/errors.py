@@ -14,6 +14,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+# Packages that single parts of llava need, each with its name for pip.
+PACKAGES = {
+    "accelerate": "accelerate",
+    "bitsandbytes": "bitsandbytes",
+    "datasets": "datasets",
+    "deepspeed": "deepspeed",
+    "matplotlib": "matplotlib",
+    "open_clip": "open_clip_torch",
+    "openai": "openai",
+    "openpyxl": "openpyxl",
+    "pandas": "pandas",
+    "peft": "peft",
+}
+
 
 class InputError(ValueError):
     """Wrong input: the message is one line that says what is wrong, where, and what would be right."""
@@ -45,8 +59,9 @@ def run_command(main: Callable[[], None]) -> None:
         main: the command, without arguments (it reads `sys.argv` itself).
 
     Raises:
-        SystemExit: with code 2 after an `InputError`, an error of the system or too little memory, 130 after Ctrl-C,
-            143 after SIGTERM, 141 where whoever read the output has left (`... | head -1`), as the shell has it.
+        SystemExit: with code 2 after an `InputError`, an error of the system, too little memory, or when one of
+            `PACKAGES` is not installed; 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of the output has
+            left (`... | head -1`), as the shell has it.
     """
     _prepare_streams()
     try:
@@ -72,6 +87,10 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     """Return the exit code and the line for an error, None for one that is not the user's or the system's."""
     if isinstance(error, InputError):
         return 2, f"error: {one_line(str(error))}"
+    if isinstance(error, ModuleNotFoundError):
+        package = PACKAGES.get((error.name or "").partition(".")[0])
+        missing = f"error: this needs the package {package}, which is not installed: pip install {package}"
+        return (2, missing) if package else None
     if isinstance(error, TerminatedError):
         return 143, "terminated"
     if isinstance(error, KeyboardInterrupt):
