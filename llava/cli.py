@@ -101,9 +101,16 @@ def add_prompt_options(parser: argparse.ArgumentParser, *, conv_mode: str | None
     parser.add_argument(
         "--conv-mode", default=conv_mode, metavar="NAME", help=f"conversation template (default: {default})"
     )
-    draw = "" if temperature == 0 else "; tokens are drawn, without a seed"
+    draw = "" if temperature == 0 else "; tokens are drawn, in each run others"
     parser.add_argument(
         "--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature}{draw})"
+    )
+
+
+def add_seed_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that makes a draw repeatable."""
+    parser.add_argument(
+        "--seed", type=natural, help="draw the same tokens in each run, to compare settings (default: no seed)"
     )
 
 
@@ -227,7 +234,7 @@ class ModelSpec:
         return LoadedModel(*loaded[:3])
 
 
-# --------------------------------------------------------------------------------------------------- images, terminal
+# --------------------------------------------------------------------------------------------------------------- images
 def list_image_sources(image_files: str | Sequence[str], sep: str) -> list[str]:
     """List the single images named by one or several option values.
 
@@ -236,7 +243,7 @@ def list_image_sources(image_files: str | Sequence[str], sep: str) -> list[str]:
     values = [image_files] if isinstance(image_files, str) else image_files
     sources: list[str] = []
     for value in values:
-        sources += [value] if not sep or Path(value).is_file() else value.split(sep)
+        sources += [value] if not sep or os.path.isfile(value) else value.split(sep)
     return sources
 
 
@@ -249,13 +256,6 @@ def load_images(image_files: str | Sequence[str], sep: str = ",") -> "list[Image
     from llava.image import load_image
 
     return [load_image(source, upright=True) for source in list_image_sources(image_files, sep)]
-
-
-def prepare_terminal() -> None:
-    """Make text of any encoding readable and printable."""
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 # ------------------------------------------------------------------------------------------------------------- stopping
