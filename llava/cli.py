@@ -287,6 +287,22 @@ def ending_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
         os.close(writing)
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Within `ending_on_signals`, let a signal wait until the block is left: for what must not be cut in two."""
+    received: list[int] = []
+    held = [number for number in STOP_SIGNALS if signal.getsignal(number) is _stop]
+    for number in held:
+        signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, _stop)
+    if received:
+        _stop(received[0], None)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt

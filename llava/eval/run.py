@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, Stopped, ending_on_signals
+from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, Stopped, ending_on_signals, holding_signals
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
@@ -257,8 +257,11 @@ def execute(command: Sequence[str]) -> int:
     if is_dry():
         print_command(command)
         return 0
-    with ending_with([process := start(command, {})]):
-        return exit_code(process)
+    processes: list[subprocess.Popen] = []
+    with ending_with(processes):
+        with holding_signals():
+            processes.append(start(command, {}))
+        return exit_code(processes[0])
 
 
 def print_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
@@ -372,7 +375,8 @@ def answer(plan: Plan) -> int:
     worst = 0
     with ending_with(processes):
         for worker in workers:
-            processes.append(start(worker.command, worker.environment, worker.log))
+            with holding_signals():  # a worker that is started is also ended
+                processes.append(start(worker.command, worker.environment, worker.log))
         for worker, process in zip(workers, processes, strict=True):
             code = exit_code(process)
             if code:
