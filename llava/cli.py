@@ -120,9 +120,17 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_template(args: object) -> str:
-    """Return the conversation template that the options name, or the one that fits the checkpoint's name."""
+    """Return the conversation template that the options name, or the one that fits the checkpoint's name, and say so.
+
+    The line goes to stderr: answers on stdout stay as they are.
+    """
     given = getattr(args, "conv_mode", None)
-    return given or conversation_name_for(get_model_name_from_path(args.model_path))
+    if given:
+        return given
+    name = get_model_name_from_path(args.model_path)
+    template = conversation_name_for(name)
+    sys.stderr.write(f'conversation template {template}, by the name "{name}" (--conv-mode names another)\n')
+    return template
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -285,22 +293,6 @@ def ending_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writing)
-
-
-@contextmanager
-def holding_signals() -> Iterator[None]:
-    """Within `ending_on_signals`, let a signal wait until the block is left: for what must not be cut in two."""
-    received: list[int] = []
-    held = [number for number in STOP_SIGNALS if signal.getsignal(number) is _stop]
-    for number in held:
-        signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        for number in held:
-            signal.signal(number, _stop)
-    if received:
-        _stop(received[0], None)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ Everything is done by commands that a person could type: `DRY_RUN=1` prints them
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, Stopped, ending_on_signals, holding_signals
+from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, Stopped, ending_on_signals
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
@@ -300,6 +301,25 @@ def ending_with(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
                 process.wait()
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Hold signals back until the block is over: what it starts can be ended by then."""
+    received: list[int] = []
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
+
+
 def note(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
@@ -375,7 +395,7 @@ def answer(plan: Plan) -> int:
     worst = 0
     with ending_with(processes):
         for worker in workers:
-            with holding_signals():  # a worker that is started is also ended
+            with holding_signals():
                 processes.append(start(worker.command, worker.environment, worker.log))
         for worker, process in zip(workers, processes, strict=True):
             code = exit_code(process)

@@ -249,6 +249,7 @@ def make_handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
     """A judge's endpoint, named by the environment as a user would."""
+    pytest.importorskip("openai")
     fake = FakeEndpoint()
     server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(fake))
     server.daemon_threads = True

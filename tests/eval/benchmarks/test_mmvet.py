@@ -267,7 +267,7 @@ def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
         (lambda data: data.pop("v1_7"), "mm-vet.json has no v1_7; it and llava-mm-vet.jsonl must come from the same"),
         (lambda data: data["v1_7"].pop("answer"), 'v1_7: "answer" must be a string'),
         (lambda data: data["v1_7"].update(capability="ocr"), 'v1_7: "capability" must be a list'),
-        (lambda data: data["v1_7"].update(capability=["ocr", 1]), 'v1_7: "capability" must be a list of names'),
+        (lambda data: data["v1_7"].update(capability=["ocr", 1]), 'v1_7: "capability" must be a list of strings'),
         (lambda data: data.update(v1_7=["ocr"]), 'v1_7: "question" must be a string'),
     ],
 )
