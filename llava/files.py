@@ -177,8 +177,11 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a UTF-8 text file and return its path; line ends stay as they are."""
-    return write_bytes(path, text.encode("utf-8"))
+    """Write a UTF-8 text file and return its path; line ends stay as they are.
+
+    Half of a surrogate pair, which UTF-8 has no bytes for and JSON can hold, becomes a question mark.
+    """
+    return write_bytes(path, text.encode("utf-8", errors="replace"))
 
 
 def write_json(path: Path, data: Any, indent: int | None = 1) -> Path:

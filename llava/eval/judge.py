@@ -271,7 +271,6 @@ class ApiJudge:
         )
 
     def _describe(self, failure: Exception) -> str:
-        """Return in a few words what came back."""
         said = self._secrets.clip(failure.__cause__ or failure)
         if isinstance(failure, self._sdk.APIStatusError):
             hint = "" if self._has_key or failure.status_code != 401 else f"; {KEY_VARIABLE} is not set"
@@ -285,7 +284,6 @@ class ApiJudge:
 
 @cache
 def start_loop() -> asyncio.AbstractEventLoop:
-    """Start the event loop of all requests, on a thread that ends with the process."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="judge", daemon=True).start()
     return loop
@@ -348,7 +346,6 @@ class Secrets:
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text is an HTTP address with a host."""
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()

@@ -139,7 +139,6 @@ class MmBench(Benchmark):
         return type(self)(table.removesuffix(".tsv") or None, all_rounds=True)
 
     def find_table(self, root: Path) -> Path:
-        """Return the file of the questions."""
         if self.table is not None:
             return root / f"{self.table}.tsv"
         path = root / f"{self._name_folder(root)}.tsv"
@@ -185,10 +184,9 @@ class MmBench(Benchmark):
             scores["with_judge"] = score_circular(groups, VLMEVALKIT, self.name, judge)
             scores["opencompass_with_judge"] = score_circular(groups, OPENCOMPASS, self.name, judge)
             columns["With judge"] = scores["with_judge"]["overall"]
-        return Scores(self.headline(verdicts), scores, len(groups), columns, verdicts)
+        return self.sum_up(verdicts, scores, columns)
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
-        """Write the workbook for the server, named like the table."""
         path = self.find_table(root)
         return [write_upload(path, list(answers.values()), destination / f"{path.stem}.xlsx")]
 
@@ -343,7 +341,6 @@ def ask_row(
 
 
 def rotate(items: Sequence[str], steps: int) -> list[str]:
-    """Rotate to the left."""
     return [*items[steps:], *items[:steps]]
 
 
@@ -361,10 +358,10 @@ def collect_groups(
     # The base row has the question's category; without it there are only rotations of something unknown.
     incomplete = {row.group for row in table} - {row.index for row in table if row.index == row.group}
     for row in table:
-        if row.index is None or not row.options:
+        if row.index is None:
             incomplete.add(row.group)
             continue
-        for round_id in range(len(row.options) if all_rounds else 1):
+        for round_id in range(max(len(row.options), 1) if all_rounds else 1):
             key = row_key({"question_id": row.index, "round_id": round_id}, MmBench.key_fields)
             if key in answers:
                 shown = answers[key].get("options")
@@ -391,6 +388,8 @@ def make_choice_row(
     row: TableRow, round_id: int, key: str, prediction: str, answered_options: Sequence[str] | None
 ) -> ChoiceRow:
     """Make a row of CircularEval; options that were rotated in a round take the right letter with them."""
+    if not row.options:
+        raise InputError(f"row {row.index} has an answer, but no options")
     letters = rotate(OPTION_LETTERS[: len(row.options)], round_id)
     if row.answer not in letters:
         raise InputError(f"row {row.index}: the right option is {row.answer!r}, which is not among its options")
