@@ -197,7 +197,7 @@ class GreedyDecoder:
             # 2. One pass; the likeliest token of each row.
             logits = self._model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # [S, 1, V]
             chosen = logits[:, -1].argmax(dim=-1)  # [S]
-            tokens = chosen.tolist()
+            tokens = chosen.cpu().tolist()  # the one wait for the device
             # 3. Rows that end leave; the others keep their token.
             places = [place for place, token in enumerate(tokens) if token not in self._ends]
             rows = [rows[place] for place in places]

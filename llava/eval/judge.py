@@ -194,7 +194,8 @@ class ApiJudge:
         """Return the reply to a chat, from the cache if the same was asked before (see `Judge.ask`)."""
         # No endpoint takes half of a surrogate pair, which an answer may hold.
         chat = [
-            {name: text.encode(errors="replace").decode() for name, text in message.items()} for message in messages
+            {name: text.encode(errors="backslashreplace").decode() for name, text in message.items()}
+            for message in messages
         ]
         request = {"model": self.name, "messages": chat, "temperature": temperature, "max_tokens": max_tokens}
         # The name holds everything that the reply depends on.

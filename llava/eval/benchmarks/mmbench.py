@@ -554,7 +554,7 @@ def write_workbook(path: Path, rows: Sequence[Sequence[Cell]]) -> Path:
     """Write an Excel workbook (`.xlsx`) of one sheet and return its path; the same rows always give the same bytes.
 
     The first row are the titles; None leaves a cell empty. Texts stay texts, also those that look like a formula; what
-    the format cannot hold is dropped (control characters) or becomes a question mark (half of a surrogate pair).
+    the format cannot hold is dropped (control characters) or becomes its escape (half of a surrogate pair).
     """
     from openpyxl import Workbook  # only this function needs the library
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -568,7 +568,7 @@ def write_workbook(path: Path, rows: Sequence[Sequence[Cell]]) -> Path:
         for column, value in enumerate(row, start=1):
             if isinstance(value, str):
                 # A plain assignment would guess the type from the text.
-                text = ILLEGAL_CHARACTERS_RE.sub("", value).encode(errors="replace").decode()
+                text = ILLEGAL_CHARACTERS_RE.sub("", value).encode(errors="backslashreplace").decode()
                 cell = sheet.cell(number, column, text)
                 cell.data_type = "s"
             elif value is not None:
