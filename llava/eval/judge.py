@@ -194,7 +194,8 @@ class ApiJudge:
         """Return the reply to a chat, from the cache if the same was asked before (see `Judge.ask`)."""
         # No endpoint takes half of a surrogate pair, which an answer may hold.
         chat = [
-            {name: text.encode(errors="replace").decode() for name, text in message.items()} for message in messages
+            {name: text.encode(errors="backslashreplace").decode() for name, text in message.items()}
+            for message in messages
         ]
         request = {"model": self.name, "messages": chat, "temperature": temperature, "max_tokens": max_tokens}
         # The name holds everything that the reply depends on.
@@ -271,7 +272,6 @@ class ApiJudge:
         )
 
     def _describe(self, failure: Exception) -> str:
-        """Return in a few words what came back."""
         said = self._secrets.clip(failure.__cause__ or failure)
         if isinstance(failure, self._sdk.APIStatusError):
             hint = "" if self._has_key or failure.status_code != 401 else f"; {KEY_VARIABLE} is not set"
@@ -285,7 +285,6 @@ class ApiJudge:
 
 @cache
 def start_loop() -> asyncio.AbstractEventLoop:
-    """Start the event loop of all requests, on a thread that ends with the process."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="judge", daemon=True).start()
     return loop
@@ -348,7 +347,6 @@ class Secrets:
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text is an HTTP address with a host."""
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()

@@ -198,7 +198,6 @@ def tabulate(
 
 
 def label_row(group: BenchmarkScores) -> str:
-    """Return a benchmark's label, with a sign if answers are missing."""
     return group.label + (f" {NOTE_SIGN}" if any(run.missing for run in group.runs.values()) else "")
 
 

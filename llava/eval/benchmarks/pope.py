@@ -94,13 +94,8 @@ def score_pope(questions: Sequence[Question], answers: Mapping[str, Row], label_
     counts = count_by_category(verdicts)
     f1, accuracy = Pope().headline(verdicts), mean_percent(each.accuracy for each in counts.values())
     categories = {category: each.numbers() for category, each in counts.items()}
-    return Scores(
-        headline=f1,
-        scores={"categories": categories, "average_f1": f1, "average_accuracy": accuracy},
-        count=len(verdicts),
-        columns={"F1": f1, "Accuracy": accuracy},
-        verdicts=verdicts,
-    )
+    scores = {"categories": categories, "average_f1": f1, "average_accuracy": accuracy}
+    return Pope().sum_up(verdicts, scores, {"F1": f1, "Accuracy": accuracy})
 
 
 def count_by_category(verdicts: Sequence[Verdict]) -> dict[str, YesNoCounts]:

@@ -145,7 +145,6 @@ class VizWiz(Benchmark):
         return None if self.split_in(root) == VAL else root / "answers_upload" / run
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
-        """Write the upload file `vizwiz_<split>.json`."""
         upload = make_upload(answers, self.load(root))
         return [write_upload(destination / f"vizwiz_{self.split_in(root)}.json", upload)]
 
@@ -156,12 +155,10 @@ class VizWiz(Benchmark):
 
 # --------------------------------------------------------------------------------------------- questions and answers
 def official_places(root: Path, split: str) -> list[Path]:
-    """List where the official file of a split may be."""
     return [root / f"{split}.json", root / OFFICIAL_FOLDER / f"{split}.json"]
 
 
 def read_official(path: Path) -> list[Any]:
-    """Read an official file: a list of records."""
     records = read_document(path)
     if not isinstance(records, list) or not records:
         raise InputError(f"{path} must be a list of questions")
@@ -214,7 +211,11 @@ def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], anno
     repeated, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise InputError(f"vizwiz: several questions are about {repeated}; there must be one per image")
-    pairs = {image_name(question): (key, row["text"]) for key, question, row in VizWiz.pair(questions, answers)}
+    pairs = {}
+    for key, question, row in VizWiz.pair(questions, answers):
+        if image_name(question) not in annotations:
+            raise InputError(f"vizwiz: question {question.id} has an answer, but is broken: {question.fault}")
+        pairs[image_name(question)] = (key, row["text"])
     answered = {name: annotation for name, annotation in annotations.items() if name in pairs}
     # 2. What counts is what LLaVA uploads of an answer; the untouched answers are scored as well.
     verdicts = []
@@ -227,13 +228,8 @@ def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], anno
     texts = [each.prediction for each in verdicts]
     grades = [grade_vizwiz(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
     exact = main["accuracy_unrounded"]
-    return Scores(
-        headline=exact["overall"],
-        scores={**main, "raw": summarize_answers(answered, texts, grades)},
-        count=len(verdicts),
-        columns={"Accuracy": exact["overall"], **exact["perAnswerType"]},
-        verdicts=verdicts,
-    )
+    scores = {**main, "raw": summarize_answers(answered, texts, grades)}
+    return VizWiz().sum_up(verdicts, scores, {"Accuracy": exact["overall"], **exact["perAnswerType"]})
 
 
 def summarize_answers(

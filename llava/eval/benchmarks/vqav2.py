@@ -87,7 +87,6 @@ def convert_test_dev(read_table: ReadTable, layout: Layout) -> None:
 
 
 def save_question(row: HubRow, split: str, layout: Layout) -> dict[str, Any]:
-    """Save a row's image and return its line of LLaVA's question file."""
     question = word_question(row, split)
     layout.save_image(f"{IMAGE_FOLDERS[split]}/{question['image']}", row["image"])
     return question
@@ -157,7 +156,6 @@ class Vqav2(Benchmark):
         return None if split == VAL else root / "answers_upload" / f"{PREFIX}{split}" / run
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
-        """Write the upload file `vqav2_<split>.json`."""
         split = self.split_in(root)
         upload = make_upload(answers.values(), list_upload_ids(root, split))
         return [write_upload(destination / f"vqav2_{split}.json", upload)]
@@ -168,7 +166,6 @@ class Vqav2(Benchmark):
 
 
 def find_split(name: str) -> str:
-    """Return a split's full name."""
     split = SHORT_NAMES.get(name, name.removeprefix(PREFIX))
     if split not in IMAGE_FOLDERS:
         raise InputError(f"vqav2 has no split {name!r}; known: {', '.join(IMAGE_FOLDERS)}")
@@ -232,23 +229,18 @@ def score_vqav2(questions: Sequence[Question], answers: Mapping[str, Row], annot
     def grade(rule: Callable[[str, Sequence[str]], float], texts: Iterable[str]) -> list[float]:
         return [rule(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
 
-    texts, uploaded = [each.prediction for each in verdicts], [str(each.parsed) for each in verdicts]
+    texts, uploads = [each.prediction for each in verdicts], [str(each.parsed) for each in verdicts]
     main = summarize_answers(answered, [each.points for each in verdicts])
     exact = main["accuracy_unrounded"]
-    return Scores(
-        headline=exact["overall"],
-        scores={
-            **main,
-            "raw": summarize_answers(answered, grade(grade_vqa, texts)),
-            "variants": {
-                "pre2021_scorer_on_raw": round_half_up(mean_percent(grade(grade_vqa_before_2021, texts))),
-                "pre2021_scorer_on_upload": round_half_up(mean_percent(grade(grade_vqa_before_2021, uploaded))),
-            },
+    scores = {
+        **main,
+        "raw": summarize_answers(answered, grade(grade_vqa, texts)),
+        "variants": {
+            "pre2021_scorer_on_raw": round_half_up(mean_percent(grade(grade_vqa_before_2021, texts))),
+            "pre2021_scorer_on_upload": round_half_up(mean_percent(grade(grade_vqa_before_2021, uploads))),
         },
-        count=len(verdicts),
-        columns={"Accuracy": exact["overall"], **exact["perAnswerType"]},
-        verdicts=verdicts,
-    )
+    }
+    return Vqav2().sum_up(verdicts, scores, {"Accuracy": exact["overall"], **exact["perAnswerType"]})
 
 
 def summarize_answers(answered: Mapping[int, VqaAnswers], grades: Sequence[float]) -> dict[str, Any]:
