@@ -1,8 +1,15 @@
 """Fixtures that several test modules share: the recorded checkpoints and how to load them."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "LLAVA_TEST_DEVICE" in os.environ:
+    # Tests that read this compute there instead of on the CPU; float32 is then float32 in convolutions as well.
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
 
 GOLDEN = Path(__file__).parent / "golden"
 
