@@ -6,7 +6,7 @@ they are first used.
 
 from importlib import import_module
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 _EXPORTS = {
     "LlavaConfig": "llava.model.language_model.llava_llama",

@@ -238,7 +238,7 @@ def main() -> None:
     best = choose_option(figures)
     fits = best.option if best else "neither"
     print(format_table(figures))  # noqa: T201
-    print(f"fits: {fits} ({len(rows)} pictures)")  # noqa: T201
+    print(f"fits: {fits} ({len(rows)} images)")  # noqa: T201
     if arguments.json:
         options = [asdict(figure) for figure in figures]
         report = {"vision_tower": arguments.vision_tower, "num_pictures": len(rows), "fits": fits, "options": options}

@@ -6,10 +6,16 @@ transformers until a model or an image is asked for.
 
 import argparse
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from llava.conversation import conversation_name_for, get_model_name_from_path
@@ -20,6 +26,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DTYPES = ("float16", "bfloat16", "float32")
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+GRACE_SECONDS = 2.0
+"""How long a command that was told to end may clean up."""
+PARENT_VARIABLE = "LLAVA_PARENT_PIPE"
+"""Number of a file descriptor that is closed when the command that started this one is gone, however it ended."""
 
 
 # ------------------------------------------------------------------------------------------------------ types of values
@@ -108,9 +120,17 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_template(args: object) -> str:
-    """Return the conversation template that the options name, or the one that fits the checkpoint's name."""
+    """Return the conversation template that the options name, or the one that fits the checkpoint's name, and say so.
+
+    The line goes to stderr: answers on stdout stay as they are.
+    """
     given = getattr(args, "conv_mode", None)
-    return given or conversation_name_for(get_model_name_from_path(args.model_path))
+    if given:
+        return given
+    name = get_model_name_from_path(args.model_path)
+    template = conversation_name_for(name)
+    sys.stderr.write(f'conversation template {template}, by the name "{name}" (--conv-mode names another)\n')
+    return template
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -230,3 +250,78 @@ def prepare_terminal() -> None:
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+class Stopped(SystemExit):
+    """A signal other than SIGINT, which is a `KeyboardInterrupt`, told this process to end."""
+
+
+@contextmanager
+def ending_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
+    """Make SIGINT, SIGTERM and SIGHUP end this process within seconds, with the exit code 128 + number.
+
+    For commands whose files are complete at every moment. The main thread gets a `KeyboardInterrupt` or `Stopped` where
+    it is. If it does not come to that, because it waits inside a library (a model that is loaded, a thread that reads a
+    slow address), a second thread ends the process. Signals that are ignored, as `nohup` and the shell's `&` have it,
+    stay ignored. When the command that started this one as its worker is gone (`PARENT_VARIABLE`), that counts as
+    SIGTERM.
+
+    Args:
+        grace_seconds: how long cleaning up may take.
+    """
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread() or _stop in map(signal.getsignal, wanted):
+        yield  # not ours to set, or set already
+        return
+    before = {number: signal.signal(number, _stop) for number in wanted}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    # Python writes the number of each signal there at once, also while the main thread is inside a library.
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_end_after_signal, args=(reading, wanted, grace_seconds), daemon=True).start()
+    parent = os.environ.pop(PARENT_VARIABLE, "")
+    if parent.isdecimal():
+        threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
+    try:
+        yield
+    except Stopped as end:
+        sys.stderr.write(f"{_describe_stop(end.code - 128)}\n")
+        raise
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writing)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Stopped(128 + number)
+
+
+def _describe_stop(number: int) -> str:
+    return "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+
+
+def _end_after_signal(reading: int, numbers: Sequence[int], grace_seconds: float) -> None:
+    """Wait for a signal, then end the process, unless it ends itself before."""
+    while received := os.read(reading, 1):
+        if received[0] in numbers:
+            time.sleep(grace_seconds)
+            # Not through `sys.stderr`, which the main thread may hold.
+            with suppress(OSError):
+                os.write(2, f"\n{_describe_stop(received[0])}\n".encode())
+            os._exit(128 + received[0])
+    os.close(reading)
+
+
+def _end_with_parent(descriptor: int) -> None:
+    """Wait until the starting process is gone, which closes its end of the pipe."""
+    try:
+        while os.read(descriptor, 1):
+            pass
+    except OSError:
+        return  # no such descriptor: somebody else set the variable
+    os.kill(os.getpid(), signal.SIGTERM)

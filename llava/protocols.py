@@ -45,6 +45,7 @@ class ImageProcessor(Protocol):
     image_mean: Sequence[float]
     size: Mapping[str, int]
     crop_size: Mapping[str, int]
+    resample: int
 
     def preprocess(self, images: "Image.Image", **options: object) -> Mapping[str, list]:
         """Resize, crop and normalise one image: `pixel_values`, a list of one float32[3, S, S]."""

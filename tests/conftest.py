@@ -1,6 +1,8 @@
 """Fixtures that several test modules share: the recorded checkpoints and how to load them."""
 
 import os
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,14 @@ if "LLAVA_TEST_DEVICE" in os.environ:
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
+
+# A shell starts background jobs with Ctrl-C ignored, and what they start inherits that. The tests that interrupt a
+# command state what it does where Ctrl-C reaches it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Hashes of the tests' files stay out of the user's cache; commands that tests start inherit it.
+CACHE = tempfile.TemporaryDirectory(prefix="llava-cache-")
+os.environ["LLAVA_CACHE"] = CACHE.name
 
 GOLDEN = Path(__file__).parent / "golden"
 

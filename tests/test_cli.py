@@ -96,7 +96,7 @@ def ask_command(command, *arguments, model=TRIM, image=NOISE, query=BUS):
     return command(run_llava.main, "--model-path", model, "--image-file", image, "--query", query, *BRIEF, *arguments)
 
 
-def test_picture_lists_are_split_but_existing_files_are_not(tmp_path):
+def test_image_lists_are_split_but_existing_files_are_not(tmp_path):
     odd = tmp_path / "a,b.png"
     odd.touch()
     assert list_image_sources(["x.png,y.png", str(odd)], ",") == ["x.png", "y.png", str(odd)]
@@ -122,7 +122,7 @@ def test_run_llava_reduces_as_told(command):
     assert "7 of 36" in ask_command(command, "--reduce", "TRIM:-1", model=PLAIN)[2]
 
 
-def test_run_llava_takes_several_pictures_joined_or_repeated(command):
+def test_run_llava_takes_several_images_joined_or_repeated(command):
     joined = ask_command(command, image=f"{NOISE},{SIGN}")
     repeated = ask_command(command, "--image-file", SIGN)
     assert joined == repeated and "of 72 kept" in joined[2]
@@ -223,7 +223,7 @@ def test_commands_run_as_modules_from_a_shell(checkpoints, golden):
     assert done.returncode == 0 and b"of 36 kept" in done.stdout and b"Traceback" not in done.stderr
 
 
-def test_visualize_writes_a_picture(command, tmp_path):
+def test_visualize_writes_an_image(command, tmp_path):
     out = tmp_path / "new folder" / "kept.png"
     code, _, err = command(
         visualize_main, "--model-path", TRIM, "--image-file", TALL, "--query", f"{BUS} 这张", "--out", out

@@ -9,11 +9,11 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import llava.image
 from llava.errors import InputError
-from llava.image import load_image
+from llava.image import load_image, scale_window
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -233,3 +233,36 @@ def test_addresses_that_nobody_answers_are_refused(server):
     assert "download failed" in refusal("http://127.0.0.1:9/a.png")
     assert "download failed" in refusal("http://[half/a.png")
     assert "download failed" in refusal("http://a b/c.png")
+
+
+def test_a_side_that_no_image_has_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new("1", (1, llava.image.MAX_SIDE + 1)).save(tmp_path / "a.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert "1 x 262145 pixels; a side has 262,144 at most" in refusal(tmp_path / "a.png")
+
+
+def test_an_image_without_memory_for_it_is_refused(tmp_path, monkeypatch):
+    Image.new("1", (3, 3)).save(tmp_path / "a.png")
+
+    def fail(image):
+        raise MemoryError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    assert "does not fit into memory" in refusal(tmp_path / "a.png")
+
+
+def test_scaled_windows_are_those_of_pillow():
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (50, 300, 3), dtype=np.uint8))
+    for size in [(40, 6), (40, 30), (700, 60), (300, 50), (1, 1)]:
+        whole = image.resize((size[0], 50)).resize(size)  # rows first
+        window = (size[0] // 4, size[1] // 3, size[0], size[1])
+        assert scale_window(image, size, window).tobytes() == whole.crop(window).tobytes()
+
+
+def test_a_window_beside_the_image_has_the_canvas_colour():
+    image = Image.new("RGB", (4, 4), RED)
+    corner = scale_window(image, (40, 40), (0, 0, 3, 3), canvas=(400, 400), color=BLUE)
+    assert corner.getcolors() == [(9, BLUE)]
+    strip = scale_window(image, (40, 40), (0, 0, 3, 40), canvas=(400, 400), color=BLUE)
+    assert strip.getcolors() == [(120, BLUE)]

@@ -3,12 +3,14 @@
 # ruff: noqa: T201 (a command prints)
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from llava.cli import (
     ModelSpec,
     add_model_options,
     add_prompt_options,
+    ending_on_signals,
     natural,
     positive,
     positive_or_auto,
@@ -20,15 +22,17 @@ from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.report import format_latex, format_markdown, format_table, format_terminal, make_report, write_plot
 from llava.eval.results import (
     ServerOnlyError,
+    describe_unscored,
     export_answers,
     format_line,
     read_result,
     score_answers,
+    write_line,
     write_result,
 )
 from llava.eval.run import EXIT_SERVER_ONLY, EXIT_UNANSWERED, find_data_root, run_benchmark
 from llava.eval.wrong import choose_run, draw_listing, format_listing, list_flips, list_wrong, name_runs, read_run
-from llava.files import append_line, write_json, write_text
+from llava.files import write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE, find_template
 from llava.sampling import Sampling
 
@@ -38,7 +42,8 @@ def main() -> None:
         run_benchmark(sys.argv[2:])  # its arguments are those of the scripts, options after --
         return
     arguments = make_parser().parse_args()
-    arguments.command(arguments)
+    with ending_on_signals():
+        arguments.command(arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,7 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     score = commands.add_parser("score", help="score an answers file by the official rules")
     add_task_options(score, answers_help="written by `answer`")
     score.add_argument("--json", type=user_path, metavar="OUT", help="write every number here")
-    score.add_argument("--results", type=user_path, metavar="FILE", help="append the line `name<TAB>value` here")
+    score.add_argument(
+        "--results", type=user_path, metavar="FILE", help="write the line `name<TAB>value` here, in place of this run's"
+    )
     score.add_argument("--allow-partial", action="store_true", help="score although answers are missing")
     add_judge_options(score)
     score.set_defaults(command=score_task)
@@ -221,24 +228,25 @@ def answer_and_exit(
     spec = ModelSpec.from_options(arguments)
     find_template(arguments.conv_mode)
     # 2. Only this command needs torch; the others answer at once.
-    from llava.eval.predict import Settings, make_answers, take_chunk
+    with ending_on_signals():
+        from llava.eval.predict import Settings, make_answers, take_chunk
 
-    outcome = make_answers(
-        spec,
-        take_chunk(questions, arguments.num_chunks, arguments.chunk_idx),
-        answers_file,
-        Settings(
-            model_id=spec.name,
-            sampling=sampling,
-            conv_mode=arguments.conv_mode,
-            batch_size=arguments.batch_size,
-            num_workers=getattr(arguments, "workers", 1),
-        ),
-        key_fields,
-        limit=getattr(arguments, "limit", None),
-        worker=getattr(arguments, "worker", 0),
-        notify=_tell,
-    )
+        outcome = make_answers(
+            spec,
+            take_chunk(questions, arguments.num_chunks, arguments.chunk_idx),
+            answers_file,
+            Settings(
+                model_id=spec.name,
+                sampling=sampling,
+                conv_mode=arguments.conv_mode,
+                batch_size=arguments.batch_size,
+                num_workers=getattr(arguments, "workers", 1),
+            ),
+            key_fields,
+            limit=getattr(arguments, "limit", None),
+            worker=getattr(arguments, "worker", 0),
+            notify=_tell,
+        )
     # 3. How it went.
     for line in outcome.describe(answers_file):
         _tell(line)
@@ -250,22 +258,23 @@ def score_task(arguments: argparse.Namespace) -> None:
     """Score answers, print the headline, write what was asked for; leave with code 4 if only a server can score."""
     task = choose_task(arguments)
     try:
-        result = score_answers(
-            task,
-            arguments.answers,
-            arguments.root,
-            arguments.allow_partial,
-            find_judge(arguments, task, arguments.answers),
-        )
+        judge = find_judge(arguments, task, arguments.answers)
+    except InputError:
+        if arguments.json and task.uses_judge == "always":
+            # Its row in the tables says so. Answers that are wrong as well are named once there is a judge.
+            with suppress(InputError):
+                write_result(arguments.json, describe_unscored(task, arguments.answers, arguments.root, "no judge"))
+        raise
+    try:
+        result = score_answers(task, arguments.answers, arguments.root, arguments.allow_partial, judge)
     except ServerOnlyError as reason:
         _tell(str(reason))
         raise SystemExit(EXIT_SERVER_ONLY) from None
-    line = format_line(result)
     if arguments.json:
         write_result(arguments.json, result)
     if arguments.results:
-        append_line(arguments.results, line)
-    print(line)
+        write_line(arguments.results, result)
+    print(format_line(result))
 
 
 def find_judge(arguments: argparse.Namespace, task: Benchmark, answers: Path) -> Judge | None:

@@ -87,11 +87,7 @@ def make_judge(kind: str | None, model: str | None, cache: Path, task: Benchmark
 
 
 def find_endpoint(task: Benchmark) -> tuple[str | None, str | None]:
-    """Read key and address from the environment; either may be None.
-
-    Raises:
-        InputError: both are missing, or one cannot be used. The message holds no secret.
-    """
+    """Read key and address from the environment; either may be None, not both. No message holds a secret."""
     key, address = (os.environ.get(name, "").strip() or None for name in (KEY_VARIABLE, ADDRESS_VARIABLE))
     if not key and not address:
         raise InputError(
@@ -196,7 +192,10 @@ class ApiJudge:
         max_tokens: int = 1024,
     ) -> str:
         """Return the reply to a chat, from the cache if the same was asked before (see `Judge.ask`)."""
-        chat = [dict(message) for message in messages]
+        # No endpoint takes half of a surrogate pair, which an answer may hold.
+        chat = [
+            {name: text.encode(errors="replace").decode() for name, text in message.items()} for message in messages
+        ]
         request = {"model": self.name, "messages": chat, "temperature": temperature, "max_tokens": max_tokens}
         # The name holds everything that the reply depends on.
         whole = json.dumps([case.task, case.key, attempt, request], sort_keys=True)
@@ -239,11 +238,7 @@ class ApiJudge:
             self._under_way.discard(future)
 
     async def _try_often(self, case: Case, request: Mapping[str, object]) -> str:
-        """Send a request until there is a reply.
-
-        Raises:
-            InputError: the endpoint refuses, or every try within the deadline failed.
-        """
+        """Send a request until there is a reply; a refusal, or failure of all tries in time, is an error."""
         end = time.monotonic() + self._deadline
         for number in range(1, self._max_tries + 1):
             if self._stopped.is_set():
@@ -297,11 +292,7 @@ def start_loop() -> asyncio.AbstractEventLoop:
 
 
 def read_reply(completion: "ChatCompletion") -> str:
-    """Take the text out of a completion; an empty one is a reply, too.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Take the text out of a completion; an empty one is a reply, too, but none at all is a `ValueError`."""
     try:
         text = completion.choices[0].message.content
     except (AttributeError, IndexError, KeyError, TypeError):
@@ -312,7 +303,6 @@ def read_reply(completion: "ChatCompletion") -> str:
 
 
 def may_pass(failure: Exception) -> bool:
-    """Return whether the same request may succeed later."""
     status = getattr(failure, "status_code", 500)
     return (status >= 500 or status in PASSING_STATUSES) and getattr(failure, "code", None) != SPENT_QUOTA
 
@@ -382,11 +372,7 @@ class ReplyCache:
     """
 
     def __init__(self, path: Path):
-        """Read the file, if there is one.
-
-        Raises:
-            InputError: the file cannot be read, or holds something other than replies.
-        """
+        """Read the file, if there is one; one of something other than replies is refused."""
         self.path = path
         self._lock = threading.Lock()
         self._replies: dict[str, str] = {}
@@ -411,9 +397,6 @@ class ReplyCache:
 
         Returns:
             The reply that counts: this one, or an earlier one.
-
-        Raises:
-            InputError: the file cannot be written.
         """
         line = json.dumps({"key": key, **about, "reply": reply})
         with self._lock:

@@ -12,12 +12,11 @@ Shape letters: `S` samples, `T` prompt ids, `P` width of the joint space.
 """
 
 import ctypes
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -30,6 +29,7 @@ from llava.cli import LoadedModel, ModelSpec
 from llava.errors import InputError
 from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, ImageSource, Question, Row, index_questions, row_key
 from llava.eval.features import EncodedImage, FeatureCache, QueryCache, apply_in_parts
+from llava.eval.identity import fingerprint, identify_images, identify_model
 from llava.eval.predictions import PredictionStore, make_row, name_questions
 from llava.files import explain_errors
 from llava.generation import Generator
@@ -525,13 +525,17 @@ def make_answers(
     asked = list(questions[:limit])
     with explain_errors("write", answers_file):
         answers_file.parent.mkdir(parents=True, exist_ok=True)
+    # 1. What the answers depend on. A run that goes on may have nothing left to do; a fresh one moves old answers aside
+    # once its model is loaded.
     run = describe_run(spec, questions, settings, key_fields)
+    images = identify_images(asked, key_fields)
     store = PredictionStore(answers_file, key_fields, worker)
-    # 1. A run that goes on may have nothing left to do. A fresh one moves old answers aside once its model is loaded.
-    loaded: LoadedModel | None = None if store.holds(run) else spec.load()
-    moved = store.open(run)
+    loaded: LoadedModel | None = None if store.holds(run, images) else spec.load()
+    moved = store.open(run, images)
     if moved:
-        notify(f"{answers_file} held answers of a run with other settings; they are now {moved}")
+        others = f" ({', '.join(store.changes)})" if store.changes else ""
+        notify(f"{answers_file} held answers of a run with other settings; they are now {moved}{others}")
+    settings = replace(settings, model_id=str(store.run["model_id"]))
     # 2. What is left.
     unanswered = [question for question in asked if row_key(question.head(), key_fields) not in store.done]
     if len(unanswered) < len(asked):
@@ -547,9 +551,12 @@ def make_answers(
 def describe_run(
     spec: ModelSpec, questions: Sequence[Question], settings: Settings, key_fields: Sequence[str]
 ) -> dict[str, object]:
-    """List everything that the answers depend on; answers of a different list are not mixed with these."""
+    """List everything that all answers depend on; answers of a different list are not mixed with these.
+
+    Images are not part of it: each counts for the questions about it.
+    """
     asked = [
-        [row_key(question.head(), key_fields), question.prompt, question.query, [path.name for path in question.images]]
+        [row_key(question.head(), key_fields), question.prompt, question.query, len(question.images)]
         for question in questions
     ]
     loading = {name: value for name, value in asdict(spec).items() if value or not name.startswith("load_")}
@@ -557,24 +564,9 @@ def describe_run(
     return {
         **loading,
         "device": device if spec.dtype is None else "any",
-        "weights": fingerprint_folder(spec.path),
-        "base_weights": fingerprint_folder(spec.base) if spec.base else None,
+        **identify_model(spec),
         "questions": fingerprint(json.dumps(asked)),
         "model_id": settings.model_id,
-        "conv_mode": settings.conv_mode,
+        "conv_mode": choose_conv_mode(settings.conv_mode, settings.model_id),
         **asdict(settings.sampling),
     }
-
-
-def fingerprint_folder(path: str) -> str | None:
-    """Name the state of a checkpoint folder by its files' names, sizes and times; None for a hub id."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return None
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return fingerprint(json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]))
-
-
-def fingerprint(text: str) -> str:
-    """Shorten a text to 16 hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,8 +4,8 @@ The file `FILE` has one JSON object per line, in question order, with LLaVA's co
 answer_id, model_id, metadata, and what a benchmark adds. Rows are matched with questions by key, never by position.
 `FILE` appears when the run is over and never half. Until then, beside it,
 
-* `FILE.run.json` describes the run that the answers belong to; answers of another run are never mixed in, they are
-  moved to `FILE.old-1` and so on;
+* `FILE.run.json` describes the run that the answers belong to, with the images that they are about; answers of another
+  run, or about other images, are never mixed in, they are moved to `FILE.old-1` and so on;
 * `FILE.parts/<worker>.jsonl` takes the answers of one worker, appended and synced batch by batch;
 * `FILE.parts/claims` is a file of locks, one byte per unit of work: a worker that holds byte i answers unit i.
 
@@ -23,7 +23,8 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 from llava.errors import InputError
 from llava.eval.benchmark import Question, Row, index_questions, row_key
@@ -42,6 +43,11 @@ ANSWER_ID_LENGTH = 22
 # The alphabet of the `shortuuid` package, whose ids LLaVA's answers files have: no 0, 1, I, O, l.
 ANSWER_ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 MAX_NAMED_IDS = 5
+PLACES = ("path", "base")
+"""What `FILE.run.json` holds only to find the model again; the contents of the files count, wherever they are."""
+KEPT_NAME = "model_id"
+"""What a checkpoint is called does not count either; a run goes on under the name that its first answers have."""
+IMAGES = "images"
 
 
 # ----------------------------------------------------------------------------------------------------- the answers file
@@ -121,28 +127,66 @@ def _parse_row(line: bytes, where: str) -> Row:
 def pair_answers(questions: Sequence[Question], rows: Iterable[Row], key_fields: Sequence[str]) -> dict[str, Row]:
     """Match answers with questions by key.
 
+    A row of another tool may lack columns of the key, or write an id as text or as a number where the question file has
+    the other: it belongs to the one question that all its columns fit.
+
     Args:
         questions: all questions of the benchmark.
         rows: answers, in any order.
         key_fields: columns that together name a question.
 
     Returns:
-        The row of each answered question by its key.
+        The row of each answered question by its key; columns that the question knows and the row lacks are filled in.
 
     Raises:
-        InputError: an answer to no question of the benchmark, two different answers to the same one, or two questions
-            of one key.
+        InputError: an answer to no question of the benchmark, or not clear to which, two different answers to the same
+            one, or two questions of one key.
     """
     known = index_questions(questions, key_fields)
+    loose = LooseIndex(questions, key_fields)
     paired: dict[str, Row] = {}
     for row in rows:
         key = row_key(row, key_fields)
         if key not in known:
-            raise InputError(f"an answer belongs to no question of this benchmark: {', '.join(key_fields)} = {key}")
+            key = loose.find(row)
+        head = known[key].head()
+        row = {**head, **row, **{name: head.get(name) for name in key_fields}}
         if key in paired and paired[key]["text"] != row["text"]:
             raise InputError(f"two different answers to one question: {', '.join(key_fields)} = {key}")
         paired.setdefault(key, row)
     return paired
+
+
+class LooseIndex:
+    """Questions by any part of their key, with numbers and texts as one."""
+
+    def __init__(self, questions: Sequence[Question], key_fields: Sequence[str]):
+        """Take the questions; they are indexed when the first row needs it."""
+        self._questions, self._key_fields = questions, key_fields
+        self._by_columns: dict[tuple[str, ...], dict[tuple[str, ...], set[str]]] = {}
+
+    def find(self, row: Mapping[str, object]) -> str:
+        """Return the key of the one question that the columns of a row fit.
+
+        Raises:
+            InputError: none or several do.
+        """
+        columns = tuple(name for name in self._key_fields if row.get(name) is not None)
+        if columns not in self._by_columns:
+            index = self._by_columns[columns] = {}
+            for question in self._questions:
+                head = question.head()
+                entry = tuple(str(head.get(name)) for name in columns)
+                index.setdefault(entry, set()).add(row_key(head, self._key_fields))
+        found = self._by_columns[columns].get(tuple(str(row[name]) for name in columns), set())
+        if len(found) == 1:
+            return next(iter(found))
+        key = f"{', '.join(self._key_fields)} = {row_key(row, self._key_fields)}"
+        if not found:
+            raise InputError(f"an answer belongs to no question of this benchmark: {key}")
+        lacking = [name for name in self._key_fields if name not in columns]
+        what = f"it has no {', '.join(lacking)}" if lacking else "they have the same id"
+        raise InputError(f"an answer may belong to any of {len(found)} questions, {what}: {key}")
 
 
 def name_questions(questions: Sequence[Question]) -> str:
@@ -163,6 +207,8 @@ class PredictionStore:
         key_fields: columns that together name a question.
         done: keys of the answered questions, and no more of them: memory stays flat over a long run. What other workers
             wrote is seen after `refresh`.
+        run: what `FILE.run.json` says, after `open`; without the images.
+        changes: what the run that was moved aside by `open` had otherwise.
     """
 
     def __init__(self, path: Path, key_fields: Sequence[str], worker: int = 0):
@@ -180,6 +226,8 @@ class PredictionStore:
             self.path = find_target(path)
         self.key_fields = tuple(key_fields)
         self.done: set[str] = set()
+        self.run: dict[str, object] = {}
+        self.changes: list[str] = []
         self._worker = worker
         self._parts = self.path.with_name(f"{self.path.name}.parts")
         self._run = self.path.with_name(f"{self.path.name}.run.json")
@@ -189,18 +237,17 @@ class PredictionStore:
         self._merged: tuple[int, int, int] | None = None  # version of the answers file that was read last
 
     # Join ------------------------------------------------------------------------------------------------------
-    def holds(self, run: Mapping[str, object]) -> bool:
-        """Whether the answers on disk, if any, belong to this run."""
-        try:
-            return self._run.is_file() and read_json(self._run) == dict(run)
-        except FileError:
-            return False  # nobody knows what they belong to
+    def holds(self, run: Mapping[str, object], images: Mapping[str, str] = MappingProxyType({})) -> bool:
+        """Whether the answers on disk, if any, belong to this run (see `open`)."""
+        return self._compare(run, images) == []
 
-    def open(self, run: Mapping[str, object]) -> Path | None:
+    def open(self, run: Mapping[str, object], images: Mapping[str, str] = MappingProxyType({})) -> Path | None:
         """Join the run that `run` describes, or start it.
 
         Args:
-            run: everything the answers depend on, as JSON data.
+            run: what all answers depend on, as JSON data; `PLACES` and `KEPT_NAME` are only noted.
+            images: fingerprint of the images by question key, of those that are known. They count once a question is
+                answered, so that an image that was broken and is mended costs no answers.
 
         Returns:
             Where answers of a different run were moved to, or None.
@@ -210,13 +257,44 @@ class PredictionStore:
                 files cannot be written.
         """
         with explain_errors("write", self.path), self._locked():
-            moved = None if self.holds(run) else self._move_aside()
+            changes = self._compare(run, images)
+            known = self._read_run() if changes == [] else {}
+            moved = None if changes == [] else self._move_aside()
+            self.changes = changes or []
+            self.run = {**run, **{name: known[name] for name in (KEPT_NAME,) if name in known}}
+            told = {**self.run, **({IMAGES: {**known.get(IMAGES, {}), **images}} if images or IMAGES in known else {})}
             self._parts.mkdir(exist_ok=True)
-            write_json(self._run, dict(run))
+            if told != known:
+                write_json(self._run, told)
             self._own = self._open_part()
             self._claims = (self._parts / "claims").open("a+b")
         self.refresh()
         return moved
+
+    def _compare(self, run: Mapping[str, object], images: Mapping[str, str]) -> list[str] | None:
+        """List what differs between this run and the one on disk; None where nobody knows what the answers are of."""
+        known = self._read_run()
+        if not known:
+            return None
+        names = sorted((known.keys() | run.keys()) - {*PLACES, KEPT_NAME, IMAGES})
+        changes = [name for name in names if name not in known or name not in run or known[name] != run[name]]
+        before = known.get(IMAGES, {})
+        others = {key for key, image in images.items() if before.get(key, image) != image}
+        return changes + [IMAGES] * bool(others and others & self._list_answered())
+
+    def _read_run(self) -> dict[str, Any]:
+        """Read `FILE.run.json`; empty where there is none that can be read."""
+        try:
+            run = read_json(self._run) if self._run.is_file() else {}
+        except FileError:
+            return {}
+        return run if isinstance(run, dict) and isinstance(run.get(IMAGES, {}), dict) else {}
+
+    def _list_answered(self) -> set[str]:
+        """List the keys of all answers on disk."""
+        parts = self._list_parts() + [self.path] * self.path.exists()
+        rows = [row for part in parts for row in parse_rows(read_bytes(part), str(part))]
+        return {row_key(row, self.key_fields) for row in rows}
 
     def _move_aside(self) -> Path | None:
         """Move files of a different run out of the way, so that nothing is lost and nothing is mixed."""
@@ -236,7 +314,8 @@ class PredictionStore:
 
     def _open_part(self) -> BinaryIO:
         """Open this worker's part for appending, rid of a torn last line, and take in what it holds."""
-        file = self._own_path().open("a+b")
+        # Unbuffered: what a full disk refuses is not written once more, nor reported once more, on closing.
+        file = self._own_path().open("a+b", buffering=0)
         if not _try_lock(file):
             file.close()
             raise InputError(
@@ -274,8 +353,9 @@ class PredictionStore:
             FileError: the disk is full, or the like.
         """
         with explain_errors("write", self._own_path()):
-            self._own.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            self._own.flush()
+            content = memoryview("".join(json.dumps(row) + "\n" for row in rows).encode())
+            while content:
+                content = content[self._own.write(content) :]
             os.fsync(self._own.fileno())
         self._note(rows)
 

@@ -10,12 +10,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import FrameType
 
+from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, Stopped, ending_on_signals
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
@@ -31,7 +33,7 @@ usage: bash scripts/v1_5/eval/{task}.sh CKPT MODEL_DIR [RESULTS] [MODEL_BASE] [-
    or: python -m llava.eval run {task} CKPT MODEL_DIR [RESULTS] [MODEL_BASE] [-- OPTIONS]
   CKPT        name of the run; answers go to a folder of this name
   MODEL_DIR   the checkpoint's folder (or the folder that holds a checkpoint folder CKPT), or a hub id
-  RESULTS     file to which the line NAME<TAB>VALUE is appended
+  RESULTS     file for the line NAME<TAB>VALUE; a score that is written again takes the place of its line
   MODEL_BASE  base model, for LoRA and projector-only checkpoints
   OPTIONS     for `python -m llava.eval answer`, e.g. --batch-size 16 --reduce none --limit 100;
               --split NAME for another split; --source hub for the public dataset instead of local files;
@@ -48,6 +50,9 @@ SCORE_OPTIONS = ("--judge", "--judge-model", "--judge-runs", "--judge-cache")
 SHARED_OPTIONS = ("--split", "--source", "--hub-dataset")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 LAST_LINES = 20
+MAX_WORKERS = 256
+WORKER_GRACE_SECONDS = GRACE_SECONDS + 1.0
+"""How long a worker that was told to end may take, before it is killed."""
 DATA_HINT = "playground/data/eval/README.md lists what to download; LLAVA_EVAL_ROOT names another place"
 
 
@@ -188,9 +193,9 @@ def make_plan(name: str, arguments: Sequence[str]) -> Plan:
         sys.stderr.write(f"{usage}\n")
         raise InputError(f"two to four arguments are needed, not {count}")
     run, model, results, base = [*positional, "", ""][:4]
-    check_run(run)
-    if not model:
+    if not run or not model:
         raise InputError("CKPT and MODEL_DIR must not be empty")
+    check_run(run)
     checkpoint = find_checkpoint(run, model)
     base_model = resolve_model(base) if base else None
     options = Options.parse(arguments[count + 1 :])
@@ -209,8 +214,6 @@ def make_plan(name: str, arguments: Sequence[str]) -> Plan:
 
 def check_run(name: str) -> None:
     """Refuse a name of a run that would put its files elsewhere than under the answers folder."""
-    if not name:
-        raise InputError("CKPT and MODEL_DIR must not be empty")
     if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
         raise InputError(f"CKPT {name!r} names the run's files: give a plain name, such as llava-v1.5-7b-TRIM")
 
@@ -227,16 +230,27 @@ def make_command(*arguments: object) -> list[str]:
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], log: Path | None = None) -> subprocess.Popen:
-    """Start a command in the repository, so that it finds the package and what checkpoints name relative to it."""
-    repository = find_repository()
-    settings = {**os.environ, **environment}
+    """Start a command in the repository, so that it finds the package and what checkpoints name relative to it.
+
+    It ends when this process is gone, even killed.
+    """
+    repository, pipe = find_repository(), open_parent_pipe()
+    settings = {**os.environ, **environment, PARENT_VARIABLE: str(pipe)}
     if repository:
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
     if log is None:
-        return subprocess.Popen(command, cwd=repository, env=settings)
+        return subprocess.Popen(command, cwd=repository, env=settings, pass_fds=[pipe])
     make_folder(log.parent)
     with explain_errors("write", log), log.open("wb") as file:
-        return subprocess.Popen(command, cwd=repository, env=settings, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, cwd=repository, env=settings, pass_fds=[pipe], stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+@cache
+def open_parent_pipe() -> int:
+    """Return the reading end of a pipe whose other end this process alone holds, for `llava.cli.ending_on_signals`."""
+    return os.pipe()[0]
 
 
 def execute(command: Sequence[str]) -> int:
@@ -244,8 +258,11 @@ def execute(command: Sequence[str]) -> int:
     if is_dry():
         print_command(command)
         return 0
-    with ending_with([process := start(command, {})]):
-        return exit_code(process)
+    processes: list[subprocess.Popen] = []
+    with ending_with(processes):
+        with holding_signals():
+            processes.append(start(command, {}))
+        return exit_code(processes[0])
 
 
 def print_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
@@ -268,23 +285,39 @@ def exit_code(process: subprocess.Popen) -> int:
 
 @contextmanager
 def ending_with(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
-    """End these processes if the block is left early: by a signal to this process, Ctrl-C or an error."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    """End these processes if the block is left early: by a signal to this process or an error."""
     try:
         yield
     finally:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
+        end = time.monotonic() + WORKER_GRACE_SECONDS
         for process in processes:
-            with suppress(KeyboardInterrupt):
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
                 process.wait()
+
+
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Hold signals back until the block is over: what it starts can be ended by then."""
+    received: list[int] = []
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def note(line: str) -> None:
@@ -312,6 +345,17 @@ def run_benchmark(arguments: Sequence[str]) -> None:
     plan = make_plan(name, list(arguments[1:]))
     if os.environ.get("LLAVA_EVAL_CHECK") == "1":
         return
+    try:
+        # Longer than what ending the workers takes.
+        with ending_on_signals(WORKER_GRACE_SECONDS + 1.0):
+            answer_and_score(plan)
+    except (KeyboardInterrupt, Stopped):
+        note(f"{plan.task.name}: stopped; run the same command again to go on where it stopped")
+        raise
+
+
+def answer_and_score(plan: Plan) -> None:
+    """Run what was planned; leave with the code of the worst worker, or of `score`."""
     # 2. Answer. What is answered stays; the same command goes on where it stopped.
     answered = answer(plan)
     if answered and not (answered == EXIT_UNANSWERED and plan.options.partial):
@@ -351,7 +395,8 @@ def answer(plan: Plan) -> int:
     worst = 0
     with ending_with(processes):
         for worker in workers:
-            processes.append(start(worker.command, worker.environment, worker.log))
+            with holding_signals():
+                processes.append(start(worker.command, worker.environment, worker.log))
         for worker, process in zip(workers, processes, strict=True):
             code = exit_code(process)
             if code:
@@ -366,6 +411,8 @@ def plan_workers(plan: Plan) -> list[Worker]:
     count = os.environ.get("LLAVA_EVAL_WORKERS") or str(max(1, len(gpus)))
     if not re.fullmatch("[1-9][0-9]*", count):
         raise InputError(f"LLAVA_EVAL_WORKERS must be a number from 1 on, not {count}")
+    if len(count) > len(str(MAX_WORKERS)) or int(count) > MAX_WORKERS:
+        raise InputError(f"LLAVA_EVAL_WORKERS must be at most {MAX_WORKERS}, not {count:.20}")
     base = ["--model-base", plan.base] if plan.base else []
     command = make_command(
         *("answer", plan.name, "--root", plan.root, "--answers", plan.answers, "--model-path", plan.model),

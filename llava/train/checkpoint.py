@@ -1,18 +1,24 @@
 """The files that training writes in LLaVA's layout, and the checkpoints that an interrupted run resumes at."""
 
 import logging
+import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava.errors import InputError
 from llava.files import FileError, read_json, read_text
-from llava.model.adapter import NON_LORA_FILE
-from llava.model.checkpoint_folder import PROJECTOR_FILE, portable_config, save_weights
+from llava.model.adapter import ADAPTER_CONFIG_FILE, NON_LORA_FILE
+from llava.model.checkpoint_folder import ARGUMENTS_FILE, PROJECTOR_FILE, portable_config, save_weights
 from llava.train.engine import gathered
 
 logger = logging.getLogger(__name__)
@@ -20,6 +26,11 @@ logger = logging.getLogger(__name__)
 LATEST_FILE = "latest"  # DeepSpeed writes the name of its newest folder into it
 STATE_FILE = "trainer_state.json"  # the trainer writes it last
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
+TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
+NO_OPTIMIZER = "has no optimizer state (optimizer.pt, scheduler.pt)"
 
 
 def save_projector(model: PreTrainedModel, folder: Path, is_writer: bool = True) -> None:
@@ -78,51 +89,196 @@ def copy_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
-def find_last_checkpoint(folder: str, num_ranks: int | None) -> str | None:
-    """Find the checkpoint at which an interrupted run resumes.
+# ------------------------------------------------------------------------------------------------------- resuming
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """List the checkpoints of a run that were begun, the newest first."""
+    found = {
+        int(match[1]): path
+        for path in Path(folder).glob("checkpoint-*")
+        if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def find_last_checkpoint(
+    folder: str | Path, num_ranks: int | None, is_lora: bool = False, resume_anyway: bool = False
+) -> str | None:
+    """Find the checkpoint at which an interrupted run resumes; broken ones are named and passed over.
 
     Args:
         folder: the run's output folder.
         num_ranks: number of DeepSpeed's ranks; None if it does not train.
+        is_lora: whether adapters are trained.
+        resume_anyway: take also a checkpoint without optimizer state, if there is no other.
 
     Returns:
         The newest complete `checkpoint-<step>`, or None.
 
     Raises:
-        InputError: another engine, or another number of ranks, wrote it.
+        InputError: another engine, another number of ranks or another kind of training wrote it; it holds code; or
+            there is none with an optimizer state.
     """
-    complete = {
-        int(match[1]): path.parent
-        for path in Path(folder).glob(f"*/{STATE_FILE}")
-        if (match := CHECKPOINT_NAME.fullmatch(path.parent.name)) and _is_complete(path)
-    }
-    if not complete:
-        return None
-    last = complete[max(complete)]
-    _check_engine(last, num_ranks)
-    logger.warning("resuming at %s", last)
-    return str(last)
+    without_optimizer = []
+    for checkpoint in list_checkpoints(folder):
+        fault = find_fault(checkpoint)
+        if fault is None or (fault == NO_OPTIMIZER and resume_anyway):
+            _check_kind(checkpoint, num_ranks, is_lora)
+            _refuse_code(checkpoint)
+            logger.warning("resuming at %s", checkpoint)
+            return str(checkpoint)
+        logger.warning("%s is not used: %s", checkpoint, fault)
+        if fault == NO_OPTIMIZER:
+            without_optimizer.append(checkpoint)
+    if without_optimizer:
+        raise InputError(
+            f"{without_optimizer[0]} {NO_OPTIMIZER}: --resume_anyway True goes on from its weights with a fresh "
+            "optimizer; or start anew with another --output_dir"
+        )
+    return None
 
 
-def _is_complete(state: Path) -> bool:
-    """Whether the last file of a checkpoint was written to its end."""
+def find_fault(checkpoint: Path) -> str | None:
+    """Say what a checkpoint lacks; None if it is complete."""
     try:
-        read_json(state)
+        state = read_json(checkpoint / STATE_FILE)
     except FileError:
-        logger.warning("%s is incomplete and is not used", state.parent)
+        return f"its {STATE_FILE}, which is written last, is missing or cut off"
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        return f"its {STATE_FILE} has no global_step"
+    return _find_weights_fault(checkpoint) or _find_cut_file(checkpoint) or _find_state_fault(checkpoint)
+
+
+def _find_weights_fault(checkpoint: Path) -> str | None:
+    if (checkpoint / LATEST_FILE).is_file():
+        return None  # DeepSpeed's own folder holds them
+    if (checkpoint / ADAPTER_CONFIG_FILE).is_file():
+        needed = [NON_LORA_FILE]
+        if not any((checkpoint / name).is_file() for name in ADAPTER_FILES):
+            needed += ADAPTER_FILES[:1]
+    elif (checkpoint / INDEX_FILE).is_file():
+        try:
+            needed = sorted(set(read_json(checkpoint / INDEX_FILE)["weight_map"].values()))
+        except (FileError, AttributeError, KeyError, TypeError):
+            return f"its {INDEX_FILE} is damaged"
+    else:
+        needed = [] if (checkpoint / "pytorch_model.bin").is_file() else ["model.safetensors"]
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    return f"it has no {missing[0]}" if missing else None
+
+
+def _find_cut_file(checkpoint: Path) -> str | None:
+    """Name a file of tensors that was not written to its end; the ends are looked at, not the tensors."""
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix == ".safetensors":
+            whole = _is_whole_safetensors(path)
+        else:
+            whole = path.suffix not in TENSOR_SUFFIXES or zipfile.is_zipfile(path)
+        if not whole:
+            return f"its {path.relative_to(checkpoint)} is cut off or damaged"
+    return None
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (OSError, SafetensorError):
         return False
     return True
 
 
-def _check_engine(checkpoint: Path, num_ranks: int | None) -> None:
+def _find_state_fault(checkpoint: Path) -> str | None:
+    """Look for optimizer, schedule and random states."""
+    latest = checkpoint / LATEST_FILE
+    num_ranks = len(list(checkpoint.glob("rng_state*.pth")))
+    if latest.is_file():
+        parts = checkpoint / read_text(latest).strip()
+        num_parts = len(list(parts.glob("*_optim_states.pt")))
+        if not list(parts.glob("*_model_states.pt")):
+            return f"its {parts.name} has no weights"
+        if num_ranks and num_parts < num_ranks:
+            return f"it holds the optimizer states of {num_parts} of {num_ranks} ranks"
+        return None if num_ranks else "it has no random state (rng_state_0.pth)"
+    if not all((checkpoint / name).is_file() for name in OPTIMIZER_FILES):
+        return NO_OPTIMIZER
+    return None if num_ranks else "it has no random state (rng_state.pth)"
+
+
+def _check_kind(checkpoint: Path, num_ranks: int | None, is_lora: bool) -> None:
+    """Refuse a checkpoint that another kind of run wrote."""
     latest = checkpoint / LATEST_FILE
     advice = "start with the same settings as before, or with another --output_dir"
     if num_ranks is None:
         if latest.is_file():
             raise InputError(f"{checkpoint} was written by DeepSpeed, this run has no --deepspeed: {advice}")
-        return
-    if not latest.is_file():
+    elif not latest.is_file():
         raise InputError(f"{checkpoint} was not written by DeepSpeed, this run has --deepspeed: {advice}")
-    num_parts = len(list((checkpoint / read_text(latest).strip()).glob("*_optim_states.pt")))
-    if num_parts != num_ranks:
-        raise InputError(f"{checkpoint} was written by {num_parts} ranks, this run has {num_ranks}: {advice}")
+    else:
+        num_parts = len(list((checkpoint / read_text(latest).strip()).glob("*_optim_states.pt")))
+        if num_parts != num_ranks:
+            raise InputError(f"{checkpoint} was written by {num_parts} ranks, this run has {num_ranks}: {advice}")
+    was_lora = (checkpoint / ADAPTER_CONFIG_FILE).is_file()
+    if was_lora != is_lora:
+        before, now = ("with LoRA", "without") if was_lora else ("without LoRA", "with it")
+        raise InputError(f"{checkpoint} was trained {before}, this run trains {now}: {advice}")
+
+
+# ------------------------------------------------------------------------------------------------ no code in files
+def _refuse_code(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose pickles name anything but the data that training writes; nothing is loaded."""
+    with torch.serialization.safe_globals(list_state_types()):
+        for path in sorted(checkpoint.rglob("*")):
+            if path.suffix not in TENSOR_SUFFIXES or path.name == ARGUMENTS_FILE:
+                continue
+            try:
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            except Exception as error:
+                # Pickles are parsed here, and a hostile one can fail in any way.
+                raise InputError(f"{path} is not a checkpoint file: {_first_line(error)}") from error
+            if names:
+                raise InputError(
+                    f"{path} holds code ({', '.join(sorted(names))}) and is not loaded: remove {checkpoint}"
+                )
+
+
+@contextmanager
+def data_only() -> Iterator[None]:
+    """Inside the block `torch.load` reads tensors and plain values alone, whoever calls it and however.
+
+    DeepSpeed loads its checkpoints as pickles that may run code; with this, one that holds code is an `InputError`.
+    """
+    plain = torch.load
+
+    def load(file: object, *arguments: object, **options: object) -> object:
+        try:
+            return plain(file, *arguments, **options | {"weights_only": True})
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{file} holds more than data and is not loaded: {_first_line(error)}") from error
+
+    torch.load = load
+    try:
+        with torch.serialization.safe_globals(list_state_types()):
+            yield
+    finally:
+        torch.load = plain
+
+
+def list_state_types() -> list[object]:
+    """List what the states of optimizers, schedules and random generators are made of besides tensors."""
+    types = [
+        np._core.multiarray._reconstruct,
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.uint32)),
+    ]
+    if find_spec("deepspeed") is not None:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        types += [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+    return types
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

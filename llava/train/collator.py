@@ -13,7 +13,7 @@ from llava.train.dataset import Sample
 
 
 class Batch(TypedDict, total=False):
-    """The model's arguments for S samples, I images and T positions; the last three only with vision.
+    """The model's arguments for S samples, I images and T positions; images, sizes and texts only with vision.
 
     Attributes:
         input_ids: int64[S, T].
@@ -22,6 +22,7 @@ class Batch(TypedDict, total=False):
         images: float32[I, 3, H, W] if all shapes agree, else a list of I tensors; None without any image.
         image_sizes: (width, height) of each image before any resizing; None without any image.
         texts: one query per sample.
+        replaced: faults of records that others stand in for; the trainer takes it out.
     """
 
     input_ids: Tensor
@@ -30,6 +31,7 @@ class Batch(TypedDict, total=False):
     images: Tensor | list[Tensor] | None
     image_sizes: list[tuple[int, int]] | None
     texts: list[str]
+    replaced: list[str]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Collator:
             labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),  # [S, T]
             attention_mask=pad_sequence(real, batch_first=True, padding_value=False),  # [S, T]
         )
+        if replaced := [fault for sample in samples for fault in sample.replaced]:
+            batch["replaced"] = replaced
         if not self.has_vision:
             return batch
 

@@ -6,7 +6,8 @@ and tokenized per sample, which costs far less than decoding an image.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from llava.errors import InputError
 from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.protocols import ImageProcessor, Tokenizer
-from llava.train.records import Record, locate_image
+from llava.train.records import Record, locate_image, report_faults
 from llava.train.sources import StoredImage
 from llava.train.targets import build_targets, choose_query, render
+
+MOST_TRIED = 100  # records that may stand in for a broken one
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Sample:
         images: float32[3, H, W] each (float32[C, 3, H, W] for several crops), in order of the placeholders.
         image_sizes: (width, height) of the images before any resizing.
         query: the text by which token reduction chooses patches.
+        replaced: faults of records that this sample stands in for.
     """
 
     input_ids: Tensor
@@ -41,6 +45,7 @@ class Sample:
     images: list[Tensor] = field(default_factory=list)
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
     query: str = ""
+    replaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,18 +74,38 @@ class ImageFormat:
     image_grid_pinpoints: str | list | None = None
 
 
-def check_fit(records: Iterable[Record], template: Conversation, has_vision: bool) -> None:
+def check_fit(
+    records: Iterable[Record], template: Conversation, has_vision: bool, skip_broken: bool = False
+) -> list[Record]:
     """Check that records suit the template and the model, without reading an image.
 
+    Args:
+        records: from `read_records`.
+        template: of `--version`.
+        has_vision: whether there is a vision tower.
+        skip_broken: leave out the records that do not suit and log them.
+
+    Returns:
+        The records that suit.
+
     Raises:
-        InputError: an image for a model without a vision tower, or a conversation that the template cannot render.
+        InputError: an image for a model without a vision tower, or a conversation that the template cannot render
+            (unless `skip_broken`).
     """
+    usable, faults = [], []
     for record in records:
-        if record.images and not has_vision:
-            raise InputError(f"{record.name}: has an image, but there is no --vision_tower")
-        if template.sep_style is SeparatorStyle.PLAIN:
-            with _naming(record):
-                render(record.turns, template)
+        try:
+            if record.images and not has_vision:
+                raise InputError(f"{record.name}: has an image, but there is no --vision_tower")
+            if template.sep_style is SeparatorStyle.PLAIN:
+                with _naming(record):
+                    render(record.turns, template)
+        except InputError as error:
+            faults.append(str(error))
+        else:
+            usable.append(record)
+    report_faults(faults, "--version and --vision_tower", skip_broken)
+    return usable
 
 
 @contextmanager
@@ -99,6 +124,8 @@ class ConversationDataset(Dataset):
         tokenizer: the language model's tokenizer.
         text_format: template, placeholder and query source.
         image_format: how to read images; None if no record has any.
+        skip_broken: replace a record that turns out to be broken by the next good one of its modality, the same one
+            whenever it is asked for; else such a record is an error.
     """
 
     def __init__(
@@ -107,7 +134,9 @@ class ConversationDataset(Dataset):
         tokenizer: Tokenizer,
         text_format: TextFormat,
         image_format: ImageFormat | None = None,
+        skip_broken: bool = False,
     ):
+        self.skip_broken = skip_broken
         self.records = records
         self.tokenizer = tokenizer
         self.text_format = text_format
@@ -122,7 +151,24 @@ class ConversationDataset(Dataset):
         Raises:
             InputError: an image cannot be read, or the record does not suit the template; names the record.
         """
-        record = self.records[index]
+        faults: list[str] = []
+        for candidate in self._list_candidates(index):
+            try:
+                return replace(self._build(self.records[candidate]), replaced=tuple(faults))
+            except InputError as error:
+                if not self.skip_broken:
+                    raise
+                faults.append(str(error))
+        raise InputError(f"{len(faults)} records in a row are broken, the first: {faults[0]}")
+
+    def _list_candidates(self, index: int) -> Iterator[int]:
+        """Yield a record's index, then those of the records that may stand in for it."""
+        yield index
+        has_image, number = bool(self.records[index].images), len(self.records)
+        following = (other % number for other in range(index + 1, index + number))
+        yield from islice((other for other in following if bool(self.records[other].images) is has_image), MOST_TRIED)
+
+    def _build(self, record: Record) -> Sample:
         with _naming(record):
             rendered = render(record.turns, self.text_format.template, self.text_format.placeholder)
             targets = build_targets(rendered, self.tokenizer)

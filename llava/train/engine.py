@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import (
 
 from llava.errors import InputError
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.train.arguments import TrainingArguments
 
 # gloo's thread may release its last work object while Python shuts down, which aborts a process that has finished;
 # a short wait avoids it.
@@ -69,6 +70,14 @@ def check_precision(dtype: torch.dtype) -> None:
         f"--{name} True: DeepSpeed does not compute in {name} on this {accelerator.device_name()} device; "
         f"use {instead}float32, without either flag (scripts: PRECISION=fp32)"
     )
+
+
+def zero_stage(training_args: TrainingArguments) -> str | None:
+    """Name the ZeRO stage of a run; None without DeepSpeed."""
+    if not training_args.runs_deepspeed:
+        return None
+    settings = training_args.deepspeed_plugin.hf_ds_config.config
+    return f"ZeRO-{settings.get('zero_optimization', {}).get('stage', 0)}"
 
 
 def leave_engine() -> None:

@@ -115,6 +115,14 @@ class LlavaTrainingFlags:
     double_quant: bool = field(default=True, metadata={"help": "With 4 bits: quantise the scales as well."})
     quant_type: str = field(default="nf4", metadata={"help": "With 4 bits: nf4 or fp4."})
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Old name of --eval_strategy."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Ignored; a loss that is nan ends the run."})
+    preflight_only: bool = field(
+        default=False, metadata={"help": "Check flags, records and images, print what was found, and stop."}
+    )
+    resume_anyway: bool = field(
+        default=False,
+        metadata={"help": "Go on in an output folder with other settings, or without optimizer state."},
+    )
     warmup_ratio: float | None = field(default=None, metadata={"help": "Warmup as a share of all steps, in [0, 1)."})
 
 
@@ -240,13 +248,98 @@ def _describe_unknown(word: str) -> str:
 def _check_values(flags: argparse.Namespace) -> None:
     _check_choice("mm_vision_token_reduce_query", flags.mm_vision_token_reduce_query, QUERY_SOURCES)
     _check_choice("image_aspect_ratio", flags.image_aspect_ratio, (None, *ASPECT_RATIOS))
+    _check_ranges(flags)
     if flags.tune_mm_mlp_adapter and flags.freeze_mm_mlp_adapter:
         raise InputError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train")
+    if flags.freeze_backbone and flags.freeze_mm_mlp_adapter:
+        raise InputError("--freeze_backbone and --freeze_mm_mlp_adapter together leave nothing to train")
     _check_lora(flags)
-    if flags.warmup_ratio is not None and not 0 <= flags.warmup_ratio < 1:
-        raise InputError(f"--warmup_ratio {flags.warmup_ratio}: expected a share in [0, 1)")
     if flags.evaluation_strategy not in (None, "no") or flags.eval_strategy not in (None, ["no"]):
         raise InputError("--eval_strategy: training runs no evaluation; score checkpoints with llava.eval")
+    _check_trackers(flags.report_to or [])
+    _check_engine(flags)
+
+
+# What makes sense for numbers: (lowest, whether it is allowed itself, highest).
+_RANGES: dict[str, tuple[float, bool, float]] = {
+    "learning_rate": (0, True, 1e3),
+    "mm_projector_lr": (0, True, 1e3),
+    "weight_decay": (0, True, 1e3),
+    "num_train_epochs": (0, False, 1e6),
+    "per_device_train_batch_size": (1, True, 1e6),
+    "gradient_accumulation_steps": (1, True, 1e6),
+    "model_max_length": (2, True, 1e7),
+    "max_grad_norm": (0, True, 1e9),
+    "adam_beta1": (0, True, 0.999999),
+    "adam_beta2": (0, True, 0.999999),
+    "adam_epsilon": (0, True, 1),
+    "warmup_steps": (0, True, 1e9),
+    "seed": (0, True, 2**32 - 1),
+    "data_seed": (0, True, 2**32 - 1),
+    "dataloader_num_workers": (0, True, 1024),
+    "save_steps": (0, False, 1e9),
+    "save_total_limit": (1, True, 1e9),
+    "logging_steps": (0, False, 1e9),
+    "lora_r": (1, True, 1e5),
+    "lora_alpha": (0, False, 1e6),
+}
+
+
+def _check_ranges(flags: argparse.Namespace) -> None:
+    """Refuse numbers with which nothing is learned, or the run ends in the middle; nan is in no range."""
+    for name, (lowest, is_allowed, highest) in _RANGES.items():
+        value = _to_number(getattr(flags, name))
+        if value is None:
+            continue
+        if not (lowest < value <= highest or (is_allowed and value == lowest)):
+            bound = f"from {lowest:g}" if is_allowed else f"above {lowest:g}"
+            raise InputError(f"--{name} {value:g}: expected a number {bound}, at most {highest:g}")
+    for name in ("warmup_ratio", "lora_dropout"):
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value < 1:
+            raise InputError(f"--{name} {value}: expected a share in [0, 1)")
+    if flags.max_steps is not None and flags.max_steps != -1 and flags.max_steps < 1:
+        raise InputError(f"--max_steps {flags.max_steps}: expected a number from 1, or -1 for --num_train_epochs")
+    if flags.label_smoothing_factor:
+        raise InputError("--label_smoothing_factor: the loss of LLaVA has no smoothing; leave it out")
+
+
+def _to_number(value: object) -> float | None:
+    """Read a value that the check's parser may have left as a list of texts; None where it is no number."""
+    if isinstance(value, list):
+        value = value[0] if len(value) == 1 else None
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return None
+
+
+# The packages that transformers' trackers need; where there are several, any of them.
+_TRACKERS = {
+    "azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",), "dvclive": ("dvclive",), "flyte": ("flytekit",), "kubeflow": ("kubeflow",),
+    "mlflow": ("mlflow",), "neptune": ("neptune",), "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}  # fmt: skip
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that do not exist or are not installed."""
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in _TRACKERS:
+            raise InputError(f"--report_to {name}: expected none, all, {', '.join(_TRACKERS)}")
+        if not any(importlib.util.find_spec(package) for package in _TRACKERS[name]):
+            raise InputError(f"--report_to {name}: {name} is not installed: pip install {_TRACKERS[name][0]}")
+
+
+def _check_engine(flags: argparse.Namespace) -> None:
+    """Refuse engines that this process cannot start."""
+    wants_fsdp = flags.fsdp is not None and " ".join(flags.fsdp).lower() not in _NO
+    if wants_fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise InputError("--fsdp needs several processes (torchrun --nproc_per_node 2 ...); one process trains without")
     if flags.deepspeed:
         _check_deepspeed(flags.deepspeed[0])
 

@@ -1,37 +1,121 @@
-"""The trainer: transformers' `Trainer`, changed at nine of its hooks.
+"""The trainer: transformers' `Trainer`, changed at its hooks.
 
     create_optimizer              `--mm_projector_lr`: the projector's parameters get groups of their own
     get_optimizer_cls_and_kwargs  ZeRO offload: DeepSpeed's Adam for states in main memory
     _get_train_sampler            `--group_by_modality_length`: batches of one modality and similar lengths
-    get_train_dataloader          batches stay on the host until `_prepare_inputs`
+    get_train_dataloader          batches stay on the host until `_prepare_inputs`; workers survive a signal to all
     _prepare_inputs               ids, mask and labels stay there: the model splices on the host
     _prepare_input                pixel values reach the frozen tower in float32, whatever the run computes in
     _save                         checkpoints in LLaVA's layout: movable tower path, no towers, what LoRA leaves out
     _load_from_checkpoint         on resuming, also what LoRA leaves out
     _issue_warnings_after_load    no warning about the towers that a checkpoint does not hold
+    _maybe_log_save_evaluate      after each step: stop at a signal, with a checkpoint, or at a loss that is nan
+    _run_epoch                    no step beyond the last one, when a run resumes at its end
+    get_batch_samples             records that were replaced while their batch was built are noted, not trained on
 
 `save_trained` is LLaVA's own: it writes the result of a finished run.
 """
 
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import TrainOutput
 
+from llava.constants import IGNORE_INDEX
+from llava.errors import InputError
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
 from llava.model.language_model.llava_llama import TOWER_PREFIX
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint import load_lora_rest, save_lora_rest, save_projector
+from llava.train.checkpoint import data_only, load_lora_rest, save_lora_rest, save_projector
 from llava.train.collator import Batch
+from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
+from llava.train.stopping import begin_training, is_requested, keep_worker
+
+logger = logging.getLogger(__name__)
 
 PROJECTOR = "mm_projector"
 
 
+@dataclass
+class Tally:
+    """What this process noted while it trained.
+
+    Attributes:
+        num_samples: samples whose loss was computed.
+        num_unlearnable: of these, those without a token to learn.
+        replaced: faults of records that another record stood in for, in order and once each.
+    """
+
+    num_samples: int = 0
+    num_unlearnable: torch.Tensor | int = 0
+    replaced: dict[str, None] = field(default_factory=dict)
+
+
+def start_worker(seed_worker: Callable[[int], None] | None, number: int) -> None:
+    """Prepare a data loader's worker: signals, then what transformers does."""
+    keep_worker()
+    if seed_worker is not None:
+        seed_worker(number)
+
+
+def unwrap(model: torch.nn.Module) -> PreTrainedModel:
+    """The model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def count_unlearnable(model: PreTrainedModel, tally: Tally) -> None:
+    """Let a model's loss count samples without a label; a batch of such samples alone has loss 0 instead of nan.
+
+    Args:
+        model: computes its loss by `loss_function`, which is replaced.
+        tally: counts; on the device, so that nothing waits.
+    """
+    compute = model.loss_function
+
+    def loss_function(logits: torch.Tensor, labels: torch.Tensor, **options: object) -> torch.Tensor:
+        # logits [S, L, V], labels int64[S, L] of the spliced and cut sequence; position 0 is never predicted.
+        is_learnable = (labels[:, 1:] != IGNORE_INDEX).any(dim=1)  # [S]
+        tally.num_samples += len(is_learnable)
+        tally.num_unlearnable = tally.num_unlearnable + (~is_learnable).sum()
+        loss = compute(logits=logits, labels=labels, **options)
+        return torch.where(is_learnable.any(), loss, torch.zeros_like(loss))  # a mean over no token is nan
+
+    model.loss_function = loss_function
+
+
 class LlavaTrainer(Trainer):
-    """Trains a LLaVA model, or a plain language model if there is no vision tower."""
+    """Trains a LLaVA model, or a plain language model if there is no vision tower.
+
+    Attributes:
+        was_stopped: whether a signal ended the training before its last step.
+        tally: samples that taught nothing, and records that were replaced.
+    """
+
+    was_stopped = False
+
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(**arguments)
+        self.tally = Tally()
+        count_unlearnable(unwrap(self.model), self.tally)
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: object) -> TrainOutput:
+        """Train; files of a checkpoint that hold code are refused.
+
+        Raises:
+            InputError: a checkpoint holds code, or the loss is nan.
+        """
+        begin_training()
+        with data_only():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def save_trained(self, only_projector: bool) -> None:
         """Save the result of a finished run in LLaVA's layout.
@@ -49,6 +133,23 @@ class LlavaTrainer(Trainer):
             # The weights here are float32 masters; with DeepSpeed and LoRA they have the run's dtype already.
             self.model.to(self.args.compute_dtype)
         self.save_model(str(folder))
+
+    def report_tally(self) -> None:
+        """Log what taught nothing, and what was replaced; each process speaks of its own samples."""
+        empty = int(self.tally.num_unlearnable)
+        if empty:
+            logger.warning("%d of %d samples had no token to learn", empty, self.tally.num_samples)
+        if self.tally.replaced:
+            names = list(self.tally.replaced)
+            shown = "; ".join(names[:SHOWN_FAULTS]) + ("; ..." if len(names) > SHOWN_FAULTS else "")
+            logger.warning("%d broken records were replaced by the next good ones: %s", len(names), shown)
+
+    def report_stop(self) -> None:
+        """Print where the same command goes on, on the first rank."""
+        if self.args.process_index == 0:
+            place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            sys.stderr.write(f"stopped at step {self.state.global_step}: the same command goes on from {place}\n")
+            sys.stderr.flush()
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over trainable parameters; `mm_projector_lr` gives the projector its own groups."""
@@ -86,7 +187,10 @@ class LlavaTrainer(Trainer):
         return sampler
 
     def get_train_dataloader(self) -> DataLoader:
+        """Build the loader; its workers ignore signals that are meant for the whole process group."""
         loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(start_worker, inner.worker_init_fn)
         loader.device = None  # else accelerate moves whole batches to the device
         return loader
 
@@ -95,6 +199,49 @@ class LlavaTrainer(Trainer):
             return super()._prepare_inputs(inputs)  # a plain language model
         # Ids on the device would be fetched back, for which the host would wait until the last step is done.
         return {**inputs, "images": self._prepare_input(inputs["images"])}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | int | None]:
+        """Fetch the batches of one step, and note the records that were replaced while they were built."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self.tally.replaced.update(dict.fromkeys(batch.pop("replaced", ())))
+        return batches, num_items
+
+    def _run_epoch(self, **arguments: object) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # The base class would take one more step before it looks.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *rest: object, **options: object
+    ) -> None:
+        self._agree_to_go_on(tr_loss, grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **options)
+
+    def _agree_to_go_on(self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
+        """Stop all ranks at the same step: with a checkpoint if one was asked to stop, with an error at a nan loss.
+
+        One small collective and one wait for the device per step, in which the base class waits anyway.
+        """
+        norm = torch.as_tensor(0.0 if grad_norm is None or self.args.fp16 else grad_norm)
+        # With fp16 an infinite gradient is the loss scaler's business: it skips the step.
+        is_bad = ~(torch.isfinite(tr_loss) & torch.isfinite(norm).to(tr_loss.device))
+        signs = torch.stack([is_bad.float().reshape(()), torch.full_like(tr_loss, is_requested()).float().reshape(())])
+        if torch.distributed.is_initialized() and self.args.world_size > 1:
+            torch.distributed.all_reduce(signs, op=torch.distributed.ReduceOp.MAX)
+        any_bad, any_stopped = signs.tolist()
+        if any_bad:
+            raise InputError(
+                f"the loss or its gradient is nan at step {self.state.global_step}: nothing of this step was saved; "
+                "lower --learning_rate, use bf16 instead of fp16, or look for broken weights in the starting checkpoint"
+            )
+        if any_stopped and not self.was_stopped and self.state.global_step < self.state.max_steps:
+            self.was_stopped = True
+            self.control.should_save = self.control.should_training_stop = True
 
     def _prepare_input(self, data: object) -> object:
         # With DeepSpeed the base class would round pixel values to the run's dtype before the tower gets them.

@@ -2,15 +2,19 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.errors import InputError
-from llava.model.builder import load_tokenizer
+from llava.files import explain_errors
+from llava.model.builder import make_config
+from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.token_reduction import CONFIG_KEY
+from llava.model.tokenizer import load_tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
 from llava.train.flags import DataArguments, ModelArguments
@@ -18,7 +22,6 @@ from llava.train.lora import quantisation_settings
 
 logger = logging.getLogger(__name__)
 
-LLAMA_TYPES = ("llama", "llava", "llava_llama")
 # Values of flags that were not given, if the starting config has none either.
 VISION_DEFAULTS = {
     "mm_vision_select_layer": -2,
@@ -39,16 +42,11 @@ def read_config(model_args: ModelArguments) -> LlavaConfig:
     """
     path = model_args.model_name_or_path
     try:
-        values, _ = LlavaConfig.get_config_dict(path, cache_dir=model_args.cache_dir)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--model_name_or_path {path}: no readable config.json ({str(error).splitlines()[0]})"
-        ) from None
-    if values.get("model_type") not in LLAMA_TYPES:
-        raise InputError(
-            f"--model_name_or_path {path}: a {values.get('model_type')} model; only Llama models are trained"
-        )
-    config = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
+        values, file = read_settings(path, CONFIG_FILE, "model to train", model_args.cache_dir)
+        check_config(values, file, "model to train")
+        config = make_config(values, file)
+    except InputError as error:
+        raise InputError(f"--model_name_or_path {path}: {error}") from None
     config._name_or_path = path
     return config
 
@@ -89,6 +87,56 @@ def _refuse_vision_flags(model_args: ModelArguments) -> None:
     for flag in ("pretrain_mm_mlp_adapter", "tune_mm_mlp_adapter", CONFIG_KEY):
         if getattr(model_args, flag):
             raise InputError(f"--{flag}: {model_args.model_name_or_path} has no vision tower; give --vision_tower")
+
+
+def check_start(model_args: ModelArguments, training_args: TrainingArguments, config: LlavaConfig) -> None:
+    """Check what is trained from, as far as that takes no model.
+
+    Raises:
+        InputError: the result would overwrite the model it starts from; or `--pretrain_mm_mlp_adapter` is no projector
+            for this language model.
+    """
+    start, end = Path(model_args.model_name_or_path), Path(training_args.output_dir)
+    if start.is_dir() and end.is_dir() and start.samefile(end):
+        raise InputError(f"--output_dir {end} is the model that the training starts from: give another folder")
+    path = model_args.pretrain_mm_mlp_adapter
+    if not path:
+        return
+    weights = read_projector(path)
+    widths = {value.shape[0] for name, value in weights.items() if "mm_projector." in name and value.ndim == 2}
+    if not widths:
+        raise InputError(f"--pretrain_mm_mlp_adapter {path}: no projector weights (mm_projector.*) in it")
+    if config.hidden_size not in widths:
+        raise InputError(
+            f"--pretrain_mm_mlp_adapter {path}: a projector into width {max(widths)}, but "
+            f"{model_args.model_name_or_path} has {config.hidden_size}"
+        )
+
+
+def read_projector(path: str) -> dict[str, torch.Tensor]:
+    """Read `mm_projector.bin`.
+
+    Raises:
+        InputError: there is no such file, or it is no file of named tensors.
+    """
+    try:
+        with explain_errors("read", Path(path), "stage 1 (scripts/pretrain.sh) makes mm_projector.bin"):
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except InputError:
+        raise
+    except Exception as error:
+        # Many kinds: pickle, zip and end-of-file errors.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--pretrain_mm_mlp_adapter {path}: not a file of weights: {reason}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f"--pretrain_mm_mlp_adapter {path}: not a file of named weights")
+    return weights
+
+
+def record_template(model: PreTrainedModel, version: str) -> None:
+    """Write the conversation template into config.json, so that commands need not guess it from a folder's name."""
+    if version != "plain":  # a projector's captions are no dialogue
+        model.config.conv_mode = version
 
 
 def load_training_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> PreTrainedTokenizerBase:

@@ -57,7 +57,7 @@ def read_records(path: str | Path, skip_broken: bool = False) -> list[Record]:
             records.append(parse_record(raw, number))
         except InputError as error:
             faults.append(str(error))
-    _report(faults, f"{path}", skip_broken)
+    report_faults(faults, f"{path}", skip_broken)
     if not records:
         raise InputError(f"{path}: no training record in this file")
     return records
@@ -67,15 +67,18 @@ def parse_record(raw: object, number: int) -> Record:
     """Make a `Record` of one JSON object.
 
     Args:
-        raw: `{"id": ..., "image": name or [names], "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`.
+        raw: `{"id": ..., "image": name or [names], "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`,
+            or the error that reading it gave.
         number: its index in the file, from 0.
 
     Raises:
         InputError: the record cannot be trained on.
     """
+    if isinstance(raw, InputError):
+        raise InputError(f"record {number}: {raw}")
     if not isinstance(raw, dict):
         raise InputError(f"record {number}: expected a JSON object, found {type(raw).__name__}")
-    name = f"record {number} (id {raw.get('id')!r})"
+    name = f"record {number} (id {repr(raw.get('id'))[:80]})"
     images = _list_images(raw.get("image"), name)
     turns = _list_turns(raw.get("conversations"), name)
     return Record(name, images, place_placeholders(turns, len(images), name))
@@ -123,7 +126,7 @@ def check_image_files(records: Iterable[Record], folder: str | Path | None, skip
             faults.append(f"{record.name}: no image file {locate_image(missing[0], folder)}")
         else:
             usable.append(record)
-    _report(faults, "images", skip_broken)
+    report_faults(faults, "images", skip_broken)
     if not usable:
         raise InputError(f"no training record has its images in {folder}")
     return usable
@@ -152,8 +155,19 @@ def _list_images(value: object, name: str) -> tuple[str | StoredImage, ...]:
     images = [] if value is None else value if isinstance(value, list) else [value]
     for image in images:
         if not isinstance(image, str | StoredImage) or not image:
-            raise InputError(f"{name}: 'image' must be a file name or a list of file names, found {image!r}")
+            raise InputError(f"{name}: 'image' must be a file name or a list of file names, found {repr(image)[:80]}")
+        if isinstance(image, str) and not _is_text(image):
+            raise InputError(f"{name}: the name of its image holds half of a surrogate pair, which is no character")
     return tuple(images)
+
+
+def _is_text(text: str) -> bool:
+    """Whether a string can be encoded; JSON may hold `\\ud83d` without its other half."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list_turns(value: object, name: str) -> list[str]:
@@ -165,9 +179,11 @@ def _list_turns(value: object, name: str) -> list[str]:
     for position, turn in enumerate(value):
         expected = (USER, ASSISTANT)[position % 2]
         if turn.get("from") != expected:
-            raise InputError(f"{name}: turn {position} is from {turn.get('from')!r}, expected {expected!r}")
+            raise InputError(f"{name}: turn {position} is from {repr(turn.get('from'))[:80]}, expected {expected!r}")
         if not isinstance(turn.get("value"), str):
             raise InputError(f"{name}: turn {position} has no text in 'value'")
+        if not _is_text(turn["value"]):
+            raise InputError(f"{name}: turn {position} holds half of a surrogate pair, which is no character")
         if expected == USER and not turn["value"].strip():
             raise InputError(f"{name}: turn {position}, the user's, is empty")
     if len(value) < len((USER, ASSISTANT)):
@@ -175,7 +191,12 @@ def _list_turns(value: object, name: str) -> list[str]:
     return [turn["value"] for turn in value]
 
 
-def _report(faults: list[str], subject: str, skip: bool) -> None:
+def report_faults(faults: list[str], subject: str, skip: bool) -> None:
+    """Refuse broken records, or log that they are left out; the first few are named.
+
+    Raises:
+        InputError: there are faults, and they are not to be skipped.
+    """
     if not faults:
         return
     shown = "; ".join(faults[:SHOWN_FAULTS]) + ("; ..." if len(faults) > SHOWN_FAULTS else "")

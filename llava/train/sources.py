@@ -56,7 +56,7 @@ def read_rows(source: str | Path) -> Iterator[object]:
         source: `.json`, `.jsonl` or `.parquet` file, a folder of those, or a dataset on the hub (its `train` split).
 
     Yields:
-        Rows as they are, images inside them as `StoredImage`.
+        Rows as they are, images inside them as `StoredImage`; for a line that is not JSON its error.
 
     Raises:
         InputError: no such file or dataset, or not readable.
@@ -66,7 +66,10 @@ def read_rows(source: str | Path) -> Iterator[object]:
         yield from _read_list(path)
     elif path.suffix == ".jsonl":
         for number, line in read_lines(path, HINT):
-            yield parse_json(line, f"{path} line {number}")
+            try:
+                yield parse_json(line, f"{path} line {number}")
+            except FileError as error:
+                yield error
     else:
         yield from _read_table(_load_table(path))
 

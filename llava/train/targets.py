@@ -27,6 +27,8 @@ from llava.protocols import Tokenizer
 
 TRAINABLE_STYLES = (SeparatorStyle.TWO, SeparatorStyle.PLAIN, SeparatorStyle.LLAMA_2, SeparatorStyle.MPT)
 
+SHOWN_CHARACTERS = 80  # of a text in a message
+
 Span = tuple[int, int]  # (start, end) in characters of the prompt
 
 
@@ -188,7 +190,7 @@ def _tokenize_chunk(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[Sp
         if encoding.input_ids == ids:
             spans = encoding.offset_mapping
             return ids, [(max(start - added, 0), max(end - added, min(end, 1))) for start, end in spans]
-    raise RuntimeError(f"{type(tokenizer).__name__} does not reproduce its own ids for {text!r}")
+    raise InputError(f"{type(tokenizer).__name__} does not reproduce its own ids for {text[:SHOWN_CHARACTERS]!r}")
 
 
 def _find_answers_by_prefix(ids: list[int], rendered: Rendered, tokenizer: Tokenizer) -> list[bool]:

@@ -5,22 +5,26 @@ language model and projector on conversations, with `--mm_vision_token_reduce_fu
 Without a vision tower it trains the language model alone.
 """
 
+import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.errors import run_command
+from llava.errors import InputError, run_command
+from llava.train import stopping
 from llava.train.flags import DataArguments, ModelArguments, check_flags
 
 if __name__ == "__main__":
-    # `--help` and mistyped flags are answered before the imports below, which take seconds.
+    # Signals, `--help` and mistyped flags are answered before the imports below, which take seconds.
+    stopping.install()
     run_command(check_flags)
 
 from transformers import set_seed
 
 from llava.files import make_folder
-from llava.protocols import ImageProcessor
-from llava.train.arguments import parse_arguments
-from llava.train.checkpoint import find_last_checkpoint
+from llava.protocols import ImageProcessor, Tokenizer
+from llava.train.arguments import TrainingArguments, parse_arguments
+from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
 from llava.train.engine import leave_engine, start_engine
@@ -28,17 +32,23 @@ from llava.train.llava_trainer import LlavaTrainer
 from llava.train.lora import add_lora
 from llava.train.model_setup import (
     add_vision,
+    check_start,
     choose_trainable,
     complete_arguments,
     load_language_model,
     load_training_tokenizer,
     read_config,
+    record_template,
 )
-from llava.train.records import Record, check_image_files, read_records
+from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
+from llava.train.records import Record, check_image_files, read_records, report_faults
+from llava.train.run import Run, RunSettings
 from llava.train.targets import choose_mark, choose_template
 
+logger = logging.getLogger(__name__)
 
-def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sdpa") -> LlavaTrainer:
+
+def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sdpa") -> LlavaTrainer | None:
     """Run one training stage, from flags to saved files.
 
     Args:
@@ -46,10 +56,11 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         attn_implementation: attention to use where no flag says otherwise.
 
     Returns:
-        The trainer, with the trained model in it.
+        The trainer, with the trained model in it; None if there was nothing to train: the run is finished, or
+        `--preflight_only`.
 
     Raises:
-        InputError: flags, files or records that cannot be trained with.
+        InputError: flags, files or records that cannot be trained with, or a loss that is nan.
     """
     # 1. Settings. DeepSpeed starts before any weight is loaded, so that ZeRO-3 can partition weights while loading.
     model_args, data_args, training_args = parse_arguments(arguments)
@@ -59,17 +70,32 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     # Flags that were not given follow the starting checkpoint's config.json, else LLaVA-1.5.
     config = read_config(model_args)
     model_args, data_args = complete_arguments(model_args, data_args, config)
+    check_start(model_args, training_args, config)
 
-    # 2. Data. Every record, every image path and the output folder are checked now, before the model is loaded.
+    # 2. Data and the output folder are checked now, before the model is loaded. An interrupted run resumes at its last
+    #    complete checkpoint, with the same settings; a finished one has nothing to do.
     records = load_records(model_args, data_args)
-    make_folder(Path(training_args.output_dir))
+    run = Run(
+        folder=make_folder(Path(training_args.output_dir)),
+        settings=RunSettings.collect(model_args, data_args, training_args, records),
+        is_writer=training_args.process_index == 0,
+    )
+    if run.is_finished(bool(list_checkpoints(run.folder)), training_args.resume_anyway):
+        logger.warning("%s: this run is finished, nothing to do", run.folder)
+        return None
     num_ranks = training_args.world_size if training_args.runs_deepspeed else None
-    last_checkpoint = find_last_checkpoint(training_args.output_dir, num_ranks)
+    last_checkpoint = find_last_checkpoint(
+        run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway
+    )
+    tokenizer = load_training_tokenizer(model_args, training_args)
+    run_preflight(records, tokenizer, model_args, data_args, training_args)
+    if training_args.preflight_only:
+        return None
+    run.begin()
 
     # 3. Model: language model, then LoRA adapters (before the towers, whose layers have the same names), then vision
     #    tower, projector and token reduction. New weights are drawn from the seed.
     set_seed(training_args.seed)
-    tokenizer = load_training_tokenizer(model_args, training_args)
     model = load_language_model(model_args, training_args, config)
     trained = add_lora(model, training_args)  # the same model, or PEFT's wrapper around it
     image_format = None
@@ -77,27 +103,65 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         add_vision(model, tokenizer, model_args, data_args, training_args)
         image_format = describe_images(data_args, model.get_vision_tower().image_processor)
     choose_trainable(model, model_args)
+    record_template(model, model_args.version)
 
-    # 4. Training. Samples are built when the loader asks for them; an interrupted run resumes at its last checkpoint.
+    # 4. Training. Samples are built when the loader asks for them.
     trainer = LlavaTrainer(
         model=trained,
         args=training_args,
-        train_dataset=ConversationDataset(records, tokenizer, describe_text(model_args), image_format),
+        train_dataset=ConversationDataset(
+            records, tokenizer, describe_text(model_args), image_format, data_args.skip_broken_records
+        ),
         data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint)
+    trainer.report_tally()
+    if trainer.was_stopped:
+        return trainer
 
     # 5. Files, in LLaVA's layout.
     trainer.save_trained(only_projector=model_args.tune_mm_mlp_adapter)
+    run.finish()
     return trainer
 
 
 def load_records(model_args: ModelArguments, data_args: DataArguments) -> list[Record]:
-    """Read the training records and check them against the flags, before any weight is loaded."""
-    records = read_records(data_args.data_path, data_args.skip_broken_records)
-    check_fit(records, choose_template(model_args.version), has_vision=model_args.vision_tower is not None)
-    return check_image_files(records, data_args.image_folder, data_args.skip_broken_records)
+    """Read the training records and check them against the flags and their images, before any weight is loaded."""
+    skip = data_args.skip_broken_records
+    template = choose_template(model_args.version)
+    records = read_records(data_args.data_path, skip)
+    records = check_fit(records, template, has_vision=model_args.vision_tower is not None, skip_broken=skip)
+    records = check_image_files(records, data_args.image_folder, skip)
+    faults = find_broken_images(records, data_args.image_folder)
+    report_faults(list(faults.values()), "images", skip)
+    usable = [record for record in records if record.name not in faults]
+    if not usable:
+        raise InputError(f"{data_args.data_path}: every training record has a broken image")
+    return usable
+
+
+def run_preflight(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Count what the records teach, and print it on the first rank.
+
+    Raises:
+        InputError: they teach nothing.
+    """
+    limit = training_args.model_max_length
+    tokens = count_image_tokens(model_args, data_args)
+    findings = inspect_records(
+        records, tokenizer, describe_text(model_args), limit, tokens, data_args.image_folder,
+        data_args.skip_broken_records,
+    )  # fmt: skip
+    if training_args.process_index == 0:
+        sys.stdout.write(findings.describe(limit, tokens))
+        sys.stdout.flush()
 
 
 def describe_text(model_args: ModelArguments) -> TextFormat:
@@ -112,9 +176,13 @@ def describe_images(data_args: DataArguments, processor: ImageProcessor) -> Imag
     return ImageFormat(data_args.image_folder, processor, data_args.image_aspect_ratio, data_args.image_grid_pinpoints)
 
 
-def main() -> None:
+def main(attn_implementation: str = "sdpa") -> None:
     """Run training as a command."""
-    train()
+    trainer = train(attn_implementation=attn_implementation)
+    if trainer is not None and trainer.was_stopped:
+        trainer.report_stop()
+        leave_engine()
+        raise SystemExit(stopping.exit_code())
     leave_engine()
 
 

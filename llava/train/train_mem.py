@@ -9,17 +9,17 @@ from pathlib import Path
 
 def main() -> None:
     """Run training as a command."""
+    from llava.train import stopping
     from llava.train.flags import check_flags
 
-    # `--help` and mistyped flags are answered before the imports below, which take seconds.
+    # Signals, `--help` and mistyped flags are answered before the imports below, which take seconds.
+    stopping.install()
     check_flags()
     from transformers.utils import is_flash_attn_2_available
 
-    from llava.train.engine import leave_engine
-    from llava.train.train import train
+    from llava.train.train import main as train
 
     train(attn_implementation="flash_attention_2" if is_flash_attn_2_available() else "sdpa")
-    leave_engine()
 
 
 if __name__ == "__main__":

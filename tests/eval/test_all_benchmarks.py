@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval.benchmarks import BENCHMARKS
-from tests.eval.test_promises import draw_pictures
+from tests.eval.test_promises import draw_images
 from tests.eval.test_scripts import ENVIRONMENT, NO_GPU
 
 FOLDERS = {"gqa": "gqa", "pope": "pope", "mme": "MME"}
@@ -203,7 +203,7 @@ def test_the_real_scripts_answer_score_and_tabulate_all_twelve(
     for source, folder in DATA_FOLDERS.items():
         shutil.copytree(golden / "oracle" / source, here / "data" / folder)
     for task, folder in zip(BENCHMARKS.values(), DATA_FOLDERS.values(), strict=True):
-        draw_pictures(task, here / "data" / folder, spare_last=False)
+        draw_images(task, here / "data" / folder, spare_last=False)
     options = ["--", "--batch-size", "32", "--max-new-tokens", "4", "--judge", "exact"]
     # One model: each costs a start of Python and a load of the checkpoint per benchmark.
     model = f"trim={tiny_checkpoint} --reduce TRIM:-1"

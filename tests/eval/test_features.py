@@ -57,7 +57,7 @@ def test_a_single_item_that_does_not_fit_is_an_error() -> None:
         apply_in_parts(fail, [1, 2], 2)
 
 
-def test_pictures_are_read_ahead_in_their_order_and_no_further_than_the_bound(
+def test_images_are_read_ahead_in_their_order_and_no_further_than_the_bound(
     tmp_path: Path, fake_parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "READ_AHEAD", 4)
@@ -71,9 +71,9 @@ def test_pictures_are_read_ahead_in_their_order_and_no_further_than_the_bound(
     reader.close()
 
 
-def test_a_broken_picture_fails_where_it_is_asked_for(tmp_path: Path, fake_parts: tuple) -> None:
+def test_a_broken_image_fails_where_it_is_asked_for(tmp_path: Path, fake_parts: tuple) -> None:
     paths = draw(tmp_path, 2)
-    paths[0].write_bytes(b"no picture")
+    paths[0].write_bytes(b"no image")
     reader = ImageReader(fake_parts[2], fake_parts[0].config)
     reader.announce(paths)
     assert reader.take(paths[1])[1] == (6, 5)
@@ -82,7 +82,7 @@ def test_a_broken_picture_fails_where_it_is_asked_for(tmp_path: Path, fake_parts
     reader.close()
 
 
-def test_announced_pictures_that_are_in_the_cache_do_not_block_the_reader(
+def test_announced_images_that_are_in_the_cache_do_not_block_the_reader(
     tmp_path: Path, fake_parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "READ_AHEAD", 2)
@@ -109,11 +109,11 @@ torch.set_num_threads(4)
 torch.ones(2**20).add(1)
 before = len(os.listdir("/proc/self/task"))
 assert before >= 4, "torch has started no team of its own; the test would show nothing"
-aspect_ratio, *pictures = sys.argv[1:]
+aspect_ratio, *images = sys.argv[1:]
 config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=[[672, 672]])
 processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
 reader = ImageReader(processor, config)
-shapes = {tuple(reader.take(Path(picture))[0].shape) for picture in pictures}
+shapes = {tuple(reader.take(Path(image))[0].shape) for image in images}
 assert shapes == ({(5, 3, 336, 336)} if aspect_ratio == "anyres" else {(3, 336, 336)}), shapes
 print(len(os.listdir("/proc/self/task")) - before - len(reader._pool._threads))
 """
@@ -123,9 +123,9 @@ print(len(os.listdir("/proc/self/task")) - before - len(reader._pool._threads))
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square", "anyres"])
 def test_reading_threads_start_no_threads_of_their_own(tmp_path: Path, aspect_ratio: str) -> None:
     """Torch would, and with more OpenMP threads than cores waiting ones sleep: the model runs at half its pace."""
-    pictures = [tmp_path / f"{number}.png" for number in range(4)]
-    for picture in pictures:
-        Image.effect_noise((400, 300), 50).convert("RGB").save(picture)
-    command = [sys.executable, "-c", COUNT_THREADS, aspect_ratio, *map(str, pictures)]
+    images = [tmp_path / f"{number}.png" for number in range(4)]
+    for image in images:
+        Image.effect_noise((400, 300), 50).convert("RGB").save(image)
+    command = [sys.executable, "-c", COUNT_THREADS, aspect_ratio, *map(str, images)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

@@ -67,13 +67,11 @@ def run(parts: tuple, questions: list[Question], **settings: object) -> tuple[Me
 
 
 def mixed_questions(folder: Path) -> list[Question]:
-    """One, two and no pictures, prompts of many lengths."""
+    """One, two and no images, prompts of many lengths."""
     questions = Pope().load(folder)
-    pictures = sorted(folder.glob("val2014/*"))
+    images = sorted(folder.glob("val2014/*"))
     more = [
-        Question(
-            id=f"pair {number}", prompt="Same? " * number, query="Same?", images=(pictures[0], pictures[number % 3])
-        )
+        Question(id=f"pair {number}", prompt="Same? " * number, query="Same?", images=(images[0], images[number % 3]))
         for number in range(5)
     ]
     alone = [Question(id=f"text {number}", prompt="Why? " * (1 + number), query="Why?") for number in range(4)]
@@ -92,7 +90,7 @@ def test_every_batch_size_gives_the_answers_of_one_at_a_time(
     assert faults == []
 
 
-def test_a_picture_is_encoded_once_however_many_questions_it_gets(
+def test_an_image_is_encoded_once_however_many_questions_it_gets(
     make_pope: Callable[..., Path], fake_parts: tuple
 ) -> None:
     questions = Pope().load(make_pope(7))
@@ -102,7 +100,7 @@ def test_a_picture_is_encoded_once_however_many_questions_it_gets(
         assert sum(fake_parts[0].encoded) == 7
 
 
-def test_without_a_reduction_a_picture_is_projected_once_for_all_its_questions_and_answers_stay(
+def test_without_a_reduction_an_image_is_projected_once_for_all_its_questions_and_answers_stay(
     make_pope: Callable[..., Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, model, processor, _ = load_pretrained_model(
@@ -145,14 +143,14 @@ def test_a_reduction_that_looks_at_attention_goes_through_the_feature_cache(
     assert together.done == alone.done and len(together.done) == len(questions)
 
 
-def test_the_cache_is_bounded_and_an_evicted_picture_is_encoded_again(
+def test_the_cache_is_bounded_and_an_evicted_image_is_encoded_again(
     make_pope: Callable[..., Path], fake_parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llava.eval.predict.choose_unit_size", lambda model: 2)
     folder = make_pope(4)
-    pictures = sorted(folder.glob("val2014/*"))
+    images = sorted(folder.glob("val2014/*"))
     questions = [
-        Question(id=number, prompt="?", query="?", images=(pictures[number % 4], pictures[number // 4 % 4]))
+        Question(id=number, prompt="?", query="?", images=(images[number % 4], images[number // 4 % 4]))
         for number in range(16)
     ]
     sink, _ = run(fake_parts, questions, batch_size=1, cached_images=1)
@@ -194,32 +192,32 @@ def test_decoding_is_greedy_unless_a_temperature_is_given(make_pope: Callable[..
     assert (model.arguments["temperature"], model.arguments["top_p"]) == (0.2, 0.9)
 
 
-def test_unreadable_pictures_are_reported_by_id_and_the_rest_goes_on(
+def test_unreadable_images_are_reported_by_id_and_the_rest_goes_on(
     make_pope: Callable[..., Path], fake_parts: tuple
 ) -> None:
     folder = make_pope(4)
-    pictures = sorted(folder.glob("val2014/*"))
-    pictures[0].write_bytes(b"no picture")
-    pictures[1].unlink()
-    pictures[2].write_bytes(pictures[3].read_bytes()[:300])
+    images = sorted(folder.glob("val2014/*"))
+    images[0].write_bytes(b"no image")
+    images[1].unlink()
+    images[2].write_bytes(images[3].read_bytes()[:300])
     questions = Pope().load(folder)
     sink, faults = run(fake_parts, questions, batch_size=4)
     assert len(sink.done) == 6
     assert len(faults) == 18
     reasons = {fault.question.images[0]: fault.reason for fault in faults}
-    assert "not an image" in reasons[pictures[0]]
-    assert str(pictures[1]) in reasons[pictures[1]]
-    assert "truncated" in reasons[pictures[2]]
+    assert "not an image" in reasons[images[0]]
+    assert str(images[1]) in reasons[images[1]]
+    assert "truncated" in reasons[images[2]]
 
 
-def test_a_picture_that_the_processor_refuses_costs_its_questions_only(
+def test_an_image_that_the_processor_refuses_costs_its_questions_only(
     make_pope: Callable[..., Path], fake_parts: tuple
 ) -> None:
     from PIL import Image
 
     folder = make_pope()
-    picture = sorted(folder.glob("val2014/*"))[1]
-    Image.new("RGB", (1, 1)).save(picture)
+    image = sorted(folder.glob("val2014/*"))[1]
+    Image.new("RGB", (1, 1)).save(image)
     sink, faults = run(fake_parts, Pope().load(folder), batch_size=8)
     assert len(sink.done) == 12
     assert {fault.reason for fault in faults} == {"impossible shape"}

@@ -140,7 +140,7 @@ KEY = ("question_id",)
 UNIQUE = (1, "question_id")
 """Every question has its own id."""
 REPEATED = (3, "question_id,prompt")
-"""Three questions share an id, as those on one picture do in TextVQA and MME; the prompt tells them apart."""
+"""Three questions share an id, as those on one image do in TextVQA and MME; the prompt tells them apart."""
 
 
 def start(

@@ -84,7 +84,7 @@ def test_a_mistake_is_one_line(flags: str, line: str, monkeypatch: pytest.Monkey
     "flags",
     [
         ["--learning_rate=2e-5", "--max-steps", "3", "--per_device_train_batch_size", "4"],
-        ["--mm_vision_select_layer", "-2", "--lora_dropout", ".1", "--seed=-1"],
+        ["--mm_vision_select_layer", "-2", "--lora_dropout", ".1", "--seed=0"],
         ["--bf16", "--tf32", "True", "--gradient_checkpointing", "False", "--no_dataloader_pin_memory"],
         ["--no_lazy_preprocess", "--skip_broken_records", "--double_quant", "no"],
         ["--report_to", "none", "--label_names", "a", "b", "--save_strategy", "no", "--eval_strategy", "no"],

@@ -114,18 +114,16 @@ class ChoiceRow:
 
     Attributes:
         name: names the row among all.
-        group: the question of which it is an order.
         question: what was asked, with its hint.
         options: text by letter, as shown.
         answer: letter of the right option, as shown.
         prediction: the model's answer, as the official scripts read it.
-        is_base: whether the other rows of its group are rotations of it.
+        is_base: whether the other rows of its question are rotations of it.
         key: of the answer (`row_key`).
         categories: the question's place in each system of categories, by the system's name.
     """
 
     name: str
-    group: int
     question: str
     options: Mapping[str, str]
     answer: str
@@ -163,8 +161,3 @@ def judge_group(
         if settle(row) != row.answer:
             return False, judged
     return True, judged
-
-
-def mean_percent(points: Sequence[float]) -> float:
-    """Return the mean of points in [0, 1] (or of true and false) as a percentage; 0 of none."""
-    return 100 * sum(points) / len(points) if points else 0.0

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from llava.eval.metrics.contractions import VIZWIZ_CONTRACTIONS
+from llava.eval.metrics.means import collect, mean_percent
 from llava.eval.metrics.vqa_text import flatten_lines, normalize_m4c, normalize_punctuation, normalize_vqa
 
 NUM_AGREEING = 3
@@ -87,17 +88,11 @@ def summarize_grades(
     Returns:
         `accuracy` (rounded) and `accuracy_unrounded`, both percent with `overall` and the titles.
     """
-    exact: dict[str, Any] = {"overall": average_percent(grades)}
+    exact: dict[str, Any] = {"overall": mean_percent(grades)}
     for title, groups in groupings.items():
-        members: dict[str, list[float]] = {}
-        for group, grade in zip(groups, grades, strict=True):
-            members.setdefault(group, []).append(grade)
-        exact[title] = {group: average_percent(part) for group, part in members.items()}
+        members = collect(zip(groups, grades, strict=True))
+        exact[title] = {group: mean_percent(part) for group, part in members.items()}
     return {"accuracy": _round_all(exact, rounded), "accuracy_unrounded": exact}
-
-
-def average_percent(grades: Sequence[float]) -> float:
-    return 100 * sum(grades) / len(grades)
 
 
 def average_precision(labels: Sequence[bool], scores: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,13 @@ def dry_run(repository: Path, script: str, *options: str, root: Path) -> str:
     (root / "model").mkdir()
     (root / "model" / "config.json").write_text("{}")
     command = ["bash", repository / "scripts/v1_5/eval" / script, "run-1", root / "model", *options]
-    environment = {"DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin", "LLAVA_EVAL_ROOT": str(root)}
+    environment = {
+        "DRY_RUN": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": sys.executable,
+        "LLAVA_EVAL_ROOT": str(root),
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 

@@ -267,7 +267,7 @@ def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
         (lambda data: data.pop("v1_7"), "mm-vet.json has no v1_7; it and llava-mm-vet.jsonl must come from the same"),
         (lambda data: data["v1_7"].pop("answer"), 'v1_7: "answer" must be a string'),
         (lambda data: data["v1_7"].update(capability="ocr"), 'v1_7: "capability" must be a list'),
-        (lambda data: data["v1_7"].update(capability=["ocr", 1]), 'v1_7: "capability" must be a list of names'),
+        (lambda data: data["v1_7"].update(capability=["ocr", 1]), 'v1_7: "capability" must be a list of strings'),
         (lambda data: data.update(v1_7=["ocr"]), 'v1_7: "question" must be a string'),
     ],
 )
@@ -332,7 +332,7 @@ def test_the_scripts_answer_and_let_the_named_judge_score(
     (tmp_path / "model").mkdir()
     command = ["bash", repository / "scripts" / "v1_5" / "eval" / f"{script}.sh", "run-1", "model"]
     command += ["--", "--judge-model", "gpt-4o", "--batch-size", "4"]
-    settings = {"DRY_RUN": "1", "PYTHON": "python", "LLAVA_EVAL_ROOT": "data", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"DRY_RUN": "1", "PYTHON": sys.executable, "LLAVA_EVAL_ROOT": "data", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=True
     )

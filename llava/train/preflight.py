@@ -1,0 +1,261 @@
+"""What a training set teaches, found out before any weight is loaded: broken images, cut and empty answers, lengths.
+
+Image headers and token counts of large sets are sampled, with a fixed seed, so that 665,000 records take seconds; while
+it trains, the trainer counts every sample.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from transformers import CLIPConfig, PreTrainedTokenizerBase
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import InputError
+from llava.image import EmbeddedImage
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX
+from llava.model.multimodal_encoder.loading import resolve_name
+from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+from llava.train.dataset import TextFormat
+from llava.train.flags import DataArguments, ModelArguments
+from llava.train.records import SHOWN_FAULTS, Record, locate_image, report_faults
+from llava.train.sources import StoredImage
+from llava.train.targets import build_targets, render
+
+SAMPLED_RECORDS = 2_000
+SAMPLED_IMAGES = 20_000
+SEED = 20240916
+QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+SHOWN_SAMPLES = 3
+SHOWN_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """How many positions an image takes in the sequence.
+
+    Attributes:
+        per_view: of one view; the least possible where the reduction decides by the image.
+        is_exact: whether every image takes as many.
+        canvases: of "anyres", else None: an image is one view.
+        side: of a view, in pixels.
+    """
+
+    per_view: int
+    is_exact: bool
+    canvases: str | list | None = None
+    side: int = 0
+
+    def count(self, size: tuple[int, int] | None) -> int:
+        """Count for an image of (width, height); None: not known, one view."""
+        if self.canvases is None or size is None:
+            return self.per_view
+        columns, rows = get_anyres_image_grid_shape(size, self.canvases, self.side)
+        return self.per_view * (columns * rows + 1)
+
+
+@dataclass
+class Findings:
+    """What was found.
+
+    Attributes:
+        num_records: in the training set.
+        num_sampled: of these, records whose tokens were counted.
+        num_images: in all records.
+        num_learnable: sampled records with a token to learn.
+        lengths: of the sampled records, in positions.
+        nothing: names of records without a token to learn.
+        cut: names of records with an answer that is cut by `--model_max_length`, and something left to learn.
+        empty: names of records with an empty answer.
+        examples: decoded labels of a few records.
+    """
+
+    num_records: int
+    num_images: int
+    num_sampled: int = 0
+    lengths: list[int] = field(default_factory=list)
+    nothing: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def num_learnable(self) -> int:
+        return self.num_sampled - len(self.nothing)
+
+    def describe(self, limit: int, tokens: ImageTokens | None) -> str:
+        """Describe it for people, in a few lines."""
+        ordered = sorted(self.lengths)
+        quantiles = ", ".join(f"{share:.0%} {ordered[round(share * (len(ordered) - 1))]}" for share in QUANTILES)
+        sampled = f"{self.num_sampled} of {self.num_records}" if self.num_sampled < self.num_records else "all"
+        at_least = "" if tokens is None or tokens.is_exact else ", at least (the reduction decides by the image)"
+        lines = [
+            f"preflight: {self.num_records} records, {self.num_images} images; tokens counted in {sampled}",
+            f"  positions of --model_max_length {limit}: {quantiles}{at_least}",
+            f"  no token to learn: {_name(self.nothing)}",
+            f"  answers cut by --model_max_length: {_name(self.cut)}",
+            f"  empty answers: {_name(self.empty)}",
+            *(f"  learns: {example}" for example in self.examples),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _name(names: Sequence[str]) -> str:
+    shown = "; ".join(names[:SHOWN_FAULTS]) + ("; ..." if len(names) > SHOWN_FAULTS else "")
+    return f"{len(names)} records" + (f": {shown}" if names else "")
+
+
+def sample(items: Sequence, limit: int) -> list:
+    """Draw items with a fixed seed, in order; all of them if there are no more than `limit`."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[index] for index in sorted(random.Random(SEED).sample(range(len(items)), limit))]
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+def find_broken_images(records: Sequence[Record], folder: str | Path | None) -> dict[str, str]:
+    """Read the headers of images, each once; of more than `SAMPLED_IMAGES` records a sample.
+
+    Returns:
+        The fault of each record whose image is no image, by the record's name.
+    """
+    known: dict[str, str | None] = {}
+    faults = {}
+    for record in sample(records, SAMPLED_IMAGES):
+        for name in record.images:
+            image = locate_image(name, folder)
+            key = f"{image} {id(image)}" if isinstance(image, StoredImage) else image
+            if key not in known:
+                known[key] = find_header_fault(image)
+            if known[key]:
+                faults.setdefault(record.name, f"{record.name}: image {image}: {known[key]}")
+    return faults
+
+
+def find_header_fault(image: str | StoredImage) -> str | None:
+    """Read an image's header; None if it is one, or has to be downloaded."""
+    try:
+        _read_size(image)
+    except UnidentifiedImageError:
+        return "not an image in a known format, or empty"
+    except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None
+
+
+def _read_size(image: str | StoredImage) -> tuple[int, int] | None:
+    """Return (width, height) from an image's header; None for a URL."""
+    if isinstance(image, StoredImage):
+        return _size_of(image.read())
+    if "://" in image:
+        return None
+    with Image.open(image) as header:
+        return header.size
+
+
+def _size_of(image: EmbeddedImage) -> tuple[int, int]:
+    with Image.open(BytesIO(image.content)) as header:
+        return header.size
+
+
+# ----------------------------------------------------------------------------------------------------------- tokens
+def count_image_tokens(model_args: ModelArguments, data_args: DataArguments) -> ImageTokens | None:
+    """Find out how many positions an image takes, from the configs alone; None if the tower is not a CLIP folder."""
+    name = model_args.vision_tower
+    if name is None or name.startswith(OPEN_CLIP_PREFIX):
+        return None
+    try:
+        vision = CLIPConfig.from_pretrained(resolve_name(name, model_args.model_name_or_path)).vision_config
+    except (OSError, ValueError):
+        return None  # loading the tower says why
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+    reducer = parse_reducer(getattr(model_args, CONFIG_KEY))
+    canvases = data_args.image_grid_pinpoints if data_args.image_aspect_ratio == "anyres" else None
+    if reducer is None:
+        return ImageTokens(num_patches, True, canvases, vision.image_size)
+    if reducer.budget.is_automatic:
+        return ImageTokens(1, False, canvases, vision.image_size)
+    return ImageTokens(reducer.budget.count(num_patches), False, canvases, vision.image_size)
+
+
+def inspect_records(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    text_format: TextFormat,
+    limit: int,
+    tokens: ImageTokens | None,
+    folder: str | Path | None,
+    skip_broken: bool = False,
+) -> Findings:
+    """Count what is left to learn when sequences are cut at `limit` positions.
+
+    Args:
+        records: the training set.
+        tokenizer: the language model's.
+        text_format: template and placeholder.
+        limit: `--model_max_length`.
+        tokens: of an image; None: an image counts as one position.
+        folder: the image folder, to read the sizes of images of several crops.
+        skip_broken: go on with texts that the tokenizer cannot take, which training replaces.
+
+    Raises:
+        InputError: no sampled record has a token to learn, or the tokenizer cannot take a text.
+    """
+    findings, faults = Findings(len(records), sum(len(record.images) for record in records)), []
+    for record in sample(records, SAMPLED_RECORDS):
+        try:
+            targets = build_targets(render(record.turns, text_format.template, text_format.placeholder), tokenizer)
+        except InputError as error:
+            faults.append(f"{record.name}: {error}")
+            continue
+        sizes = [_count_positions(image, tokens, folder) for image in record.images]
+        learned, length = _cut(targets.input_ids, targets.labels, sizes, limit)
+        total = sum(label != IGNORE_INDEX for label in targets.labels)
+        findings.num_sampled += 1
+        findings.lengths.append(length)
+        if not learned:
+            findings.nothing.append(record.name)
+        elif len(learned) < total:
+            findings.cut.append(record.name)
+        if any(not answer.strip() for answer in record.turns[1::2]):
+            findings.empty.append(record.name)
+        if learned and len(findings.examples) < SHOWN_SAMPLES:
+            text = tokenizer.decode(learned)
+            findings.examples.append(f"{record.name}: {text[:SHOWN_CHARACTERS]!r}")
+    report_faults(faults, "texts", skip_broken)
+    if not findings.num_learnable:
+        raise InputError(
+            f"none of {findings.num_sampled} records has a token to learn within --model_max_length {limit} "
+            f"(they take {min(findings.lengths)} to {max(findings.lengths)} positions): raise it, or shorten them"
+        )
+    return findings
+
+
+def _count_positions(image: str | StoredImage, tokens: ImageTokens | None, folder: str | Path | None) -> int:
+    if tokens is None:
+        return 1
+    if tokens.canvases is None:
+        return tokens.count(None)
+    try:
+        return tokens.count(_read_size(locate_image(image, folder)))
+    except (InputError, OSError, ValueError, SyntaxError):
+        return tokens.count(None)
+
+
+def _cut(ids: Sequence[int], labels: Sequence[int], sizes: Iterable[int], limit: int) -> tuple[list[int], int]:
+    """Cut a sample as the collator and the model do.
+
+    Returns:
+        The labels that are left, and the length before cutting, in positions.
+    """
+    learned, position, waiting = [], 0, iter(sizes)
+    for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        position += next(waiting, 1) if token == IMAGE_TOKEN_INDEX else 1
+        # The first token of a sequence is never predicted.
+        if label != IGNORE_INDEX and 0 < index < limit and position <= limit:
+            learned.append(label)
+    return learned, position
