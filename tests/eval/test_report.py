@@ -163,6 +163,7 @@ def test_the_terminals_table_of_the_demo_fits_its_width() -> None:
 
 
 def test_the_plot_grows_with_the_number_of_bars(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     write_plot(tmp_path / "deep" / "small.png", make_report(two_models()))
     runs = [(name, result(task, 50.0)) for name in ("a", "b", "c", "d_$x$") for task in LABELS]
     write_plot(tmp_path / "large.png", make_report(runs))
@@ -192,6 +193,7 @@ def test_the_plot_shows_scores_where_there_is_nothing_to_compare() -> None:
 
 @pytest.mark.parametrize("headlines", [(0.0, 0.0), (-1.0, 5.0), (1400.0, 60.0)])
 def test_any_scores_can_be_drawn(tmp_path: Path, headlines: tuple[float, float]) -> None:
+    pytest.importorskip("matplotlib")
     runs = [("a", result("mme", headlines[0])), ("b", result("pope", headlines[1], None))]
     for number, chosen in enumerate((runs, runs[:1])):
         for overview in (True, False):
@@ -201,6 +203,7 @@ def test_any_scores_can_be_drawn(tmp_path: Path, headlines: tuple[float, float])
 
 
 def test_the_command_writes_every_form(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     arguments = []
     for number, (name, record) in enumerate(two_models()):
         file = tmp_path / f"{number}.json"
