@@ -5,19 +5,20 @@
 #   bash eval_all_benchmarks.sh 'plain=DIR --reduce none' 'trim=DIR --reduce TRIM:-1' -- --batch-size 16
 #
 # A model is NAME=PATH[@BASE][ OPTIONS]: PATH a checkpoint folder or a hub id, BASE the base model of a LoRA or
-# projector-only checkpoint, OPTIONS (from the first blank that two dashes follow) for this model alone. Without NAME
-# the last part of PATH names it. What stands after -- goes to every script, see `bash scripts/v1_5/eval/pope.sh --help`.
+# projector-only checkpoint, OPTIONS (from the first space before two dashes) for this model alone. Without NAME
+# the last part of PATH names it. What comes after -- goes to every script, see `bash scripts/v1_5/eval/pope.sh --help`.
 # The first model is the one that the others are compared with.
 #
-# Environment (besides that of scripts/lib/common.sh and scripts/lib/eval.sh):
+# Environment (besides that of scripts/lib/common.sh and of `bash scripts/v1_5/eval/pope.sh --help`):
 #   BENCHMARKS="gqa pope"  only these (default: all twelve)
 #   RESULTS=DIR            where everything goes (default: results/eval):
-#                            NAME.txt               a line `benchmark<TAB>value` for each score, appended
+#                            NAME.txt               a line `benchmark<TAB>value` for each score
 #                            NAME/BENCHMARK.json    every number of a score
 #                            table.md .tex .png .json   the table
 #   DRY_RUN=1              print the commands instead of running them
 #
-# A benchmark that fails does not stop the others; the failed ones are named at the end, and the exit code is 1.
+# A benchmark that fails does not stop the others; the failed ones are named at the end, and the exit code is 1. Ctrl-C
+# and SIGTERM end everything within seconds; the same command goes on from there.
 
 MODELS=(
     "llava-v1.5-7b=liuhaotian/llava-v1.5-7b --reduce none"
@@ -38,7 +39,8 @@ read_models() {
         given+=("$1")
         shift
     done
-    EXTRA=("${@:2}")
+    (($# == 0)) || shift
+    EXTRA=(${1+"$@"})
     ((${#given[@]} > 0)) || given=("${MODELS[@]}")
     NAMES=() PATHS=() BASES=() OPTIONS=()
     for entry in "${given[@]}"; do
@@ -79,13 +81,14 @@ check_benchmarks() {
     [[ -n ${BENCHMARKS// /} ]] || die "BENCHMARKS names no benchmark; known: $ALL_BENCHMARKS"
 }
 
-# Run the script of a benchmark for the model of an index.
+# Run the script of a benchmark for the model of an index; in a subshell, whose place it takes.
 run_benchmark() {
     local benchmark=$1 index=$2 own=()
     read -ra own <<<"${OPTIONS[index]}"
-    # From where the user stands, so that relative paths among the options mean what they say.
-    (cd "$CALLER_DIR" && exec bash "$REPO_ROOT/scripts/v1_5/eval/$benchmark.sh" "${NAMES[index]}" "${PATHS[index]}" \
-        "$RESULTS/${NAMES[index]}.txt" "${BASES[index]}" -- ${own[@]+"${own[@]}"} ${EXTRA[@]+"${EXTRA[@]}"})
+    # From the user's folder, so that relative paths among the options mean what they say.
+    cd "$CALLER_DIR"
+    exec bash "$REPO_ROOT/scripts/v1_5/eval/$benchmark.sh" "${NAMES[index]}" "${PATHS[index]}" \
+        "$RESULTS/${NAMES[index]}.txt" "${BASES[index]}" -- ${own[@]+"${own[@]}"} ${EXTRA[@]+"${EXTRA[@]}"}
 }
 
 # Leave, before any model is loaded, if an argument is wrong or no benchmark has its data; name those without.
@@ -95,10 +98,24 @@ check_data() {
         if problem=$(LLAVA_EVAL_CHECK=1 run_benchmark "$benchmark" 0 2>&1 >/dev/null); then
             found=1
         else
-            note "$benchmark: ${problem##*$'\n'}"
+            problem=$(tail -n 1 <<<"$problem")
+            [[ $problem != "error: Python at "* ]] || die "${problem#error: }" # no benchmark's fault
+            note "$benchmark: $problem"
         fi
     done
     ((found == 1)) || die "nothing to do: see above"
+}
+
+# End the benchmark under way, then this script.
+stop() { # NUMBER NAME
+    local children
+    trap '' INT TERM HUP
+    children=$(jobs -p)
+    # shellcheck disable=SC2086
+    [[ -z $children ]] || kill -TERM $children 2>/dev/null || true
+    wait
+    note "error: stopped by SIG$2; the same command goes on where it stopped"
+    exit $((128 + $1))
 }
 
 # Run every benchmark for every model; set FILES (NAME=JSON of each score), FAILED and UNSCORED (server only).
@@ -111,7 +128,9 @@ run_all() {
             note "== ${NAMES[index]}: $benchmark"
             # A number of an earlier run must not pass for this one's.
             run rm -f "$json"
-            if ! LLAVA_EVAL_JSON=$json run_benchmark "$benchmark" "$index"; then
+            # In the background: only while it waits does the shell heed a signal at once.
+            LLAVA_EVAL_JSON=$json run_benchmark "$benchmark" "$index" &
+            if ! wait $!; then
                 FAILED+=("$benchmark of ${NAMES[index]}")
             elif [[ ! -e $json && ${DRY_RUN:-0} != 1 ]]; then
                 UNSCORED+=("$benchmark of ${NAMES[index]}")
@@ -132,7 +151,9 @@ report_all() {
     run "${command[@]}"
 }
 
-trap 'exit 130' INT TERM
+trap 'stop 1 HUP' HUP
+trap 'stop 2 INT' INT
+trap 'stop 15 TERM' TERM
 read_models "$@"
 BENCHMARKS=${BENCHMARKS:-$ALL_BENCHMARKS}
 RESULTS=$(absolute_path "${RESULTS:-results/eval}")

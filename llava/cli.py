@@ -1,119 +1,333 @@
-"""What the command-line faces share: their common options, and loading the model and the pictures they name."""
+"""The command line that all commands share: types of values, options of the model and of images, loading both.
+
+A command parses and checks its arguments before anything heavy is imported: this module loads neither torch nor
+transformers until a model or an image is asked for.
+"""
 
 import argparse
 import logging
+import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
 
-import transformers
-from PIL import Image
+from llava.conversation import conversation_name_for, get_model_name_from_path
+from llava.errors import InputError
+from llava.protocols import ImageProcessor, Tokenizer, VisionLanguageModel
 
-from llava.conversation import conversation_name_for
-from llava.image import load_image
-from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
+if TYPE_CHECKING:
+    from PIL import Image
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+GRACE_SECONDS = 2.0
+"""How long a command that was told to end may clean up."""
+PARENT_VARIABLE = "LLAVA_PARENT_PIPE"
+"""Number of a file descriptor that is closed when the command that started this one is gone, however it ended."""
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which model runs, and how."""
-    parser.add_argument("--model-path", required=True, metavar="CKPT", help="checkpoint folder or hub name")
-    parser.add_argument(
-        "--model-base", default=None, metavar="CKPT", help="base model of a LoRA or projector checkpoint"
+# ------------------------------------------------------------------------------------------------------ types of values
+def user_path(text: str) -> Path:
+    """Parse a path; a leading `~` is the home folder."""
+    return Path(text).expanduser()
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    return _parse_number(text, 1)
+
+
+def positive_or_auto(text: str) -> int | None:
+    """Parse a whole number above 0, or `auto`: None."""
+    return None if text == "auto" else positive(text)
+
+
+def natural(text: str) -> int:
+    """Parse a whole number from 0 on."""
+    return _parse_number(text, 0)
+
+
+def _parse_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"a whole number from {least} on is needed, not {text!r}")
+    return int(text)
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+def add_model_options(
+    parser: argparse.ArgumentParser, model_help: str = "checkpoint folder or hub id", base: bool = True
+) -> None:
+    """Add the options that select a model and how it runs; `ModelSpec.from_options` reads them.
+
+    Args:
+        parser: gets the options.
+        model_help: help text of `--model-path`.
+        base: whether a checkpoint may be the part of a model that needs `--model-base`.
+    """
+    add = parser.add_argument
+    add("--model-path", required=True, metavar="CKPT", help=model_help)
+    if base:
+        add("--model-base", metavar="CKPT", help="base model of a LoRA or projector-only checkpoint")
+    add(
+        "--reduce", metavar="SPEC", help='token reduction, e.g. "TRIM:-1", "TRIM:0.25" or "none" (default: config.json)'
     )
-    parser.add_argument(
-        "--reduce",
-        default=None,
-        metavar="SPEC",
-        help='token reduction, such as "TRIM:-1", "TRIM:0.25" or "none"; default: what the checkpoint says',
-    )
-    parser.add_argument(
-        "--device", default=None, help="cpu, or an accelerator; default: the accelerator if there is one"
-    )
-    parser.add_argument("--dtype", default=None, metavar="NAME", help="float32, float16 or bfloat16")
-    parser.add_argument(
-        "--tower-dtype", default=None, metavar="NAME", help="of the vision and text towers; default: float32"
-    )
-    parser.add_argument(
+    add("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator if there is one)")
+    add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: float16; on a CPU float32)")
+    add("--tower-dtype", metavar="NAME", help="of the vision and text towers (default: float32, as in LLaVA)")
+    add(
         "--attn-implementation",
-        default=None,
         metavar="NAME",
-        help="attention of the language model: sdpa, eager, flash_attention_2, ...; default: transformers' choice",
+        help="attention of the language model: sdpa, eager, flash_attention_2, ... (default: transformers' choice)",
+    )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, *, conv_mode: str | None, temperature: float) -> None:
+    """Add the options of the prompt and of the search.
+
+    Args:
+        parser: gets the options.
+        conv_mode: default template; None: the one that fits the checkpoint's name (`choose_template`).
+        temperature: default.
+    """
+    default = conv_mode or "from the checkpoint's name"
+    parser.add_argument(
+        "--conv-mode", default=conv_mode, metavar="NAME", help=f"conversation template (default: {default})"
+    )
+    draw = "" if temperature == 0 else "; tokens are drawn, in each run others"
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature}{draw})"
+    )
+
+
+def add_seed_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that makes a draw repeatable."""
+    parser.add_argument(
+        "--seed", type=natural, help="draw the same tokens in each run, to compare settings (default: no seed)"
     )
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which pictures are looked at."""
+    """Add the options that name images; `load_images` reads them."""
     parser.add_argument(
         "--image-file",
         action="append",
         required=True,
         metavar="FILE",
-        help="picture file or http(s) address; several: repeat the option, or join them by --sep",
+        help="image file or http(s) address; several: repeat the option, or join them by --sep",
     )
-    parser.add_argument("--sep", default=",", help="what joins several pictures in one --image-file")
+    parser.add_argument("--sep", default=",", help="what joins several images in one --image-file (default: a comma)")
 
 
-def list_image_sources(image_files: str | list[str], sep: str) -> list[str]:
-    """List the single pictures named by one or several option values.
+def choose_template(args: object, config: object = None) -> str:
+    """Return the conversation template: the option's, else what training stored, else by the checkpoint's name.
 
-    A value that is itself the name of a file is not taken apart.
+    Where no option names it, a line on stderr does; answers on stdout stay as they are.
+
+    Args:
+        args: with `model_path` and possibly `conv_mode`.
+        config: of the loaded model; training stores `conv_mode` in it.
+    """
+    given, stored = getattr(args, "conv_mode", None), getattr(config, "conv_mode", None)
+    if given:
+        return given
+    name = get_model_name_from_path(args.model_path)
+    template, source = (
+        (stored, "from config.json") if stored else (conversation_name_for(name), f'by the name "{name}"')
+    )
+    sys.stderr.write(f"conversation template {template}, {source} (--conv-mode names another)\n")
+    return template
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+class LoadedModel(NamedTuple):
+    """A model with what turns text and images into its input."""
+
+    tokenizer: Tokenizer
+    model: VisionLanguageModel
+    image_processor: ImageProcessor
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model and how it is loaded.
+
+    Attributes:
+        path: checkpoint folder or hub id.
+        base: base model of a LoRA or projector-only checkpoint.
+        reduce: token reduction; None: what the checkpoint's config.json says, "none": none.
+        device: None: the accelerator if there is one, else the CPU.
+        dtype: "float16", "bfloat16", "float32"; None: float16 on an accelerator, float32 on the CPU.
+        tower_dtype: of the vision and text towers; None: float32.
+        attn_implementation: of the language model; None: transformers' choice.
+        load_8bit: quantise the language model to 8 bit.
+        load_4bit: quantise it to 4 bit.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+
+    path: str
+    base: str | None = None
+    reduce: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    tower_dtype: str | None = None
+    attn_implementation: str | None = None
+    load_8bit: bool = False
+    load_4bit: bool = False
+
+    def __post_init__(self) -> None:
+        for option, name in (("--dtype", self.dtype), ("--tower-dtype", self.tower_dtype)):
+            if name not in (None, *DTYPES):
+                raise InputError(f"{option} {name}: expected {', '.join(DTYPES)}")
+
+    @classmethod
+    def from_options(cls, args: object) -> "ModelSpec":
+        """Make the spec of `add_model_options`; in any object but `model_path` every attribute may be missing."""
+        names = [name for name in cls.__dataclass_fields__ if name not in ("path", "base")]
+        given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        path = str(user_path(args.model_path))
+        return cls(path=path, base=getattr(args, "model_base", None), **given)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name, as in the column `model_id` of an answers file."""
+        return get_model_name_from_path(self.path)
+
+    def load(self, quiet: bool = False) -> LoadedModel:
+        """Load the model; torch and transformers are imported only now.
+
+        Args:
+            quiet: keep the libraries' progress bars and messages off the terminal.
+
+        Raises:
+            InputError: the checkpoint or an option is not usable.
+        """
+        import transformers
+
+        from llava.model.builder import load_pretrained_model
+
+        if quiet:
+            transformers.utils.logging.disable_progress_bar()
+            # A hub that cannot be reached ends in one line of ours; each retry would add its own.
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        loaded = load_pretrained_model(
+            self.path,
+            self.base,
+            self.name,
+            load_8bit=self.load_8bit,
+            load_4bit=self.load_4bit,
+            device=self.device,
+            reduce=self.reduce,
+            dtype=self.dtype,
+            tower_dtype=self.tower_dtype,
+            attn_implementation=self.attn_implementation,
+        )
+        return LoadedModel(*loaded[:3])
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+def list_image_sources(image_files: str | Sequence[str], sep: str) -> list[str]:
+    """List the single images named by one or several option values.
+
+    A value that is itself the name of a file is not split.
     """
     values = [image_files] if isinstance(image_files, str) else image_files
-    sources = []
+    sources: list[str] = []
     for value in values:
-        sources += [value] if not sep or Path(value).is_file() else value.split(sep)
+        sources += [value] if not sep or os.path.isfile(value) else value.split(sep)
     return sources
 
 
-def load_images(image_files: str | list[str], sep: str = ",") -> list[Image.Image]:
-    """Read the pictures of a face, turned upright.
+def load_images(image_files: str | Sequence[str], sep: str = ",") -> "list[Image.Image]":
+    """Read the images of `add_image_options`, turned upright.
 
     Raises:
-        InputError: one of them can't be read.
+        InputError: one of them cannot be read.
     """
+    from llava.image import load_image
+
     return [load_image(source, upright=True) for source in list_image_sources(image_files, sep)]
 
 
-def load_model(args: Any) -> tuple[Any, Any, Any]:
-    """Load what the options name.
+# ------------------------------------------------------------------------------------------------------------- stopping
+class Stopped(SystemExit):
+    """A signal other than SIGINT, which is a `KeyboardInterrupt`, told this process to end."""
+
+
+@contextmanager
+def ending_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
+    """Make SIGINT, SIGTERM and SIGHUP end this process within seconds, with the exit code 128 + number.
+
+    For commands whose files are complete at every moment. The main thread gets a `KeyboardInterrupt` or `Stopped` where
+    it is. If it does not come to that, because it waits inside a library (a model that is loaded, a thread that reads a
+    slow address), a second thread ends the process. Signals that are ignored, as `nohup` and the shell's `&` have it,
+    stay ignored. When the command that started this one as its worker is gone (`PARENT_VARIABLE`), that counts as
+    SIGTERM.
 
     Args:
-        args: has `model_path`; may have `model_base`, `reduce`, `device`, `dtype`, `tower_dtype`,
-            `attn_implementation`, `load_8bit`, `load_4bit`.
-
-    Returns:
-        (tokenizer, model, image processor).
-
-    Raises:
-        InputError: the checkpoint or an option is not usable.
+        grace_seconds: how long cleaning up may take.
     """
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        getattr(args, "model_base", None),
-        get_model_name_from_path(args.model_path),
-        load_8bit=getattr(args, "load_8bit", False),
-        load_4bit=getattr(args, "load_4bit", False),
-        device=getattr(args, "device", None),
-        reduce=getattr(args, "reduce", None),
-        dtype=getattr(args, "dtype", None),
-        tower_dtype=getattr(args, "tower_dtype", None),
-        attn_implementation=getattr(args, "attn_implementation", None),
-    )
-    return tokenizer, model, image_processor
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread() or _stop in map(signal.getsignal, wanted):
+        yield  # not ours to set, or set already
+        return
+    before = {number: signal.signal(number, _stop) for number in wanted}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    # Python writes the number of each signal there at once, also while the main thread is inside a library.
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_end_after_signal, args=(reading, wanted, grace_seconds), daemon=True).start()
+    parent = os.environ.pop(PARENT_VARIABLE, "")
+    if parent.isdecimal():
+        threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
+    try:
+        yield
+    except Stopped as end:
+        sys.stderr.write(f"{_describe_stop(end.code - 128)}\n")
+        raise
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writing)
 
 
-def choose_template(args: Any) -> str:
-    """Return the conversation template the options name, or the one that fits the checkpoint's name."""
-    given = getattr(args, "conv_mode", None)
-    return given or conversation_name_for(get_model_name_from_path(args.model_path))
+def _stop(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Stopped(128 + number)
 
 
-def prepare_terminal() -> None:
-    """Make text of any encoding readable and printable, and keep the libraries' own messages off the dialogue."""
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    transformers.utils.logging.disable_progress_bar()
-    # A hub that can't be reached ends in one line of ours; each retry would add its own.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+def _describe_stop(number: int) -> str:
+    return "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+
+
+def _end_after_signal(reading: int, numbers: Sequence[int], grace_seconds: float) -> None:
+    """Wait for a signal, then end the process, unless it ends itself before."""
+    while received := os.read(reading, 1):
+        if received[0] in numbers:
+            time.sleep(grace_seconds)
+            # Not through `sys.stderr`, which the main thread may hold.
+            with suppress(OSError):
+                os.write(2, f"\n{_describe_stop(received[0])}\n".encode())
+            os._exit(128 + received[0])
+    os.close(reading)
+
+
+def _end_with_parent(descriptor: int) -> None:
+    """Wait until the starting process is gone, which closes its end of the pipe."""
+    try:
+        while os.read(descriptor, 1):
+            pass
+    except OSError:
+        return  # no such descriptor: somebody else set the variable
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -8,6 +8,7 @@ no tokenizer.
 import base64
 import dataclasses
 import html
+import re
 from collections.abc import Callable
 from enum import Enum, auto
 from io import BytesIO
@@ -310,22 +311,42 @@ conv_templates: dict[str, Conversation] = {
 }
 default_conversation = _VICUNA_V1
 
-# The first match decides, as in LLaVA's commands for LLaVA's checkpoints.
+# Words of a checkpoint's name; the first match decides, as in LLaVA's commands for LLaVA's checkpoints.
 _NAME_HINTS = (
-    ("llama-2", "llava_llama_2"),
-    ("mistral", "mistral_instruct"),
-    ("v1.6-34b", "chatml_direct"),
-    ("v1", "llava_v1"),
-    ("mpt", "mpt"),
-    ("v0", "llava_v0"),
+    (("llama", "2"), "llava_llama_2"),
+    (("mistral",), "mistral_instruct"),
+    (("v1.6", "34b"), "chatml_direct"),
+    (("v1",), "llava_v1"),
+    (("mpt",), "mpt"),
+    (("v0",), "llava_v0"),
 )
 
 
 def conversation_name_for(model_name: str) -> str:
-    """Choose the template for a checkpoint from its name.
+    """Choose the template for a checkpoint from the words of its name.
 
-    A name without any hint gets `vicuna_v1`, the template of this repository's recipes (parity: LLaVA's commands fall
-    back to the older `llava_v0`).
+    A word ends at anything but a letter, a digit or a point: `attempt3` is not `mpt`. A version matches its later
+    ones (`v1` matches `v1.5`); `v0` is LLaVA's first model, not any version below 1 (`v0.2`). A name without any hint
+    gets `vicuna_v1`, the template of this repository's recipes (parity: LLaVA's commands fall back to the older
+    `llava_v0`).
     """
-    lowered = model_name.lower()
-    return next((template for hint, template in _NAME_HINTS if hint in lowered), "vicuna_v1")
+    words = re.findall(r"[a-z0-9.]+", model_name.lower())
+    return next((template for hint, template in _NAME_HINTS if _follow_each_other(hint, words)), "vicuna_v1")
+
+
+def _follow_each_other(hint: tuple[str, ...], words: list[str]) -> bool:
+    runs = (words[start : start + len(hint)] for start in range(len(words)))
+    return any(len(run) == len(hint) and all(map(_matches, hint, run)) for run in runs)
+
+
+def _matches(hint: str, word: str) -> bool:
+    is_later_version = hint == "v1" and re.fullmatch(r"v1(\.\d+)*", word) is not None
+    return word == hint or is_later_version
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Name a checkpoint after its folder; `run/checkpoint-500` becomes `run_checkpoint-500`."""
+    parts = model_path.strip("/").split("/")
+    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1]

@@ -1,40 +1,176 @@
 """A user's mistake, told in one line.
 
-Every check of user input (config strings, folders, images, question files) raises `InputError`; every command-line
-face runs its `main` through `run_command`, which prints that line instead of a traceback. Programming errors are
-not caught here: they keep their traceback.
+Every check of user input (config strings, folders, images, question files) raises `InputError`. Every command runs its
+`main` through `run_command`, which prints that line instead of a traceback, and does the same for what happens to any
+program: signals, a closed or full output, too little memory. Programming errors keep their traceback.
 """
 
+import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+# Packages that single parts of llava need, each with its name for pip.
+PACKAGES = {
+    "accelerate": "accelerate",
+    "bitsandbytes": "bitsandbytes",
+    "datasets": "datasets",
+    "deepspeed": "deepspeed",
+    "matplotlib": "matplotlib",
+    "open_clip": "open_clip_torch",
+    "openai": "openai",
+    "openpyxl": "openpyxl",
+    "pandas": "pandas",
+    "peft": "peft",
+}
 
 
 class InputError(ValueError):
     """Wrong input: the message is one line that says what is wrong, where, and what would be right."""
 
 
+class TerminatedError(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM; whatever cleans up after Ctrl-C cleans up after this."""
+
+
+def one_line(text: str) -> str:
+    """Make text from anywhere fit for one line of a terminal.
+
+    White space becomes single spaces; control characters, which may be terminal commands of a server, and what cannot
+    be encoded are shown as escapes such as `\\x1b`.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in " ".join(text.split())
+    )
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command-line `main`; on a user's mistake print one line and leave with exit code 2.
+
+    Meanwhile standard input and output replace what their encoding lacks, and a stream that the caller has closed
+    (`>&-`) is the null device.
 
     Args:
         main: the command, without arguments (it reads `sys.argv` itself).
 
     Raises:
-        SystemExit: with code 2 after an `InputError`, 130 after Ctrl-C, 141 where whoever read the output has left
-            (`... | head -1`), as the shell has it.
+        SystemExit: with code 2 after an `InputError`, an error of the system, too little memory, or when one of
+            `PACKAGES` is not installed; 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of the output has
+            left (`... | head -1`), as the shell has it.
     """
+    _prepare_streams()
     try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more on leaving; what is still to be written goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except InputError as error:
-        line = " ".join(str(error).split())
-        sys.stderr.write(f"error: {line}\n")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(130) from None
+        with _raising_on_sigterm():
+            try:
+                main()
+            except SystemExit:  # argparse's --help
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        ending = _explain(error)
+        if ending is None:
+            raise
+        code, line = ending
+    else:
+        return
+    _finish_streams(f"{line}\n" if line else "")
+    raise SystemExit(code)
+
+
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the line for an error, None for one that is not the user's or the system's."""
+    if isinstance(error, InputError):
+        return 2, f"error: {one_line(str(error))}"
+    if isinstance(error, ModuleNotFoundError):
+        package = PACKAGES.get((error.name or "").partition(".")[0])
+        missing = f"error: this needs the package {package}, which is not installed: pip install {package}"
+        return (2, missing) if package else None
+    if isinstance(error, TerminatedError):
+        return 143, "terminated"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return 141, ""
+    if isinstance(error, OSError):
+        return 2, f"error: {one_line(_describe_system_error(error))}"
+    if _is_out_of_memory(error):
+        details = f" ({one_line(str(error))})" if str(error) else ""
+        return 2, f"error: out of memory{details}; use smaller inputs, smaller batches or a smaller model"
+    if isinstance(error, RecursionError):
+        return 2, "error: an input is nested too deeply; look for brackets inside brackets in the files it reads"
+    return None
+
+
+def _describe_system_error(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {reason}"
+    if error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO, errno.EFBIG):
+        return f"cannot write the output: {reason}"
+    return reason
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's allocator of an accelerator, or its allocator of the host has run out of memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _prepare_streams() -> None:
+    # A descriptor that is free would be given to the next file that is opened, and printed text would land there.
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # Python found it closed
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """Raise `TerminatedError` on the first SIGTERM; a second one ends the process at once."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a worker that was forked off
+            os.kill(os.getpid(), number)
+        raise TerminatedError
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _finish_streams(line: str) -> None:
+    """Write the last line, and what is left of the output, as far as anybody takes it."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            # Python flushes once more on leaving; what is still to be written goes nowhere.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -21,19 +21,23 @@ class FileError(InputError):
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
-def read_bytes(path: Path, hint: str = "") -> bytes:
+def read_bytes(path: Path, hint: str = "", limit: int | None = None) -> bytes:
     """Read a regular file.
 
     Args:
         path: the file; links are followed.
         hint: ends the message if there is no such file, for example with the command that makes it.
+        limit: largest size in bytes.
 
     Raises:
-        FileError: missing, not a regular file, or not readable.
+        FileError: missing, not a regular file, not readable, or larger than the limit or the memory.
     """
     with explain_errors("read", path, hint):
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):
             raise FileError(f"{path} is {_kind(path)}, not a regular file")
+        if limit is not None and state.st_size > limit:
+            raise FileError(f"{path} is larger than {limit / 2**30:g} GiB")
         return Path(path).read_bytes()
 
 
@@ -126,6 +130,19 @@ def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
+def find_target(path: Path) -> Path:
+    """Return the file that writing to a path means: the path itself, or what it links to.
+
+    Raises:
+        FileError: it is a folder, a device or the like.
+        OSError: it cannot be looked at; see `explain_errors`.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if target.exists() and not target.is_file():
+        raise FileError(f"cannot write {path}: it is {_kind(target)}; name a regular file")
+    return target
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, which takes the place of `path` when the block ends without an error.
@@ -137,9 +154,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         FileError: the place is a folder or a device, or cannot be written.
     """
     with explain_errors("write", path):
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            raise FileError(f"cannot write {path}: it is {_kind(target)}; name a regular file")
+        target = find_target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name[:200]}.{os.getpid()}.partial")
         try:
@@ -166,8 +181,11 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a UTF-8 text file and return its path; line ends stay as they are."""
-    return write_bytes(path, text.encode("utf-8"))
+    """Write a UTF-8 text file and return its path; line ends stay as they are.
+
+    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its escape `\\ud83d`.
+    """
+    return write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, data: Any, indent: int | None = 1) -> Path:
@@ -189,11 +207,9 @@ def append_line(path: Path, line: str) -> None:
         FileError: see `atomic_write`.
     """
     with explain_errors("write", path):
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            raise FileError(f"cannot write {path}: it is {_kind(target)}; name a regular file")
+        target = find_target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a", encoding="utf-8") as file:
+        with target.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -225,10 +241,25 @@ def explain_errors(action: str, path: Path, hint: str = "") -> Iterator[None]:
         raise FileError(f"no such file: {path}" + (f"; {hint}" if hint else "")) from None
     except OSError as error:
         raise FileError(f"cannot {action} {path}: {error.strerror or error}") from error
+    except MemoryError:
+        raise FileError(f"cannot {action} {path}: it does not fit into memory") from None
+    except UnicodeEncodeError:
+        if _is_encodable(path):
+            raise
+        raise FileError(f"cannot {action} {str(path)!r}: the name is not valid Unicode") from None
     except ValueError as error:
         if isinstance(error, InputError) or "null byte" not in str(error):
             raise
         raise FileError(f"cannot {action} {str(path)!r}: the name holds a null byte") from None
+
+
+def _is_encodable(path: Path) -> bool:
+    """Whether a path can be the name of a file: half of a surrogate pair, which JSON can hold, cannot."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(path: Path) -> str:

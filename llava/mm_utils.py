@@ -17,11 +17,19 @@ from torch import Tensor
 from transformers import LlamaTokenizer, StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import get_model_name_from_path as get_model_name_from_path
 from llava.errors import InputError
-from llava.image import to_rgb
+from llava.image import KERNELS, Size, scale_window, to_rgb
+from llava.prompt import check_text
 from llava.protocols import ImageProcessor, ImageSettings, Tokenizer
 
-Size = tuple[int, int]
+ASPECT_RATIOS = (None, "square", "pad", "anyres")
+"""Values of `image_aspect_ratio`; None and "square" are the processor's own center crop."""
+
+MAX_CANVAS_SIDE = 2**14
+
+DIRECT_PIXELS = 2**24
+"""Up to this many pixels an image is padded or scaled as a whole; above, `scale_window` makes the parts that count."""
 
 
 # ------------------------------------------------------------------------------------------------------- geometry
@@ -92,15 +100,19 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Siz
 
 
 def _read_canvases(grid_pinpoints: str | list[Size]) -> list[Size]:
-    canvases = grid_pinpoints
-    if isinstance(grid_pinpoints, str):
-        try:
-            canvases = ast.literal_eval(grid_pinpoints)
-        except (ValueError, SyntaxError):
-            canvases = None
-    if not canvases or not isinstance(canvases, list | tuple):
-        raise InputError(f"image_grid_pinpoints {grid_pinpoints!r}: expected a list like [[336, 672], [672, 336]]")
-    return [(int(width), int(height)) for width, height in canvases]
+    try:
+        pairs = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+        canvases = [(int(width), int(height)) for width, height in pairs]
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
+        canvases = []
+    if not canvases or not all(1 <= side <= MAX_CANVAS_SIDE for canvas in canvases for side in canvas):
+        shown = repr(grid_pinpoints)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+        raise InputError(
+            f"image_grid_pinpoints {shown}: expected a list of (width, height) like [[336, 672], [672, 336]], "
+            f"sides up to {MAX_CANVAS_SIDE}"
+        )
+    return canvases
 
 
 # ---------------------------------------------------------------------------------------------------- pixel values
@@ -110,7 +122,8 @@ def process_images(
     """Turn images into the vision tower's input, as the checkpoint's `image_aspect_ratio` says.
 
     "pad" centers the image in a square of the mean colour; "anyres" gives a small version, and crops of a larger one;
-    anything else leaves it to the processor (CLIP: shortest side scaled, center cropped).
+    "square" or None leaves it to the processor (CLIP: shortest side scaled, center cropped). Memory follows the image's
+    own pixels, however long and thin it is.
 
     Args:
         images: of any mode.
@@ -120,20 +133,36 @@ def process_images(
     Returns:
         float32[I, 3, S, S], or float32[I, C, 3, S, S] for "anyres" with equal crop counts C; a list of I tensors
         if the counts differ.
+
+    Raises:
+        InputError: an `image_aspect_ratio` of another value, or an image that does not fit into memory.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    images = [to_rgb(image) for image in images]
-    if aspect_ratio == "pad":
-        color = tuple(int(mean * 255) for mean in image_processor.image_mean)
-        values = [_preprocess(expand2square(image, color), image_processor) for image in images]
-    elif aspect_ratio == "anyres":
-        canvases = model_cfg.image_grid_pinpoints
-        values = [process_anyres_image(image, image_processor, canvases) for image in images]
-    else:
-        values = [_preprocess(image, image_processor) for image in images]
+    if aspect_ratio not in ASPECT_RATIOS:
+        known = ", ".join(str(ratio) for ratio in ASPECT_RATIOS)
+        raise InputError(f"image_aspect_ratio {aspect_ratio!r}: expected one of {known}")
+    values = [_process_image(image, image_processor, model_cfg) for image in images]
     if values and all(value.shape == values[0].shape for value in values):
         return _stack(values)
     return values
+
+
+def _process_image(image: Image.Image, processor: ImageProcessor, model_cfg: ImageSettings) -> Tensor:
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    if 0 in image.size:
+        raise InputError(f"an image of {image.width} x {image.height} pixels has nothing to see")
+    try:
+        if image.mode != "RGB":
+            image = to_rgb(image)
+        if aspect_ratio == "pad":
+            return _pad_and_preprocess(image, processor)
+        if aspect_ratio == "anyres":
+            return process_anyres_image(image, processor, getattr(model_cfg, "image_grid_pinpoints", None))
+        return _crop_and_preprocess(image, processor)
+    except MemoryError:
+        raise InputError(
+            f"an image of {image.width} x {image.height} pixels does not fit into memory; make it smaller"
+        ) from None
 
 
 def process_anyres_image(image: Image.Image, processor: ImageProcessor, grid_pinpoints: str | list[Size]) -> Tensor:
@@ -151,13 +180,55 @@ def process_anyres_image(image: Image.Image, processor: ImageProcessor, grid_pin
     canvas = select_best_resolution(image.size, _read_canvases(grid_pinpoints))
     crops = divide_to_patches(resize_and_pad_image(image, canvas), processor.crop_size["height"])
     side = processor.size["shortest_edge"]
-    whole = image.resize((side, side))
+    # `resize` holds an image of the new width and the old height meanwhile.
+    if side * max(image.size) <= 4 * DIRECT_PIXELS:
+        whole = image.resize((side, side))
+    else:
+        whole = scale_window(image, (side, side), (0, 0, side, side))
     return _stack([_preprocess(view, processor) for view in (whole, *crops)])
 
 
-def _preprocess(image: Image.Image, image_processor: ImageProcessor) -> Tensor:
+def _pad_and_preprocess(image: Image.Image, processor: ImageProcessor) -> Tensor:
+    color = tuple(int(mean * 255) for mean in processor.image_mean)
+    side = max(image.size)
+    if side * side <= DIRECT_PIXELS or not _can_scale_in_parts(processor):
+        return _preprocess(expand2square(image, color), processor)
+    edge = processor.size["shortest_edge"]
+    window = (0, 0, edge, edge)
+    scaled = scale_window(image, (edge, edge), window, canvas=(side, side), color=color, resample=processor.resample)
+    return _preprocess(scaled, processor, do_resize=False)
+
+
+def _crop_and_preprocess(image: Image.Image, processor: ImageProcessor) -> Tensor:
+    if not _can_scale_in_parts(processor):
+        return _preprocess(image, processor)
+    # The size that the processor would scale it to.
+    edge, short = processor.size["shortest_edge"], min(image.size)
+    width, height = (int(edge * length / short) for length in image.size)
+    if max(image.width * image.height, width * height) <= DIRECT_PIXELS:
+        return _preprocess(image, processor)
+    if width * height <= DIRECT_PIXELS:
+        scaled = image.resize((width, height), processor.resample)
+    else:
+        crop_width, crop_height = processor.crop_size["width"], processor.crop_size["height"]
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        window = (left, top, left + crop_width, top + crop_height)
+        scaled = scale_window(image, (width, height), window, resample=processor.resample)
+    return _preprocess(scaled, processor, do_resize=False)
+
+
+def _can_scale_in_parts(processor: ImageProcessor) -> bool:
+    """Whether the processor scales the shortest edge by a filter that we know, and crops no more than that."""
+    edge = processor.size.get("shortest_edge")
+    if not edge or getattr(processor, "resample", None) not in KERNELS:
+        return False
+    is_complete = getattr(processor, "do_resize", False) and getattr(processor, "do_center_crop", False)
+    return bool(is_complete) and max(processor.crop_size["width"], processor.crop_size["height"]) <= edge
+
+
+def _preprocess(image: Image.Image, image_processor: ImageProcessor, **options: object) -> Tensor:
     # Without the format, an image that is 1 or 3 pixels high is taken for channels-first.
-    values = image_processor.preprocess(image, input_data_format="channels_last")
+    values = image_processor.preprocess(image, input_data_format="channels_last", **options)
     return torch.as_tensor(values["pixel_values"][0])
 
 
@@ -171,8 +242,15 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Read an image from base64 text, as web clients send it."""
-    return Image.open(BytesIO(base64.b64decode(image)))
+    """Read an image from base64 text, as web clients send it.
+
+    Raises:
+        InputError: it is not the base64 text of an image.
+    """
+    try:
+        return Image.open(BytesIO(base64.b64decode(image)))
+    except (ValueError, OSError, Image.DecompressionBombError):
+        raise InputError("not the base64 text of an image") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- ids
@@ -181,10 +259,16 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]
 
     The sentencepiece tokenizer of transformers 4 puts its "▁" before a text that starts with a space; that of
     transformers 5 takes the space itself for the "▁" and loses one token. One more space restores it.
+
+    Raises:
+        InputError: a text that no tokenizer takes; see `check_text`.
     """
+    for text in texts:
+        check_text(text)
     if isinstance(tokenizer, LlamaTokenizer):
         texts = [" " + text if text.startswith((" ", "▁")) else text for text in texts]
-    return tokenizer(list(texts)).input_ids if texts else []
+    # Not verbose: whether a prompt is too long is for the model to decide, once its images are in place.
+    return tokenizer(list(texts), verbose=False).input_ids if texts else []
 
 
 def tokenize_prompts(
@@ -238,14 +322,6 @@ def tokenizer_image_token(
     raise ValueError(f"return_tensors {return_tensors!r}: expected None or 'pt'")
 
 
-def get_model_name_from_path(model_path: str) -> str:
-    """Name a checkpoint after its folder; `run/checkpoint-500` becomes `run_checkpoint-500`."""
-    parts = model_path.strip("/").split("/")
-    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
-        return f"{parts[-2]}_{parts[-1]}"
-    return parts[-1]
-
-
 class KeywordsStoppingCriteria(StoppingCriteria):
     """Stop a row of `generate` once its answer ends with one of the keywords.
 
@@ -260,8 +336,13 @@ class KeywordsStoppingCriteria(StoppingCriteria):
             keywords: texts, or special tokens such as `</s>`; an empty one is ignored.
             tokenizer: the language model's tokenizer.
             input_ids: int64[S, T], the prompt, with or without image sentinels.
+
+        Raises:
+            InputError: a keyword that no tokenizer takes; see `check_text`.
         """
         self.keywords = [keyword for keyword in keywords if keyword]
+        for keyword in self.keywords:
+            check_text(keyword)
         self.tokenizer = tokenizer
         self.input_ids = input_ids
         self.keyword_ids = [torch.tensor(self._encode(keyword), dtype=torch.long) for keyword in self.keywords]

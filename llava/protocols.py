@@ -1,12 +1,13 @@
-"""What the code asks of the objects that other libraries bring: tokenizers and image processors.
+"""What the code asks of the objects it is handed: tokenizers, image processors, vision-language models.
 
-Any object with these methods serves. `llava.model.llava_arch.LlavaMetaForCausalLM` says the same of models.
+Any object with these methods serves.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from torch import Tensor
 
@@ -44,6 +45,7 @@ class ImageProcessor(Protocol):
     image_mean: Sequence[float]
     size: Mapping[str, int]
     crop_size: Mapping[str, int]
+    resample: int
 
     def preprocess(self, images: "Image.Image", **options: object) -> Mapping[str, list]:
         """Resize, crop and normalise one image: `pixel_values`, a list of one float32[3, S, S]."""
@@ -53,6 +55,66 @@ class ImageSettings(Protocol):
     """What decides how an image becomes a square: a model's config, or the settings of a training set."""
 
     image_aspect_ratio: str
+
+
+class ImageTokens(Protocol):
+    """What one image becomes for one question, as in `llava.model.image_tokens.ImageTokens`."""
+
+    num_patches: int
+
+    @property
+    def num_tokens(self) -> int:
+        """What the language model reads for this image."""
+
+
+class PatchedTower(Protocol):
+    """A vision tower, as far as the evaluation looks at it."""
+
+    num_patches: int
+
+
+class ModelConfig(ImageSettings, Protocol):
+    """The entries of a LLaVA checkpoint's config.json that decide on prompts and batch sizes."""
+
+    hidden_size: int
+    intermediate_size: int
+    max_position_embeddings: int
+    mm_hidden_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+
+
+class VisionLanguageModel(Protocol):
+    """A model that answers questions about images, as in `llava.model.llava_arch.LlavaMetaForCausalLM`.
+
+    What `encode_patches` returns is handed back to `make_image_tokens` and not looked at in between.
+    """
+
+    config: ModelConfig
+    device: "torch.device"
+    dtype: "torch.dtype"
+
+    def get_vision_tower(self) -> PatchedTower:
+        """Return the vision tower."""
+
+    def encode_patches(self, images: "Tensor | list[Tensor]") -> list[object]:
+        """Run the vision tower: one record per image, which depends on the image alone."""
+
+    def embed_queries(self, texts: list[str]) -> "Tensor | None":
+        """Run the text tower: float32[I, P], or None where the token reduction reads no text."""
+
+    def make_image_tokens(
+        self,
+        images: list[object],
+        texts: list[str],
+        image_sizes: list[tuple[int, int]] | None = None,
+        *,
+        text_embeds: "Tensor | None" = None,
+    ) -> list[ImageTokens]:
+        """Choose and project the tokens of images, each for its query."""
+
+    def generate(self, inputs: "Tensor", **options: object) -> "Tensor":
+        """Answer prompts: int64[S, new tokens]."""
 
 
 class VisionArguments(Protocol):

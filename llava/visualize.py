@@ -13,28 +13,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
-from llava.chat import describe_tokens
-from llava.cli import add_model_options, load_model, prepare_terminal
+from llava.cli import ModelSpec, add_model_options
 from llava.errors import InputError, run_command
 from llava.files import write_bytes
 from llava.image import load_image
-from llava.mm_utils import process_images
-from llava.model.image_tokens import ImageTokens
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.prompt import query_of
-from llava.protocols import ImageProcessor
+from llava.prompt import check_text, query_of, recover_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from llava.model.image_tokens import ImageTokens
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.protocols import ImageProcessor
+
+# Functions import torch and matplotlib: the command answers --help and mistaken options before that.
 
 # (left, top, right, bottom) in pixels of the image; may reach beyond its borders.
 Box = tuple[float, float, float, float]
@@ -59,7 +57,7 @@ def find_view_box(size: tuple[int, int], aspect_ratio: str | None) -> Box:
     Args:
         size: (width, height) of the image.
         aspect_ratio: the checkpoint's `image_aspect_ratio`: "pad" shows the image with bars around it, "anyres" the
-            squeezed picture (its first crop), anything else the largest centered square.
+            squeezed image (its first crop), anything else the largest centered square.
     """
     width, height = size
     if aspect_ratio == "anyres":
@@ -165,7 +163,7 @@ class TextLine:
 
 
 def make_view(
-    image: Image.Image, tokens: ImageTokens, grid: tuple[int, int], aspect_ratio: str | None, name: str = ""
+    image: Image.Image, tokens: "ImageTokens", grid: tuple[int, int], aspect_ratio: str | None, name: str = ""
 ) -> View:
     """Put together what is drawn of an image.
 
@@ -198,6 +196,10 @@ def draw_figure(views: Sequence[View], heading: str, lines: Sequence[TextLine] =
         heading: the question.
         lines: what else is known of it.
     """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     num_columns = max([1 + (view.kept is not None) + (view.scores is not None) for view in views], default=0)
     width = max(num_columns * (PANEL + GAP) - GAP + BAR * (num_columns == 3) + 2 * MARGIN, MIN_WIDTH)
     text = _wrap_text(heading, lines, width)
@@ -244,8 +246,10 @@ def _wrap(text: str, letters: float, max_lines: int) -> list[str]:
     return broken if len(broken) <= max_lines else [*broken[: max_lines - 1], f"{broken[max_lines - 1]} ..."]
 
 
-def _draw_row(figure: Figure, frames: Sequence[tuple[float, float, float, float]], view: View) -> None:
+def _draw_row(figure: "Figure", frames: Sequence[tuple[float, float, float, float]], view: View) -> None:
     """Draw the image, the kept patches and the scores of a view into frames (left, bottom, width, height)."""
+    from matplotlib.colors import LogNorm
+
     panel = _add_panel(figure, frames[0], (0, 0, *view.image.size), view.name if view.kept is None else "image")
     panel.imshow(view.image, extent=(0, view.image.width, view.image.height, 0))
     if view.kept is None:
@@ -272,7 +276,7 @@ def _draw_row(figure: Figure, frames: Sequence[tuple[float, float, float, float]
         scale.ax.tick_params(labelsize=7.5)
 
 
-def _add_panel(figure: Figure, frame: tuple[float, float, float, float], extent: Box, caption: str) -> Axes:
+def _add_panel(figure: "Figure", frame: tuple[float, float, float, float], extent: Box, caption: str) -> "Axes":
     left, top, right, bottom = extent
     panel = figure.add_axes(frame, xticks=[], yticks=[])
     place = {"x": frame[0] + frame[2] / 2, "y": frame[1] + frame[3] + 0.06 / figure.get_figheight()}
@@ -283,8 +287,10 @@ def _add_panel(figure: Figure, frame: tuple[float, float, float, float], extent:
     return panel
 
 
-def _draw_kept(panel: Axes, view: View) -> None:
+def _draw_kept(panel: "Axes", view: View) -> None:
     """Draw the image with the dropped patches dimmed, the kept ones outlined, and what is not image hatched."""
+    from matplotlib.patches import Rectangle
+
     left, top, right, bottom = view.extent
     ground = {"facecolor": "#ececec", "edgecolor": "#bdbdbd", "hatch": "////", "linewidth": 0, "zorder": -1}
     panel.add_patch(Rectangle((left, top), right - left, bottom - top, **ground))
@@ -296,8 +302,10 @@ def _draw_kept(panel: Axes, view: View) -> None:
     _outline(panel, view, "#ffd60a")
 
 
-def _outline(panel: Axes, view: View, color: str) -> None:
+def _outline(panel: "Axes", view: View, color: str) -> None:
     """Draw the border between kept and dropped patches."""
+    from matplotlib.collections import LineCollection
+
     segments = find_borders(view.kept, view.box)
     thin = min(1.0, 12 / max(view.kept.shape))
     for shade, width in (("black", 3.0 * thin), (color, 1.5 * thin)):
@@ -327,6 +335,8 @@ def find_borders(kept: np.ndarray, box: Box) -> list[tuple[tuple[float, float], 
 
 
 def _list_fonts() -> list[str]:
+    import matplotlib as mpl
+
     installed = set(mpl.font_manager.get_font_names())
     return ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
 
@@ -343,53 +353,60 @@ def write_image(path: str | Path, image: Image.Image) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- model
-@torch.inference_mode()
 def reduce_image(
-    model: LlavaLlamaForCausalLM, image_processor: ImageProcessor, image: Image.Image, query: str
-) -> ImageTokens:
+    model: "LlavaLlamaForCausalLM", image_processor: "ImageProcessor", image: Image.Image, query: str
+) -> "ImageTokens":
     """Return what a model keeps of an image (mode RGB) for a query, the text that the token reduction reads."""
-    values = process_images([image], image_processor, model.config)
-    (tokens,) = model.encode_images(values, [query], [image.size])
+    import torch
+
+    from llava.mm_utils import process_images
+
+    with torch.inference_mode():
+        values = process_images([image], image_processor, model.config)
+        (tokens,) = model.encode_images(values, [query], [image.size])
     return tokens
 
 
 def draw_reduction(
-    image: Image.Image, tokens: ImageTokens, grid: tuple[int, int], aspect_ratio: str | None, question: str
+    image: Image.Image, tokens: "ImageTokens", grid: tuple[int, int], aspect_ratio: str | None, question: str
 ) -> Image.Image:
     """Draw what a question keeps of an image; see `make_view` for the arguments."""
+    from llava.chat import describe_tokens
+
     view = make_view(image, tokens, grid, aspect_ratio)
     name, _, text = describe_tokens(tokens.num_tokens, tokens.num_patches).partition(": ")
     return draw_figure([view], question, [TextLine(name, text)])
 
 
 def visualize(
-    model: LlavaLlamaForCausalLM, image_processor: ImageProcessor, image: Image.Image, question: str
+    model: "LlavaLlamaForCausalLM", image_processor: "ImageProcessor", image: Image.Image, question: str
 ) -> Image.Image:
     """Draw what a model with a token reduction keeps of an image (mode RGB) for a question.
 
     Raises:
-        InputError: the model drops no patches.
+        InputError: the model drops no patches, or the question is one that no tokenizer takes.
     """
     if model.token_reducer is None:
         raise InputError('this checkpoint keeps every patch: name a token reduction, such as --reduce "TRIM:-1"')
+    question = recover_text(question)
+    check_text(question)
     tokens = reduce_image(model, image_processor, image, query_of(question))
     aspect_ratio = getattr(model.config, "image_aspect_ratio", None)
     return draw_reduction(image, tokens, model.get_vision_tower().grid, aspect_ratio, question)
 
 
 def main() -> None:
-    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m llava.visualize", description=__doc__.split("\n")[0])
     add_model_options(parser)
-    parser.add_argument("--image-file", required=True, metavar="FILE", help="picture file or http(s) address")
+    parser.add_argument("--image-file", required=True, metavar="FILE", help="image file or http(s) address")
     parser.add_argument("--query", required=True, help="the question")
     parser.add_argument("--out", required=True, metavar="PNG", help="file that the drawing is written to")
     args = parser.parse_args()
-    prepare_terminal()
+    spec = ModelSpec.from_options(args)
     if not args.query.strip():
-        raise InputError("--query is empty: write what you want to know about the picture")
+        raise InputError("--query is empty: write what you want to know about the image")
     image = load_image(args.image_file, upright=True)
-    _, model, image_processor = load_model(args)
+    _, model, image_processor = spec.load(quiet=True)
     write_image(args.out, visualize(model, image_processor, image, args.query))
 
 

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from llava.errors import run_command
-from llava.eval.answers import read_answers
 from llava.eval.benchmarks._files import write_upload
 from llava.eval.benchmarks.gqa import make_predictions
+from llava.eval.predictions import read_answers
 
 
 def main() -> None:

@@ -9,13 +9,12 @@ import argparse
 from pathlib import Path
 
 from llava.errors import run_command
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmarks.mmbench import MmBench, load_table_questions, write_upload
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import require_complete
 
 
 def main() -> None:
-    """Convert, and say where the workbook is."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--annotation-file", type=Path, required=True, help="the table, such as mmbench_dev_20230712.tsv"

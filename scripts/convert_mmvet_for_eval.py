@@ -2,10 +2,10 @@
 
 import argparse
 
+from llava.cli import user_path
 from llava.errors import run_command
-from llava.eval.__main__ import user_path
-from llava.eval.answers import read_answers
 from llava.eval.benchmarks.mmvet import write_predictions
+from llava.eval.predictions import read_answers
 
 
 def main() -> None:

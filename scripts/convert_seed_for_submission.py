@@ -5,7 +5,6 @@ import argparse
 from pathlib import Path
 
 from llava.errors import run_command
-from llava.eval.answers import read_answers
 from llava.eval.benchmarks.seed import (
     Seed,
     judge_answers,
@@ -14,6 +13,7 @@ from llava.eval.benchmarks.seed import (
     summarize,
     write_seed_upload,
 )
+from llava.eval.predictions import read_answers
 from llava.eval.results import Result, format_line
 from llava.files import append_line
 

@@ -5,9 +5,9 @@ import argparse
 from pathlib import Path
 
 from llava.errors import run_command
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmarks._files import load_question_file, write_upload
 from llava.eval.benchmarks.vizwiz import VizWiz, make_upload
+from llava.eval.predictions import pair_answers, read_answers
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ import argparse
 from pathlib import Path
 
 from llava.errors import run_command
-from llava.eval.answers import read_answers
 from llava.eval.benchmarks._files import write_upload
 from llava.eval.benchmarks.vqav2 import find_split, list_upload_ids, make_upload
+from llava.eval.predictions import read_answers
 
 
 def main() -> None:

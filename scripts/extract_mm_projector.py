@@ -6,15 +6,15 @@
 import argparse
 
 from llava.errors import run_command
-from llava.model.consolidate import extract_projector
 
 
 def main() -> None:
-    """Run the command."""
     parser = argparse.ArgumentParser(description="Write a checkpoint's projector to a file of its own.")
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--output", required=True, help="the file (.bin), or a folder for it")
     arguments = parser.parse_args()
+    from llava.model.consolidate import extract_projector  # torch, after the arguments are right
+
     extract_projector(arguments.model_path, arguments.output)
 
 

@@ -1,8 +1,25 @@
 """Fixtures that several test modules share: the recorded checkpoints and how to load them."""
 
+import os
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
+
+if "LLAVA_TEST_DEVICE" in os.environ:
+    # Tests that read this compute there instead of on the CPU; float32 is then float32 in convolutions as well.
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+# A shell starts background jobs with Ctrl-C ignored, and what they start inherits that. The tests that interrupt a
+# command state what it does where Ctrl-C reaches it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Hashes of the tests' files stay out of the user's cache; commands that tests start inherit it.
+CACHE = tempfile.TemporaryDirectory(prefix="llava-cache-")
+os.environ["LLAVA_CACHE"] = CACHE.name
 
 GOLDEN = Path(__file__).parent / "golden"
 

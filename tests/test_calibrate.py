@@ -9,7 +9,15 @@ from PIL import Image
 from torch import Tensor
 
 from llava import calibrate
-from llava.calibrate import OPTIONS, Figures, PictureRow, choose_option, cover_cells, measure_option, read_rows
+from llava.calibrate import (
+    OPTIONS,
+    Figures,
+    LabelledImage,
+    choose_option,
+    cover_cells,
+    measure_option,
+    read_labelled_images,
+)
 from llava.errors import InputError
 from llava.model.token_reduction import VisualTokens
 
@@ -89,22 +97,22 @@ def test_a_bad_line_is_told_with_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "pictures.jsonl"
     path.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="line 1: expected"):
-        read_rows(path)
+        read_labelled_images(path)
 
 
 def test_missing_and_empty_files_are_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="can't read"):
-        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="no such file"):
+        read_labelled_images(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(InputError, match="no pictures"):
-        read_rows(tmp_path / "empty.jsonl")
+    with pytest.raises(InputError, match="no images"):
+        read_labelled_images(tmp_path / "empty.jsonl")
 
 
 def test_image_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     row = {"image": "images/a.png", "query": "Is it?", "boxes": [[0, 0, 4, 4]]}
     (tmp_path / "pictures.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    assert read_rows(tmp_path / "pictures.jsonl") == [
-        PictureRow(tmp_path / "images" / "a.png", "Is it?", ((0.0, 0.0, 4.0, 4.0),))
+    assert read_labelled_images(tmp_path / "pictures.jsonl") == [
+        LabelledImage(tmp_path / "images" / "a.png", "Is it?", ((0.0, 0.0, 4.0, 4.0),))
     ]
 
 
@@ -134,7 +142,7 @@ def test_pictures_are_measured_through_the_whole_path(tmp_path: Path, monkeypatc
         picture = Image.new("RGB", (64, 32))
         picture.paste((255, 0, 0), (16 * index, 0, 16 * index + 16, 16))
         picture.save(tmp_path / f"{index}.png")
-        rows.append(PictureRow(tmp_path / f"{index}.png", "red?", ((16 * index, 0, 16 * index + 16, 16),)))
+        rows.append(LabelledImage(tmp_path / f"{index}.png", "red?", ((16 * index, 0, 16 * index + 16, 16),)))
 
     def pad(pictures: list[Image.Image], tower: object) -> Tensor:
         squares = torch.zeros(len(pictures), 3, 64, 64)

@@ -1,4 +1,4 @@
-"""A dialogue answers as recorded from the published code, keeps its pictures, and refuses what does not fit."""
+"""A dialogue answers as recorded from the published code, keeps its images, and refuses what does not fit."""
 
 import io
 import json
@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import TextStreamer
 
-from llava.chat import ChatSession, Sampling, describe_tokens, place_marks
+from llava.chat import ChatSession, describe_tokens
 from llava.errors import InputError
 from llava.image import load_image
 from llava.model.builder import load_pretrained_model
+from llava.prompt import place_images
+from llava.sampling import Sampling
 from llava.serve import cli
 
 TRIM = "llava-v1.5-tiny84-TRIM"
@@ -29,7 +31,7 @@ def loaded(golden):
 
 @pytest.fixture
 def session(loaded, checkpoints):
-    """A dialogue about the noise picture."""
+    """A dialogue about the noise image."""
     tokenizer, model, image_processor, _ = loaded
     session = ChatSession(model, tokenizer, image_processor, "vicuna_v1")
     session.show([load_image(NOISE)])
@@ -39,7 +41,7 @@ def session(loaded, checkpoints):
 def test_answers_are_the_recorded_ones(loaded, golden, checkpoints):
     tokenizer, model, image_processor, _ = loaded
     recorded = json.loads((golden / "core.json").read_text())
-    texts = {name: text for name, text in recorded["texts"].items() if text.strip()}  # faces refuse empty questions
+    texts = {name: text for name, text in recorded["texts"].items() if text.strip()}  # commands refuse empty questions
     cases = [case for case in recorded["cases"] if (case["tower"], case["cfg"]) == ("84", "auto")]
     cases = [case for case in cases if case["text"] in texts]
     assert len(cases) > 10
@@ -51,7 +53,7 @@ def test_answers_are_the_recorded_ones(loaded, golden, checkpoints):
         assert (answer.num_tokens, answer.num_patches) == (case["k"] + 1, 36)
 
 
-def test_the_picture_stays_and_each_turn_keeps_what_its_own_question_asks_for(session):
+def test_the_image_stays_and_each_turn_keeps_what_its_own_question_asks_for(session):
     questions = [BUS, "And the sign?", "Is there text?"]
     asked = [session.ask(question, Sampling(max_new_tokens=3)) for question in questions]
     assert [answer.prompt.count("<image>") for answer in asked] == [1, 1, 1]
@@ -62,7 +64,7 @@ def test_the_picture_stays_and_each_turn_keeps_what_its_own_question_asks_for(se
     assert len({answer.num_tokens for answer in asked}) > 1
 
 
-def test_the_vision_tower_runs_once_per_picture_not_per_question(session, monkeypatch):
+def test_the_vision_tower_runs_once_per_image_not_per_question(session, monkeypatch):
     monkeypatch.setattr(session.model, "encode_patches", lambda images: pytest.fail("encoded again"))
     assert session.ask(BUS, Sampling(max_new_tokens=1)).num_patches == 36
 
@@ -73,20 +75,20 @@ def test_streamed_text_is_the_answer(session, capsys):
     assert capsys.readouterr().out.strip() == answer.text != ""
 
 
-def test_several_pictures_each_get_a_mark_and_their_tokens_add_up(session):
+def test_several_images_each_get_a_placeholder_and_their_tokens_add_up(session):
     session.show([load_image(NOISE), load_image(SIGN), load_image(TALL)])
     answer = session.ask(BUS, Sampling(max_new_tokens=2))
     assert "USER: <image>\n<image>\n<image>\nWhat" in answer.prompt
     assert answer.num_patches == 3 * 36 and 3 <= answer.num_tokens < 3 * 36
 
 
-def test_marks_written_by_the_user_stay_where_they_are(session):
+def test_placeholders_written_by_the_user_stay_where_they_are(session):
     session.show([load_image(NOISE), load_image(SIGN)])
     answer = session.ask("Compare <image-placeholder> and <image>.", Sampling(max_new_tokens=1))
     assert "USER: Compare <image> and <image>. ASSISTANT:" in answer.prompt
 
 
-def test_marks_do_not_reach_the_text_tower(session, monkeypatch):
+def test_placeholders_do_not_reach_the_text_tower(session, monkeypatch):
     queries = []
     original = session.model.make_image_tokens
 
@@ -99,15 +101,15 @@ def test_marks_do_not_reach_the_text_tower(session, monkeypatch):
     assert queries == [BUS]
 
 
-def test_start_and_end_tokens_frame_the_mark_where_the_checkpoint_wants_them(session, monkeypatch):
+def test_start_and_end_tokens_frame_the_placeholder_where_the_checkpoint_wants_them(session, monkeypatch):
     monkeypatch.setattr(session.model.config, "mm_use_im_start_end", True)
     assert "USER: <im_start><image><im_end>\nWhat" in session.ask(BUS, Sampling(max_new_tokens=1)).prompt
 
 
-def test_without_pictures_the_model_talks(session):
+def test_without_images_the_model_talks(session):
     session.show([])
     answer = session.ask("Hello?", Sampling(max_new_tokens=2))
-    assert "<image>" not in answer.prompt and answer.describe_tokens() == "visual tokens: none (no picture)"
+    assert "<image>" not in answer.prompt and answer.describe_tokens() == "visual tokens: none (no image)"
 
 
 @pytest.mark.parametrize(
@@ -115,8 +117,10 @@ def test_without_pictures_the_model_talks(session):
     [
         (" \n", "empty"),
         ("<image>", "empty"),
-        ("<image> or <image>?", "2 <image> mark"),
+        ("<image> or <image>?", "2 <image> placeholders for 0 new images"),
         ("word " * 5000, "positions"),
+        ("word " * 300_000, "a text of 1,500,000 characters"),
+        ("half \ud83d", "character 6 of the text, '.ud83d', is half of a surrogate pair"),
     ],
 )
 def test_a_refused_question_leaves_the_dialogue_as_it_was(session, question, reason):
@@ -134,7 +138,7 @@ def test_questions_of_every_kind_are_answered(session, question):
     assert 1 <= answer.num_tokens <= 36
 
 
-def test_the_templates_end_mark_ends_the_answer_and_is_not_part_of_it(loaded, checkpoints, monkeypatch):
+def test_the_templates_end_of_turn_ends_the_answer_and_is_not_part_of_it(loaded, checkpoints, monkeypatch):
     tokenizer, model, image_processor, _ = loaded
     spoken = tokenizer("It is red.###", add_special_tokens=False).input_ids
 
@@ -143,7 +147,7 @@ def test_the_templates_end_mark_ends_the_answer_and_is_not_part_of_it(loaded, ch
             output_ids = torch.tensor([spoken[:length]])
             if stopping_criteria(output_ids, None).all():
                 return output_ids
-        pytest.fail("the end mark did not stop the answer")
+        pytest.fail("the end of turn did not stop the answer")
 
     monkeypatch.setattr(model, "generate", generate)
     assert ChatSession(model, tokenizer, image_processor, "llava_v0").ask("What color?").text == "It is red."
@@ -151,7 +155,20 @@ def test_the_templates_end_mark_ends_the_answer_and_is_not_part_of_it(loaded, ch
 
 @pytest.mark.parametrize(
     "setting",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"num_beams": 0}, {"max_new_tokens": 0}],
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-320},
+        {"temperature": 1e300},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"num_beams": 0},
+        {"num_beams": 100_000},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
 )
 def test_sampling_settings_out_of_range_are_refused(setting):
     with pytest.raises(InputError, match=next(iter(setting))):
@@ -168,16 +185,25 @@ def test_sampling_and_beams_reach_generate(session):
     assert session.ask(BUS, Sampling(num_beams=3, max_new_tokens=4)).text
 
 
+def test_a_seed_repeats_the_draw(session):
+    def draw(seed):
+        session.show([load_image(NOISE)])
+        return session.ask(BUS, Sampling(temperature=5.0, max_new_tokens=4, seed=seed)).text
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
 def test_unknown_templates_are_refused_with_the_closest_name(loaded):
     tokenizer, model, image_processor, _ = loaded
     with pytest.raises(InputError, match='did you mean "vicuna_v1"'):
         ChatSession(model, tokenizer, image_processor, "vicuna1")
 
 
-def test_place_marks_counts_before_it_writes():
-    assert place_marks("Hi", 2) == "<image>\n<image>\nHi" and place_marks("a <image>", 1) == "a <image>"
-    with pytest.raises(InputError, match="1 <image> mark"):
-        place_marks("a <image>", 0)
+def test_place_images_counts_before_it_writes():
+    assert place_images("Hi", 2) == "<image>\n<image>\nHi" and place_images("a <image>", 1) == "a <image>"
+    with pytest.raises(InputError, match="1 <image> placeholders for 0 new images"):
+        place_images("a <image>", 0)
 
 
 def test_tokens_are_described_with_their_share():

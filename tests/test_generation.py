@@ -1,5 +1,6 @@
-"""The runner's own greedy search against transformers' `generate`, id by id."""
+"""The greedy decoder against transformers' `generate`, id by id."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.generation import GreedyDecoder, is_plain, share_pictures
+from llava.generation import GreedyDecoder, is_plain, share_images
 from llava.model.builder import load_pretrained_model
 from llava.model.image_tokens import ImageTokens
 
+DEVICE = os.environ.get("LLAVA_TEST_DEVICE", "cpu")
 LIMIT = 12
 
 
@@ -20,21 +22,21 @@ def model(golden: Path) -> Any:
     checkpoints = golden / "checkpoints"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(checkpoints)
-        return load_pretrained_model("llava-v1.5-tiny84-TRIM", None, "llava-tiny", device="cpu", dtype="float32")[1]
+        return load_pretrained_model("llava-v1.5-tiny84-TRIM", None, "llava-tiny", device=DEVICE, dtype="float32")[1]
 
 
 @pytest.fixture
 def prompts(model: Any) -> tuple[list[torch.Tensor], list[tuple[ImageTokens, ...]]]:
-    """Prompts with one, two and no pictures, of many lengths, all with the same beginning."""
+    """Prompts with one, two and no images, of many lengths, all with the same beginning."""
     generator = torch.Generator().manual_seed(3)
     vocabulary, width = model.config.vocab_size, model.config.hidden_size
     beginning = torch.randint(3, vocabulary, (6,), generator=generator)
     rows, images = [], []
     for number in range(24):
-        marks = [torch.tensor([IMAGE_TOKEN_INDEX])] * (number % 3)
+        sentinels = [torch.tensor([IMAGE_TOKEN_INDEX])] * (number % 3)
         rest = torch.randint(3, vocabulary, (1 + number % 7,), generator=generator)
-        rows.append(torch.cat([beginning, *marks, rest]))
-        images.append(tuple(draw_tokens(2 + number % 5, width, generator) for _ in marks))
+        rows.append(torch.cat([beginning, *sentinels, rest]))
+        images.append(tuple(draw_tokens(2 + number % 5, width, generator) for _ in sentinels))
     return rows, images
 
 
@@ -118,39 +120,39 @@ def test_the_shared_beginning_is_read_once_and_finished_answers_leave_the_batch(
 
 
 @pytest.fixture
-def about_three_pictures(model: Any) -> tuple[list[torch.Tensor], list[tuple[ImageTokens, ...]]]:
-    """Twelve questions about three pictures of one length, some with another picture behind."""
+def about_three_images(model: Any) -> tuple[list[torch.Tensor], list[tuple[ImageTokens, ...]]]:
+    """Twelve questions about three images of one length, some with another image behind."""
     generator = torch.Generator().manual_seed(5)
     vocabulary, width = model.config.vocab_size, model.config.hidden_size
     beginning = torch.randint(3, vocabulary, (6,), generator=generator)
-    mark = torch.tensor([IMAGE_TOKEN_INDEX])
-    pictures = [draw_tokens(7, width, generator) for _ in range(3)]
+    sentinel = torch.tensor([IMAGE_TOKEN_INDEX])
+    shared = [draw_tokens(7, width, generator) for _ in range(3)]
     rows, images = [], []
     for number in range(12):
         rest = torch.randint(3, vocabulary, (1 + number % 5,), generator=generator)
         more = number % 4 == 3
-        rows.append(torch.cat([beginning, mark, rest, *[mark, rest] * more]))
-        images.append((pictures[number % 3], *[draw_tokens(4, width, generator)] * more))
+        rows.append(torch.cat([beginning, sentinel, rest, *[sentinel, rest] * more]))
+        images.append((shared[number % 3], *[draw_tokens(4, width, generator)] * more))
     return rows, images
 
 
 @pytest.mark.usefixtures("ending")
-def test_a_picture_that_several_prompts_begin_with_is_read_once(
-    model: Any, about_three_pictures: tuple, seen: list
+def test_an_image_that_several_prompts_begin_with_is_read_once(
+    model: Any, about_three_images: tuple, seen: list
 ) -> None:
-    rows, images = about_three_pictures
+    rows, images = about_three_images
     expected = generate_alone(model, rows, images)
     seen.clear()
     assert GreedyDecoder(model).decode(rows, images, LIMIT) == expected
     assert seen[0] == (3, 6 + 7)
-    assert seen[1] == (12, 4 + 4 + 4)  # of the longest: four ids, a picture, four ids
+    assert seen[1] == (12, 4 + 4 + 4)  # of the longest: four ids, an image, four ids
 
 
 @pytest.mark.usefixtures("ending")
-def test_pictures_are_read_with_their_questions_where_hardly_any_is_shared_or_lengths_differ(
-    model: Any, about_three_pictures: tuple, seen: list
+def test_images_are_read_with_their_questions_where_hardly_any_is_shared_or_lengths_differ(
+    model: Any, about_three_images: tuple, seen: list
 ) -> None:
-    rows, images = about_three_pictures
+    rows, images = about_three_images
     generator = torch.Generator().manual_seed(6)
     width = model.config.hidden_size
     longer = [(draw_tokens(8, width, generator), *images[0][1:]), *images[1:]]
@@ -159,8 +161,8 @@ def test_pictures_are_read_with_their_questions_where_hardly_any_is_shared_or_le
         expected = generate_alone(model, rows, changed)
         seen.clear()
         assert GreedyDecoder(model).decode(rows, changed, LIMIT) == expected
-        assert seen[0] == (1, 6)  # the words before the picture
-    assert share_pictures(longer) and not share_pictures(own) and not share_pictures([*images, ()])
+        assert seen[0] == (1, 6)  # the ids before the image
+    assert share_images(longer) and not share_images(own) and not share_images([*images, ()])
 
 
 def test_anything_but_plain_greedy_search_is_left_to_generate(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 from transformers.generation import StoppingCriteriaList
 
+import llava.mm_utils
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.image import load_image
@@ -81,6 +84,125 @@ def test_images_of_any_shape_are_processed(size, config, processor):
     assert values.shape[-3:] == (3, 84, 84) and values.isfinite().all()
 
 
+def random_image(generator, width, height):
+    """Noise of full contrast: every rounding shows."""
+    values = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values if generator.random() < 0.5 else np.where(values > 127, 255, 0).astype(np.uint8))
+
+
+def random_shapes(generator, count):
+    """Shapes of all kinds: any, a line of pixels, a few rows or columns."""
+    for number in range(count):
+        width, height = (int(side) for side in generator.integers(1, 700, 2))
+        yield [(width, height), (width, 1), (1, height), (width, number % 5 + 1), (number % 5 + 1, height)][number % 5]
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_padding_in_parts_gives_the_same_pixels(processor, monkeypatch, resample):
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(processor, "resample", resample)
+    for size in [*random_shapes(generator, 120), (84, 84), (83, 84), (85, 1), (84, 83), (168, 2), (2100, 2099)]:
+        image = random_image(generator, *size)
+        monkeypatch.setattr(llava.mm_utils, "DIRECT_PIXELS", 2**24)
+        expected = process_images([image], processor, PAD)
+        monkeypatch.setattr(llava.mm_utils, "DIRECT_PIXELS", 0)
+        assert torch.equal(process_images([image], processor, PAD), expected), size
+
+
+@pytest.mark.parametrize("size", [(4500, 300), (300, 4500), (6000, 1), (1, 6000), (4600, 4500)])
+def test_beyond_the_limit_pixels_are_those_of_the_padded_square(processor, size):
+    image = random_image(np.random.default_rng(1), *size)
+    color = tuple(int(mean * 255) for mean in processor.image_mean)
+    scaled = expand2square(image, color).resize((84, 84), Image.Resampling.BICUBIC)
+    assert torch.equal(process_images([image], processor, PAD), process_images([scaled], processor, CROP))
+
+
+def test_cropping_in_parts_gives_the_pixels_of_rows_scaled_first(processor, monkeypatch):
+    generator = np.random.default_rng(2)
+    for width, height in [*random_shapes(generator, 60), (90, 84), (84, 90), (84, 84), (168, 85)]:
+        image, short = random_image(generator, width, height), min(width, height)
+        size = (int(84 * width / short), int(84 * height / short))
+        left, top = (size[0] - 84) // 2, (size[1] - 84) // 2
+        # In two steps: Pillow 13 takes the columns of some tall images first, earlier versions never do.
+        scaled = image.resize((size[0], height)).resize(size).crop((left, top, left + 84, top + 84))
+        monkeypatch.setattr(llava.mm_utils, "DIRECT_PIXELS", 0)
+        assert torch.equal(process_images([image], processor, CROP), process_images([scaled], processor, CROP))
+
+
+def test_large_images_are_cropped_to_the_same_pixels(processor):
+    image = random_image(np.random.default_rng(3), 5000, 4000)
+    expected = processor.preprocess(image, input_data_format="channels_last")["pixel_values"][0]
+    assert np.array_equal(process_images([image], processor, CROP)[0].numpy(), expected)
+
+
+def test_the_whole_view_of_a_long_image_is_scaled_in_parts_to_the_same_pixels(processor, monkeypatch):
+    generator = np.random.default_rng(4)
+    for size in [(600, 40), (500, 1), (300, 290)]:
+        image = random_image(generator, *size)
+        monkeypatch.setattr(llava.mm_utils, "DIRECT_PIXELS", 2**24)
+        expected = process_images([image], processor, ANYRES)
+        monkeypatch.setattr(llava.mm_utils, "DIRECT_PIXELS", 0)
+        assert torch.equal(process_images([image], processor, ANYRES), expected)
+
+
+LONG_SHAPES = [(1, 20_000), (1, 60_000), (60_000, 1), (2**18, 1), (1, 2**18), (400, 60_000)]
+MEASURE = """
+import resource, sys
+from types import SimpleNamespace
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+from llava.mm_utils import process_images
+
+processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+grid = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+settings = [SimpleNamespace(image_aspect_ratio=ratio, image_grid_pinpoints=grid) for ratio in (None, "pad", "anyres")]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+for each in settings:
+    process_images([Image.new("RGB", (640, 480))], processor, each)
+before = peak()
+for size in eval(sys.argv[1]):
+    image = Image.new("RGB", size, (9, 99, 200))
+    for each in settings:
+        process_images([image], processor, each)
+print(peak() - before)
+"""
+
+
+def test_long_images_take_little_memory_and_time():
+    command = [sys.executable, "-c", MEASURE, str(LONG_SHAPES)]
+    megabytes = int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout)
+    # 400 x 60,000 pixels take 96 MB, the square of 60,000 x 60,000 pixels 14 GB.
+    assert megabytes < 500
+
+
+def test_an_image_without_memory_for_it_is_an_input_error(processor, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    for config in (PAD, CROP, ANYRES):
+        monkeypatch.setattr(type(processor), "preprocess", fail)
+        with pytest.raises(InputError, match="of 30 x 20 pixels does not fit into memory"):
+            process_images([Image.new("RGB", (30, 20))], processor, config)
+
+
+def test_an_image_without_pixels_is_refused(processor):
+    for config in (PAD, CROP, ANYRES):
+        with pytest.raises(InputError, match="0 x 20 pixels"):
+            process_images([Image.new("RGB", (0, 20))], processor, config)
+
+
+@pytest.mark.parametrize("ratio", ["PAD", "Pad", "pads", "", "any_res", "anyres_max_9", 1, ["pad"], False])
+def test_an_unknown_aspect_ratio_is_refused(processor, ratio):
+    with pytest.raises(InputError, match=r"image_aspect_ratio .*: expected one of None, square, pad, anyres"):
+        process_images([Image.new("RGB", (30, 20))], processor, SimpleNamespace(image_aspect_ratio=ratio))
+
+
+def test_square_is_the_processors_own_way(processor):
+    image = random_image(np.random.default_rng(5), 30, 20)
+    expected = process_images([image], processor, CROP)
+    assert torch.equal(process_images([image], processor, SimpleNamespace(image_aspect_ratio="square")), expected)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
 @pytest.mark.parametrize("config", [PAD, CROP, ANYRES], ids=["pad", "crop", "anyres"])
 def test_images_of_any_mode_are_processed_as_rgb(mode, config, processor):
@@ -130,7 +252,34 @@ def test_grid_shape_is_columns_then_rows():
     assert get_anyres_image_grid_shape((300, 1000), "[(336, 672), (1008, 336)]", 336) == (1, 2)
 
 
-@pytest.mark.parametrize("canvases", ["(1x1", "[]", 7])
+@pytest.mark.parametrize("text", ["", "é", "AAAA", b"\xff", "x" * 5])
+def test_what_is_not_the_base64_text_of_an_image_is_refused(text):
+    with pytest.raises(InputError, match="base64"):
+        load_image_from_base64(text)
+
+
+def test_anyres_without_canvases_is_refused(processor):
+    with pytest.raises(InputError, match="image_grid_pinpoints None"):
+        process_images([Image.new("RGB", (5, 9))], processor, SimpleNamespace(image_aspect_ratio="anyres"))
+
+
+@pytest.mark.parametrize(
+    "canvases",
+    [
+        *("(1x1", "[]", 7, None, "", "null", [[336]], [[1, 2, 3]], [["a", "b"]], "[[336, 672], 5]", [[None, None]]),
+        *(
+            [[0, 336]],
+            [[-336, 336]],
+            [[10**9, 10**9]],
+            [[float("nan"), 1]],
+            [[float("inf"), 1]],
+            "[" * 5000,
+            "9" * 5000,
+        ),
+        *("[" * 5000, "9" * 5000, {"a": 1}, "'" * 3, "(" * 100_000, "x" * 100_000, "\0"),
+    ],
+    ids=lambda canvases: repr(canvases)[:20],
+)
 def test_unreadable_canvases_are_refused(canvases):
     with pytest.raises(InputError, match="image_grid_pinpoints"):
         get_anyres_image_grid_shape((10, 10), canvases, 336)
@@ -192,6 +341,23 @@ def test_a_space_after_the_image_keeps_its_token(tokenizer):
 def test_each_image_has_one_mark_and_the_prompt_one_start(tokenizer):
     input_ids = tokenizer_image_token("a<image><image>b<image>", tokenizer, image_token_index=-7)
     assert input_ids.count(-7) == 3 and input_ids.count(tokenizer.bos_token_id) == 1 and input_ids[-1] == -7
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "byte \udcff", "x" * (2**20 + 1)])
+def test_texts_that_no_tokenizer_takes_are_refused(tokenizer, text):
+    for use in (
+        lambda: tokenize_texts(["sound", text], tokenizer),
+        lambda: tokenizer_image_token(f"<image>{text}", tokenizer),
+        lambda: KeywordsStoppingCriteria([text], tokenizer, torch.tensor([[1]])),
+    ):
+        with pytest.raises(InputError):
+            use()
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\u2028b", "\ufeffa", "🙂\x07", "word " * 100_000])
+def test_every_other_text_is_tokenized_without_a_warning(tokenizer, text, caplog):
+    assert len(tokenizer_image_token(f"<image>{text}", tokenizer)) > 2
+    assert not caplog.records
 
 
 def test_an_unknown_tensor_kind_is_refused(tokenizer):

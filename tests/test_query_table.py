@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from llava.calibrate import PictureRow, encode_rows
-from llava.chat import ChatSession, Sampling
+from llava.calibrate import LabelledImage, encode_images
+from llava.chat import ChatSession
 from llava.conversation import conv_templates
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks._files import load_question_file
 from llava.image import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.sampling import Sampling
 from llava.train.dataset import ConversationDataset, TextFormat
 from llava.train.records import Record
 from llava.visualize import visualize
@@ -82,7 +83,7 @@ def test_visualize_reads_its_query(loaded, checkpoints, read) -> None:
 
 
 def test_calibrate_reads_its_query(loaded, checkpoints, read) -> None:
-    encode_rows(loaded[1].get_vision_tower(), [PictureRow(Path(IMAGE), "a bus", ((0, 0, 9, 9),))])
+    encode_images(loaded[1].get_vision_tower(), [LabelledImage(Path(IMAGE), "a bus", ((0, 0, 9, 9),))])
     assert read == ["a bus"]
 
 

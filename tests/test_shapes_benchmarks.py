@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.answers import make_row
 from llava.eval.benchmark import Question
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.judge import make_judge
+from llava.eval.predictions import make_row
 from llava.eval.results import score_answers, write_result
 from llava.image import load_image
 from playground.shapes import choice, sentence

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from llava.calibrate import PictureRow, calibrate
+from llava.calibrate import LabelledImage, calibrate
 from llava.conversation import conv_templates
 from llava.model.multimodal_encoder.builder import load_tower
 from llava.model.token_reduction import TEXT
@@ -221,7 +221,7 @@ def test_a_saved_clip_is_measured_alike_by_the_tower_and_while_training(tmp_path
     for index, (scene, query) in enumerate(zip(probe.pictures.scenes, probe.queries, strict=True)):
         Image.fromarray(probe.pictures.pixels[index]).save(tmp_path / f"{index}.png")
         about = next(item for item in scene.objects if item.name in query)
-        rows.append(PictureRow(tmp_path / f"{index}.png", query, (about.box,)))
+        rows.append(LabelledImage(tmp_path / f"{index}.png", query, (about.box,)))
     measured = calibrate(load_tower(str(tmp_path / "clip"), needs={TEXT}), rows)
     for one, other in zip(figures, measured, strict=True):
         assert one.kept_ratio == pytest.approx(other.kept_ratio)

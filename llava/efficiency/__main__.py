@@ -4,7 +4,7 @@
 
 counts from the shapes alone, within seconds and without weights. A folder with weights is measured as well, and
 `--random-weights` measures any shape without a download. FLOPs: a multiply-add is two; logits at every position, as in
-published figures, stand beside what `generate` really does.
+papers, are listed beside what `generate` really does.
 """
 # ruff: noqa: T201
 
@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from llava.cli import ModelSpec, add_model_options, positive
 from llava.efficiency.cost import Precision, Workload
 from llava.efficiency.shapes import ModelSource, read_source
 from llava.errors import InputError, run_command
@@ -29,38 +30,26 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model-path", required=True, metavar="CKPT", help="folder (a config.json is enough to count), or a name such "
-        "as llava-v1.5-7b, llava-v1.5-13b")  # fmt: skip
-    add("--reduce", metavar="SPEC", help='token reduction, such as "TRIM:-1"; default: what config.json says')
+    add_model_options(
+        parser, "folder (a config.json is enough to count), or a name such as llava-v1.5-7b, llava-v1.5-13b", base=False
+    )
     add("--against", metavar="SPEC", help='a second token reduction, measured in turns with the first, such as "none"')
     add("--kept", type=float, metavar="SHARE", help="share of patches that an automatic budget keeps; default: what it "
-        "keeps of --image-file for --query where there are weights, else 0.21, the published mean")  # fmt: skip
-    add("--image-file", metavar="FILE", help="picture to measure with; default: a drawn one")
+        "keeps of --image-file for --query where there are weights, else 0.21, the mean of the paper")  # fmt: skip
+    add("--image-file", metavar="FILE", help="image to measure with; default: a drawn one")
     add("--query", metavar="TEXT", help="question that the CLIP text tower reads")
-    add("--image-size", default="640x480", metavar="WxH", help="size of the drawn picture (default: %(default)s)")
+    add("--image-size", default="640x480", metavar="WxH", help="size of the drawn image (default: %(default)s)")
     add("--batch-size", type=positive, default=1, help="questions at once (default: %(default)s)")
     add("--prompt-tokens", type=positive, default=64, help="tokens of the prompt besides the image's (default: 64)")
     add("--new-tokens", type=positive, default=16, help="tokens of the answer (default: %(default)s)")
     add("--random-weights", action="store_true", help="build the shapes with random weights and measure them")
     add("--count-only", action="store_true", help="do not measure, even where there are weights")
-    add("--device", help="cpu, or an accelerator; default: the accelerator if there is one")
-    add("--dtype", choices=BYTES, help="of the language model; default: float16 on an accelerator, float32 on the CPU")
-    add("--tower-dtype", choices=BYTES, default="float32", help="of both CLIP towers (default: %(default)s)")
-    add("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2; default: transformers' choice")
     add("--compile", action="store_true", help="decode with a static cache and torch.compile")
     add("--repeats", type=positive, default=7, help="measured rounds (default: %(default)s)")
     add("--warmup", type=positive, default=2, help="rounds before them (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add("--plot", type=Path, metavar="PNG", help="draw the stages as stacked bars")
     return parser
-
-
-def positive(text: str) -> int:
-    """Read a whole number above 0."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
 
 
 def main() -> None:
@@ -103,6 +92,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError("--image-file says nothing with --random-weights: random weights choose at random")
     if args.random_weights and args.count_only:
         raise InputError("--random-weights measures, --count-only does not: leave one of them out")
+    ModelSpec.from_options(args)  # refuses an unknown dtype
+    args.tower_dtype = args.tower_dtype or "float32"
     args.image_size = read_size(args.image_size)
 
 

@@ -1,7 +1,7 @@
 """A LLaVA of given shapes with random weights: the same work as the real one, without a download.
 
 What it says is noise; how long it takes and how much memory it needs is what the shapes demand. Nothing is read from
-disk or the network: CLIP's vocabulary comes with open_clip.
+disk or the network.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,6 +19,11 @@ from llava.model.token_reduction import TEXT, Need
 TOWER_NAME = "random/clip"
 WEIGHT_STD = 0.02  # Llama's initializer_range
 SLACK = 1.05  # weights are not all that is needed
+TEXT_ENDS = ("<|startoftext|>", "<|endoftext|>")
+WORD_END = "</w>"
+WORDS = ["is", "there", "a", "thing", "with", "the", "number", "in", "image"]
+"""Words of the made-up questions (`stages.make_batch`): the text tower then reads as many tokens as with CLIP's own
+vocabulary, which nothing here has to bring along."""
 
 
 def check_memory(source: ModelSource, precision: Precision, device: torch.device, extra_bytes: int) -> None:
@@ -121,18 +126,26 @@ def _build_clip(tower_config: Mapping[str, Any], dtype: torch.dtype) -> tuple[An
 
 
 def _clip_tokenizer(vocab_size: int) -> Any:
-    """CLIP's own tokenizer; a smaller vocabulary keeps the ids that it has embeddings for, and the two marks."""
-    from open_clip.tokenizer import SimpleTokenizer
+    """A tokenizer in CLIP's format: one token for each of `WORDS`, else one per letter; as many as have embeddings."""
     from transformers import CLIPTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    bpe = SimpleTokenizer()
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(token, token): number for token, number in bpe.encoder.items()}
-    merges = list(bpe.bpe_ranks)
-    if vocab_size < len(vocabulary):
-        plain = [token for token in vocabulary if token not in names.values()][: vocab_size - len(names)]
-        vocabulary = {token: number for number, token in enumerate([*plain, *names.values()])}
-        merges = [(left, right) for left, right in merges if {left, right, left + right} <= vocabulary.keys()]
+    letters = list(bytes_to_unicode().values())
+    pieces = [*letters, *(letter + WORD_END for letter in letters)]
+    merges = []
+    for word in WORDS:
+        left = word[0]
+        for place, letter in enumerate(word[1:], start=2):
+            right = letter + WORD_END if place == len(word) else letter
+            if left + right not in pieces:
+                pieces.append(left + right)
+                merges.append((left, right))
+            left += right
+    plain = pieces[: vocab_size - len(TEXT_ENDS)]
+    # The two special tokens have the last ids, as in CLIP; ids between are never given.
+    vocabulary = {token: number for number, token in enumerate(plain)}
+    vocabulary |= {token: vocab_size - len(TEXT_ENDS) + number for number, token in enumerate(TEXT_ENDS)}
+    merges = [(left, right) for left, right in merges if {left, right, left + right} <= vocabulary.keys()]
     return CLIPTokenizerFast(vocab=vocabulary, merges=merges)
 
 

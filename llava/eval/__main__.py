@@ -1,45 +1,60 @@
-"""`python -m llava.eval {list,answer,score,wrong,export,report}`: the commands of the benchmarks."""
+"""`python -m llava.eval {list,run,answer,score,wrong,export,report}`: the commands of the benchmarks."""
 
 # ruff: noqa: T201 (a command prints)
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+from llava.cli import (
+    ModelSpec,
+    add_model_options,
+    add_prompt_options,
+    ending_on_signals,
+    natural,
+    positive,
+    positive_or_auto,
+    user_path,
+)
 from llava.errors import InputError, run_command
-from llava.eval.benchmark import Benchmark, Judge, index_questions
+from llava.eval.benchmark import Benchmark, Judge, Question, index_questions
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.report import format_latex, format_markdown, format_table, format_terminal, make_report, write_plot
 from llava.eval.results import (
     ServerOnlyError,
+    describe_unscored,
     export_answers,
     format_line,
     read_result,
     score_answers,
+    write_line,
     write_result,
 )
+from llava.eval.run import EXIT_SERVER_ONLY, EXIT_UNANSWERED, find_data_root, run_benchmark
 from llava.eval.wrong import choose_run, draw_listing, format_listing, list_flips, list_wrong, name_runs, read_run
-from llava.files import append_line, write_json, write_text
-from llava.prompt import DEFAULT_CONV_MODE
-
-EXIT_UNANSWERED = 3
-"""Exit code of `answer` when questions stayed without an answer; 2 is a mistake in the command or its files."""
-EXIT_SERVER_ONLY = 4
-"""Exit code of `score` where only a server can score the split; the answers are in order."""
+from llava.files import write_json, write_text
+from llava.prompt import DEFAULT_CONV_MODE, find_template
+from llava.sampling import Sampling
 
 
 def main() -> None:
-    """Run one of the commands."""
+    if sys.argv[1:2] == ["run"]:
+        run_benchmark(sys.argv[2:])  # its arguments are those of the scripts, options after --
+        return
     arguments = make_parser().parse_args()
-    arguments.command(arguments)
+    with ending_on_signals():
+        arguments.command(arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval", description="Benchmarks of LLaVA with TRIM.")
-    commands = parser.add_subparsers(required=True, metavar="{list,answer,score,wrong,export,report}")
+    commands = parser.add_subparsers(required=True, metavar="{list,run,answer,score,wrong,export,report}")
 
     listing = commands.add_parser("list", help="name the benchmarks")
     listing.set_defaults(command=list_tasks)
+
+    commands.add_parser("run", help="answer and score a benchmark with a worker per GPU: run TASK --help")
 
     answer = commands.add_parser("answer", help="let a model answer a benchmark's questions; resumes after a kill")
     add_task_options(answer, answers_help="where the answers go (JSON lines)")
@@ -47,13 +62,15 @@ def make_parser() -> argparse.ArgumentParser:
     answer.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
     answer.add_argument("--workers", type=positive, default=1, metavar="N", help="number of workers that share FILE")
     answer.add_argument("--worker", type=natural, default=0, metavar="K", help="which of them this is, from 0")
-    add_model_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=None)
+    add_answer_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=None)
     answer.set_defaults(command=answer_task)
 
     score = commands.add_parser("score", help="score an answers file by the official rules")
     add_task_options(score, answers_help="written by `answer`")
     score.add_argument("--json", type=user_path, metavar="OUT", help="write every number here")
-    score.add_argument("--results", type=user_path, metavar="FILE", help="append the line `name<TAB>value` here")
+    score.add_argument(
+        "--results", type=user_path, metavar="FILE", help="write the line `name<TAB>value` here, in place of this run's"
+    )
     score.add_argument("--allow-partial", action="store_true", help="score although answers are missing")
     add_judge_options(score)
     score.set_defaults(command=score_task)
@@ -97,8 +114,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_task_options(parser: argparse.ArgumentParser, *, answers_help: str) -> None:
     """Add the options that say which questions, common to `answer`, `score` and `export`."""
-    parser.add_argument("task", metavar="TASK", help="a word of `list`")
-    parser.add_argument("--root", required=True, type=user_path, metavar="DIR", help="the benchmark's folder")
+    parser.add_argument("task", metavar="TASK", help="a name of `list`")
+    parser.add_argument(
+        "--root", type=user_path, metavar="DIR", help="the benchmark's folder (default: its folder in LLAVA_EVAL_ROOT)"
+    )
     parser.add_argument("--answers", required=True, type=user_path, metavar="FILE", help=answers_help)
     parser.add_argument("--split", metavar="NAME", help="another split than the benchmark's own (vqav2, vizwiz, ...)")
     parser.add_argument(
@@ -124,64 +143,21 @@ def add_judge_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(
+def add_answer_options(
     parser: argparse.ArgumentParser, *, conv_mode: str, temperature: float, batch_size: int | None
 ) -> None:
-    """Add the options that say which model answers and how, common to `answer` and the published commands."""
-    parser.add_argument("--model-path", required=True, metavar="DIR", help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", metavar="DIR", help="base model of a LoRA or projector-only checkpoint")
-    parser.add_argument("--conv-mode", default=conv_mode, metavar="NAME", help=f"conversation template ({conv_mode})")
-    parser.add_argument("--temperature", type=float, default=temperature, help=f"0: greedy (default {temperature})")
-    parser.add_argument("--reduce", metavar="SPEC", help="token reduction, e.g. TRIM:-1 or none (default: config.json)")
+    """Add the options of the model and of asking it, common to `answer` and LLaVA's commands."""
+    add_model_options(parser)
+    add_prompt_options(parser, conv_mode=conv_mode, temperature=temperature)
     parser.add_argument(
         "--batch-size",
         type=positive_or_auto,
         default=batch_size,
         metavar="N",
-        help=f"questions at once; auto: as many as memory allows (default {batch_size or 'auto'})",
+        help=f"questions at once; auto: as many as memory allows (default: {batch_size or 'auto'})",
     )
     parser.add_argument("--num-chunks", type=positive, default=1, metavar="N", help="cut the questions into N slices")
     parser.add_argument("--chunk-idx", type=natural, default=0, metavar="K", help="and answer slice K, from 0")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator if there is one)")
-    parser.add_argument(
-        "--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16; on a CPU float32"
-    )
-    parser.add_argument(
-        "--tower-dtype",
-        choices=["float16", "bfloat16", "float32"],
-        help="of the vision and text towers; default: float32, as published",
-    )
-    parser.add_argument(
-        "--attn-implementation",
-        metavar="NAME",
-        help="attention of the language model: sdpa, eager, flash_attention_2, ... (default: transformers' choice)",
-    )
-
-
-def user_path(text: str) -> Path:
-    """Read a path; a leading `~` is the home folder."""
-    return Path(text).expanduser()
-
-
-def positive(text: str) -> int:
-    """Read a whole number above 0."""
-    return _read_number(text, 1)
-
-
-def positive_or_auto(text: str) -> int | None:
-    """Read a whole number above 0, or `auto`: None."""
-    return None if text == "auto" else positive(text)
-
-
-def natural(text: str) -> int:
-    """Read a whole number from 0."""
-    return _read_number(text, 0)
-
-
-def _read_number(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"a whole number from {least} on is needed, not {text!r}")
-    return int(text)
 
 
 def list_tasks(arguments: argparse.Namespace) -> None:
@@ -194,10 +170,12 @@ def list_tasks(arguments: argparse.Namespace) -> None:
 
 
 def choose_task(arguments: argparse.Namespace) -> Benchmark:
-    """Return the benchmark that `add_task_options` names, and see that its data is there if that is the hub's."""
+    """Return the benchmark of `add_task_options`; set its folder, and fetch its data there if they are the hub's."""
     task = find_benchmark(arguments.task)
     if arguments.split is not None:
         task = task.with_split(arguments.split)
+    if arguments.root is None:
+        arguments.root = task.find_root(find_data_root())
     if arguments.source == "hub":
         # The one place that needs the `datasets` library.
         from llava.eval.hub import fetch
@@ -212,19 +190,22 @@ def choose_task(arguments: argparse.Namespace) -> Benchmark:
 def answer_task(arguments: argparse.Namespace) -> None:
     """Answer a benchmark's questions; leave with code 3 if some stayed without an answer."""
     task = choose_task(arguments)
-    questions = task.load(arguments.root)
     max_new_tokens = arguments.max_new_tokens or task.max_new_tokens
-    answer_and_exit(arguments, questions, arguments.answers, max_new_tokens, task.key_fields)
+    answer_and_exit(arguments, task.load(arguments.root), arguments.answers, max_new_tokens, task.key_fields)
 
 
 def answer_and_exit(
-    arguments: argparse.Namespace, questions: list, answers_file: Path, max_new_tokens: int, key_fields: tuple[str, ...]
+    arguments: argparse.Namespace,
+    questions: list[Question],
+    answers_file: Path,
+    max_new_tokens: int,
+    key_fields: tuple[str, ...],
 ) -> None:
-    """Answer a chunk of questions with the model of `add_model_options`, and tell how it went.
+    """Answer a chunk of questions with the model of `add_answer_options`, and print how it went.
 
     Args:
-        arguments: with the values of `add_model_options`; optionally `limit`, `workers`, `worker`,
-            `top_p`, `num_beams`.
+        arguments: with the values of `add_answer_options`; optionally `limit`, `workers`, `worker`, `top_p`,
+            `num_beams`.
         questions: all questions, from which the chunk is taken.
         answers_file: where the answers go.
         max_new_tokens: length limit of an answer.
@@ -233,44 +214,40 @@ def answer_and_exit(
     Raises:
         SystemExit: with code 3 if questions stayed without an answer.
     """
-    # Only this command needs torch; the others answer at once.
-    from llava.eval.answering import Checkpoint, make_answers
-    from llava.eval.batching import take_chunk
-    from llava.eval.runner import Settings
-
+    # 1. What needs no library: options out of range, unknown templates.
     if arguments.chunk_idx >= arguments.num_chunks:
         raise InputError(
             f"--chunk-idx {arguments.chunk_idx}: with --num-chunks {arguments.num_chunks} it counts from 0"
         )
-    checkpoint = Checkpoint(
-        path=str(user_path(arguments.model_path)),
-        base=arguments.model_base,
-        reduce=arguments.reduce,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        tower_dtype=arguments.tower_dtype,
-        attn_implementation=arguments.attn_implementation,
-    )
-    settings = Settings(
-        model_id=checkpoint.name,
-        conv_mode=arguments.conv_mode,
-        max_new_tokens=max_new_tokens,
+    sampling = Sampling(
         temperature=arguments.temperature,
         top_p=getattr(arguments, "top_p", None),
         num_beams=getattr(arguments, "num_beams", 1),
-        batch_size=arguments.batch_size,
-        num_workers=getattr(arguments, "workers", 1),
+        max_new_tokens=max_new_tokens,
     )
-    outcome = make_answers(
-        checkpoint,
-        take_chunk(questions, arguments.num_chunks, arguments.chunk_idx),
-        answers_file,
-        settings,
-        key_fields,
-        limit=getattr(arguments, "limit", None),
-        worker=getattr(arguments, "worker", 0),
-        notify=_tell,
-    )
+    spec = ModelSpec.from_options(arguments)
+    find_template(arguments.conv_mode)
+    # 2. Only this command needs torch; the others answer at once.
+    with ending_on_signals():
+        from llava.eval.predict import Settings, make_answers, take_chunk
+
+        outcome = make_answers(
+            spec,
+            take_chunk(questions, arguments.num_chunks, arguments.chunk_idx),
+            answers_file,
+            Settings(
+                model_id=spec.name,
+                sampling=sampling,
+                conv_mode=arguments.conv_mode,
+                batch_size=arguments.batch_size,
+                num_workers=getattr(arguments, "workers", 1),
+            ),
+            key_fields,
+            limit=getattr(arguments, "limit", None),
+            worker=getattr(arguments, "worker", 0),
+            notify=_tell,
+        )
+    # 3. How it went.
     for line in outcome.describe(answers_file):
         _tell(line)
     if not outcome.complete:
@@ -281,22 +258,23 @@ def score_task(arguments: argparse.Namespace) -> None:
     """Score answers, print the headline, write what was asked for; leave with code 4 if only a server can score."""
     task = choose_task(arguments)
     try:
-        result = score_answers(
-            task,
-            arguments.answers,
-            arguments.root,
-            arguments.allow_partial,
-            find_judge(arguments, task, arguments.answers),
-        )
+        judge = find_judge(arguments, task, arguments.answers)
+    except InputError:
+        if arguments.json and task.uses_judge == "always":
+            # Its row in the tables says so. Answers that are wrong as well are named once there is a judge.
+            with suppress(InputError):
+                write_result(arguments.json, describe_unscored(task, arguments.answers, arguments.root, "no judge"))
+        raise
+    try:
+        result = score_answers(task, arguments.answers, arguments.root, arguments.allow_partial, judge)
     except ServerOnlyError as reason:
         _tell(str(reason))
         raise SystemExit(EXIT_SERVER_ONLY) from None
-    line = format_line(result)
     if arguments.json:
         write_result(arguments.json, result)
     if arguments.results:
-        append_line(arguments.results, line)
-    print(line)
+        write_line(arguments.results, result)
+    print(format_line(result))
 
 
 def find_judge(arguments: argparse.Namespace, task: Benchmark, answers: Path) -> Judge | None:

@@ -71,11 +71,7 @@ def row_key(row: Mapping[str, Any], key_fields: Sequence[str]) -> str:
 
 
 def index_questions(questions: Sequence[Question], key_fields: Sequence[str]) -> dict[str, Question]:
-    """List questions by key.
-
-    Raises:
-        InputError: two different questions share a key, so that their answers could not be told apart.
-    """
+    """List questions by key; two different ones of one key are refused: their answers could not be told apart."""
     index: dict[str, Question] = {}
     for question in questions:
         first = index.setdefault(row_key(question.head(), key_fields), question)
@@ -96,13 +92,11 @@ class Verdict:
         points: what the answer is worth, a fraction in [0, 1].
         parsed: what the scorer reads in the prediction, such as "yes" or "B"; None where it compares the whole text.
         category: the part of the benchmark it belongs to.
-        unit: "question"; "group" for questions that are right together or not at all (MMBench); "pair" for MME's two
-            questions on an image, which count besides the questions themselves.
+        unit: "group" for questions that are right together or not at all (MMBench); "pair" for MME's two questions on
+            an image, which count besides the questions themselves.
         details: what else the headline needs, as JSON data.
-        image: file name of the image, relative to the benchmark's folder. This and the next two are filled in from the
-            question and the answer by `llava.eval.results`.
-        query: what the CLIP text tower read.
-        num_tokens: visual tokens that the language model read.
+        image, query, num_tokens: the image's path in the benchmark's folder, what the CLIP text tower read, and the
+            visual tokens that the language model read; filled in by `llava.eval.results`.
     """
 
     key: str
@@ -119,13 +113,12 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
-        """Whether the answer is worth at least half of the points."""
         return self.points >= CORRECT_FROM
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a benchmark says about a set of answers.
+    """What a benchmark gives for a set of answers.
 
     Attributes:
         headline: the number that papers print, unrounded; percent (MME: perception points).
@@ -150,9 +143,6 @@ class Case:
     Attributes:
         task: name of the benchmark.
         key: name of the question and, where it is asked several times, of the round; cached replies are found by it.
-        question: what was asked.
-        references: reference answers, as the benchmark gives them.
-        prediction: the model's answer.
         options: text by letter, for multiple choice.
     """
 
@@ -193,8 +183,7 @@ class Judge(Protocol):
             messages: `role` and `content` each, as the benchmark words them.
             attempt: counts how often a case is asked (once more for each run, and for each reply that could not be
                 read), so that each time has its own reply.
-            temperature: of the reply.
-            max_tokens: length limit of the reply.
+            temperature, max_tokens: of the reply.
 
         Raises:
             InputError: no reply after bounded retries; names the question and what came back.
@@ -238,10 +227,7 @@ class Benchmark(ABC):
 
     # Which questions -------------------------------------------------------------------------------------------
     def with_split(self, split: str) -> "Benchmark":
-        """Return this benchmark on another split of its data, such as VQAv2's `val2014`.
-
-        Args:
-            split: as the data's own file names have it.
+        """Return this benchmark on another split of its data, named as in its files (VQAv2: `val2014`).
 
         Raises:
             InputError: there is no such split; lists those there are.
@@ -260,6 +246,23 @@ class Benchmark(ABC):
         """
 
     # What the answers are worth --------------------------------------------------------------------------------
+    @classmethod
+    def key(cls, question: Question) -> str:
+        return row_key(question.head(), cls.key_fields)
+
+    @classmethod
+    def pair(cls, questions: Sequence[Question], answers: Mapping[str, Row]) -> list[tuple[str, Question, Row]]:
+        """List the answered questions, in their order: the key, the question and the row of its answer.
+
+        Raises:
+            InputError: none is answered.
+        """
+        keys = [cls.key(question) for question in questions]
+        pairs = [(key, each, answers[key]) for key, each in zip(keys, questions, strict=True) if key in answers]
+        if not pairs:
+            raise InputError(f"{cls.name}: none of the questions has an answer")
+        return pairs
+
     @abstractmethod
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores | None:
         """Score answers by the official rules.
@@ -275,14 +278,15 @@ class Benchmark(ABC):
         """
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
-        """Compute the headline from verdicts alone; by default the mean of their points, in percent.
-
-        Raises:
-            InputError: there are none.
-        """
+        """Compute the headline from verdicts alone, at least one; by default the mean of their points, in percent."""
         if not verdicts:
             raise InputError(f"{self.name}: none of the questions has an answer")
         return 100 * sum(verdict.points for verdict in verdicts) / len(verdicts)
+
+    def sum_up(self, verdicts: Sequence[Verdict], scores: Mapping[str, Any], columns: Mapping[str, float]) -> Scores:
+        """Return the scores of verdicts, at least one; their headline follows from them."""
+        count = sum(verdict.unit != "pair" for verdict in verdicts)
+        return Scores(self.headline(verdicts), scores, count, columns, verdicts)
 
     # Where files go --------------------------------------------------------------------------------------------
     def find_root(self, data_root: Path) -> Path:

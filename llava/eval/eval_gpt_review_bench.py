@@ -9,9 +9,8 @@ when all are there. A review file of other answers is never mixed in or overwrit
 import argparse
 from pathlib import Path
 
+from llava.cli import positive, user_path
 from llava.errors import InputError, run_command
-from llava.eval.__main__ import positive, user_path
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmarks._files import load_question_file, read_records
 from llava.eval.benchmarks.llavabench import (
     IMAGE_FOLDER,
@@ -23,6 +22,7 @@ from llava.eval.benchmarks.llavabench import (
     pair_comparisons,
 )
 from llava.eval.judge import make_judge
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import require_complete
 from llava.files import write_jsonl
 
@@ -30,7 +30,6 @@ NUM_ANSWER_FILES = 2
 
 
 def main() -> None:
-    """Judge, write the reviews."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_gpt_review_bench")
     parser.add_argument("-q", "--question", type=user_path, required=True, help="questions.jsonl")
     parser.add_argument("-c", "--context", type=user_path, required=True, help="context.jsonl")
@@ -74,11 +73,7 @@ def main() -> None:
 
 
 def refuse_other_reviews(path: Path, answer_ids: set[str]) -> None:
-    """Make sure that a review file that is there belongs to these answers.
-
-    Raises:
-        InputError: it has reviews of other answers, which writing would lose.
-    """
+    """Refuse to overwrite a review file of other answers."""
     if not path.is_file() or not path.stat().st_size:
         return
     others = {str(review.get("answer2_id")) for review in read_records(path)} - answer_ids

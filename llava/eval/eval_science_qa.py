@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import run_command
-from llava.eval.answers import pair_answers, read_answers
 from llava.eval.benchmark import Question, Row, Verdict, row_key
 from llava.eval.benchmarks.sqa import (
     SPLIT,
@@ -26,12 +25,12 @@ from llava.eval.benchmarks.sqa import (
     judge_answers,
     read_problems,
 )
+from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import Result, format_line, require_complete
 from llava.files import append_line, write_json
 
 
 def main() -> None:
-    """Score, print, write."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_science_qa")
     parser.add_argument("--base-dir", type=Path, required=True, help="folder of problems.json and pid_splits.json")
     parser.add_argument("--result-file", type=Path, required=True, help="the answers file")

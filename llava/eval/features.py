@@ -1,104 +1,101 @@
-"""What the towers say, computed once per picture and once per query however many questions they meet in.
+"""Images read ahead of the model, and every image and every query encoded once, however many questions they meet in.
 
-What the vision tower says of a picture does not depend on the question; TRIM's choice among its patches does. So
-patches and embedded queries are kept here, in caches of bounded size, and reduced anew for every question.
+What the vision tower computes of an image does not depend on the question; which patches TRIM keeps does. So encoded
+images and embedded queries are kept here, in caches of bounded size, and reduced anew for every question.
+
+Images are decoded and resized by threads (Pillow does it without Python's lock). What waits to be used is bounded, and
+an image that cannot be read fails where it is asked for, not where it was read.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from llava.eval.benchmark import ImageSource
-from llava.eval.reading import PictureReader
-from llava.model.multimodal_encoder.tower import ImageFeatures
+from llava.image import load_image
+from llava.mm_utils import process_images
+from llava.protocols import ImageProcessor, ImageSettings, VisionLanguageModel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Key = TypeVar("Key")
 
 TOWER_BATCH = 32
-"""Pictures per pass of the vision tower, and queries per pass of the text tower."""
+"""Images per pass of the vision tower, and queries per pass of the text tower."""
 CACHED_QUERIES = 4096
+MAX_THREADS = 8
+READ_AHEAD = 64
+
+Pixels = tuple[Tensor, tuple[int, int]]
+"""`float32[3, S, S]` or `float32[C, 3, S, S]`, and the image's (width, height)."""
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A picture as the vision tower sees it.
+    """An image as the vision tower sees it.
 
     Attributes:
-        patches: what the vision tower gives for its crops.
-        size: (width, height) of the picture in pixels.
+        features: the record of `encode_patches`, handed on to `make_image_tokens` as it is.
+        size: (width, height) of the image in pixels.
     """
 
-    patches: ImageFeatures
+    features: object
     size: tuple[int, int]
 
 
-class RecentlyUsed(Generic[Key, Result]):
-    """The last `capacity` things that were used."""
-
-    def __init__(self, capacity: int):
-        """Start empty."""
-        self._capacity = capacity
-        self._kept: OrderedDict[Key, Result] = OrderedDict()
-
-    def find(self, keys: Iterable[Key]) -> dict[Key, Result]:
-        """Return those of the keys that are there, with their values."""
-        return {key: self._kept[key] for key in keys if key in self._kept}
-
-    def use(self, items: dict[Key, Result]) -> None:
-        """Note items as used last; others may fall out."""
-        for key, value in items.items():
-            self._kept[key] = value
-            self._kept.move_to_end(key)
-        while len(self._kept) > self._capacity:
-            self._kept.popitem(last=False)
-
-
 class FeatureCache:
-    """The last pictures that were asked for, encoded, and the next ones, being read."""
+    """The last images that were asked for, encoded, and the next ones, being read."""
 
-    def __init__(self, model: Any, image_processor: Any, capacity: int):
+    def __init__(self, model: VisionLanguageModel, image_processor: ImageProcessor, capacity: int):
         """Start empty.
 
         Args:
-            model: anything with `config` and `encode_patches`.
-            image_processor: the CLIP image processor.
-            capacity: number of pictures to keep between calls; one call may hold more.
+            model: its `config` and `encode_patches` are used.
+            image_processor: of the vision tower.
+            capacity: number of images to keep between calls; one call may hold more.
         """
         self._model = model
-        self._reader = PictureReader(image_processor, model.config)
+        self._reader = ImageReader(image_processor, model.config)
         self._kept: RecentlyUsed[ImageSource, EncodedImage] = RecentlyUsed(capacity)
 
-    def announce(self, pictures: Iterable[ImageSource]) -> None:
-        """Say which pictures `encode` will be called with, so that they are read meanwhile."""
-        wanted = list(dict.fromkeys(pictures))
+    def announce(self, images: Iterable[ImageSource]) -> None:
+        """Tell which images `encode` will be called with next, so that they are read meanwhile."""
+        wanted = list(dict.fromkeys(images))
         kept = self._kept.find(wanted)
-        self._reader.announce(picture for picture in wanted if picture not in kept)
+        self._reader.announce(image for image in wanted if image not in kept)
 
-    def encode(self, pictures: Iterable[ImageSource]) -> tuple[dict[ImageSource, EncodedImage], dict[ImageSource, str]]:
-        """Encode pictures, those in the cache excepted.
+    def encode(self, images: Iterable[ImageSource]) -> tuple[dict[ImageSource, EncodedImage], dict[ImageSource, str]]:
+        """Encode images, those in the cache excepted.
 
         Args:
-            pictures: equal ones are encoded once.
+            images: equal ones are encoded once.
 
         Returns:
-            The encoded pictures, and for each that cannot be read the reason.
+            The encoded images, and for each that cannot be read the reason.
         """
-        wanted = list(dict.fromkeys(pictures))
+        wanted = list(dict.fromkeys(images))
         found = self._kept.find(wanted)
         self._reader.forget(found)
-        absent = [picture for picture in wanted if picture not in found]
+        absent = [image for image in wanted if image not in found]
         self._reader.announce(absent)
         faults: dict[ImageSource, str] = {}
         for start in range(0, len(absent), TOWER_BATCH):
-            fresh, unreadable = self._encode_batch(absent[start : start + TOWER_BATCH])
-            found |= fresh
-            faults |= unreadable
+            pixels: dict[ImageSource, Pixels] = {}
+            for image in absent[start : start + TOWER_BATCH]:
+                try:
+                    pixels[image] = self._reader.take(image)
+                except (ValueError, OSError) as error:
+                    # InputError is a ValueError; so is what image processors raise for images of impossible shapes.
+                    faults[image] = str(error)
+            encoded = apply_in_parts(self._model.encode_patches, [values for values, _ in pixels.values()], TOWER_BATCH)
+            for (image, (_, size)), features in zip(pixels.items(), encoded, strict=True):
+                found[image] = EncodedImage(features, size)
         self._kept.use(found)
         return found, faults
 
@@ -106,30 +103,12 @@ class FeatureCache:
         """Stop reading ahead."""
         self._reader.close()
 
-    def _encode_batch(
-        self, pictures: Sequence[ImageSource]
-    ) -> tuple[dict[ImageSource, EncodedImage], dict[ImageSource, str]]:
-        faults: dict[ImageSource, str] = {}
-        read: dict[ImageSource, tuple[Tensor, tuple[int, int]]] = {}
-        for picture in pictures:
-            try:
-                read[picture] = self._reader.take(picture)
-            except (ValueError, OSError) as error:
-                # InputError is a ValueError; so is what image processors raise for pictures of impossible shapes.
-                faults[picture] = str(error)
-        patches = apply_in_parts(self._model.encode_patches, [pixels for pixels, _ in read.values()], TOWER_BATCH)
-        encoded = {
-            picture: EncodedImage(crops, size)
-            for (picture, (_, size)), crops in zip(read.items(), patches, strict=True)
-        }
-        return encoded, faults
-
 
 class QueryCache:
     """The last queries that were asked, embedded."""
 
-    def __init__(self, model: Any, capacity: int = CACHED_QUERIES):
-        """Start empty; the model is anything with `embed_queries`."""
+    def __init__(self, model: VisionLanguageModel, capacity: int = CACHED_QUERIES):
+        """Start empty; of the model its `embed_queries` is used."""
         self._model = model
         self._kept: RecentlyUsed[str, Tensor] = RecentlyUsed(capacity)
 
@@ -156,6 +135,80 @@ class QueryCache:
     def _embed_some(self, queries: Sequence[str]) -> Sequence[Tensor | None]:
         embedded = self._model.embed_queries(list(queries))
         return [None] * len(queries) if embedded is None else embedded.unbind()
+
+
+class RecentlyUsed(Generic[Key, Result]):
+    """The last `capacity` things that were used."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._kept: OrderedDict[Key, Result] = OrderedDict()
+
+    def find(self, keys: Iterable[Key]) -> dict[Key, Result]:
+        """Return those of the keys that are there, with their values."""
+        return {key: self._kept[key] for key in keys if key in self._kept}
+
+    def use(self, items: dict[Key, Result]) -> None:
+        """Note items as used last; others may fall out."""
+        for key, value in items.items():
+            self._kept[key] = value
+            self._kept.move_to_end(key)
+        while len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+
+
+class ImageReader:
+    """Reads images that were announced before they are asked for."""
+
+    def __init__(self, image_processor: ImageProcessor, settings: ImageSettings):
+        """Take what `process_images` needs; threads start with the first use."""
+        self._image_processor = image_processor
+        self._settings = settings
+        self._announced: OrderedDict[ImageSource, None] = OrderedDict()
+        self._started: dict[ImageSource, Future[Pixels]] = {}
+        self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="image")
+
+    def announce(self, images: Iterable[ImageSource]) -> None:
+        """Tell which images will be asked for, in this order."""
+        self._announced.update((image, None) for image in images if image not in self._started)
+        self._top_up()
+
+    def forget(self, images: Iterable[ImageSource]) -> None:
+        """Tell that announced images are not needed."""
+        for image in images:
+            self._announced.pop(image, None)
+            future = self._started.pop(image, None)
+            if future is not None:
+                future.cancel()
+        self._top_up()
+
+    def take(self, image: ImageSource) -> Pixels:
+        """Return an image, announced or not.
+
+        Raises:
+            ValueError: it cannot be read (`InputError`), or the image processor refuses its shape.
+            OSError: likewise.
+        """
+        self._announced.pop(image, None)
+        future = self._started.pop(image, None) or self._pool.submit(self._read, image)
+        self._top_up()
+        return future.result()
+
+    def close(self) -> None:
+        """Stop; what is being read is finished, nothing else is begun."""
+        self._announced.clear()
+        self._started.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _top_up(self) -> None:
+        while self._announced and len(self._started) < READ_AHEAD:
+            image, _ = self._announced.popitem(last=False)
+            self._started[image] = self._pool.submit(self._read, image)
+
+    def _read(self, source: ImageSource) -> Pixels:
+        image = load_image(source)
+        pixels = process_images([image], self._image_processor, self._settings)[0]
+        return torch.as_tensor(pixels), image.size
 
 
 def apply_in_parts(

@@ -1,6 +1,6 @@
 """Public datasets of the Hugging Face hub, written once into a benchmark's layout; from then on they are local data.
 
-A `HubForm` knows a dataset's name, tables and columns, and writes them as question and annotation files under LLaVA's
+A `HubForm` names a dataset, its tables and columns, and writes them as question and annotation files under LLaVA's
 names, so that questions and prompts are those of local data. A benchmark lists its forms by split (`Benchmark.hub`).
 A local copy of a dataset is a folder as the hub's own downloads have it: `data/<split>-*.parquet`, or
 `<config>/<split>-*.parquet` where there are several configurations; the files may also be in the folder itself.
@@ -10,11 +10,10 @@ import csv
 import io
 import json
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -57,23 +56,13 @@ class HubTable:
     columns_only: bool = False
 
     def __str__(self) -> str:
-        """Name the table for a message."""
         return f"split {self.split}" if self.config is None else f"config {self.config}, split {self.split}"
 
 
-Tables = dict[str, HubTable]
-"""The tables of a dataset, by the names that its form uses."""
-
-
 def read_rows(dataset: str, table: HubTable) -> Iterator[HubRow]:
-    """Yield the rows of a table, one in memory at a time; images are `{"bytes", "path"}`, not decoded.
+    """Yield the rows of a table of a dataset (name on the hub, or local folder), one in memory at a time.
 
-    Args:
-        dataset: name on the hub, or a local folder.
-        table: what of it.
-
-    Raises:
-        InputError: there is no such dataset or table, it cannot be reached, or a column is missing.
+    Images are `{"bytes", "path"}`, not decoded. Whatever is missing or cannot be reached is an `InputError`.
     """
     where = f"{dataset} ({table})"
     rows = iter(_open(dataset, table).decode(False))
@@ -120,11 +109,6 @@ def _open(dataset: str, table: HubTable) -> Any:
 
 
 def find_parquet(folder: Path, table: HubTable) -> list[Path]:
-    """Find a table's files in a local copy.
-
-    Raises:
-        InputError: there are none.
-    """
     places = [folder / table.config] if table.config else [folder / "data", folder]
     for place in [*places, folder]:
         files = sorted([*place.glob(f"{table.split}-*.parquet"), *place.glob(f"{table.split}.parquet")])
@@ -134,7 +118,6 @@ def find_parquet(folder: Path, table: HubTable) -> list[Path]:
 
 
 def name_alternatives(dataset: str) -> list[str]:
-    """List the names under which a dataset may be found."""
     old, new = ORGANISATIONS
     owner, _, name = dataset.partition("/")
     return [dataset, f"{new}/{name}"] if owner == old else [dataset]
@@ -146,6 +129,7 @@ def _shorten(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
+@dataclass(frozen=True)
 class Layout:
     """A benchmark's folder in the making: images, question files and annotation files.
 
@@ -156,22 +140,13 @@ class Layout:
         final: where they will be in the end; images that are there already are not written again.
     """
 
-    def __init__(self, folder: Path, final: Path):
-        self.folder = folder
-        self.final = final
-
-    def has(self, name: str) -> bool:
-        """Whether a file is there, from this attempt or an earlier one."""
-        return (self.folder / name).exists() or (self.final / name).exists()
+    folder: Path
+    final: Path
 
     def save_image(self, name: str, cell: Any) -> None:
-        """Write an image's bytes as they are; a row without image leaves none, and `answer` reports it.
-
-        Args:
-            name: of the file.
-            cell: the dataset's image, see `image_bytes`.
-        """
-        content = None if self.has(name) else image_bytes(cell)
+        """Write an image's bytes (see `image_bytes`) as they are; without any, `answer` reports the missing file."""
+        is_there = (self.folder / name).exists() or (self.final / name).exists()
+        content = None if is_there else image_bytes(cell)
         if content is not None:
             write_bytes(self.folder / name, content)
 
@@ -194,6 +169,11 @@ class Layout:
         self.write_text(name, text.getvalue())
 
 
+def question_line(identity: int | str, image: str, text: str, category: str = "default") -> dict[str, Any]:
+    """Return a line of a LLaVA question file."""
+    return {"question_id": identity, "image": image, "text": text, "category": category}
+
+
 def image_bytes(cell: Any) -> bytes | None:
     """Return an image's bytes: from bytes, or from `{"bytes", "path"}`; None for an empty cell."""
     if isinstance(cell, Mapping):
@@ -210,11 +190,7 @@ def guess_suffix(cell: Any) -> str:
 
 
 def safe_name(name: object, where: str) -> str:
-    """Return a file name from a dataset's cell as text.
-
-    Raises:
-        InputError: it would lead out of the benchmark's folder.
-    """
+    """Return a dataset's cell as a file name; one that leads out of the benchmark's folder is refused."""
     text = str(name)
     if not text or text.startswith("/") or "\\" in text or ".." in text.split("/"):
         raise InputError(f"{where}: {text!r} is not a file name")
@@ -222,43 +198,25 @@ def safe_name(name: object, where: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- forms
-class HubForm(ABC):
+ReadTable = Callable[[str], Iterator[HubRow]]
+"""Reads a table of a form, by its name, from the start."""
+
+
+@dataclass(frozen=True)
+class HubForm:
     """The hub's form of a benchmark, or of one split of it.
 
     Attributes:
         dataset: name on the hub.
-        tables: what is read of it, by a name for `rows`.
+        tables: what is read of it, by a name for `convert`.
         files: the files other than images that `convert` writes.
+        convert: writes LLaVA's files.
     """
 
-    dataset: ClassVar[str]
-    tables: ClassVar[Tables]
-    files: ClassVar[tuple[str, ...]]
-
-    @abstractmethod
-    def convert(self, rows: "HubRows", layout: Layout) -> None:
-        """Write LLaVA's files.
-
-        Args:
-            rows: gives the rows of a table by its name.
-            layout: where the files go.
-
-        Raises:
-            InputError: the dataset cannot be read, or lacks something.
-        """
-
-
-class HubRows:
-    """The tables of a form, read from a dataset, with a progress bar each."""
-
-    def __init__(self, form: HubForm, dataset: str):
-        self.form = form
-        self.dataset = dataset
-
-    def __getitem__(self, name: str) -> Iterator[HubRow]:
-        """Read a table from its start."""
-        table = self.form.tables[name]
-        return iter(tqdm(read_rows(self.dataset, table), desc=f"{self.dataset}, {table}", unit="row"))
+    dataset: str
+    tables: Mapping[str, HubTable]
+    files: Sequence[str]
+    convert: Callable[[ReadTable, Layout], None]
 
 
 def fetch(form: HubForm, split: str, root: Path, dataset: str | None = None) -> None:
@@ -269,11 +227,8 @@ def fetch(form: HubForm, split: str, root: Path, dataset: str | None = None) -> 
     Args:
         form: the dataset.
         split: the benchmark's name for it.
-        root: the benchmark's folder.
+        root: the benchmark's folder, which must not hold other data.
         dataset: name on the hub or folder of parquet files, instead of the form's own.
-
-    Raises:
-        InputError: the folder holds other data, or the dataset cannot be read.
     """
     name = dataset or form.dataset
     make_folder(root)
@@ -286,7 +241,6 @@ def fetch(form: HubForm, split: str, root: Path, dataset: str | None = None) -> 
             raise InputError(f"{root} holds {held[split]} already; name another --root for {name}")
         partial = root / PARTIAL_FOLDER / split
         if not _says(partial / COMPLETE_FILE, name):
-            _refuse_other_data(root, form)
             _convert(form, name, partial, root)
         _publish(partial, root, form.files)
         write_json(root / MARKER_FILE, {**held, split: name})
@@ -297,23 +251,23 @@ def _says(path: Path, name: str) -> bool:
     return path.is_file() and read_text(path) == name
 
 
-def _refuse_other_data(root: Path, form: HubForm) -> None:
-    """Make sure that nothing of the user's is overwritten."""
-    present = [name for name in form.files if (root / name).exists()]
-    if present:
-        raise InputError(
-            f"{root / present[0]} is there already and is not from the hub; leave out --source hub, "
-            "or name another --root"
-        )
-
-
-def _convert(form: HubForm, name: str, partial: Path, root: Path) -> None:
+def _convert(form: HubForm, dataset: str, partial: Path, root: Path) -> None:
     """Write all files into a folder of their own, going on with what an earlier attempt of the same dataset left."""
-    if partial.exists() and not _says(partial / OWNER_FILE, name):
+    for path in (root / name for name in form.files):
+        if path.exists():
+            raise InputError(
+                f"{path} is there already and is not from the hub; leave out --source hub, or name another --root"
+            )
+    if partial.exists() and not _says(partial / OWNER_FILE, dataset):
         shutil.rmtree(partial)
-    write_text(partial / OWNER_FILE, name)
-    form.convert(HubRows(form, name), Layout(partial, root))
-    write_text(partial / COMPLETE_FILE, name)
+
+    def read_table(name: str) -> Iterator[HubRow]:
+        table = form.tables[name]
+        return iter(tqdm(read_rows(dataset, table), desc=f"{dataset}, {table}", unit="row"))
+
+    write_text(partial / OWNER_FILE, dataset)
+    form.convert(read_table, Layout(partial, root))
+    write_text(partial / COMPLETE_FILE, dataset)
 
 
 def _publish(partial: Path, root: Path, files: Sequence[str]) -> None:

@@ -87,11 +87,7 @@ def make_judge(kind: str | None, model: str | None, cache: Path, task: Benchmark
 
 
 def find_endpoint(task: Benchmark) -> tuple[str | None, str | None]:
-    """Read key and address from the environment; either may be None.
-
-    Raises:
-        InputError: both are missing, or one cannot be used. The message holds no secret.
-    """
+    """Read key and address from the environment; either may be None, not both. No message holds a secret."""
     key, address = (os.environ.get(name, "").strip() or None for name in (KEY_VARIABLE, ADDRESS_VARIABLE))
     if not key and not address:
         raise InputError(
@@ -196,7 +192,11 @@ class ApiJudge:
         max_tokens: int = 1024,
     ) -> str:
         """Return the reply to a chat, from the cache if the same was asked before (see `Judge.ask`)."""
-        chat = [dict(message) for message in messages]
+        # No endpoint takes half of a surrogate pair, which an answer may hold.
+        chat = [
+            {name: text.encode(errors="backslashreplace").decode() for name, text in message.items()}
+            for message in messages
+        ]
         request = {"model": self.name, "messages": chat, "temperature": temperature, "max_tokens": max_tokens}
         # The name holds everything that the reply depends on.
         whole = json.dumps([case.task, case.key, attempt, request], sort_keys=True)
@@ -239,11 +239,7 @@ class ApiJudge:
             self._under_way.discard(future)
 
     async def _try_often(self, case: Case, request: Mapping[str, object]) -> str:
-        """Send a request until there is a reply.
-
-        Raises:
-            InputError: the endpoint refuses, or every try within the deadline failed.
-        """
+        """Send a request until there is a reply; a refusal, or failure of all tries in time, is an error."""
         end = time.monotonic() + self._deadline
         for number in range(1, self._max_tries + 1):
             if self._stopped.is_set():
@@ -252,7 +248,7 @@ class ApiJudge:
             try:
                 return read_reply(await asyncio.wait_for(self._client.chat.completions.create(**request), limit))
             # A body that is no JSON makes the SDK's parser raise errors that are not the SDK's.
-            except (self._sdk.OpenAIError, asyncio.TimeoutError, ValueError, RecursionError) as error:
+            except (self._sdk.OpenAIError, TimeoutError, ValueError, RecursionError) as error:
                 failure = error
             reason, wait = self._describe(failure), read_retry_after(failure)
             left = end - time.monotonic()
@@ -276,7 +272,6 @@ class ApiJudge:
         )
 
     def _describe(self, failure: Exception) -> str:
-        """Return in a few words what came back."""
         said = self._secrets.clip(failure.__cause__ or failure)
         if isinstance(failure, self._sdk.APIStatusError):
             hint = "" if self._has_key or failure.status_code != 401 else f"; {KEY_VARIABLE} is not set"
@@ -290,18 +285,13 @@ class ApiJudge:
 
 @cache
 def start_loop() -> asyncio.AbstractEventLoop:
-    """Start the event loop of all requests, on a thread that ends with the process."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="judge", daemon=True).start()
     return loop
 
 
 def read_reply(completion: "ChatCompletion") -> str:
-    """Take the text out of a completion; an empty one is a reply, too.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Take the text out of a completion; an empty one is a reply, too, but none at all is a `ValueError`."""
     try:
         text = completion.choices[0].message.content
     except (AttributeError, IndexError, KeyError, TypeError):
@@ -312,7 +302,6 @@ def read_reply(completion: "ChatCompletion") -> str:
 
 
 def may_pass(failure: Exception) -> bool:
-    """Return whether the same request may succeed later."""
     status = getattr(failure, "status_code", 500)
     return (status >= 500 or status in PASSING_STATUSES) and getattr(failure, "code", None) != SPENT_QUOTA
 
@@ -358,7 +347,6 @@ class Secrets:
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text is an HTTP address with a host."""
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()
@@ -382,11 +370,7 @@ class ReplyCache:
     """
 
     def __init__(self, path: Path):
-        """Read the file, if there is one.
-
-        Raises:
-            InputError: the file cannot be read, or holds something other than replies.
-        """
+        """Read the file, if there is one; one of something other than replies is refused."""
         self.path = path
         self._lock = threading.Lock()
         self._replies: dict[str, str] = {}
@@ -411,9 +395,6 @@ class ReplyCache:
 
         Returns:
             The reply that counts: this one, or an earlier one.
-
-        Raises:
-            InputError: the file cannot be written.
         """
         line = json.dumps({"key": key, **about, "reply": reply})
         with self._lock:

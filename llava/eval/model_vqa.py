@@ -1,4 +1,4 @@
-"""The published command `python -m llava.eval.model_vqa`: a question file in, an answers file of free text out.
+"""LLaVA's command `python -m llava.eval.model_vqa`: a question file in, an answers file of free text out.
 
 The same as `model_vqa_loader`, with room for long answers; LLaVA-Bench and MM-Vet are answered by it.
 """
@@ -10,7 +10,6 @@ MAX_NEW_TOKENS = 1024
 
 
 def main() -> None:
-    """Answer the questions of a file."""
     answer_question_file("python -m llava.eval.model_vqa", MAX_NEW_TOKENS)
 
 

@@ -1,14 +1,15 @@
-"""The published command `python -m llava.eval.model_vqa_loader`: a question file in, an answers file out.
+"""LLaVA's command `python -m llava.eval.model_vqa_loader`: a question file in, an answers file out.
 
-Flags, row keys and file names are the published ones; the work is done by `llava.eval.answering`. Beyond the original
-it resumes, batches, reads several images per question, and gives `none`, `TRIM:-1`, ... to `--reduce`.
+Flags, row keys and file names are LLaVA's; the work is done by `llava.eval.predict`. Beyond the original it resumes,
+batches, reads several images per question, and knows `--reduce`.
 """
 
 import argparse
 from pathlib import Path
 
+from llava.cli import positive, user_path
 from llava.errors import run_command
-from llava.eval.__main__ import add_model_options, answer_and_exit, positive
+from llava.eval.__main__ import add_answer_options, answer_and_exit
 from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS
 from llava.eval.benchmarks._files import load_question_file
 
@@ -17,7 +18,6 @@ KEY_FIELDS = ("question_id", "prompt")
 
 
 def main() -> None:
-    """Answer the questions of a file, briefly."""
     answer_question_file("python -m llava.eval.model_vqa_loader", LOADER_MAX_NEW_TOKENS)
 
 
@@ -29,18 +29,17 @@ def answer_question_file(prog: str, max_new_tokens: int) -> None:
         max_new_tokens: its length limit of an answer.
     """
     parser = argparse.ArgumentParser(prog=prog)
-    parser.add_argument("--question-file", type=Path, required=True, help="JSON lines: question_id, image, text")
-    parser.add_argument("--image-folder", type=Path, default=Path(), help="where the `image` names are looked up")
-    parser.add_argument("--answers-file", type=Path, default=Path("answer.jsonl"))
+    parser.add_argument("--question-file", type=user_path, required=True, help="JSON Lines: question_id, image, text")
+    parser.add_argument("--image-folder", type=user_path, default=Path(), help="where the `image` names are looked up")
+    parser.add_argument("--answers-file", type=user_path, default=Path("answer.jsonl"))
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--num_beams", type=positive, default=1)
     parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
-    # The published defaults: batches of one, and a template and temperature that no script uses.
-    add_model_options(parser, conv_mode="llava_v1", temperature=0.2, batch_size=1)
+    # LLaVA's defaults: batches of one, and a template and temperature that no script uses.
+    add_answer_options(parser, conv_mode="llava_v1", temperature=0.2, batch_size=1)
     arguments = parser.parse_args()
-    questions = load_question_file(arguments.question_file.expanduser(), arguments.image_folder.expanduser())
-    answers_file = arguments.answers_file.expanduser()
-    answer_and_exit(arguments, questions, answers_file, arguments.max_new_tokens, KEY_FIELDS)
+    questions = load_question_file(arguments.question_file, arguments.image_folder)
+    answer_and_exit(arguments, questions, arguments.answers_file, arguments.max_new_tokens, KEY_FIELDS)
 
 
 if __name__ == "__main__":

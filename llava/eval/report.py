@@ -44,22 +44,14 @@ TableRow = Mapping[str, Cell]
 """Cells by column title; the first row's titles and order count."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelScore:
-    """What one model scored on one benchmark.
+    """What one model scored on one benchmark; see `Result`.
 
-    Attributes:
-        headline: unrounded.
-        retained_percent: of the first model's headline; None where that is unknown or not positive.
-        mean_tokens: visual tokens that the language model read per question with an image.
-        mean_patches: what the vision tower saw.
-        count: questions that were scored.
-        missing: questions without an answer.
-        judge: name of the judge, if one took part.
-        offline_judge: the headline is the offline stand-in's.
+    `retained_percent` is of the first model's headline; None where either is unknown, or the first not positive.
     """
 
-    headline: float
+    headline: float | None
     retained_percent: float | None
     mean_tokens: float | None
     mean_patches: float | None
@@ -67,6 +59,7 @@ class ModelScore:
     missing: int
     judge: str | None
     offline_judge: bool
+    unscored: str | None
 
 
 @dataclass(frozen=True)
@@ -80,12 +73,8 @@ class BenchmarkScores:
 
 @dataclass(frozen=True)
 class Average:
-    """A model's plain means over benchmarks; None where no benchmark has a value.
-
-    Attributes:
-        retained_percent: over the `num_benchmarks` that have one.
-        num_benchmarks: those that the model and the first one have.
-        mean_tokens: over the benchmarks that have a number of tokens.
+    """A model's plain means over benchmarks: over the `num_benchmarks` that it and the first model have, and over those
+    that have a number of tokens; None of none.
     """
 
     retained_percent: float | None
@@ -100,7 +89,7 @@ class Report:
     Attributes:
         tables: rows by the table's title, with every number.
         notes: lines that belong below.
-        models: names in the order of the columns; with the next two empty unless it is an overview.
+        models: names in the order of the columns; empty, as the next two, unless it is an overview.
         benchmarks: in the order of `BENCHMARKS`.
         average: by model.
     """
@@ -120,14 +109,10 @@ class Report:
 
 # ------------------------------------------------------------------------------------------------------------ numbers
 def make_report(runs: Sequence[Run], overview: bool | None = None) -> Report:
-    """Put runs together.
+    """Put runs (name of the model, result) together, in the order of the columns.
 
-    Args:
-        runs: (model, result), in the order of the columns.
-        overview: a row per benchmark; False: a table per benchmark with a row per run; None: whichever fits.
-
-    Raises:
-        InputError: a model has two results of one benchmark, so that an overview has no one number for it.
+    `overview`: a row per benchmark; False: a table per benchmark with a row per run; None: whichever fits. In an
+    overview a model cannot have two results of one benchmark.
     """
     if overview is None:
         overview = len({result.task for _, result in runs}) > 1
@@ -136,30 +121,26 @@ def make_report(runs: Sequence[Run], overview: bool | None = None) -> Report:
     benchmarks = group_by_benchmark(runs)
     models = list(dict.fromkeys(name for name, _ in runs))
     average = {model: average_model(benchmarks, model) for model in models}
-    notes = [*explain_partial(benchmarks), *explain_columns(benchmarks, models, average)]
+    notes = explain_columns(benchmarks, models, average)
     return Report({"": tabulate(benchmarks, models, average)}, notes, models, benchmarks, average)
 
 
 def compare_runs(runs: Sequence[Run]) -> dict[str, list[TableRow]]:
-    """Put runs side by side.
-
-    Returns:
-        For each benchmark's label the rows of its table, in the order given: the run, its columns, `Tokens` (mean
-        visual tokens per question), `% of tokens` and `% of first` (of the headline), None where unknown.
-    """
+    """Put runs side by side, in a table for each benchmark's label: the run, its columns, tokens and percentages."""
     tables: dict[str, list[TableRow]] = {}
-    first: dict[str, float] = {}
+    first: dict[str, float | None] = {}
     for name, result in runs:
         label = result.row + result.judge_label
         reference = first.setdefault(label, result.headline)
+        is_compared = reference and result.headline is not None
         tokens = result.tokens
         tables.setdefault(label, []).append(
             {
                 "Run": name + (f" ({result.missing} answers missing)" if result.missing else ""),
-                **result.columns,
+                **({"Score": result.unscored} if result.unscored else result.columns),
                 "Tokens": tokens.mean_tokens if tokens else None,
                 "% of tokens": 100 * tokens.mean_tokens / tokens.mean_patches if tokens else None,
-                "% of first": 100 * result.headline / reference if reference else None,
+                "% of first": 100 * result.headline / reference if is_compared else None,
             }
         )
     return tables
@@ -168,25 +149,24 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, list[TableRow]]:
 def group_by_benchmark(runs: Sequence[Run]) -> list[BenchmarkScores]:
     """List each benchmark with what every model scored on it, in the order of `BENCHMARKS`."""
     groups: dict[str, BenchmarkScores] = {}
+    first = {result.label: result.headline for model, result in runs if model == runs[0][0]}
     for model, result in runs:
         group = groups.setdefault(result.label, BenchmarkScores(result.label, result.task))
         if model in group.runs:
             raise InputError(f"two results of {group.label} for {model}; give each run its own NAME=FILE.json")
-        tokens = result.tokens
+        reference, tokens = first.get(result.label) or 0.0, result.tokens
+        is_compared = reference > 0 and result.headline is not None
         group.runs[model] = ModelScore(
             headline=result.headline,
-            retained_percent=None,
+            retained_percent=100 * result.headline / reference if is_compared else None,
             mean_tokens=tokens.mean_tokens if tokens else None,
             mean_patches=tokens.mean_patches if tokens else None,
             count=result.count,
             missing=result.missing,
             judge=result.judge,
             offline_judge=result.offline_judge and result.headline_judged,
+            unscored=result.unscored,
         )
-    for group in groups.values():
-        first = group.runs.get(runs[0][0])
-        for run in group.runs.values():
-            run.retained_percent = 100 * run.headline / first.headline if first and first.headline > 0 else None
     order = list(BENCHMARKS)
     return sorted(groups.values(), key=lambda group: order.index(group.task) if group.task in order else len(order))
 
@@ -196,11 +176,8 @@ def average_model(benchmarks: Sequence[BenchmarkScores], model: str) -> Average:
     runs = [group.runs[model] for group in benchmarks if model in group.runs]
     retained = [run.retained_percent for run in runs if run.retained_percent is not None]
     tokens = [run.mean_tokens for run in runs if run.mean_tokens is not None]
-    return Average(
-        retained_percent=sum(retained) / len(retained) if retained else None,
-        num_benchmarks=len(retained),
-        mean_tokens=sum(tokens) / len(tokens) if tokens else None,
-    )
+    means = [sum(values) / len(values) if values else None for values in (retained, tokens)]
+    return Average(retained_percent=means[0], num_benchmarks=len(retained), mean_tokens=means[1])
 
 
 def tabulate(
@@ -212,7 +189,7 @@ def tabulate(
         row: dict[str, Cell] = {"Benchmark": label}
         for model in models:
             run = runs.get(model)
-            row[model] = run.headline if isinstance(run, ModelScore) else None
+            row[model] = (run.unscored or run.headline) if isinstance(run, ModelScore) else None
             if model != models[0]:
                 row[f"{model} %"] = run.retained_percent if run else None
             row[f"{model} tok"] = run.mean_tokens if run else None
@@ -221,18 +198,22 @@ def tabulate(
 
 
 def label_row(group: BenchmarkScores) -> str:
-    """Return a benchmark's label, with a sign if answers are missing."""
     return group.label + (f" {NOTE_SIGN}" if any(run.missing for run in group.runs.values()) else "")
 
 
 def explain_columns(
     benchmarks: Sequence[BenchmarkScores], models: Sequence[str], average: Mapping[str, Average]
 ) -> list[str]:
-    """Say what the columns are and how the averages come about."""
-    notes = []
+    """Name the scores to which answers are missing, what the columns are and how the averages come about."""
+    scores = [(group, model, run) for group in benchmarks for model, run in group.runs.items()]
+    notes = [
+        f"{NOTE_SIGN} {group.label}: {run.missing} answers of {model} are missing."
+        for group, model, run in scores
+        if run.missing
+    ]
     if len(models) > 1:
-        counts = {average[model].num_benchmarks for model in models[1:]}
-        over = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+        counts = sorted({average[model].num_benchmarks for model in models[1:]})
+        over = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         notes.append(
             f"%: score in percent of {models[0]}'s on the same benchmark, MME's points like the others' percentages; "
             f"its average is the plain mean over the {over} benchmarks that both have, all counting the same."
@@ -241,22 +222,12 @@ def explain_columns(
         "Tokens (tok): mean number of visual tokens that the language model read per question with an image; "
         "the average is the plain mean over benchmarks."
     )
-    if any(run.offline_judge for group in benchmarks for run in group.runs.values()):
+    if any(run.offline_judge for _, _, run in scores):
         notes.append(
             "[judge: exact]: an offline stand-in compared texts where the benchmark asks a language model; "
             "such a number compares with others of its kind only."
         )
     return notes
-
-
-def explain_partial(benchmarks: Sequence[BenchmarkScores]) -> list[str]:
-    """Name the scores to which answers are missing."""
-    return [
-        f"{NOTE_SIGN} {group.label}: {run.missing} answers of {model} are missing."
-        for group in benchmarks
-        for model, run in group.runs.items()
-        if run.missing
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------- text of tables
@@ -267,22 +238,19 @@ def format_terminal(report: Report) -> str:
     rows = []
     for group in report.benchmarks:
         cells = {}
-        for model in report.models:
-            run = group.runs.get(model)
-            percent = f" {run.retained_percent:5.1f}%" if run and run.retained_percent is not None else " " * 7
-            cells[model] = None if run is None else f"{run.headline:.2f}{percent if model != report.models[0] else ''}"
-        rows.append({"Benchmark": label_row(group), **cells})
-    means = [report.average[model] for model in report.models]
-    percents = [None, *(mean.retained_percent for mean in means[1:])]
-    rows.append({"Benchmark": AVERAGE_LABEL, **_format_means(report.models, percents, ".1f", "%")})
-    rows.append({"Benchmark": "Tokens, mean", **_format_means(report.models, [m.mean_tokens for m in means], ".2f")})
+        for model, run in group.runs.items():
+            percent = f" {run.retained_percent:5.1f}%" if run.retained_percent is not None else " " * 7
+            cells[model] = (run.unscored or f"{run.headline:.2f}") + (percent if model != report.models[0] else "")
+        rows.append({"Benchmark": label_row(group), **{model: cells.get(model) for model in report.models}})
+    percents = {
+        model: f"{mean.retained_percent:.1f}%"
+        for model, mean in report.average.items()
+        if mean.retained_percent is not None and model != report.models[0]
+    }
+    tokens = {model: mean.mean_tokens for model, mean in report.average.items()}
+    rows += [{"Benchmark": AVERAGE_LABEL, **percents}, {"Benchmark": "Tokens, mean", **tokens}]
     table = _align(rows, right=report.models, wrap=True)
     return "\n\n".join([table, *(textwrap.fill(clean(note), TERMINAL_WIDTH) for note in report.notes)])
-
-
-def _format_means(models: Sequence[str], values: Sequence[float | None], digits: str, unit: str = "") -> dict[str, str]:
-    texts = ["-" if value is None else f"{value:{digits}}{unit}" for value in values]
-    return dict(zip(models, texts, strict=True))
 
 
 def format_markdown(report: Report) -> str:
@@ -302,13 +270,7 @@ def format_table(rows: Sequence[TableRow]) -> str:
 
 
 def _align(rows: Sequence[TableRow], right: Sequence[str], wrap: bool = False) -> str:
-    """Align a table.
-
-    Args:
-        rows: the rows.
-        right: titles of the columns that are aligned at the right.
-        wrap: titles take several lines where they are wider than their column.
-    """
+    """Align a table; `right` are the columns aligned at the right; `wrap` breaks titles wider than their column."""
     titles = list(rows[0])
     cells = [[escape_markdown(format_cell(row.get(title))) for title in titles] for row in rows]
     columns = list(zip(*cells, strict=True))
@@ -391,7 +353,6 @@ class Bars:
     """One panel of the plot: a group of bars per label, a bar per series in it.
 
     Attributes:
-        title: of the panel.
         unit: what the bars measure.
         groups: label of each group, and the value of each series in it.
         series: name of each series in the legend; empty where a group is one bar.
@@ -404,25 +365,19 @@ class Bars:
     series: Sequence[str] = ()
     reference: tuple[float, str] | None = None
 
-    @property
-    def num_bars(self) -> int:
-        """Bars and the gaps between the groups, in widths of a bar."""
-        return sum(len(values) + 1 for _, values in self.groups)
-
 
 def write_plot(path: Path, report: Report) -> None:
-    """Draw a report into a PNG file: what each model retains per benchmark, or the score of each run.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Draw a report into a PNG file: what each model retains per benchmark, or the score of each run."""
     # The other forms need no drawing library.
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = plan_plot(report)
-    heights = [panel.num_bars * BAR_HEIGHT + 0.9 + 0.2 * len(panel.series) for panel in panels]
+    num_bars = [sum(len(values) + 1 for _, values in panel.groups) for panel in panels]  # and a gap after each group
+    heights = [
+        number * BAR_HEIGHT + 0.9 + 0.2 * len(panel.series) for number, panel in zip(num_bars, panels, strict=True)
+    ]
     style = {"text.parse_math": False, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):
         figure = Figure(figsize=(PLOT_WIDTH, sum(heights)), dpi=PLOT_DPI, layout="constrained")
@@ -438,19 +393,20 @@ def plan_plot(report: Report) -> list[Bars]:
     """Decide what the plot shows: percentages of the first model, or scores where there is nothing to compare."""
     if not report.models:
         return [_plan_runs(clean(title), rows) for title, rows in report.tables.items()]
-    models = [clean(model) for model in report.models]
-    if len(models) == 1:
-        values = [(clean(group.label), [group.runs[report.models[0]].headline]) for group in report.benchmarks]
-        return [Bars(f"{models[0]}{_describe_tokens(report, report.models[0])}", "score", values)]
+    first, *others = report.models
+    names = []
+    for model in report.models:
+        tokens = report.average[model].mean_tokens
+        names.append(clean(model) + (f" ({tokens:.1f} tokens)" if tokens is not None else ""))
+    if not others:
+        scores = [(clean(group.label), [group.runs[first].headline]) for group in report.benchmarks]
+        return [Bars(names[0], "score", scores)]
+    rows = [*((label_row(group), group.runs) for group in report.benchmarks), (AVERAGE_LABEL, report.average)]
     groups = [
-        (clean(label), [runs[model].retained_percent if model in runs else None for model in report.models[1:]])
-        for label, runs in [
-            *((label_row(group), group.runs) for group in report.benchmarks),
-            (AVERAGE_LABEL, report.average),
-        ]
+        (clean(label), [runs[model].retained_percent if model in runs else None for model in others])
+        for label, runs in rows
     ]
-    names = [f"{name}{_describe_tokens(report, model)}" for name, model in zip(models, report.models, strict=True)]
-    return [Bars(f"Score retained, in % of {models[0]}", "%", groups, names[1:], (100.0, names[0]))]
+    return [Bars(f"Score retained, in % of {clean(first)}", "%", groups, names[1:], (100.0, names[0]))]
 
 
 def _plan_runs(title: str, rows: Sequence[TableRow]) -> Bars:
@@ -458,13 +414,9 @@ def _plan_runs(title: str, rows: Sequence[TableRow]) -> Bars:
     groups = []
     for row in rows:
         tokens = "" if row["Tokens"] is None else f"\n{row['Tokens']:.1f} tokens"
-        groups.append((clean(str(row["Run"])) + tokens, [row[column]]))
+        value = row[column]
+        groups.append((clean(str(row["Run"])) + tokens, [None if isinstance(value, str) else value]))
     return Bars(title, column, groups)
-
-
-def _describe_tokens(report: Report, model: str) -> str:
-    tokens = report.average[model].mean_tokens
-    return f" ({tokens:.1f} tokens)" if tokens is not None else ""
 
 
 def draw_bars(axes: "Axes", panel: Bars) -> None:

@@ -5,15 +5,30 @@ A result file is JSON, schema 2: the fields of `Result` at top level under their
 """
 
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from llava.errors import InputError
-from llava.eval.answers import name_questions, pair_answers, read_answers
 from llava.eval.benchmark import Benchmark, ImageSource, Judge, Question, Row, Verdict, index_questions, row_key
-from llava.files import make_folder, read_json, write_text
+from llava.eval.predictions import name_questions, pair_answers, read_answers
+from llava.files import (
+    FileError,
+    explain_errors,
+    find_target,
+    make_folder,
+    read_bytes,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 SCHEMA = 2
 OFFLINE_LABEL = " [judge: exact]"
@@ -60,11 +75,12 @@ class Result:
         tokens: means of the visual tokens; None where the answers do not have them.
         answers: the answers file.
         verdicts: one per question (or group) that was scored.
+        unscored: why there is no headline, in a few words for a cell of a table; None where there is one.
     """
 
     task: str
     row: str
-    headline: float
+    headline: float | None
     scores: Mapping[str, Any] = field(default_factory=dict)
     count: int = 0
     columns: Mapping[str, float] = field(default_factory=dict)
@@ -76,6 +92,7 @@ class Result:
     tokens: TokenMeans | None = None
     answers: str | None = None
     verdicts: Sequence[Verdict] = ()
+    unscored: str | None = None
 
     @property
     def judge_label(self) -> str:
@@ -95,6 +112,8 @@ class Result:
         data["scores"], data["columns"] = dict(self.scores), dict(self.columns)
         data["tokens"] = asdict(self.tokens) if self.tokens else None
         data["verdicts"] = [dump_verdict(verdict) for verdict in self.verdicts]
+        if self.unscored is None:
+            del data["unscored"]
         return {"schema": SCHEMA, **data}
 
     @classmethod
@@ -114,7 +133,10 @@ class Result:
             raise InputError(
                 f"{where} has schema {data['schema']}, this version reads {SCHEMA}: score the answers again"
             )
+        unscored = data["headline"] is None and isinstance(data.get("unscored"), str)
         for name, (kind, kind_name) in KINDS.items():
+            if name == "headline" and unscored:
+                continue
             if not isinstance(data[name], kind) or isinstance(data[name], bool):
                 raise InputError(f'{where}: "{name}" must be {kind_name}')
         try:
@@ -164,6 +186,78 @@ def format_line(result: Result) -> str:
     return f"{result.row}{offline}{partial}\t{result.headline:.2f}"
 
 
+def write_line(path: Path, result: Result) -> str:
+    """Write the line of a result into the results file and return it.
+
+    A file has one line per run (answers file and judge) and label: a score that is written again takes the place of its
+    line, as a complete one does of one with answers missing. Other lines stay byte for byte. Which line is which run's
+    is kept beside the file, in `.FILE.runs.json`; a line of nobody is taken over by its label. Several processes may
+    write at once, and a line that a full disk left torn is replaced if it is the beginning of this one, else ended.
+
+    Args:
+        path: the results file; made if it is not there.
+        result: a score.
+
+    Raises:
+        InputError: the file cannot be read or written.
+    """
+    line = format_line(result)
+    with explain_errors("write", path):
+        target = find_target(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        owners_file = target.with_name(f".{target.name}.runs.json")
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            owners = _read_owners(owners_file)
+            run = _name_run(result, target)
+            lines = read_bytes(target).split(b"\n") if target.exists() else []
+            torn = lines.pop() if lines else b""  # what follows the last line end: nothing in a whole file
+            if torn and not line.encode().startswith(torn):
+                lines.append(torn)
+            place = _find_line(lines, line, owners.get(run, []), owners)
+            before = lines[place].decode("utf-8", "replace") if place < len(lines) else line
+            # Both are claimed, the new one first: whenever this is killed, the next write finds the one that is there.
+            write_json(owners_file, {**owners, run: [line, before]})
+            lines[place : place + 1] = [line.encode()]
+            write_bytes(target, b"".join(each + b"\n" for each in lines))
+    return line
+
+
+def _name_run(result: Result, results_file: Path) -> str:
+    """Name whose line it is: its answers, as seen from the results file, benchmark and judge."""
+    answers = os.path.relpath(os.path.realpath(result.answers or ""), os.path.realpath(results_file.parent))
+    return json.dumps([answers, result.label])
+
+
+def _read_owners(file: Path) -> dict[str, list[str]]:
+    """Read which run each line belongs to; nothing where nobody noted it."""
+    try:
+        data = read_json(file) if file.exists() else {}
+    except FileError:
+        return {}
+    items = data.items() if isinstance(data, dict) else ()
+    return {run: lines for run, lines in items if isinstance(lines, list) and all(type(line) is str for line in lines)}
+
+
+def _find_line(lines: Sequence[bytes], line: str, own: Sequence[str], owners: Mapping[str, Sequence[str]]) -> int:
+    """Return where a line belongs: in place of its run's own, else of nobody's of its label, else at the end."""
+    texts = [each.decode("utf-8", "replace") for each in lines]
+    for text in own:
+        if text in texts:
+            return texts.index(text)
+    claimed = Counter(owned[0] for owned in owners.values() if owned)
+    for place, text in enumerate(texts):
+        if claimed[text]:
+            claimed[text] -= 1
+        elif find_label(text) == find_label(line):
+            return place
+    return len(lines)
+
+
+def find_label(line: str) -> str:
+    """Return the label of a `name<TAB>value` line without the number of missing answers."""
+    return re.sub(r" \[\d+ answers missing\]$", "", line.rpartition("\t")[0])
+
+
 # ------------------------------------------------------------------------------------------------------------ scoring
 def score_answers(
     task: Benchmark, answers_file: Path, root: Path, allow_partial: bool = False, judge: Judge | None = None
@@ -206,6 +300,31 @@ def score_answers(
         tokens=average_tokens(answers.values()),
         answers=str(answers_file),
         verdicts=complete_verdicts(scores.verdicts, index_questions(questions, task.key_fields), answers, root),
+    )
+
+
+def describe_unscored(task: Benchmark, answers_file: Path, root: Path, reason: str) -> Result:
+    """Return what is known of a run that cannot be scored, so that it keeps its place in tables.
+
+    Args:
+        task: the benchmark.
+        answers_file: one row per question, in any order.
+        root: the benchmark's folder.
+        reason: in a few words, for a cell of a table.
+
+    Raises:
+        InputError: the answers belong to other questions, or contradict one another.
+    """
+    questions, answers = pair_with_questions(task, answers_file, root, allow_partial=True)
+    return Result(
+        task=task.name,
+        row=task.row,
+        headline=None,
+        missing=len(questions) - len(answers),
+        model_id=next((row.get("model_id") for row in answers.values()), None),
+        tokens=average_tokens(answers.values()),
+        answers=str(answers_file),
+        unscored=reason,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.cli import ModelSpec
 from llava.errors import InputError
 from llava.eval.benchmark import ImageSource, Question, Verdict
 from llava.eval.report import clean
@@ -73,27 +74,6 @@ class Listing:
     names: Sequence[str]
     sections: Sequence[Section]
     summary: Sequence[str]
-
-
-@dataclass(frozen=True)
-class RunModel:
-    """The model of a run, as `load_pretrained_model` takes it.
-
-    Attributes:
-        path: checkpoint folder or hub id.
-        base: base model of a LoRA or projector-only checkpoint.
-        reduce: token reduction; None: what the checkpoint's config.json says; "none": none.
-        device: None: the accelerator if there is one, else the CPU.
-        dtype: of the language model; None: the device's default.
-        tower_dtype: of the vision and text towers; None: float32.
-    """
-
-    path: str
-    base: str | None = None
-    reduce: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    tower_dtype: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------ listing
@@ -216,7 +196,7 @@ def describe_answers(listed: Listed, names: Sequence[str]) -> list[tuple[str, st
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
-def read_run(answers_file: Path) -> RunModel | None:
+def read_run(answers_file: Path) -> ModelSpec | None:
     """Return the model of a run from the `.run.json` beside its answers; None where there is none.
 
     Raises:
@@ -229,7 +209,7 @@ def read_run(answers_file: Path) -> RunModel | None:
     if not isinstance(run, dict) or not isinstance(run.get("path"), str):
         raise InputError(f"{file} names no model: name it by --model-path")
     device = run.get("device")
-    return RunModel(
+    return ModelSpec(
         path=run["path"],
         base=run.get("base"),
         reduce=run.get("reduce"),
@@ -241,7 +221,7 @@ def read_run(answers_file: Path) -> RunModel | None:
 
 def choose_run(
     answers_file: Path, model_path: str | None, model_base: str | None = None, reduce: str | None = None
-) -> RunModel:
+) -> ModelSpec:
     """Return the model to draw with: what the run's `.run.json` says, where the options say nothing else.
 
     Raises:
@@ -250,13 +230,13 @@ def choose_run(
     run = read_run(answers_file)
     if model_path is not None:
         # The run's base belongs to the run's checkpoint.
-        run = replace(run or RunModel(model_path), path=model_path, base=None)
+        run = replace(run or ModelSpec(model_path), path=model_path, base=None)
     if run is None:
         raise InputError(f"no {answers_file}.run.json says which model answered: name one by --model-path")
     return replace(run, base=model_base or run.base, reduce=reduce or run.reduce)
 
 
-def look(run: RunModel, name: str, cases: Sequence[Listed]) -> dict[tuple[ImageSource, str], "View"]:
+def look(run: ModelSpec, name: str, cases: Sequence[Listed]) -> dict[tuple[ImageSource, str], "View"]:
     """Compute what a run keeps of the images of some questions.
 
     Args:
@@ -272,19 +252,9 @@ def look(run: RunModel, name: str, cases: Sequence[Listed]) -> dict[tuple[ImageS
         return {}
     # Only drawing needs the model and the drawing library.
     from llava.image import load_image
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
     from llava.visualize import make_view, reduce_image
 
-    _, model, image_processor, _ = load_pretrained_model(
-        run.path,
-        run.base,
-        get_model_name_from_path(run.path),
-        device=run.device,
-        reduce=run.reduce,
-        dtype=run.dtype,
-        tower_dtype=run.tower_dtype,
-    )
+    _, model, image_processor = run.load()
     if model.token_reducer is None:
         return {}
     grid, aspect_ratio = model.get_vision_tower().grid, getattr(model.config, "image_aspect_ratio", None)
@@ -300,7 +270,7 @@ def look(run: RunModel, name: str, cases: Sequence[Listed]) -> dict[tuple[ImageS
     return views
 
 
-def draw_listing(listing: Listing, runs: Sequence[RunModel], title: str, folder: Path) -> Path:
+def draw_listing(listing: Listing, runs: Sequence[ModelSpec], title: str, folder: Path) -> Path:
     """Draw every listed question into a PNG of its own, and a page that shows them all.
 
     Args:

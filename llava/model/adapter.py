@@ -4,23 +4,35 @@ A LoRA folder holds `adapter_config.json`, the adapter and `non_lora_trainables.
 `mm_projector.bin`. Both hold the config.json of the whole model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers.utils import cached_file
+from torch import Tensor, nn
 
 from llava.errors import InputError
 from llava.files import parse_record, read_text
 from llava.model.checkpoint_folder import PROJECTOR_FILE
+from llava.model.config_rules import ADAPTER_RULES, CONFIG_FILE, check_config, check_values, read_settings, require
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.multimodal_encoder.loading import load_quietly, resolve_name
+from llava.model.multimodal_encoder.loading import build_empty, load_quietly, resolve_name
+from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
+from llava.model.stored_weights import (
+    Shapes,
+    check_finite,
+    find_file,
+    first_line,
+    iterate_tensors,
+    read_shapes,
+    refuse_missing,
+    refuse_shape,
+    refuse_unknown,
+)
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 NON_LORA_FILE = "non_lora_trainables.bin"
 WRAPPER_PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
-PROJECTOR_PREFIX = "mm_projector."
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -50,24 +62,12 @@ def find_part(path: str) -> Part | None:
     if adapter is not None:
         if weights is None:
             raise InputError(f"{path} has {ADAPTER_CONFIG_FILE}, but no {NON_LORA_FILE}: copy the folder again")
-        base = parse_record(read_text(Path(adapter)), adapter).get("base_model_name_or_path")
-        return Part(path, weights, base, is_lora=True)
+        settings = parse_record(read_text(Path(adapter)), adapter)
+        require(settings, ("peft_type", "r"), adapter)
+        check_values(settings, ADAPTER_RULES, adapter)
+        return Part(path, weights, settings.get("base_model_name_or_path"), is_lora=True)
     projector = find_file(path, PROJECTOR_FILE)
     return None if projector is None else Part(path, projector)
-
-
-def find_file(path: str, name: str) -> str | None:
-    """Return the path of a file in a folder or hub repository, or None where it has none of that name."""
-    try:
-        return cached_file(
-            path,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-    except OSError:
-        return None
 
 
 def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, merge: bool) -> LlavaLlamaForCausalLM:
@@ -86,15 +86,19 @@ def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, mer
     Raises:
         InputError: weights that cannot be read, or do not fit the base.
     """
+    values, file = read_settings(base, CONFIG_FILE, "model base")
+    check_config(values, file, "model base")
     weights = read_weights(part.weights_file)
     tower = getattr(config, "mm_vision_tower", None)
     if tower:
         config.mm_vision_tower = resolve_name(tower, part.path)  # relative names start at the part, not at its base
+    empty, base_has_projector = build_empty(LlavaLlamaForCausalLM, config), bool(values.get("mm_vision_tower"))
+    check_rest(empty, weights, part.weights_file, base_has_projector)
     model, _ = load_quietly(
         LlavaLlamaForCausalLM, base, what="model base", optional=tuple(weights), config=config, **settings
     )
     model.config.mm_vision_tower, model.config._name_or_path = tower, part.path
-    _take(model, weights, part.weights_file)
+    model.load_state_dict(weights, strict=False)
     return _attach(model, part, base, merge) if part.is_lora else model
 
 
@@ -104,37 +108,94 @@ def read_weights(file: str) -> dict[str, Tensor]:
     Raises:
         InputError: not a file of tensors.
     """
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Many kinds: pickle, zip and end-of-file errors, OSError.
-        raise InputError(f"{file} can't be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     weights = {}
-    for name, value in stored.items():
+    for name, value in iterate_tensors(file):
         own = name.removeprefix(WRAPPER_PREFIX)
         if PROJECTOR_PREFIX in own:
             own = f"model.{PROJECTOR_PREFIX}{own.split(PROJECTOR_PREFIX, 1)[1]}"
         weights[own] = value
+    check_finite(weights.items(), file)
     return weights
 
 
-def _take(model: LlavaLlamaForCausalLM, weights: dict[str, Tensor], file: str) -> None:
-    own = model.state_dict()
+def check_rest(
+    model: LlavaLlamaForCausalLM, weights: Mapping[str, Tensor], file: str, base_has_projector: bool
+) -> None:
+    """Refuse weights that do not fit the model, or leave it without a projector.
+
+    Args:
+        model: the base; its values are not looked at.
+        weights: to be put into it.
+        file: for the message.
+        base_has_projector: whether the base is a LLaVA itself.
+
+    Raises:
+        InputError: the first that does not fit, with both shapes, or is missing.
+    """
+    own = {name: tuple(value.shape) for name, value in model.named_parameters()}
     for name, value in weights.items():
         if name not in own:
             raise InputError(f"{file}: the model has no {name}")
-        if own[name].shape != value.shape:
-            shapes = f"shape {list(value.shape)}, the base model's is {list(own[name].shape)}"
+        if own[name] != tuple(value.shape):
+            shapes = f"shape {list(value.shape)}, the base model's is {list(own[name])}"
             raise InputError(f"{file}: {name} has {shapes}: another base?")
-    model.load_state_dict(weights, strict=False)
+    if not base_has_projector:
+        refuse_missing({name for name in own if PROJECTOR_PREFIX in name} - set(weights), file)
 
 
 def _attach(model: LlavaLlamaForCausalLM, part: Part, base: str, merge: bool) -> LlavaLlamaForCausalLM:
-    from peft import PeftModel  # takes seconds, and few checkpoints need it
+    from peft import PeftModel, get_peft_model_state_dict  # takes seconds, and few checkpoints need it
 
+    file = find_adapter_weights(part)
+    stored = check_adapter(model, file, base)
     try:
         wrapped = PeftModel.from_pretrained(model, part.path, autocast_adapter_dtype=False)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"LoRA adapter {part.path} does not fit the base model {base}: {reason}") from error
+        expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(wrapped).items()}
+    except Exception as error:
+        # Many kinds, from peft's own checks of the settings.
+        raise InputError(f"LoRA adapter {part.path} does not fit the base model {base}: {first_line(error)}") from error
+    refuse_missing(set(expected) - set(stored), f"LoRA adapter {file}")
+    refuse_unknown(set(stored) - set(expected), f"LoRA adapter {file}")
+    check_finite(((name, value) for name, value in wrapped.named_parameters() if "lora_" in name), file)
     return wrapped.merge_and_unload() if merge else wrapped.base_model.model
+
+
+def find_adapter_weights(part: Part) -> str:
+    """Find the file of a LoRA adapter's weights.
+
+    Raises:
+        InputError: there is none.
+    """
+    file = next((found for name in ADAPTER_WEIGHTS if (found := find_file(part.path, name))), None)
+    if file is None:
+        raise InputError(f"{part.path} has {ADAPTER_CONFIG_FILE}, but no {ADAPTER_WEIGHTS[0]}: copy the folder again")
+    return file
+
+
+def check_adapter(model: LlavaLlamaForCausalLM, file: str, base: str) -> Shapes:
+    """Refuse an adapter of another base: each pair must fit a linear layer of the model, `[r, in]` and `[out, r]`.
+
+    Args:
+        model: the base; its values are not looked at.
+        file: the adapter's weights.
+        base: for the message.
+
+    Returns:
+        Names and shapes of the adapter's tensors.
+
+    Raises:
+        InputError: the first tensor that does not fit, with both shapes.
+    """
+    stored, modules = read_shapes(file), dict(model.named_modules())
+    what = f"LoRA adapter {file} on {base}"
+    for name, shape in stored.items():
+        path, _, kind = name.removeprefix(WRAPPER_PREFIX).partition(".lora_")
+        layer = modules.get(path)
+        if kind and layer is None:
+            raise InputError(f"{what}: {name} belongs to a layer that the base model has not: another base?")
+        if not kind or not isinstance(layer, nn.Linear):
+            continue  # peft's own check names it
+        expected = (shape[0], layer.in_features) if kind.startswith("A") else (layer.out_features, shape[-1])
+        if tuple(shape) != expected:
+            refuse_shape(name, shape, expected, what, "the base model")
+    return stored

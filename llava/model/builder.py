@@ -6,21 +6,29 @@ Full checkpoints, and with a base model LoRA and projector-only ones.
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 
 from llava.errors import InputError
 from llava.files import parse_record, read_text
 from llava.model.adapter import Part, find_part, load_on_base
+from llava.model.config_rules import (
+    CONFIG_FILE,
+    check_config,
+    check_pinpoints,
+    read_settings,
+    refuse,
+)
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
+from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.stored_weights import NO_WEIGHTS, first_line, holds_weights, list_weight_files
 from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+from llava.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UNQUANTISED = ("model.mm_projector", "model.vision_tower", "lm_head")
 DEFAULT_CONTEXT_LENGTH = 2048  # what LLaVA's loader reports for configs without max_sequence_length
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def load_pretrained_model(
@@ -70,81 +78,54 @@ def load_pretrained_model(
     Raises:
         InputError: one line for everything that is not as it should be, before any weight is read where possible.
     """
+    # 1. All that can be refused before weights are read: settings, files, tokenizer.
     device = choose_device(device)
     tower_dtype = resolve_dtype(tower_dtype or torch.float32)
-    config = _read_config(model_path, customized_config, reduce)
-    part = _find_part(model_path, model_base)
-    tokenizer = load_tokenizer(model_path if part is None or _has_tokenizer(model_path) else model_base)
     settings = _loading_settings(device, device_map, dtype or torch_dtype, load_8bit, load_4bit)
     attention = "flash_attention_2" if use_flash_attn else attn_implementation
     if attention:
         settings["attn_implementation"] = attention
+    config = read_config(model_path, customized_config, reduce)
+    part = find_weights(model_path, model_base)
+    tokenizer = load_tokenizer(model_path if part is None or has_tokenizer(model_path) else model_base)
+    check_vocabulary(tokenizer, config.vocab_size, model_path)
+    # 2. Language model and projector.
     if part is None:
         model, _ = load_quietly(LlavaLlamaForCausalLM, model_path, what="checkpoint", config=config, **settings)
     else:
         model = load_on_base(part, model_base, config, settings, merge=not (load_8bit or load_4bit))
+    if "device_map" not in settings:
+        model.to(device)
     model.tokenizer = tokenizer
     _clean_generation_config(model)
+    # 3. The towers.
     tower = model.get_vision_tower()
-    if tower is None:
-        raise InputError(f"{model_path}/config.json names no mm_vision_tower: this is a language model without vision")
+    check_tower_fits(config, tower, model_path)
+    model.note_budget()
     tower.load_model(device=model.get_input_embeddings().weight.device, dtype=tower_dtype)
     context_length = getattr(config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model, tower.image_processor, context_length
 
 
-def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer with the ids of LLaVA's code.
-
-    `AutoTokenizer` of transformers 5 loses the leading space of Llama's sentencepiece vocabulary; the Llama class
-    keeps it.
-
-    Args:
-        model_path: checkpoint folder or hub id.
-
-    Returns:
-        The tokenizer.
+def find_weights(model_path: str, model_base: str | None) -> Part | None:
+    """Find out whether a checkpoint is full (None) or a part, which needs its base while a full one needs none.
 
     Raises:
-        InputError: when there is none, or it can't be read.
+        InputError: a base too many or too few, or weight files that are missing.
     """
-    folder = Path(model_path)
-    # transformers 5 would make up an empty vocabulary here.
-    if folder.is_dir() and not _has_tokenizer(model_path):
-        raise InputError(f"checkpoint {model_path} has no tokenizer: expected {' or '.join(TOKENIZER_FILES)} there")
-    settings_file = folder / "tokenizer_config.json"
-    try:
-        settings = parse_record(read_text(settings_file), str(settings_file)) if settings_file.is_file() else {}
-        is_llama = settings.get("tokenizer_class", "LlamaTokenizer").startswith("Llama")
-        return (LlamaTokenizer if is_llama else AutoTokenizer).from_pretrained(model_path)
-    except Exception as error:
-        # Many kinds: OSError, sentencepiece and protobuf errors, broken JSON.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"tokenizer of {model_path} can't be loaded (tokenizer.model there?): {reason}") from error
-
-
-def _has_tokenizer(model_path: str) -> bool:
-    return any((Path(model_path) / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _find_part(model_path: str, model_base: str | None) -> Part | None:
-    """Check the weights of a folder; a partial checkpoint needs its base, a full one none."""
-    part = None if _holds_weights(Path(model_path)) else find_part(model_path)
+    part = None if holds_weights(Path(model_path)) else find_part(model_path)
     if part is None:
-        _check_weights(model_path)
+        if Path(model_path).is_dir():  # on the hub, transformers fetches and checks
+            list_weight_files(model_path)
         if model_base is not None:
             raise InputError(f"{model_path} is a full checkpoint: leave out the model base {model_base}")
     elif model_base is None:
         kind = "LoRA weights" if part.is_lora else "projector weights"
         known = f", e.g. {part.base}" if part.base else ""
         raise InputError(f"{model_path} holds {kind} only: give its base model (--model-base{known})")
-    elif Path(model_base).is_dir() and not _holds_weights(Path(model_base)):
-        raise InputError(f"model base {model_base} holds no weights: expected {' or '.join(WEIGHT_FILES)}, or shards")
+    elif Path(model_base).is_dir() and not holds_weights(Path(model_base)):
+        raise InputError(f"model base {model_base} {NO_WEIGHTS}")
     return part
-
-
-def _holds_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (*WEIGHT_FILES, *INDEX_FILES))
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -181,24 +162,30 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def _read_config(model_path: str, customized_config: str | None, reduce: str | None) -> LlavaConfig:
+def read_config(model_path: str, customized_config: str | None = None, reduce: str | None = None) -> LlavaConfig:
+    """Read and check the config of a checkpoint, full or part.
+
+    Args:
+        model_path: checkpoint folder or hub id.
+        customized_config: path of a config.json to use instead.
+        reduce: token reduction instead of the config's; "none" switches it off.
+
+    Raises:
+        InputError: no config, another kind of model, a wrong value (file, key and value are named).
+    """
     folder = Path(model_path).expanduser()
     if not folder.is_dir() and (
         folder.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") != 1
     ):
         raise InputError(f"checkpoint folder {model_path} is not there; give a folder with config.json, or a hub id")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"checkpoint folder {model_path} holds no config.json")
-    try:
-        # As a dictionary: released checkpoints have "llava", a model type that transformers took for its own class.
-        values, _ = LlavaConfig.get_config_dict(customized_config or model_path)
-        values["dtype"] = values.pop("torch_dtype", values.get("dtype"))  # the name transformers 5 uses
-        config = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
-    except Exception as error:
-        # OSError (not there, hub), broken JSON, and transformers' own validation of the values.
-        reason = str(error).strip().splitlines()[0]
-        source = customized_config or model_path
-        raise InputError(f"config of {source} can't be read (no such folder, nor on the hub?): {reason}") from error
+    if customized_config is not None and Path(customized_config).is_file():
+        values, file = parse_record(read_text(Path(customized_config)), customized_config), customized_config
+    else:
+        values, file = read_settings(customized_config or model_path, CONFIG_FILE, "checkpoint")
+    check_config(values, file)
+    config = make_config(values, file)
+    if not getattr(config, "mm_vision_tower", None):
+        raise InputError(f"{file} names no mm_vision_tower: this is a language model without vision")
     config._name_or_path = model_path
     if reduce is not None:
         reducer = parse_reducer(reduce)
@@ -207,41 +194,49 @@ def _read_config(model_path: str, customized_config: str | None, reduce: str | N
     return config
 
 
-def _check_weights(model_path: str) -> None:
-    folder = Path(model_path)
-    if not folder.is_dir():
-        return  # on the hub: transformers fetches and checks
-    for index_name in INDEX_FILES:
-        if (folder / index_name).is_file():
-            shards = sorted(set(read_weight_map(folder / index_name).values()))
-            absent = [shard for shard in shards if not (folder / shard).is_file()]
-            if absent:
-                raise InputError(
-                    f"checkpoint {model_path} lacks {len(absent)} of {len(shards)} weight files, first {absent[0]}: "
-                    "copy or download it again"
-                )
-            return
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise InputError(f"checkpoint {model_path} holds no weights: expected {' or '.join(WEIGHT_FILES)}, or shards")
-
-
-def read_weight_map(index: str | Path) -> dict[str, str]:
-    """Read which file holds which weight.
+def make_config(values: dict, file: str) -> LlavaConfig:
+    """Turn a checked config.json into a config.
 
     Raises:
-        InputError: not an index file.
+        InputError: transformers refuses it.
     """
-    weight_map = parse_record(read_text(Path(index)), str(index)).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{index} is not an index of weight files: it has no weight_map")
-    return weight_map
+    # Released checkpoints have "llava", a model type that transformers took for its own class.
+    values = values | {"model_type": LlavaConfig.model_type}
+    values["dtype"] = values.pop("torch_dtype", values.get("dtype"))  # the name transformers 5 uses
+    methods = sorted(key for key in values if callable(getattr(LlavaConfig, key, None)))
+    if methods:
+        raise InputError(f"{file}: {methods[0]} cannot be a setting (transformers has a function of that name)")
+    try:
+        return LlavaConfig.from_dict(values)
+    except Exception as error:  # transformers' own checks, of many kinds
+        raise InputError(f"{file} can't be used: {' '.join(str(error).split())[:200] or first_line(error)}") from error
+
+
+def check_tower_fits(config: LlavaConfig, tower: VisionTower, model_path: str) -> None:
+    """Compare a config with the config of its vision tower.
+
+    Raises:
+        InputError: another width than the projector's, a layer that does not exist, or crops that do not fit.
+    """
+    file = f"{model_path}/{CONFIG_FILE}"
+    tower.number_of_selected_layer()
+    if tower.hidden_size != config.mm_hidden_size:
+        refuse(file, "mm_hidden_size", config.mm_hidden_size, f"{tower.hidden_size}, the width of {tower.name}")
+    if getattr(config, "image_aspect_ratio", None) == "anyres":
+        check_pinpoints(config.image_grid_pinpoints, file, tower.image_size)
 
 
 def _clean_generation_config(model: LlavaLlamaForCausalLM) -> None:
-    """Drop settings of released checkpoints that contradict themselves: sampling values without sampling."""
+    """Mend settings of released checkpoints: sampling values without sampling, whole numbers where transformers wants
+    others.
+    """
     settings = model.generation_config
     if not settings.do_sample:
         settings.temperature = settings.top_p = settings.top_k = None
+    for key in ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty", "length_penalty"):
+        value = getattr(settings, key, None)
+        if value is not None:
+            setattr(settings, key, float(value))
 
 
 def _loading_settings(
@@ -253,8 +248,14 @@ def _loading_settings(
     dtype = resolve_dtype(dtype)
     # One device given by the user, or a machine without accelerator: everything there, without dispatch hooks.
     spread = device_map is not None and not on_cpu and ":" not in device
-    settings: dict = {"dtype": dtype, "device_map": device_map if spread else {"": device}}
+    settings: dict = {"dtype": dtype}
+    if is_accelerate_available():  # device maps are its work
+        settings["device_map"] = device_map if spread else {"": device}
+    if load_8bit and load_4bit:
+        raise InputError("a model is quantised to 8 or to 4 bit, not to both: give one of load_8bit and load_4bit")
     if load_8bit or load_4bit:
+        if not is_bitsandbytes_available():
+            raise InputError("quantising to 8 or 4 bit needs bitsandbytes: pip install -e '.[quantise]'")
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=load_8bit,
             load_in_4bit=load_4bit,

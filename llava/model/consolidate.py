@@ -7,23 +7,15 @@ layout, in the dtype of the weights that were read.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-from transformers import PreTrainedConfig
-
+from llava.cli import DTYPES
 from llava.errors import InputError, run_command
-from llava.model.adapter import PROJECTOR_PREFIX, find_file
-from llava.model.builder import (
-    DTYPES,
-    INDEX_FILES,
-    WEIGHT_FILES,
-    load_pretrained_model,
-    read_weight_map,
-    resolve_dtype,
-)
-from llava.model.checkpoint_folder import PROJECTOR_FILE, save_checkpoint, save_weights
+
+if TYPE_CHECKING:
+    import torch
+
+# Every function imports what it needs of torch: the command answers --help and mistaken options before that.
 
 
 def consolidate(source: str, destination: str, base: str | None = None, dtype: str | None = None) -> None:
@@ -33,16 +25,25 @@ def consolidate(source: str, destination: str, base: str | None = None, dtype: s
 
     Args:
         source: folder or hub id.
-        destination: the new folder.
+        destination: the new folder; one that holds a checkpoint already is refused.
         base: base model of LoRA or projector weights.
         dtype: of the new checkpoint; None: the one in the config of the base (else of the source).
 
     Raises:
-        InputError: something cannot be read, or source and destination are one folder.
+        InputError: something cannot be read, or the destination holds a checkpoint (perhaps the source itself).
     """
+    from llava.model.builder import load_pretrained_model, resolve_dtype
+    from llava.model.checkpoint_folder import save_checkpoint
+    from llava.model.config_rules import CONFIG_FILE
+    from llava.model.stored_weights import holds_weights
+
     folder = Path(destination)
     if Path(source).resolve() == folder.resolve():
         raise InputError(f"{destination}: the checkpoint cannot be written over itself; name another folder")
+    if holds_weights(folder) or (folder / CONFIG_FILE).exists():
+        raise InputError(f"{destination} holds a checkpoint already: name another folder, or delete that one first")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{destination} is a file: name a folder")
     tokenizer, model, _, _ = load_pretrained_model(source, base, device="cpu", dtype="float32")
     chosen = resolve_dtype(dtype) if dtype else _stored_dtype(base or source)
     save_checkpoint(model.to(chosen), tokenizer, folder)
@@ -58,54 +59,33 @@ def extract_projector(source: str, destination: str) -> None:
     Raises:
         InputError: the checkpoint cannot be read.
     """
+    from llava.model.checkpoint_folder import PROJECTOR_FILE, save_weights
+    from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
+    from llava.model.stored_weights import iterate_tensors, list_weight_files
+
     path = Path(destination)
     if path.suffix not in (".bin", ".pt", ".pth"):
         path /= PROJECTOR_FILE
-    projector = {}
-    for file in _list_weight_files(source):
-        projector |= _read_projector(file)
+    files = list_weight_files(source, containing=PROJECTOR_PREFIX)
+    projector = {
+        name: value.clone() for file in files for name, value in iterate_tensors(file, containing=PROJECTOR_PREFIX)
+    }
     if not projector:
         raise InputError(f"{source} has no projector: is it a LLaVA checkpoint?")
     save_weights(projector, path)
 
 
-def _list_weight_files(source: str) -> list[str]:
-    """List the weight files of a folder or hub id that hold parts of the projector."""
-    for name in (*INDEX_FILES, *WEIGHT_FILES):
-        found = find_file(source, name)
-        if found is None:
-            continue
-        if name not in INDEX_FILES:
-            return [found]
-        shards = {shard for key, shard in read_weight_map(found).items() if PROJECTOR_PREFIX in key}
-        files = {shard: find_file(source, shard) for shard in sorted(shards)}
-        absent = [shard for shard, file in files.items() if file is None]
-        if absent:
-            raise InputError(f"{source} lacks {absent[0]}, which holds the projector: copy or download it again")
-        return list(files.values())
-    raise InputError(f"{source} holds no weights: expected {' or '.join(WEIGHT_FILES)}, or shards")
+def _stored_dtype(source: str) -> "torch.dtype":
+    import torch
 
+    from llava.model.config_rules import CONFIG_FILE, read_settings
 
-def _read_projector(file: str) -> dict[str, Tensor]:
-    try:
-        if file.endswith(".safetensors"):
-            with safe_open(file, framework="pt") as weights:
-                return {key: weights.get_tensor(key) for key in weights.keys() if PROJECTOR_PREFIX in key}  # noqa: SIM118
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return {key: value.clone() for key, value in weights.items() if PROJECTOR_PREFIX in key}
-    except Exception as error:
-        # Many kinds: safetensors, pickle and zip errors, OSError.
-        raise InputError(f"{file} can't be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-
-
-def _stored_dtype(source: str) -> torch.dtype:
-    values, _ = PreTrainedConfig.get_config_dict(source)
+    values, _ = read_settings(source, CONFIG_FILE, "checkpoint")
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
-    return DTYPES.get(name, torch.float32)
+    return getattr(torch, name) if name in DTYPES else torch.float32
 
 
 def main() -> None:
-    """Run the command."""
     parser = argparse.ArgumentParser(description="Write a LLaVA checkpoint as one full folder.")
     parser.add_argument("--src", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--dst", required=True, help="new folder")

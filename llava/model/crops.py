@@ -79,9 +79,10 @@ def merge_crops(
         tokens = torch.cat(crops)
         return tokens if newline is None else torch.cat([tokens, newline[None].to(tokens)])
     # 2. Where each kept patch is: its number among the crops' kept patches laid end to end.
+    kept = kept.cpu()  # one wait for the device
     num_kept = kept.sum(dim=1).tolist()
-    place = (kept.flatten().cumsum(dim=0) - 1).cpu()  # [C * N]
-    is_kept = kept.flatten().cpu()
+    place = kept.flatten().cumsum(dim=0) - 1  # [C * N]
+    is_kept = kept.flatten()
     # 3. Kept patches on one side, synthesised tokens on the other.
     verbatim = torch.cat([crop[:count] for crop, count in zip(crops, num_kept, strict=True)])
     extras = [crop[count:] for crop, count in zip(crops, num_kept, strict=True)]

@@ -157,7 +157,9 @@ def project(projector: nn.Module, features: Tensor) -> Tensor:
     """Project `[..., D]` to `[..., E]`, where the projector is and in its dtype."""
     parameter = next(projector.parameters(), None)
     if parameter is not None:
-        features = features.to(device=parameter.device, dtype=parameter.dtype)
+        # Quantised weights are whole numbers; their layers take what comes.
+        dtype = parameter.dtype if parameter.is_floating_point() else features.dtype
+        features = features.to(device=parameter.device, dtype=dtype)
     return projector(features)
 
 

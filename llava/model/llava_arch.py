@@ -5,6 +5,7 @@ turns (ids, images, queries) into embeddings. The mathematics is in `token_reduc
 and `query`; this file only puts it in order. Shape letters: see docs/architecture.md.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -33,6 +34,8 @@ from llava.prompt import recover_query
 from llava.protocols import Tokenizer, VisionArguments
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "get_anyres_image_grid_shape", "unpad_image"]
+
+logger = logging.getLogger(__name__)
 
 
 class LlavaMetaModel:
@@ -139,6 +142,19 @@ class LlavaMetaForCausalLM(ABC):
             tower.provide(reducer.needs)
         self.token_reducer = reducer
         setattr(self.config, CONFIG_KEY, reducer.spec() if reducer else None)
+        self.note_budget()
+
+    def note_budget(self) -> None:
+        """Warn of a budget that this tower's images cannot meet as it is written."""
+        reducer, tower = self.token_reducer, self.get_vision_tower()
+        if reducer is None or tower is None or reducer.budget.is_automatic:
+            return
+        budget, num_patches = reducer.budget, tower.num_patches
+        if budget.value > num_patches:
+            logger.warning("%s: an image has %d patches; all of them are kept", reducer.spec(), num_patches)
+        elif budget.count(num_patches) == 0:
+            least = "%s: less than one of an image's %d patches; the least that %s allows is kept"
+            logger.warning(least, reducer.spec(), num_patches, reducer.spec_name)
 
     @property
     def _needs(self) -> frozenset[Need]:

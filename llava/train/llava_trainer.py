@@ -3,6 +3,8 @@
     create_optimizer              `--mm_projector_lr`: the projector's parameters get groups of their own
     get_optimizer_cls_and_kwargs  ZeRO offload: DeepSpeed's Adam for states in main memory
     _get_train_sampler            `--group_by_modality_length`: batches of one modality and similar lengths
+    get_train_dataloader          batches stay on the host until `_prepare_inputs`; workers survive a signal to all
+    _prepare_inputs               ids, mask and labels stay there: the model splices on the host
     _prepare_input                pixel values reach the frozen tower in float32, whatever the run computes in
     _save                         checkpoints in LLaVA's layout: movable tower path, no towers, what LoRA leaves out
     _load_from_checkpoint         on resuming, also what LoRA leaves out
@@ -10,7 +12,6 @@
     _maybe_log_save_evaluate      after each step: stop at a signal, with a checkpoint, or at a loss that is nan
     _run_epoch                    no step beyond the last one, when a run resumes at its end
     get_batch_samples             records that were replaced while their batch was built are noted, not trained on
-    get_train_dataloader          workers survive a signal to the whole process group
 
 `save_trained` is LLaVA's own: it writes the result of a finished run.
 """
@@ -190,7 +191,14 @@ class LlavaTrainer(Trainer):
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)
         inner.worker_init_fn = partial(start_worker, inner.worker_init_fn)
+        loader.device = None  # else accelerate moves whole batches to the device
         return loader
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        if "images" not in inputs:
+            return super()._prepare_inputs(inputs)  # a plain language model
+        # Ids on the device would be fetched back, for which the host would wait until the last step is done.
+        return {**inputs, "images": self._prepare_input(inputs["images"])}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

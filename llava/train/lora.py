@@ -1,7 +1,8 @@
 """LoRA: small trained adapters beside frozen weights, which `--bits` quantises (QLoRA)."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
@@ -11,6 +12,9 @@ from llava.model.builder import UNQUANTISED
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import is_partitioned
 from llava.train.flags import FULL_BITS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def quantisation_settings(training_args: TrainingArguments, dtype: torch.dtype) -> dict[str, object]:
@@ -41,7 +45,7 @@ def quantisation_settings(training_args: TrainingArguments, dtype: torch.dtype) 
     return {"quantization_config": settings, "device_map": place}
 
 
-def add_lora(model: PreTrainedModel, training_args: TrainingArguments) -> PreTrainedModel | PeftModel:
+def add_lora(model: PreTrainedModel, training_args: TrainingArguments) -> "PreTrainedModel | PeftModel":
     """Freeze a language model and put adapters beside every linear layer of its decoder.
 
     Args:
@@ -53,6 +57,8 @@ def add_lora(model: PreTrainedModel, training_args: TrainingArguments) -> PreTra
     """
     if not training_args.lora_enable:
         return model
+    from peft import LoraConfig, get_peft_model  # takes seconds
+
     settings = LoraConfig(
         r=training_args.lora_r,
         lora_alpha=training_args.lora_alpha,

@@ -9,10 +9,12 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from llava.errors import InputError
 from llava.files import explain_errors
-from llava.model.builder import load_tokenizer
+from llava.model.builder import make_config
+from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.token_reduction import CONFIG_KEY
+from llava.model.tokenizer import load_tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
 from llava.train.flags import DataArguments, ModelArguments
@@ -20,7 +22,6 @@ from llava.train.lora import quantisation_settings
 
 logger = logging.getLogger(__name__)
 
-LLAMA_TYPES = ("llama", "llava", "llava_llama")
 # Values of flags that were not given, if the starting config has none either.
 VISION_DEFAULTS = {
     "mm_vision_select_layer": -2,
@@ -41,16 +42,11 @@ def read_config(model_args: ModelArguments) -> LlavaConfig:
     """
     path = model_args.model_name_or_path
     try:
-        values, _ = LlavaConfig.get_config_dict(path, cache_dir=model_args.cache_dir)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--model_name_or_path {path}: no readable config.json ({str(error).splitlines()[0]})"
-        ) from None
-    if values.get("model_type") not in LLAMA_TYPES:
-        raise InputError(
-            f"--model_name_or_path {path}: a {values.get('model_type')} model; only Llama models are trained"
-        )
-    config = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
+        values, file = read_settings(path, CONFIG_FILE, "model to train", model_args.cache_dir)
+        check_config(values, file, "model to train")
+        config = make_config(values, file)
+    except InputError as error:
+        raise InputError(f"--model_name_or_path {path}: {error}") from None
     config._name_or_path = path
     return config
 

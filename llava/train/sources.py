@@ -8,14 +8,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
+from typing import TYPE_CHECKING
 
 from llava.errors import InputError
 from llava.files import FileError, parse_json, read_json, read_lines
 from llava.image import EmbeddedImage
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 IMAGE_COLUMNS = ("image", "images")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -33,7 +34,7 @@ class StoredImage:
         label: how a message names it.
     """
 
-    column: pa.ChunkedArray
+    column: "pa.ChunkedArray"
     row: int
     position: int | None
     label: str
@@ -80,10 +81,12 @@ def _read_list(path: Path) -> list[object]:
     return content
 
 
-def _load_table(path: Path) -> datasets.Dataset:
+def _load_table(path: Path) -> "datasets.Dataset":
     if not path.exists() and (path.suffix or path.is_absolute() or not HUB_NAME.fullmatch(str(path))):
         raise FileError(f"no such file: {path}; {HINT}")
     chosen = {"path": "parquet", "data_files": str(path)} if path.suffix == ".parquet" else {"path": str(path)}
+    import datasets  # takes a second, and only parquet files and the hub need it
+
     verbose = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -97,7 +100,7 @@ def _load_table(path: Path) -> datasets.Dataset:
             datasets.enable_progress_bars()
 
 
-def _read_table(table: datasets.Dataset) -> Iterator[dict[str, object]]:
+def _read_table(table: "datasets.Dataset") -> Iterator[dict[str, object]]:
     columns = [name for name in IMAGE_COLUMNS if name in table.column_names]
     images = _list_images(table.data.column(columns[0])) if columns else [None] * len(table)
     for row, cell in zip(table.remove_columns(columns), images, strict=True):
@@ -108,8 +111,11 @@ def _read_table(table: datasets.Dataset) -> Iterator[dict[str, object]]:
         yield row | {"image": cell}
 
 
-def _list_images(column: pa.ChunkedArray) -> list[object]:
+def _list_images(column: "pa.ChunkedArray") -> list[object]:
     """List each row's images without reading any: names, `StoredImage`, or None."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if pa.types.is_struct(column.type):
         paths, is_inside = _describe(column)
         return [
@@ -125,7 +131,9 @@ def _list_images(column: pa.ChunkedArray) -> list[object]:
     return column.to_pylist()
 
 
-def _describe(column: pa.ChunkedArray) -> tuple[list[str | None], list[bool]]:
+def _describe(column: "pa.ChunkedArray") -> tuple[list[str | None], list[bool]]:
     """List the path of each image of a column, and whether the row holds its bytes."""
+    import pyarrow.compute as pc
+
     paths = pc.struct_field(column, "path").to_pylist()
     return paths, pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()

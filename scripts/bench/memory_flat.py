@@ -12,7 +12,7 @@ from pathlib import Path
 from llava.efficiency.memory import heap_bytes, resident_bytes
 from llava.errors import InputError, run_command
 from llava.eval.benchmark import Row
-from llava.eval.runner import Settings, answer_questions
+from llava.eval.predict import Settings, answer_questions
 from llava.model.builder import load_pretrained_model
 from scripts.bench import side_by_side
 

@@ -3,23 +3,15 @@
 # root; pass paths from the user through `absolute_path`, which resolves them from the user's folder.
 #
 # Environment:
-#   PYTHON     the interpreter (default: python)
+#   PYTHON     the interpreter (default: see python.sh)
 #   DRY_RUN=1  print the commands instead of running them
 
-set -euo pipefail
+! declare -F note >/dev/null || return 0 # sourced already
 
-if [[ -z "${REPO_ROOT:-}" ]]; then
-    CALLER_DIR=$PWD
-    REPO_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-    readonly CALLER_DIR REPO_ROOT
-    cd "$REPO_ROOT"
-fi
-
-# Print an error (what is wrong, where, and what would be right) and exit with 2, the code of a user's mistake.
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
+# shellcheck source=scripts/lib/python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+readonly CALLER_DIR REPO_ROOT
+cd "$REPO_ROOT"
 
 note() {
     printf '%s\n' "$*" >&2
@@ -47,14 +39,9 @@ resolve_model() {
     printf '%s\n' "$1"
 }
 
-# The interpreter; a relative path is resolved from the user's folder.
+# The interpreter, see python.sh.
 python_command() {
-    local command=${PYTHON:-python}
-    if [[ $command == */* ]]; then
-        absolute_path "$command"
-    else
-        printf '%s\n' "$command"
-    fi
+    printf '%s\n' "$python"
 }
 
 # The ids of the visible GPUs, one per line; nothing on a machine without a GPU.

@@ -31,7 +31,7 @@ def oracle(golden: Path) -> Path:
     return golden / "oracle" / "pope"
 
 
-def draw_picture(path: Path, number: int) -> None:
+def draw_image(path: Path, number: int) -> None:
     image = Image.new("RGB", (60 + 7 * number, 90), (20 * number % 256, 90, 160))
     ImageDraw.Draw(image).ellipse((10, 10, 30 + 5 * number, 50), fill=(200, 30 * number % 256, 40))
     image.save(path)
@@ -44,7 +44,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 @pytest.fixture
 def make_pope(tmp_path: Path) -> Callable[..., Path]:
-    """Write a POPE of `num_images` pictures with 2 questions each per category; returns the benchmark's folder."""
+    """Write a POPE of `num_images` images with 2 questions each per category; returns the benchmark's folder."""
 
     def make(num_images: int = 3, folder: Path = tmp_path / "data" / "pope") -> Path:
         questions = []
@@ -62,7 +62,7 @@ def make_pope(tmp_path: Path) -> Callable[..., Path]:
         write_lines(folder / "llava_pope_test.jsonl", questions)
         (folder / "val2014").mkdir()
         for number in range(num_images):
-            draw_picture(folder / "val2014" / f"COCO_val2014_{number:012d}.jpg", number)
+            draw_image(folder / "val2014" / f"COCO_val2014_{number:012d}.jpg", number)
         return folder
 
     return make
@@ -106,7 +106,7 @@ class FakeProcessor:
 
 
 class FakeModel:
-    """Its answer names the prompt's length, the colours of its pictures and the lengths of their queries."""
+    """Its answer names the prompt's length, the colours of its images and the lengths of their queries."""
 
     device = torch.device("cpu")
     dtype = torch.float32
@@ -249,6 +249,7 @@ def make_handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
     """A judge's endpoint, named by the environment as a user would."""
+    pytest.importorskip("openai")
     fake = FakeEndpoint()
     server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(fake))
     server.daemon_threads = True

@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 
 from llava.eval.benchmarks import BENCHMARKS
-from tests.eval.test_promises import draw_pictures
+from tests.eval.test_promises import draw_images
 from tests.eval.test_scripts import ENVIRONMENT, NO_GPU
 
 FOLDERS = {"gqa": "gqa", "pope": "pope", "mme": "MME"}
 
-# Plays `python -m llava.eval`: `answer` fails where a file says so, `score` writes what the real one would write. The
-# report is the real one.
+# Plays `python -m llava.eval`: `answer` fails where a file says so, `score` writes what the real one would write. `run`
+# and `report` are the real ones.
 PYTHON = """#!{python}
 import json, os, subprocess, sys
 arguments = sys.argv[1:]
 option = lambda name: arguments[arguments.index(name) + 1]
 command, task = arguments[2], arguments[3]
+if command == "run":
+    os.execv(sys.executable, [sys.executable, *arguments])
 with open("{log}", "a") as log:
     log.write(" ".join(arguments) + "\\n")
 if command == "report":
@@ -201,7 +203,7 @@ def test_the_real_scripts_answer_score_and_tabulate_all_twelve(
     for source, folder in DATA_FOLDERS.items():
         shutil.copytree(golden / "oracle" / source, here / "data" / folder)
     for task, folder in zip(BENCHMARKS.values(), DATA_FOLDERS.values(), strict=True):
-        draw_pictures(task, here / "data" / folder, spare_last=False)
+        draw_images(task, here / "data" / folder, spare_last=False)
     options = ["--", "--batch-size", "32", "--max-new-tokens", "4", "--judge", "exact"]
     # One model: each costs a start of Python and a load of the checkpoint per benchmark.
     model = f"trim={tiny_checkpoint} --reduce TRIM:-1"

@@ -92,7 +92,7 @@ def test_letters_are_inferred_as_the_first_mmbench_script_infers_them(text: str,
 
 
 def make_rows(*predictions: str) -> list[ChoiceRow]:
-    return [ChoiceRow(str(k), 0, "?", OPTIONS, "B", text, k == 0) for k, text in enumerate(predictions)]
+    return [ChoiceRow(str(k), "?", OPTIONS, "B", text, k == 0) for k, text in enumerate(predictions)]
 
 
 def test_a_wrong_letter_decides_before_a_judge_is_asked() -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from llava.errors import run_command
 
@@ -61,7 +63,7 @@ def test_the_module_runs_as_a_command(oracle: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: no answers file nothing; `python -m llava.eval answer` makes it\n",
+        "error: no such file: nothing; `python -m llava.eval answer` makes it\n",
     )
 
 
@@ -93,6 +95,7 @@ def test_score_prints_appends_and_writes_what_report_reads(oracle: Path, tmp_pat
 
 
 ORACLE = Path(__file__).parents[1] / "golden" / "oracle" / "pope"
+ANSWERED = ["answer", "pope", "--root", str(ORACLE), "--answers", "x", "--model-path", "no/model"]
 SCORED = ["--answers", str(ORACLE / "answers.jsonl"), "--root", str(ORACLE)]
 
 
@@ -114,6 +117,10 @@ SCORED = ["--answers", str(ORACLE / "answers.jsonl"), "--root", str(ORACLE)]
         (["export", "gqa", *SCORED, "--out", "x"], "error: no such file: "),
         (["report", "nothing.json"], "error: no such file: nothing.json"),
         (["answer", "pope", "--root", ".", "--answers", "x"], "the following arguments are required: --model-path"),
+        ([*ANSWERED, "--temperature", "nan"], "error: temperature nan: expected a number from 0 on"),
+        ([*ANSWERED, "--dtype", "float8"], "error: --dtype float8: expected float16, bfloat16, float32"),
+        ([*ANSWERED, "--conv-mode", "vicuna"], 'error: no conversation template "vicuna"; known: '),
+        ([*ANSWERED, "--answers", "."], "error: cannot write .: it is a folder; name a regular file"),
     ],
 )
 def test_mistakes_end_in_one_line_and_code_two(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -243,13 +250,13 @@ def test_attention_and_the_dtype_of_the_towers_are_chosen_by_option(
     assert "flashy" in wrong.stderr.splitlines()[-1]
 
 
-def test_broken_pictures_are_named_the_rest_is_answered_and_a_repaired_one_is_caught_up(
+def test_broken_images_are_named_the_rest_is_answered_and_a_repaired_one_is_caught_up(
     make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     folder, file = make_pope(), tmp_path / "answers.jsonl"
-    picture = sorted(folder.glob("val2014/*"))[1]
-    content = picture.read_bytes()
-    picture.write_bytes(content[:200])
+    image = sorted(folder.glob("val2014/*"))[1]
+    content = image.read_bytes()
+    image.write_bytes(content[:200])
     broken = answer(folder, file, tiny_checkpoint)
     assert broken.returncode == 3
     assert re.search(r"^question 10000003: .*damaged or truncated", broken.stderr, re.MULTILINE)
@@ -261,9 +268,12 @@ def test_broken_pictures_are_named_the_rest_is_answered_and_a_repaired_one_is_ca
     partial = run("score", "pope", "--answers", file, "--root", folder, "--allow-partial")
     assert partial.returncode == 0
     assert "[6 answers missing]" in partial.stdout
-    picture.write_bytes(content)
-    assert answer(folder, file, tiny_checkpoint).returncode == 0
+    image.write_bytes(content)
+    again = answer(folder, file, tiny_checkpoint)
+    assert again.returncode == 0
+    assert "12 of 18 questions are answered already" in again.stderr
     assert len(file.read_text().splitlines()) == 18
+    assert not Path(f"{file}.old-1").exists()
 
 
 def test_a_finished_run_is_not_loaded_again(
@@ -284,10 +294,109 @@ def test_a_changed_checkpoint_does_not_inherit_old_answers(
     folder, file = make_pope(), tmp_path / "answers.jsonl"
     assert answer(folder, file, tiny_checkpoint).returncode == 0
     os.utime(next(tiny_checkpoint.glob("*.bin")))
+    assert answer(folder, file, tiny_checkpoint).stderr == "18 of 18 questions are answered already\n"
+    change_weights(next(tiny_checkpoint.glob("*.bin")))
     misspelt = answer(folder, file, tiny_checkpoint, "--reduce", "TRIMM")
     assert misspelt.returncode == 2
     assert len(file.read_text().splitlines()) == 18
-    assert "held answers of a run with other settings" in answer(folder, file, tiny_checkpoint).stderr
+    assert answer(folder, file, tiny_checkpoint).stderr.splitlines()[0] == (
+        f"{file} held answers of a run with other settings; they are now {file}.old-1 (checkpoint)"
+    )
+
+
+def change_weights(file: Path) -> None:
+    weights = torch.load(file, weights_only=True)
+    torch.save({name: value * 1.01 if value.is_floating_point() else value for name, value in weights.items()}, file)
+
+
+@pytest.fixture
+def own_tower(tiny_checkpoint: Path, golden: Path) -> Path:
+    """The vision tower in a folder that the checkpoint names by a relative path."""
+    tower = tiny_checkpoint / "tower"
+    shutil.copytree(golden / "checkpoints" / "openai" / "clip-vit-tiny-patch14-84", tower)
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    (tiny_checkpoint / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "tower"}))
+    return tower
+
+
+def replace_tower(folder: Path, tower: Path) -> None:
+    change_weights(tower / "pytorch_model.bin")
+
+
+def change_preprocessor(folder: Path, tower: Path) -> None:
+    file = tower / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.4, 0.3]}))
+
+
+def replace_images(folder: Path, tower: Path) -> None:
+    images = sorted(folder.glob("val2014/*"))
+    for image, other in zip(images, [path.read_bytes() for path in reversed(images)], strict=True):
+        image.write_bytes(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [(replace_tower, "vision_tower"), (change_preprocessor, "vision_tower"), (replace_images, "images")],
+)
+def test_answers_are_not_reused_when_what_they_depend_on_has_changed(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path, own_tower: Path, change: Callable, what: str
+) -> None:
+    folder, file = make_pope(2), tmp_path / "answers.jsonl"
+    assert answer(folder, file, tiny_checkpoint).returncode == 0
+    change(folder, own_tower)
+    again = answer(folder, file, tiny_checkpoint)
+    assert again.returncode == 0
+    assert again.stderr.splitlines()[0] == (
+        f"{file} held answers of a run with other settings; they are now {file}.old-1 ({what})"
+    )
+    assert len(file.read_text().splitlines()) == 12
+
+
+def test_answers_are_kept_when_nothing_that_they_depend_on_has_changed(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path, own_tower: Path
+) -> None:
+    folder, file = make_pope(2), tmp_path / "answers.jsonl"
+    assert answer(folder, file, tiny_checkpoint).returncode == 0
+    before = file.read_bytes()
+    (tiny_checkpoint / "README.md").write_text("# A model")
+    (tiny_checkpoint / ".git").mkdir()
+    for path in (*tiny_checkpoint.iterdir(), *own_tower.iterdir(), *folder.glob("val2014/*")):
+        os.utime(path)
+    copied = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(tiny_checkpoint, copied)
+    (tmp_path / "link").symlink_to(tiny_checkpoint)
+    (folder / "val2014").rename(folder / "pictures")
+    (folder / "val2014").symlink_to("pictures")
+    relative = os.path.relpath(tiny_checkpoint)
+    for spelling in (tiny_checkpoint, f"{tiny_checkpoint}/", relative, f"./{relative}", tmp_path / "link", copied):
+        again = answer(folder, file, spelling)
+        assert (again.returncode, again.stderr) == (0, "12 of 12 questions are answered already\n")
+    shutil.rmtree(tiny_checkpoint)
+    # Under another name, too, what is still to be answered gets the name of the run.
+    file.write_bytes(b"".join(before.splitlines(keepends=True)[:7]))
+    assert answer(folder, file, copied).returncode == 0
+    assert file.read_bytes() == before
+
+
+OLD_RUN = {
+    "path": "llava", "base": None, "reduce": None, "device": "auto", "dtype": None, "weights": "0123456789abcdef",
+    "base_weights": None, "questions": "0123456789abcdef", "model_id": "llava", "conv_mode": "vicuna_v1",
+    "temperature": 0.0, "top_p": None, "num_beams": 1, "max_new_tokens": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [OLD_RUN, {}, [], "x", {**OLD_RUN, "images": [1]}, None])
+def test_answers_of_an_older_version_or_of_unknown_origin_are_moved_with_a_line(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path, told: object
+) -> None:
+    folder, file = make_pope(1), tmp_path / "answers.jsonl"
+    file.write_text('{"question_id": 1, "text": "old"}\n')
+    Path(f"{file}.run.json").write_text("{" if told is None else json.dumps(told))
+    done = answer(folder, file, tiny_checkpoint)
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"{file} held answers of a run with other settings; they are now {file}.old-1")
+    assert Path(f"{file}.old-1").read_text() == '{"question_id": 1, "text": "old"}\n'
+    assert len(file.read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("name", ["llava-v1.5-tiny84-TRIM", "llava-v1.5-tiny84"])

@@ -1,17 +1,18 @@
+"""Images read ahead, images and queries encoded once."""
+
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from llava.errors import InputError
-from llava.eval import reading
-from llava.eval.features import FeatureCache, QueryCache, apply_in_parts
-from llava.eval.reading import PictureReader
-from llava.eval.sizing import MAX_UNIT, MIN_UNIT, BatchLimits, choose_limits, choose_unit_size
+from llava.eval import features
+from llava.eval.features import FeatureCache, ImageReader, QueryCache, apply_in_parts
 
 
 def draw(folder: Path, count: int) -> list[Path]:
@@ -56,12 +57,12 @@ def test_a_single_item_that_does_not_fit_is_an_error() -> None:
         apply_in_parts(fail, [1, 2], 2)
 
 
-def test_pictures_are_read_ahead_in_their_order_and_no_further_than_the_bound(
+def test_images_are_read_ahead_in_their_order_and_no_further_than_the_bound(
     tmp_path: Path, fake_parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "READ_AHEAD", 4)
+    monkeypatch.setattr(features, "READ_AHEAD", 4)
     paths = draw(tmp_path, 10)
-    reader = PictureReader(fake_parts[2], fake_parts[0].config)
+    reader = ImageReader(fake_parts[2], fake_parts[0].config)
     reader.announce(paths)
     assert list(reader._started) == paths[:4]
     assert [reader.take(path)[1][0] for path in paths] == [5 + number for number in range(10)]
@@ -70,10 +71,10 @@ def test_pictures_are_read_ahead_in_their_order_and_no_further_than_the_bound(
     reader.close()
 
 
-def test_a_broken_picture_fails_where_it_is_asked_for(tmp_path: Path, fake_parts: tuple) -> None:
+def test_a_broken_image_fails_where_it_is_asked_for(tmp_path: Path, fake_parts: tuple) -> None:
     paths = draw(tmp_path, 2)
-    paths[0].write_bytes(b"no picture")
-    reader = PictureReader(fake_parts[2], fake_parts[0].config)
+    paths[0].write_bytes(b"no image")
+    reader = ImageReader(fake_parts[2], fake_parts[0].config)
     reader.announce(paths)
     assert reader.take(paths[1])[1] == (6, 5)
     with pytest.raises(InputError, match="not an image"):
@@ -81,10 +82,10 @@ def test_a_broken_picture_fails_where_it_is_asked_for(tmp_path: Path, fake_parts
     reader.close()
 
 
-def test_announced_pictures_that_are_in_the_cache_do_not_block_the_reader(
+def test_announced_images_that_are_in_the_cache_do_not_block_the_reader(
     tmp_path: Path, fake_parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "READ_AHEAD", 2)
+    monkeypatch.setattr(features, "READ_AHEAD", 2)
     paths = draw(tmp_path, 6)
     cache = FeatureCache(fake_parts[0], fake_parts[2], capacity=10)
     for part in (paths[:4], paths[2:], paths):
@@ -96,37 +97,35 @@ def test_announced_pictures_that_are_in_the_cache_do_not_block_the_reader(
     cache.close()
 
 
-def make_shapes(**config: Any) -> SimpleNamespace:
-    return SimpleNamespace(
-        device=torch.device("cpu"),
-        dtype=torch.float16,
-        get_vision_tower=lambda: SimpleNamespace(num_patches=576),
-        config=SimpleNamespace(
-            **{"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-            | {"mm_hidden_size": 1024} | config
-        ),
-    )  # fmt: skip
+COUNT_THREADS = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from transformers import CLIPImageProcessorPil
+from llava.eval.features import ImageReader
+
+torch.set_num_threads(4)
+torch.ones(2**20).add(1)
+before = len(os.listdir("/proc/self/task"))
+assert before >= 4, "torch has started no team of its own; the test would show nothing"
+aspect_ratio, *images = sys.argv[1:]
+config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=[[672, 672]])
+processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+reader = ImageReader(processor, config)
+shapes = {tuple(reader.take(Path(image))[0].shape) for image in images}
+assert shapes == ({(5, 3, 336, 336)} if aspect_ratio == "anyres" else {(3, 336, 336)}), shapes
+print(len(os.listdir("/proc/self/task")) - before - len(reader._pool._threads))
+"""
 
 
-def test_automatic_batches_shrink_with_length_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava.eval.sizing.usable_bytes", lambda device: 10 * 2**30)
-    limits = choose_limits(make_shapes(), None)
-    assert limits.positions == 10 * 2**30 // (2 * (2 * 32 * 4096 + 6 * 4096 + 3 * 11008))
-    assert limits.allow(16, 768)
-    assert not limits.allow(32, 768)
-    assert limits.allow(1, 10**9)
-    small = choose_limits(make_shapes(hidden_size=192, intermediate_size=512, num_hidden_layers=4), None)
-    assert small.allow(small.rows, 500)
-    assert not small.allow(small.rows + 1, 1)
-
-
-def test_a_given_batch_size_is_taken_as_it_is() -> None:
-    assert choose_limits(make_shapes(), 7) == BatchLimits(7)
-    assert BatchLimits(7).allow(7, 10**9)
-    assert not BatchLimits(7).allow(8, 1)
-
-
-def test_units_follow_from_the_shapes_alone() -> None:
-    assert MIN_UNIT < choose_unit_size(make_shapes()) < MAX_UNIT
-    assert choose_unit_size(make_shapes(image_aspect_ratio="anyres")) == MIN_UNIT
-    assert choose_unit_size(make_shapes(hidden_size=192, mm_hidden_size=128)) == MAX_UNIT
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square", "anyres"])
+def test_reading_threads_start_no_threads_of_their_own(tmp_path: Path, aspect_ratio: str) -> None:
+    """Torch would, and with more OpenMP threads than cores waiting ones sleep: the model runs at half its pace."""
+    images = [tmp_path / f"{number}.png" for number in range(4)]
+    for image in images:
+        Image.effect_noise((400, 300), 50).convert("RGB").save(image)
+    command = [sys.executable, "-c", COUNT_THREADS, aspect_ratio, *map(str, images)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

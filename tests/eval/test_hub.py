@@ -46,14 +46,14 @@ def cell(name: str) -> dict:
 
 def write_parquet(path: Path, rows: list[dict]) -> None:
     """Write rows as the hub has them: pictures as bytes, with the library's own note that they are pictures."""
-    from datasets import Dataset, Features, Image, List
-
-    data = Dataset.from_list(rows)
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(rows)
     features = dict(data.features)
     if "image" in features:
-        features["image"] = List(Image()) if isinstance(rows[0]["image"], list) else Image()
+        image = datasets.Image()
+        features["image"] = datasets.List(image) if isinstance(rows[0]["image"], list) else image
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.cast(Features(features)).to_parquet(path)
+    data.cast(datasets.Features(features)).to_parquet(path)
 
 
 def read_lines(path: Path) -> list[dict]:

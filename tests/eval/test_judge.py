@@ -180,6 +180,7 @@ def test_a_server_that_wants_a_key_is_told_from_one_that_does_not(endpoint, conn
 
 
 def test_nobody_at_the_address_ends_in_one_line(cache_file: Path) -> None:
+    pytest.importorskip("openai")
     judge = ApiJudge(
         "m", ReplyCache(cache_file), address="http://127.0.0.1:9/v1", first_pause_seconds=0.001, max_tries=2
     )
@@ -624,6 +625,7 @@ def test_ctrl_c_ends_within_seconds_whatever_the_judge_does(kind: str, endpoint,
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
 def test_an_endpoint_with_a_certificate_of_its_own_making_is_not_trusted(cache_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
     files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "certificate.pem")]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", *files]
     subprocess.run(command, check=True, capture_output=True)

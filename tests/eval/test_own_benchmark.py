@@ -35,6 +35,7 @@ def example(tmp_path: Path) -> Path:
 
 
 def test_the_example_passes_the_repositorys_lint(example: Path) -> None:
+    pytest.importorskip("ruff")
     for command in (["check"], ["format", "--check"]):
         arguments = [sys.executable, "-m", "ruff", *command, "--config", REPOSITORY / "pyproject.toml", example]
         done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What holds for every benchmark alike: one broken record and one missing picture cost their own questions only."""
+"""What holds for every benchmark alike: one broken record and one missing image cost their own questions only."""
 
 import csv
 import io
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.eval.answers import pair_answers
 from llava.eval.benchmark import Benchmark, Row, row_key
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.runner import Settings, answer_questions
+from llava.eval.predict import Settings, answer_questions
+from llava.eval.predictions import pair_answers
 
 FOLDERS = {
     "sqa": "scienceqa",
@@ -56,7 +56,7 @@ def break_science_record(path: Path) -> None:
 
 
 def break_table_row(path: Path) -> None:
-    """Give a row an index that is no number, and another a picture that is no base64."""
+    """Give a row an index that is no number, and another an image that is no base64."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t"))
     rows[4][rows[0].index("index")] = "seven"
@@ -84,7 +84,7 @@ QUESTION_FILES: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 @pytest.fixture(params=list(BENCHMARKS))
 def broken(request: pytest.FixtureRequest, golden: Path, tmp_path: Path) -> tuple[Benchmark, Path]:
-    """A benchmark with all pictures but one, and one broken record."""
+    """A benchmark with all images but one, and one broken record."""
     name = request.param
     root = tmp_path / name
     shutil.copytree(golden / "oracle" / FOLDERS.get(name, name), root)
@@ -93,30 +93,28 @@ def broken(request: pytest.FixtureRequest, golden: Path, tmp_path: Path) -> tupl
     return BENCHMARKS[name], root
 
 
-def draw_pictures(task: Benchmark, root: Path, spare_last: bool = True) -> Path | None:
-    """Put a picture wherever a question wants one, but for the last; return that, or None where they are embedded."""
-    pictures = {
-        picture: None for question in task.load(root) for picture in question.images if isinstance(picture, Path)
-    }
-    for number, picture in enumerate(pictures):
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (6, 4), (number % 256, 0, 0)).save(picture, "PNG")
-    last = list(pictures)[-1] if pictures else None
+def draw_images(task: Benchmark, root: Path, spare_last: bool = True) -> Path | None:
+    """Put an image wherever a question wants one, but for the last; return that, or None where they are embedded."""
+    images = {image: None for question in task.load(root) for image in question.images if isinstance(image, Path)}
+    for number, image in enumerate(images):
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4), (number % 256, 0, 0)).save(image, "PNG")
+    last = list(images)[-1] if images else None
     if last and spare_last:
         last.unlink()
     return last
 
 
-def test_a_broken_record_and_a_missing_picture_are_reported_by_id_and_the_rest_is_answered(
+def test_a_broken_record_and_a_missing_image_are_reported_by_id_and_the_rest_is_answered(
     broken: tuple[Benchmark, Path], fake_parts: tuple
 ) -> None:
     task, root = broken
-    missing = draw_pictures(task, root)
+    missing = draw_images(task, root)
     questions = task.load(root)
     unsound = [question for question in questions if question.fault]
     unseen = [question for question in questions if missing in question.images]
     if missing is None:
-        unseen = [question for question in questions if any(not picture.content for picture in question.images)]
+        unseen = [question for question in questions if any(not image.content for image in question.images)]
     assert len(unsound) == 1
     assert unseen
     sink = MemorySink(task.key_fields)
@@ -128,7 +126,7 @@ def test_a_broken_record_and_a_missing_picture_are_reported_by_id_and_the_rest_i
 
 def test_answers_find_their_questions_in_any_order(broken: tuple[Benchmark, Path], fake_parts: tuple) -> None:
     task, root = broken
-    draw_pictures(task, root)
+    draw_images(task, root)
     questions = task.load(root)
     sink = MemorySink(task.key_fields)
     answer_questions(*fake_parts, questions, sink, Settings(model_id="llava", batch_size=8))

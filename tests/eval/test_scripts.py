@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.answers import read_answers
+from llava.eval.predictions import read_answers
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "DRY_RUN")}
 # Real runs use the interpreter that runs the tests, wherever the PATH points.
 ENVIRONMENT["PYTHON"] = sys.executable
+# `python` is that interpreter, too.
+ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -35,8 +37,8 @@ def run_script(
     )
 
 
-def dry_run(repository: Path, cwd: Path, *arguments: object, **environment: str) -> list[str]:
-    done = run_script(repository, "pope.sh", *arguments, cwd=cwd, **{"DRY_RUN": "1", "PYTHON": "python", **environment})
+def dry_run(repository: Path, cwd: Path, *arguments: object, script: str = "pope.sh", **environment: str) -> list[str]:
+    done = run_script(repository, script, *arguments, cwd=cwd, **{"DRY_RUN": "1", "PYTHON": "python", **environment})
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace(str(repository), "REPO").replace(str(cwd), "HERE").splitlines()
     return [line.removeprefix("python -m llava.eval ") for line in lines]
@@ -90,10 +92,12 @@ def test_options_go_to_the_commands_they_belong_to(repository: Path, here: Path)
 
 
 def test_another_split_has_answers_of_its_own(repository: Path, here: Path) -> None:
-    answer, score = dry_run(repository, here, "run-1", "models/llava", "--", "--split", "a/b")
-    assert f"--answers {MERGED}.a_b.jsonl " in answer
+    options = ["--", "--split", "a/b"]
+    answer, _, score = dry_run(repository, here, "run-1", "models/llava", *options, script="mmbench.sh")
+    merged = "REPO/playground/data/eval/mmbench/answers/mmbench_dev_20230712/run-1/merge"
+    assert f"--answers {merged}.a_b.jsonl " in answer
     assert answer.endswith("--split a/b")
-    assert f"--split a/b --json {MERGED}.a_b.scores.json" in score
+    assert f"--split a/b --json {merged}.a_b.scores.json" in score
 
 
 def test_the_scores_file_may_be_named(repository: Path, here: Path) -> None:
@@ -145,6 +149,8 @@ def test_a_folder_of_checkpoints_is_searched_for_the_name(repository: Path, here
 
 
 def test_another_data_root_and_python_are_taken_from_the_environment(repository: Path, here: Path) -> None:
+    (here / "env" / "bin").mkdir(parents=True)
+    (here / "env" / "bin" / "python").symlink_to(write_python(here, "").get("PYTHON"))
     lines = dry_run(repository, here, "run-1", "models/llava", LLAVA_EVAL_ROOT="data", PYTHON="env/bin/python")
     assert lines[0].startswith(
         "HERE/env/bin/python -m llava.eval answer pope --root HERE/data/pope --answers HERE/data/"
@@ -163,12 +169,26 @@ def test_another_data_root_and_python_are_taken_from_the_environment(repository:
         (["a", "models/none/here"], "error: no model at models/none/here: give a checkpoint folder or a hub id"),
         (["a", "models/llava", "r.tsv", "./nowhere"], "error: no model at ./nowhere"),
         (["a", "models/llava"], "error: no folder {here}/data/pope: playground/data/eval/README.md lists"),
+        (["a", "models/llava", "--", "--split", "x"], "error: pope has one split only: leave out --split x"),
+        (["../../a", "models/llava"], "error: CKPT '../../a' names the run's files: give a plain name"),
+        (["/a", "models/llava"], "error: CKPT '/a' names the run's files: give a plain name"),
     ],
 )
 def test_mistakes_end_in_one_line(repository: Path, here: Path, arguments: list[str], words: str) -> None:
     done = run_script(repository, "pope.sh", *arguments, cwd=here, LLAVA_EVAL_ROOT="data")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(words.format(here=here))
+
+
+def test_a_wrong_number_of_workers_ends_in_one_line(repository: Path, here: Path) -> None:
+    environment = write_python(here, "exit 0")
+    done = run_script(repository, "pope.sh", "run-1", "models/llava", cwd=here, LLAVA_EVAL_WORKERS="two", **environment)
+    assert (done.returncode, done.stderr) == (2, "error: LLAVA_EVAL_WORKERS must be a number from 1 on, not two\n")
+
+
+def test_a_name_that_the_shell_or_a_pattern_could_misread_is_taken_as_it_is(repository: Path, here: Path) -> None:
+    answer, _ = dry_run(repository, here, "R&D {run} 50%", "models/llava")
+    assert r"/answers/R\&D\ \{run\}\ 50%/merge.jsonl " in answer
 
 
 def test_help_tells_the_usage(repository: Path, here: Path) -> None:
@@ -178,9 +198,9 @@ def test_help_tells_the_usage(repository: Path, here: Path) -> None:
 
 
 def write_python(here: Path, body: str) -> dict[str, str]:
-    """Put a stand-in for Python in place, and data for it; `$3` is the command of llava.eval."""
+    """Put a stand-in for Python in place, and data for it; `$3` is the command of llava.eval. `run` is the real one."""
     python = here / "python"
-    python.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    python.write_text(f'#!/usr/bin/env bash\n[[ $3 == run ]] && exec {sys.executable} "$@"\n{body}\n')
     python.chmod(0o755)
     (here / "data" / "pope").mkdir(parents=True, exist_ok=True)
     return {"LLAVA_EVAL_ROOT": "data", "PYTHON": str(python)}
@@ -226,6 +246,42 @@ def test_unanswered_questions_stop_the_script_unless_partial_scores_are_allowed(
     assert "error: pope worker 0 (CPU) could not answer some questions" in refused.stderr
     allowed = run_script(repository, "pope.sh", "run-1", "models/llava", "--", "--allow-partial", cwd=here, **options)
     assert (allowed.returncode, allowed.stdout) == (3, "score\n")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_script_ends_all_workers(repository: Path, here: Path, name: str) -> None:
+    pids = here / "pids"
+    environment = write_python(here, f'echo $$ >>"{pids}"; exec sleep 60')
+    script = repository / "scripts" / "v1_5" / "eval" / "pope.sh"
+    process = subprocess.Popen(
+        ["bash", str(script), "run-1", "models/llava"],
+        cwd=here,
+        env={**ENVIRONMENT, **NO_GPU, **environment, "LLAVA_EVAL_WORKERS": "3"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not pids.exists() or pids.read_text().count("\n") < 3:
+        time.sleep(0.02)
+    number = getattr(signal, name)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_the_folder_of_a_benchmark_is_found_without_being_named(
+    repository: Path, tmp_path: Path, make_pope: Callable[..., Path]
+) -> None:
+    folder = make_pope()
+    command = [sys.executable, "-m", "llava.eval", "score", "pope", "--answers", "none.jsonl"]
+    environment = {**ENVIRONMENT, "LLAVA_EVAL_ROOT": folder.parent.name, "PYTHONPATH": str(repository)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("error: no such file: none.jsonl")
+    environment["LLAVA_EVAL_ROOT"] = "nowhere"
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith(f"error: no such file: {tmp_path}/nowhere/pope/llava_pope_test.jsonl")
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava.cli import ModelSpec
 from llava.errors import InputError
 from llava.eval.benchmark import Question, Verdict
 from llava.eval.results import Result
-from llava.eval.wrong import RunModel, choose_run, format_listing, list_flips, list_wrong, name_runs
+from llava.eval.wrong import choose_run, format_listing, list_flips, list_wrong, name_runs
 from tests.eval.test_commands import Done, run
 
 NAMES = ("trim", "none")
@@ -140,17 +141,18 @@ def test_drawing_needs_to_know_the_model(answered: tuple[Path, Path], tmp_path: 
 
 def test_options_override_what_the_run_says(tmp_path: Path) -> None:
     answers = tmp_path / "a.jsonl"
-    assert choose_run(answers, "ckpt", "base", "TRIM") == RunModel("ckpt", "base", "TRIM")
+    assert choose_run(answers, "ckpt", "base", "TRIM") == ModelSpec("ckpt", "base", "TRIM")
     told = {"path": "llava", "base": "vicuna", "reduce": "none", "device": "auto", "dtype": "float16", "conv_mode": "x"}
     (tmp_path / "a.jsonl.run.json").write_text(json.dumps(told))
-    assert choose_run(answers, None) == RunModel("llava", "vicuna", "none", None, "float16")
-    assert choose_run(answers, None, reduce="TRIM:9") == RunModel("llava", "vicuna", "TRIM:9", None, "float16")
-    assert choose_run(answers, "other") == RunModel("other", None, "none", None, "float16")
+    assert choose_run(answers, None) == ModelSpec("llava", "vicuna", "none", None, "float16")
+    assert choose_run(answers, None, reduce="TRIM:9") == ModelSpec("llava", "vicuna", "TRIM:9", None, "float16")
+    assert choose_run(answers, "other") == ModelSpec("other", None, "none", None, "float16")
 
 
 def test_each_listed_question_is_drawn_and_the_page_shows_them_all(
     answered: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
+    pytest.importorskip("matplotlib")
     folder = tmp_path / "drawn"
     done = wrong(answered, "--draw", folder, "--limit", 3, "--model-path", tiny_checkpoint)
     assert done.returncode == 0, done.stderr
@@ -167,6 +169,7 @@ def test_each_listed_question_is_drawn_and_the_page_shows_them_all(
 def test_flips_are_drawn_with_the_run_that_reduces_or_both(
     answered: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
+    pytest.importorskip("matplotlib")
     other = tmp_path / "runs" / "none" / "answers.jsonl"
     write_answers(answered[0], other, lambda number: "No" if number < 2 else "Yes")
     heights = {}
@@ -185,6 +188,7 @@ def test_flips_are_drawn_with_the_run_that_reduces_or_both(
 def test_names_and_texts_from_files_do_no_harm_and_a_missing_image_is_named(
     answered: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
+    pytest.importorskip("matplotlib")
     folder, file = answered
     questions = folder / "llava_pope_test.jsonl"
     odd = "../../<script>alert(1)</script>\\u0000"

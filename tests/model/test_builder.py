@@ -144,9 +144,9 @@ def strip_text_half(tower: Path) -> None:
     [
         ("no such folder", "is not there"),
         ("no config", "holds no config.json"),
-        ("broken config", "can't be read"),
+        ("broken config", "config.json is not JSON: Expecting property name enclosed in double quotes at column 2"),
         ("missing shard", "lacks 1 of 2 weight files, first pytorch_model-00002-of-00002.bin"),
-        ("truncated shard", "can't be loaded"),
+        ("truncated shard", "pytorch_model-00002-of-00002.bin can't be read"),
         ("no weights", "holds no weights"),
         ("no tokenizer", "tokenizer"),
         ("missing vision tower", "vision tower ./towers/absent is not there"),
@@ -157,7 +157,7 @@ def strip_text_half(tower: Path) -> None:
         ("unknown projector", "use linear, mlp2x_gelu"),
         ("unknown layer", "has 4 layers"),
         ("CLS row with reduction", "set mm_vision_select_feature to patch"),
-        ("wrong size", "can't be loaded"),
+        ("wrong size", "model.embed_tokens.weight has shape [1000, 64], the config asks for [1000, 32]"),
         ("vision-only tower", "is it a full CLIP checkpoint?"),
     ],
 )

@@ -25,6 +25,8 @@ def pixels(count: int = 3) -> torch.Tensor:
 
 
 def load(clips: Path, kind: str, needs=(), **settings):
+    if kind == "open_clip":
+        pytest.importorskip("open_clip")
     tower = build_vision_tower(
         str(clips / "hf") if kind == "hf" else TOWERS[kind], folder=clips, needs=needs, **settings
     )

@@ -3,15 +3,16 @@
 import json
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import InputError
-from llava.model.multimodal_encoder import open_clip_source
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.token_reduction import TEXT
+
+open_clip = pytest.importorskip("open_clip")
+from llava.model.multimodal_encoder import open_clip_source  # noqa: E402 # needs it
 
 MISTAKES = {
     "": "names no model",

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
+
+pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -217,6 +218,8 @@ def test_qlora_trains_on_two_ranks(name: str, runs: Path, checkpoints: Path):
 def test_a_16_bit_run_saves_a_whole_16_bit_checkpoint_or_is_refused_where_the_processor_cannot(
     name: str, dtype: torch.dtype, runs: Path, checkpoints: Path
 ):
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
     if dtype is torch.float16 and not CPU_Accelerator().is_fp16_supported():
         error = json.loads((runs / "fp16.json").read_text(encoding="utf-8"))["error"]
         assert error.startswith("InputError: --fp16 True: DeepSpeed does not compute in fp16 on this cpu device; use ")

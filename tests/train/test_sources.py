@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from transformers import CLIPImageProcessorPil, LlamaTokenizer
@@ -13,6 +12,8 @@ from llava.errors import InputError
 from llava.train.dataset import ConversationDataset, ImageFormat, Sample, TextFormat
 from llava.train.records import check_image_files, read_records
 from llava.train.targets import choose_template
+
+datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture(autouse=True)

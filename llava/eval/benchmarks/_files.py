@@ -6,13 +6,13 @@ that a metric reads is checked, so that a wrong file is named instead of a wrong
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Question, Row
+from llava.eval.benchmark import Question
 from llava.files import FileError, parse_record, read_json, read_jsonl, read_lines, write_text
 from llava.prompt import query_of
 
@@ -26,15 +26,8 @@ KIND_NAMES = {str: "a string", int: "a whole number", bool: "true or false", lis
 def load_question_file(path: Path, image_folder: Path, *, needs_image: bool = False) -> list[Question]:
     """Read a LLaVA question file: one `{"question_id", "image", "text"}` object per line.
 
-    `image` may be a list of names, or be absent for a question of text alone.
-
-    Args:
-        path: the question file.
-        image_folder: where the `image` names of the records are looked up.
-        needs_image: a record without image cannot be asked.
-
-    Raises:
-        InputError: the file is missing, empty or not a single record of it can be used.
+    `image` may be a list of names, or be absent for a question of text alone (with `needs_image` that is a fault).
+    Names are looked up in `image_folder`. A file of which no record can be used is refused.
     """
     questions = []
     for number, line in read_lines(path, DOWNLOAD_HINT):
@@ -57,16 +50,29 @@ def _make_question(record: Mapping[str, Any], where: str, image_folder: Path) ->
     """Make the question of one record; a record without id is called `where`."""
     identity, category = record.get("question_id"), record.get("category")
     if isinstance(identity, bool) or not isinstance(identity, int | str):
-        return Question(id=where, category=category, fault='"question_id" must be a number or a string')
+        return Question(id=where, fault='"question_id" must be a number or a string')
     text = record.get("text")
     if not isinstance(text, str):
         return Question(id=identity, category=category, fault=f'{where}: "text" must be a string')
+    if not isinstance(category, str | int | None):
+        return Question(id=identity, fault=f'{where}: "category" must be a string')
     names = record.get("image")
     names = [] if names is None else names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) and name for name in names):
         return Question(id=identity, category=category, fault=f'{where}: "image" must be a file name or a list of them')
     images = tuple(image_folder / name for name in names)
     return Question(id=identity, prompt=text, query=query_of(text), images=images, category=category)
+
+
+def build_questions(records: Sequence[object], build: Callable[[int, object], Question]) -> list[Question]:
+    """Make questions of an official file's records, counted from 0; a record that cannot be used is a fault."""
+    questions = []
+    for number, record in enumerate(records):
+        try:
+            questions.append(build(number, record))
+        except InputError as fault:
+            questions.append(Question(id=f"record {number}", fault=str(fault)))
+    return questions
 
 
 def build_question(identity: int | str, text: str, image: Path) -> Question:
@@ -85,50 +91,32 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return read_jsonl(path, DOWNLOAD_HINT)
 
 
-def find_file(path: Path) -> Path:
-    """Return `path` if it is a file.
-
-    Raises:
-        InputError: it is not; names where to get it.
-    """
-    if not path.is_file():
-        raise InputError(f"no such file: {path}; {DOWNLOAD_HINT}")
-    return path
-
-
 def find_first(candidates: Sequence[Path]) -> Path:
-    """Return the first of several places of a file that is there.
-
-    Raises:
-        InputError: none is; names the first, where the documentation puts the file.
-    """
-    return next((path for path in candidates if path.is_file()), None) or find_file(candidates[0])
+    """Return the first place of a file that is there; where none is, the documented place is named, the first."""
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise InputError(f"no such file: {candidates[0]}; {DOWNLOAD_HINT}")
 
 
 def take(record: object, name: str, kind: type[Kind], where: str) -> Kind:
-    """Return a field of an annotation.
-
-    Args:
-        record: the annotation.
-        name: the field.
-        kind: what it must be.
-        where: file and record, for the message.
-
-    Raises:
-        InputError: the annotation is not an object, or the field is missing or something else.
-    """
+    """Return a field of an annotation, which must be of a kind; `where` names file and record in the message."""
     value = record.get(name) if isinstance(record, Mapping) else None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
         raise InputError(f'{where}: "{name}" must be {KIND_NAMES[kind]}')
     return value
 
 
-def take_references(record: object, where: str) -> list[str]:
-    """Return people's answers of a VQAv2 or VizWiz annotation: the field `answers`, of objects with an `answer`.
+def take_strings(record: object, name: str, where: str) -> list[str]:
+    """Return a field of an annotation that must be a list of strings, at least one."""
+    values = take(record, name, list, where)
+    if not values or not all(isinstance(value, str) for value in values):
+        raise InputError(f'{where}: "{name}" must be a list of strings, at least one')
+    return values
 
-    Raises:
-        InputError: there are none, or one is not a string.
-    """
+
+def take_references(record: object, where: str) -> list[str]:
+    """Return people's answers of a VQAv2 or VizWiz annotation: the field `answers`, of objects with an `answer`."""
     references = [take(each, "answer", str, f"{where} answers") for each in take(record, "answers", list, where)]
     if not references:
         raise InputError(f'{where}: "answers" is empty')
@@ -142,7 +130,9 @@ def require_annotations(
     annotation_file: Path,
     required: Collection[int | str] | None = None,
 ) -> None:
-    """Make sure that questions and annotations are of the same set, as the official scorers do.
+    """Refuse questions and annotations of different sets, as the official scorers do.
+
+    A broken question could be that of any annotation, so that with one no annotation counts as unasked.
 
     Args:
         questions: all questions of the benchmark.
@@ -150,9 +140,6 @@ def require_annotations(
         annotated: what there are annotations of.
         annotation_file: where they are from.
         required: the annotations that need a question; None for all.
-
-    Raises:
-        InputError: a question has no annotation, or, unless a broken question could explain it, the other way round.
     """
     known = set(annotated)
     unknown = [
@@ -169,16 +156,6 @@ def require_annotations(
             f"{annotation_file} annotates {len(unasked)} questions that the question file does not ask "
             f"(such as {min(map(str, unasked))}); questions and annotations must be of the same split"
         )
-
-
-def require_any(answers: Mapping[str, Row], benchmark: str) -> None:
-    """Refuse to score nothing.
-
-    Raises:
-        InputError: no question has an answer.
-    """
-    if not answers:
-        raise InputError(f"{benchmark}: none of the questions has an answer")
 
 
 # ------------------------------------------------------------------------------------------------------------ uploads

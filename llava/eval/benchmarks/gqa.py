@@ -24,9 +24,10 @@ from llava.eval.benchmarks._files import (
     read_document,
     require_annotations,
     take,
+    take_strings,
     write_upload,
 )
-from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubRows, HubTable, Layout, Tables, safe_name
+from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubTable, Layout, ReadTable, question_line, safe_name
 from llava.eval.metrics.gqa import GqaRecord, clean_prediction, score_gqa
 
 QUESTION_FILE = "llava_gqa_testdev_balanced.jsonl"
@@ -43,33 +44,20 @@ TYPES = ("structural", "semantic", "detailed")
 STEP_FIELDS = ("operation", "argument", "dependencies")
 
 
-class HubTestdev(HubForm):
-    """The balanced questions of test-dev."""
-
-    dataset = "lmms-lab/GQA"
-    tables: ClassVar[Tables] = {
-        "questions": HubTable(
-            "testdev", ("id", "imageId", "question", "answer", "isBalanced"), config="testdev_balanced_instructions"
-        ),
-        "images": HubTable("testdev", ("id", "image"), config="testdev_balanced_images"),
-    }
-    files = (QUESTION_FILE, f"{DATA_FOLDER}/{ANNOTATION_FILE}")
-
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        for row in rows["images"]:
-            layout.save_image(f"{IMAGE_FOLDER}/{safe_name(row['id'], self.dataset)}.jpg", row["image"])
-        questions, annotations = [], {}
-        for row in rows["questions"]:
-            identity, image = str(row["id"]), f"{safe_name(row['imageId'], self.dataset)}.jpg"
-            annotations[identity] = make_annotation(row)
-            text = row["question"] + SHORT_ANSWER_LINE
-            questions.append({"question_id": identity, "image": image, "text": text, "category": "default"})
-        layout.write_json(f"{DATA_FOLDER}/{ANNOTATION_FILE}", annotations)
-        layout.write_lines(QUESTION_FILE, questions)
+def convert_testdev(read_table: ReadTable, layout: Layout) -> None:
+    """Write the balanced questions of test-dev."""
+    for row in read_table("images"):
+        layout.save_image(f"{IMAGE_FOLDER}/{safe_name(row['id'], 'images')}.jpg", row["image"])
+    questions, annotations = [], {}
+    for row in read_table("questions"):
+        identity, image = str(row["id"]), f"{safe_name(row['imageId'], 'questions')}.jpg"
+        annotations[identity] = make_annotation(row)
+        questions.append(question_line(identity, image, row["question"] + SHORT_ANSWER_LINE))
+    layout.write_json(f"{DATA_FOLDER}/{ANNOTATION_FILE}", annotations)
+    layout.write_lines(QUESTION_FILE, questions)
 
 
 def make_annotation(row: HubRow) -> dict[str, Any]:
-    """Make a question's record of the official file."""
     types, groups = parse_cell(row.get("types")) or {}, parse_cell(row.get("groups")) or {}
     steps = list_steps(parse_cell(row.get("semantic")))
     return {
@@ -107,6 +95,19 @@ def list_steps(cell: Any) -> list[dict[str, Any]]:
     return list(cell or [])
 
 
+TESTDEV = HubForm(
+    "lmms-lab/GQA",
+    {
+        "questions": HubTable(
+            "testdev", ("id", "imageId", "question", "answer", "isBalanced"), config="testdev_balanced_instructions"
+        ),
+        "images": HubTable("testdev", ("id", "image"), config="testdev_balanced_images"),
+    },
+    (QUESTION_FILE, f"{DATA_FOLDER}/{ANNOTATION_FILE}"),
+    convert_testdev,
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class Gqa(Benchmark):
     """GQA: accuracy on the balanced questions of test-dev."""
@@ -116,51 +117,40 @@ class Gqa(Benchmark):
     folders = ("gqa",)
     answers_file = "answers/llava_gqa_testdev_balanced/{run}/merge.jsonl"
     upload_folder = "answers/llava_gqa_testdev_balanced/{run}"
-    hub: ClassVar[Mapping[str, HubForm]] = {"testdev_balanced": HubTestdev()}
+    hub: ClassVar[Mapping[str, HubForm]] = {"testdev_balanced": TESTDEV}
 
     def load(self, root: Path) -> list[Question]:
         return load_question_file(root / QUESTION_FILE, root / IMAGE_FOLDER, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
-        """Compute every number of the official script that the files in the folder allow.
-
-        Only balanced questions have verdicts; the others count for consistency.
-        """
+        """Compute every number of the official script that the files in the folder allow."""
         questions = self.load(root)
         path = find_first(places(root, ANNOTATION_FILE))
         records = read_scene_questions(path)
         balanced = {identity for identity, record in records.items() if record["isBalanced"]}
         require_annotations(questions, [str(question.id) for question in questions], records, path, required=balanced)
-        verdicts = [
-            judge_answer(key, row, records[str(row["question_id"])])
-            for key, row in answers.items()
-            if str(row["question_id"]) in balanced
-        ]
+        # Only balanced questions have verdicts; the others count for consistency.
+        pairs = self.pair(questions, answers)
+        predictions = {str(question.id): clean_prediction(row["text"]) for _, question, row in pairs}
+        verdicts = []
+        for key, question, row in pairs:
+            identity = str(question.id)
+            said, record = predictions[identity], records[identity]
+            if identity in balanced:
+                points, category = float(said == record["answer"]), record["types"]["structural"]
+                verdicts.append(Verdict(key, row["text"], record["answer"], points, parsed=said, category=category))
         if not verdicts:
-            raise InputError("GQA: none of the balanced questions has an answer")
-        predictions = {each["questionId"]: each["prediction"] for each in make_predictions(answers.values())}
+            raise InputError("gqa: none of the balanced questions has an answer")
         scores = score_gqa(records, predictions, read_choices(root, balanced))
-        return Scores(
-            headline=self.headline(verdicts),
-            scores=scores,
-            count=len(verdicts),
-            columns={"Accuracy": scores["accuracy"], "Binary": scores["binary"], "Open": scores["open"]},
-            verdicts=verdicts,
-        )
+        columns = {"Accuracy": scores["accuracy"], "Binary": scores["binary"], "Open": scores["open"]}
+        return self.sum_up(verdicts, scores, columns)
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write the file that GQA's own script reads, in the order of the answers file."""
         return [write_upload(destination / PREDICTION_FILE, make_predictions(answers.values()))]
 
 
-def judge_answer(key: str, row: Row, record: GqaRecord) -> Verdict:
-    """Compare the answer to a balanced question, whose category is its structural type, with the reference."""
-    said, right = clean_prediction(row["text"]), record["answer"]
-    return Verdict(key, row["text"], right, float(said == right), parsed=said, category=record["types"]["structural"])
-
-
 def make_predictions(rows: Iterable[Row]) -> list[dict[str, str]]:
-    """Write answers as GQA's script reads them."""
     return [{"questionId": str(row["question_id"]), "prediction": clean_prediction(row["text"])} for row in rows]
 
 
@@ -171,11 +161,7 @@ def places(root: Path, name: str) -> list[Path]:
 
 
 def read_scene_questions(path: Path) -> dict[str, GqaRecord]:
-    """Read GQA's questions by id, each with what the metrics read.
-
-    Raises:
-        InputError: the file is missing, or a question of it lacks something that the metrics read.
-    """
+    """Read GQA's questions by id, each with what the metrics read."""
     records = read_document(path)
     if not isinstance(records, dict) or not records:
         raise InputError(f"{path} must be an object of questions by id")
@@ -185,29 +171,26 @@ def read_scene_questions(path: Path) -> dict[str, GqaRecord]:
 
 
 def check_scene_question(record: object, where: str) -> None:
-    """Make sure that a question has what the metrics read.
-
-    Raises:
-        InputError: it has not.
-    """
+    """Make sure that a question has what the metrics read."""
     for name in ("question", "answer"):
         take(record, name, str, where)
     take(record, "isBalanced", bool, where)
+    types, groups = take(record, "types", dict, where), take(record, "groups", dict, where)
     for name in ("structural", "semantic"):
-        take(take(record, "types", dict, where), name, str, f"{where} types")
-    if "global" not in take(record, "groups", dict, where):
-        raise InputError(f'{where}: "groups" must have "global", which may be null')
+        take(types, name, str, f"{where} types")
+    if types.get("detailed") is not None:
+        take(types, "detailed", str, f"{where} types")
+    if "global" not in groups or not isinstance(groups["global"], str | None):
+        raise InputError(f'{where}: "groups" must have "global", a string or null')
+    if record.get("entailed"):
+        take_strings(record, "entailed", where)
     for step in take(record, "semantic", list, where):
         for name in ("operation", "argument"):
             take(step, name, str, f"{where} semantic")
 
 
 def read_choices(root: Path, balanced: Iterable[str]) -> dict[str, dict[str, list[str]]] | None:
-    """Read the valid and plausible answers, if there is such a file.
-
-    Raises:
-        InputError: a balanced question is not in it.
-    """
+    """Read the valid and plausible answers to the balanced questions, if there is such a file."""
     path = next((path for path in places(root, CHOICES_FILE) if path.is_file()), None)
     if path is None:
         return None

@@ -22,8 +22,19 @@ from typing import Any, ClassVar
 
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, Verdict, row_key
-from llava.eval.benchmarks._files import load_question_file, read_document, read_records, require_any
-from llava.eval.hub import HubForm, HubRow, HubRows, HubTable, Layout, Tables, guess_suffix, image_bytes, safe_name
+from llava.eval.benchmarks._files import load_question_file, read_document, read_records
+from llava.eval.hub import (
+    HubForm,
+    HubRow,
+    HubTable,
+    Layout,
+    ReadTable,
+    guess_suffix,
+    image_bytes,
+    question_line,
+    safe_name,
+)
+from llava.eval.metrics.means import collect
 from llava.eval.metrics.overlap import overlap_f1
 
 QUESTION_FILE = "questions.jsonl"
@@ -50,39 +61,38 @@ Summary = dict[str, dict[str, float]]
 
 
 # --------------------------------------------------------------------------------------------------------------- hub
-class LlavaBenchForm(HubForm):
-    """All sixty questions."""
+def convert_train(read_table: ReadTable, layout: Layout) -> None:
+    """Write all sixty questions."""
+    numbered: dict[str, str] = {}  # file names by digest
+    questions, references, contexts = [], [], {}
+    for row in read_table("questions"):
+        image = choose_file(row, numbered)
+        layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
+        contexts[image] = {"id": image.rsplit(".", 1)[0], "image": image, "caption": row["caption"]}
+        identity, text = row["question_id"], row["question"]
+        questions.append(question_line(identity, image, text, row["category"].removeprefix(CATEGORY_PREFIX)))
+        reference = {"question_id": identity, "prompt": text, "answer_id": f"hub-{identity}"}
+        references.append(reference | {"model_id": REFERENCE_MODEL, "metadata": {}, "text": row["gpt_answer"]})
+    layout.write_lines(CONTEXT_FILE, contexts.values())
+    layout.write_lines(REFERENCE_FILE, references)
+    layout.write_lines(QUESTION_FILE, questions)
 
-    dataset = "lmms-lab/llava-bench-in-the-wild"
-    tables: ClassVar[Tables] = {
-        "questions": HubTable("train", ("question_id", "image", "question", "caption", "gpt_answer", "category")),
-    }
-    files = (QUESTION_FILE, CONTEXT_FILE, REFERENCE_FILE)
 
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        numbered: dict[str, str] = {}  # file names by digest
-        questions, references, contexts = [], [], {}
-        for row in rows["questions"]:
-            image = self._choose_file(row, numbered)
-            layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
-            contexts[image] = {"id": image.rsplit(".", 1)[0], "image": image, "caption": row["caption"]}
-            category = row["category"].removeprefix(CATEGORY_PREFIX)
-            identity, text = row["question_id"], row["question"]
-            questions.append({"question_id": identity, "image": image, "category": category, "text": text})
-            reference = {"question_id": identity, "prompt": text, "answer_id": f"hub-{identity}"}
-            reference |= {"model_id": REFERENCE_MODEL, "metadata": {}, "text": row["gpt_answer"]}
-            references.append(reference)
-        layout.write_lines(CONTEXT_FILE, contexts.values())
-        layout.write_lines(REFERENCE_FILE, references)
-        layout.write_lines(QUESTION_FILE, questions)
+def choose_file(row: HubRow, numbered: dict[str, str]) -> str:
+    """Return the file name of an image: the dataset's, or the next number for one not seen before."""
+    if row.get("image_id"):
+        name = safe_name(row["image_id"], "questions")
+        return name if "." in name else f"{name}{guess_suffix(row['image'])}"
+    digest = hashlib.sha256(image_bytes(row["image"]) or b"").hexdigest()
+    return numbered.setdefault(digest, f"{len(numbered) + 1:03d}{guess_suffix(row['image'])}")
 
-    def _choose_file(self, row: HubRow, numbered: dict[str, str]) -> str:
-        """Return the file name of an image: the dataset's, or the next number for one not seen before."""
-        if row.get("image_id"):
-            name = safe_name(row["image_id"], self.dataset)
-            return name if "." in name else f"{name}{guess_suffix(row['image'])}"
-        digest = hashlib.sha256(image_bytes(row["image"]) or b"").hexdigest()
-        return numbered.setdefault(digest, f"{len(numbered) + 1:03d}{guess_suffix(row['image'])}")
+
+WILD = HubForm(
+    "lmms-lab/llava-bench-in-the-wild",
+    {"questions": HubTable("train", ("question_id", "image", "question", "caption", "gpt_answer", "category"))},
+    (QUESTION_FILE, CONTEXT_FILE, REFERENCE_FILE),
+    convert_train,
+)
 
 
 # --------------------------------------------------------------------------------------------------------- benchmark
@@ -93,7 +103,7 @@ class LlavaBench(Benchmark):
     row = "LLaVA-Bench (Wild)"
     folders = ("llava-bench-in-the-wild",)
     answers_file = "answers/{run}.jsonl"
-    hub: ClassVar[Mapping[str, HubForm]] = {"wild": LlavaBenchForm()}
+    hub: ClassVar[Mapping[str, HubForm]] = {"wild": WILD}
     max_new_tokens = 1024
     uses_judge = "always"
 
@@ -106,12 +116,7 @@ class LlavaBench(Benchmark):
         return load_question_file(root / QUESTION_FILE, root / IMAGE_FOLDER, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
-        """Let the judge rate every answer, as often as it is told to, and average the runs.
-
-        Raises:
-            InputError: a file of the benchmark is missing or does not fit, there is no judge, or none of its replies
-                can be read.
-        """
+        """Let the judge rate every answer, as often as it is told to, and average the runs."""
         if judge is None:
             raise InputError(f"{self.name} is scored by a judge, and none is given")
         references = read_records(root / REFERENCE_FILE)
@@ -128,13 +133,9 @@ class LlavaBench(Benchmark):
         summary = average_summaries(summaries)
         names = [str(each.question.id) for each in comparisons]
         numbers = [{**each, **list_ratings(names, run)} for each, run in zip(summaries, runs, strict=True)]
-        return Scores(
-            headline=summary["all"]["relative"],
-            scores=numbers[0] if len(numbers) == 1 else {**summary, "runs": numbers},
-            count=size,
-            columns={name.removeprefix(CATEGORY_PREFIX): each["relative"] for name, each in summary.items()},
-            verdicts=verdicts,
-        )
+        scores = numbers[0] if len(numbers) == 1 else {**summary, "runs": numbers}
+        columns = {name.removeprefix(CATEGORY_PREFIX): each["relative"] for name, each in summary.items()}
+        return self.sum_up(verdicts, scores, columns)
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
         return average_summaries(summarize_runs(verdicts))["all"]["relative"]
@@ -164,11 +165,6 @@ class Comparison:
         """The category's name in rule files, reviews and scores."""
         return CATEGORY_PREFIX + str(self.question.category)
 
-    def case(self) -> Case:
-        """Return what is judged, for judges that compute."""
-        references, prediction = (self.reference["text"],), self.answer["text"]
-        return Case(LlavaBench.name, str(self.question.id), self.question.prompt, references, prediction)
-
     def messages(self) -> list[dict[str, str]]:
         """Return the chat, to the character as LLaVA sends it (but for the words of the rule)."""
         role = self.rule["role"]
@@ -186,11 +182,7 @@ class Comparison:
 
 
 def read_rules(path: Path) -> dict[str, dict[str, str]]:
-    """Read the instructions to the judge, by `llava_bench_<category>`.
-
-    Raises:
-        InputError: the file is missing, or no rule file.
-    """
+    """Read the instructions to the judge, by `llava_bench_<category>`."""
     rules = read_document(path)
     if not isinstance(rules, dict):
         raise InputError(f'{path} is no rule file: {{"{CATEGORY_PREFIX}conv": {{"role", "prompt"}}, ...}} is needed')
@@ -201,11 +193,7 @@ def read_rules(path: Path) -> dict[str, dict[str, str]]:
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Read what each image shows, by the image's file name; a list of sentences is joined by newlines.
-
-    Raises:
-        InputError: the file is missing, or a record lacks something.
-    """
+    """Read what each image shows, by the image's file name; a list of sentences is joined by newlines."""
     captions = {}
     for record in read_records(path):
         image, caption = record.get("image"), record.get("caption")
@@ -231,18 +219,12 @@ def pair_comparisons(
         answers: rows by question key; questions without a row take no part.
         context_file: the images in words.
         rule_file: the instruction to the judge.
-
-    Raises:
-        InputError: nothing was answered, or a question lacks its context, reference or rule.
     """
-    require_any(answers, "LLaVA-Bench")
+    pairs = LlavaBench.pair(questions, answers)
     contexts, rules = read_captions(context_file), read_rules(rule_file)
     by_key = {row_key(row, LlavaBench.key_fields): row for row in references if isinstance(row.get("text"), str)}
     comparisons = []
-    for question in questions:
-        key = row_key(question.head(), LlavaBench.key_fields)
-        if key not in answers:
-            continue
+    for key, question, answer in pairs:
         image = question.images[0].name if question.images else None
         rule = rules.get(f"{CATEGORY_PREFIX}{question.category}")
         if image not in contexts:
@@ -251,15 +233,14 @@ def pair_comparisons(
             raise InputError(f"there is no reference answer to question {question.id}")
         if rule is None:
             raise InputError(f"question {question.id}: {rule_file} has no rule for the category {question.category!r}")
-        comparisons.append(Comparison(question, contexts[image], by_key[key], answers[key], rule))
+        comparisons.append(Comparison(question, contexts[image], by_key[key], answer, rule))
     return comparisons
 
 
 def ask_judge(judge: Judge, comparison: Comparison, *, run: int = 0, max_tokens: int = MAX_TOKENS) -> str:
-    """Return the judge's reply about one question."""
-    return judge.ask(
-        comparison.case(), comparison.messages(), attempt=run, temperature=TEMPERATURE, max_tokens=max_tokens
-    )
+    question, references = comparison.question, (comparison.reference["text"],)
+    case = Case(LlavaBench.name, str(question.id), question.prompt, references, comparison.answer["text"])
+    return judge.ask(case, comparison.messages(), attempt=run, temperature=TEMPERATURE, max_tokens=max_tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------- ratings
@@ -293,11 +274,7 @@ def make_review(number: int, comparison: Comparison, reply: str) -> dict[str, An
 
 
 def read_ratings(replies: Sequence[str]) -> list[Ratings]:
-    """Read the ratings of one run.
-
-    Raises:
-        InputError: no reply can be read; -1 over -1 would be 100 percent.
-    """
+    """Read the ratings of one run. None that can be read is an error: -1 over -1 would be 100 percent."""
     ratings = [parse_ratings(reply) for reply in replies]
     if all(each == UNREADABLE for each in ratings):
         raise InputError(
@@ -309,7 +286,7 @@ def read_ratings(replies: Sequence[str]) -> list[Ratings]:
 def make_verdict(comparison: Comparison, ratings: Sequence[Ratings]) -> Verdict:
     """Make a question's verdict; `ratings` has one pair per run."""
     return Verdict(
-        key=row_key(comparison.question.head(), LlavaBench.key_fields),
+        key=LlavaBench.key(comparison.question),
         prediction=comparison.answer["text"],
         reference=comparison.reference["text"],
         points=fmean(min(max(answer / BEST_RATING, 0.0), 1.0) for _, answer in ratings),
@@ -319,7 +296,6 @@ def make_verdict(comparison: Comparison, ratings: Sequence[Ratings]) -> Verdict:
 
 
 def list_ratings(names: Sequence[str], ratings: Sequence[Ratings]) -> dict[str, Any]:
-    """List a run's ratings by question id, and the questions whose reply could not be read."""
     return {
         "parsed_scores": {name: list(pair) for name, pair in zip(names, ratings, strict=True)},
         "unparsable": [name for name, pair in zip(names, ratings, strict=True) if pair == UNREADABLE],
@@ -327,7 +303,6 @@ def list_ratings(names: Sequence[str], ratings: Sequence[Ratings]) -> dict[str, 
 
 
 def summarize_runs(verdicts: Sequence[Verdict]) -> list[Summary]:
-    """Summarize each run of the judge."""
     categories = [verdict.category for verdict in verdicts]
     runs = zip(*(verdict.details["ratings"] for verdict in verdicts), strict=True)
     return [summarize_ratings(categories, ratings) for ratings in runs]
@@ -340,10 +315,8 @@ def summarize_ratings(categories: Sequence[str | None], ratings: Sequence[Sequen
         categories: of each pair of ratings; None counts for `all` alone.
         ratings: of the reference and of the answer, the unreadable ones included.
     """
-    groups: dict[str, list[Sequence[float]]] = {"all": list(ratings)}
-    for category, pair in zip(categories, ratings, strict=True):
-        if category is not None:
-            groups.setdefault(category, []).append(pair)
+    named = collect(zip(categories, ratings, strict=True))
+    groups = {"all": list(ratings), **{name: pairs for name, pairs in named.items() if name is not None}}
     summary = {}
     for name, pairs in groups.items():
         first, second = (round(fmean(column), 3) for column in zip(*pairs, strict=True))

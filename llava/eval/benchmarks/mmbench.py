@@ -26,7 +26,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import DOWNLOAD_HINT
-from llava.eval.hub import HubForm, HubRow, HubRows, HubTable, Layout, Tables, image_bytes
+from llava.eval.hub import HubForm, HubRow, HubTable, Layout, ReadTable, image_bytes
 from llava.eval.metrics.choice import (
     LETTER_LINE,
     LETTERS,
@@ -36,8 +36,8 @@ from llava.eval.metrics.choice import (
     infer_letter,
     infer_letter_opencompass,
     judge_group,
-    mean_percent,
 )
+from llava.eval.metrics.means import collect, mean_percent
 from llava.eval.metrics.overlap import choose_option
 from llava.files import atomic_write, read_text
 from llava.image import EmbeddedImage
@@ -72,37 +72,29 @@ Cell = str | int | None
 
 
 # --------------------------------------------------------------------------------------------------------------- hub
-class MmBenchForm(HubForm):
-    """The English table of 2023-07-12, which LLaVA reports: 4,377 rows."""
-
-    COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image")
-    FURTHER_COLUMNS = ("source", "l2-category", "comment", "split")
-
-    dataset = "lmms-lab/MMBench_EN"
-    tables: ClassVar[Tables] = {"rows": HubTable("dev", COLUMNS)}
-    files = ("mmbench_dev_20230712.tsv",)
-
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        columns = (*self.COLUMNS, *self.FURTHER_COLUMNS)
-        cells = ([self.make_cell(row, column) for column in columns] for row in rows["rows"])
-        layout.write_tsv(self.files[0], columns, cells)
-
-    def make_cell(self, row: HubRow, column: str) -> Any:
-        """Return a cell; absent options and hints are empty, as in the official table."""
-        if column == "image":
-            return base64.b64encode(image_bytes(row["image"]) or b"").decode()
-        # The dataset writes the second level with a capital.
-        value = row.get(column, row.get("L2-category") if column == "l2-category" else None)
-        absent = value is None or (isinstance(value, float) and math.isnan(value)) or value == "nan"
-        return "" if absent else value
+HUB_COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image")
+FURTHER_HUB_COLUMNS = ("source", "l2-category", "comment", "split")
 
 
-class MmBenchOctoberForm(MmBenchForm):
-    """The English table of 2023-10-03: 4,329 rows."""
+def make_form(dataset: str, config: str | None, table: str) -> HubForm:
+    """Make the form of a table: the rows of the dataset, under the official titles."""
+    columns = (*HUB_COLUMNS, *FURTHER_HUB_COLUMNS)
 
-    dataset = "lmms-lab/MMBench"
-    tables: ClassVar[Tables] = {"rows": HubTable("dev", MmBenchForm.COLUMNS, config="en")}
-    files = ("mmbench_dev_en_20231003.tsv",)
+    def convert(read_table: ReadTable, layout: Layout) -> None:
+        cells = ([format_hub_cell(row, column) for column in columns] for row in read_table("rows"))
+        layout.write_tsv(f"{table}.tsv", columns, cells)
+
+    return HubForm(dataset, {"rows": HubTable("dev", HUB_COLUMNS, config)}, (f"{table}.tsv",), convert)
+
+
+def format_hub_cell(row: HubRow, column: str) -> Any:
+    """Return a cell of the table; absent options and hints are empty, as in the official table."""
+    if column == "image":
+        return base64.b64encode(image_bytes(row["image"]) or b"").decode()
+    # The dataset writes the second level with a capital.
+    value = row.get(column, row.get("L2-category") if column == "l2-category" else None)
+    absent = value is None or (isinstance(value, float) and math.isnan(value)) or value == "nan"
+    return "" if absent else value
 
 
 # --------------------------------------------------------------------------------------------------------- benchmark
@@ -113,8 +105,8 @@ class MmBench(Benchmark):
     row = "MMBench (Circular)"
     folders = ("mmbench",)
     hub: ClassVar[Mapping[str, HubForm]] = {
-        "mmbench_dev_20230712": MmBenchForm(),
-        "mmbench_dev_en_20231003": MmBenchOctoberForm(),
+        "mmbench_dev_20230712": make_form("lmms-lab/MMBench_EN", None, "mmbench_dev_20230712"),
+        "mmbench_dev_en_20231003": make_form("lmms-lab/MMBench", "en", "mmbench_dev_en_20231003"),
     }
     max_new_tokens = 1024
     key_fields = ("question_id", "round_id")
@@ -147,18 +139,12 @@ class MmBench(Benchmark):
         return type(self)(table.removesuffix(".tsv") or None, all_rounds=True)
 
     def find_table(self, root: Path) -> Path:
-        """Return the file of the questions.
-
-        Raises:
-            InputError: none of the files that are looked for is there.
-        """
         if self.table is not None:
             return root / f"{self.table}.tsv"
-        for name in self.tables:
-            if (root / f"{name}.tsv").is_file():
-                return root / f"{name}.tsv"
-        names = " or ".join(f"{name}.tsv" for name in self.tables)
-        raise InputError(f"no {names} in {root}; {DOWNLOAD_HINT}")
+        path = root / f"{self._name_folder(root)}.tsv"
+        if path.is_file():
+            return path
+        raise InputError(f"no {' or '.join(f'{name}.tsv' for name in self.tables)} in {root}; {DOWNLOAD_HINT}")
 
     def place_answers(self, root: Path, run: str) -> Path:
         return root / "answers" / self._name_folder(root) / run / "merge.jsonl"
@@ -171,7 +157,6 @@ class MmBench(Benchmark):
         return next((name for name in self.tables if (root / f"{name}.tsv").is_file()), self.tables[0])
 
     def load(self, root: Path) -> list[Question]:
-        """Read the table, row by row, and each row round by round."""
         return load_table_questions(self.find_table(root), self.letter_line, self.all_rounds)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores | None:
@@ -185,12 +170,11 @@ class MmBench(Benchmark):
             raise InputError(f"{self.name}: no question has answers to all of its rows, so none can be scored")
         # 2. CircularEval by exact matching gives the verdicts and the headline.
         exact = score_circular(groups, VLMEVALKIT)
-        verdicts = [
-            make_verdict(group, members, exact["hits"][str(group)], answers) for group, members in groups.items()
-        ]
+        hits = exact["hits"]
+        verdicts = [make_verdict(group, members, hits[str(group)], answers) for group, members in groups.items()]
+        rows = [row for members in groups.values() for row in members]
         letters = {
             row.name: {rule.name: rule.infer(row.prediction, row.options) for rule in (VLMEVALKIT, OPENCOMPASS)}
-            for rows in groups.values()
             for row in rows
         }
         scores = {**exact, "variants": score_variants(groups), "per_row_inferred": letters}
@@ -200,10 +184,9 @@ class MmBench(Benchmark):
             scores["with_judge"] = score_circular(groups, VLMEVALKIT, self.name, judge)
             scores["opencompass_with_judge"] = score_circular(groups, OPENCOMPASS, self.name, judge)
             columns["With judge"] = scores["with_judge"]["overall"]
-        return Scores(self.headline(verdicts), scores, len(groups), columns, verdicts)
+        return self.sum_up(verdicts, scores, columns)
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
-        """Write the workbook for the server, named like the table."""
         path = self.find_table(root)
         return [write_upload(path, list(answers.values()), destination / f"{path.stem}.xlsx")]
 
@@ -252,11 +235,7 @@ class TableRow:
 
 
 def read_table(path: Path) -> list[TableRow]:
-    """Read a table of MMBench, with pandas, as all scripts that score it do: which cells are empty is pandas' rule.
-
-    Raises:
-        InputError: the file is missing, is not UTF-8 or not a table, lacks columns, or two rows share an index.
-    """
+    """Read a table of MMBench, with pandas, as all scripts that score it do: which cells are empty is pandas' rule."""
     import pandas  # takes half a second, and only MMBench needs it
 
     # 1. The header gets empty titles: for one row with too many cells pandas would refuse the table, or drop cells.
@@ -289,21 +268,16 @@ def read_table(path: Path) -> list[TableRow]:
 
 
 class ImageCells:
-    """The images of a table. Equal cells are one image, named after the first row that has it."""
+    """The images of a table, decoded when asked for. Equal cells are one image, named after its first row."""
 
     def __init__(self, table_name: str, table: Sequence[TableRow]):
-        """Take the cells; they are decoded when they are asked for."""
         self._table_name = table_name
-        self._cells = {row.index: row.cells["image"] for row in table if row.index is not None and row.cells["image"]}
+        self._cells = {row.index: row.cells["image"] for row in table}
         self._images: dict[str, EmbeddedImage] = {}
 
     def find(self, index: int) -> EmbeddedImage:
-        """Return the image of a row.
-
-        Raises:
-            InputError: it has none.
-        """
-        cell = self._cells.get(index)
+        """Return the image of a row; one without is refused."""
+        cell = self._cells[index]
         if cell is None:
             raise InputError("the row has no image")
         if len(cell) <= MAX_REFERENCE_LENGTH and cell.isdecimal():
@@ -326,7 +300,7 @@ def load_table_questions(path: Path, letter_line: str | None, all_rounds: bool =
 
     Args:
         path: the table.
-        letter_line: what to ask for in the last line; None for nothing.
+        letter_line: the last line, which asks for a letter; None for none.
         all_rounds: ask each row once per option.
     """
     table = read_table(path)
@@ -367,7 +341,6 @@ def ask_row(
 
 
 def rotate(items: Sequence[str], steps: int) -> list[str]:
-    """Rotate to the left."""
     return [*items[steps:], *items[:steps]]
 
 
@@ -375,28 +348,20 @@ def rotate(items: Sequence[str], steps: int) -> list[str]:
 def collect_groups(
     table: Sequence[TableRow], answers: Mapping[str, Row], all_rounds: bool = False
 ) -> dict[int, list[ChoiceRow]]:
-    """Put the answers to the rows, and to the rounds of each row.
-
-    Args:
-        table: all rows.
-        answers: rows of the answers file by question key.
-        all_rounds: each row was asked once per option.
+    """Put the answers to the rows, and to the rounds of each row (with `all_rounds`, one per option).
 
     Returns:
         The rows of each group that has a base row and was answered completely, by the base row's index.
-
-    Raises:
-        InputError: a row has no right option, or an answer is about other options than the table's.
     """
     predictions = read_predictions(answers)
     groups: dict[int, list[ChoiceRow]] = {}
     # The base row has the question's category; without it there are only rotations of something unknown.
     incomplete = {row.group for row in table} - {row.index for row in table if row.index == row.group}
     for row in table:
-        if row.index is None or not row.options:
+        if row.index is None:
             incomplete.add(row.group)
             continue
-        for round_id in range(len(row.options) if all_rounds else 1):
+        for round_id in range(max(len(row.options), 1) if all_rounds else 1):
             key = row_key({"question_id": row.index, "round_id": round_id}, MmBench.key_fields)
             if key in answers:
                 shown = answers[key].get("options")
@@ -408,10 +373,10 @@ def collect_groups(
 
 def read_predictions(answers: Mapping[str, Row]) -> dict[str, str]:
     """Return predictions as the scripts that score the upload read them: `nan` where pandas takes a cell for empty."""
-    import pandas  # takes half a second, and only MMBench needs it
-
     if not answers:
         return {}
+    import pandas  # takes half a second, and only MMBench needs it
+
     texts = [row["text"] for row in answers.values()]
     quoted = ('"{}"\n'.format(text.replace('"', '""')) for text in texts)
     cells = pandas.read_csv(BytesIO("".join(quoted).encode(errors="replace")), header=None, dtype=str)[0]
@@ -423,6 +388,8 @@ def make_choice_row(
     row: TableRow, round_id: int, key: str, prediction: str, answered_options: Sequence[str] | None
 ) -> ChoiceRow:
     """Make a row of CircularEval; options that were rotated in a round take the right letter with them."""
+    if not row.options:
+        raise InputError(f"row {row.index} has an answer, but no options")
     letters = rotate(OPTION_LETTERS[: len(row.options)], round_id)
     if row.answer not in letters:
         raise InputError(f"row {row.index}: the right option is {row.answer!r}, which is not among its options")
@@ -438,7 +405,6 @@ def make_choice_row(
         options = {letter: text for letter in OPTION_LETTERS if (text := row.cells.get(letter)) is not None}
     return ChoiceRow(
         name=str(row.index) if round_id == 0 else f"{row.index} round {round_id}",
-        group=row.group,
         question=row.text,
         options=options,
         answer=OPTION_LETTERS[letters.index(row.answer)],
@@ -491,19 +457,14 @@ def score_circular(
     hits = {group: int(is_right) for group, (is_right, _) in zip(groups, outcomes, strict=True)}
     # 2. A question is in the categories of its base row.
     base_rows = {group: next(row for row in rows if row.is_base) for group, rows in groups.items()}
-    by_category: dict[str, dict[str, list[int]]] = {system: {} for system in CATEGORY_COLUMNS}
-    for group, row in base_rows.items():
-        for system, members in by_category.items():
-            members.setdefault(row.categories[system], []).append(hits[group])
-    return {
-        "overall": mean_percent(list(hits.values())),
-        **{
-            system: {category: mean_percent(members[category]) for category in sorted(members)}
-            for system, members in by_category.items()
-        },
-        "hits": {str(group): hit for group, hit in sorted(hits.items())},
-        **({"rows_sent_to_judge": [row for _, judged in outcomes for row in judged]} if judge else {}),
-    }
+    scores: dict[str, Any] = {"overall": mean_percent(hits.values())}
+    for system in CATEGORY_COLUMNS:
+        members = collect((row.categories[system], hits[group]) for group, row in base_rows.items())
+        scores[system] = {category: mean_percent(members[category]) for category in sorted(members)}
+    scores["hits"] = {str(group): hit for group, hit in sorted(hits.items())}
+    if judge:
+        scores["rows_sent_to_judge"] = [row for _, judged in outcomes for row in judged]
+    return scores
 
 
 def make_verdict(group: int, rows: Sequence[ChoiceRow], hit: int, answers: Mapping[str, Row]) -> Verdict:
@@ -526,28 +487,24 @@ def score_variants(groups: Mapping[int, Sequence[ChoiceRow]]) -> dict[str, float
 
     `literal_letter` takes nothing but the bare letter; `vanilla` counts rows instead of questions.
     """
-
-    def match(row: ChoiceRow) -> bool:
-        return infer_letter(row.prediction, row.options) == row.answer
-
-    rows = [row for members in groups.values() for row in members]
-    base = [row for row in rows if row.is_base]
-    circular = [all(row.prediction == row.answer for row in members) for members in groups.values()]
+    literal = {row.name: row.prediction == row.answer for rows in groups.values() for row in rows}
+    matched = {
+        row.name: infer_letter(row.prediction, row.options) == row.answer for rows in groups.values() for row in rows
+    }
+    base = [row.name for rows in groups.values() for row in rows if row.is_base]
     return {
-        "literal_letter_circular": mean_percent(circular),
-        "literal_letter_base_rows_only": mean_percent([row.prediction == row.answer for row in base]),
-        "vanilla_base_rows_exact_matching": mean_percent(list(map(match, base))),
-        "vanilla_all_rows_exact_matching": mean_percent(list(map(match, rows))),
+        "literal_letter_circular": mean_percent(all(literal[row.name] for row in rows) for rows in groups.values()),
+        "literal_letter_base_rows_only": mean_percent(literal[name] for name in base),
+        "vanilla_base_rows_exact_matching": mean_percent(matched[name] for name in base),
+        "vanilla_all_rows_exact_matching": mean_percent(matched.values()),
     }
 
 
 # ------------------------------------------------------------------------------------------------------------- judge
 def ask_for_letter(row: ChoiceRow, rule: LetterRule, name: str, judge: Judge) -> str | None:
-    """Ask a judge which option an answer means.
+    """Ask a judge which option an answer means; None if no reply could be read.
 
-    Returns:
-        A letter, or None if no reply could be read. The official scripts then draw a letter at random; here the row
-        counts as wrong, so that a score does not change from run to run.
+    The official scripts then draw a letter at random; here the row counts as wrong, so that a score stays the same.
     """
     options = "\n".join(f"{letter}. {text}" for letter, text in row.options.items())
     message = (
@@ -568,19 +525,16 @@ def ask_for_letter(row: ChoiceRow, rule: LetterRule, name: str, judge: Judge) ->
 
 # ------------------------------------------------------------------------------------------------------------ upload
 def write_upload(table_file: Path, answers: Sequence[Row], path: Path) -> Path:
-    """Write the workbook that MMBench's server takes: the table's questions with the predictions.
+    """Write the workbook that MMBench's server takes: the questions of a table with the predictions.
 
-    Args:
-        table_file: the table that was asked.
-        answers: rows of the answers file. Of several rounds the first counts, which has the table's order of options.
-        path: the file.
+    Of the answers of several rounds the first counts, which has the table's order of options.
     """
     table = read_table(table_file)
     columns = [name for name in table[0].cells if name not in UNSENT_COLUMNS]
-    texts = {row["question_id"]: row["text"] for row in answers if not row.get("round_id")}
+    texts = {str(row["question_id"]): row["text"] for row in answers if not row.get("round_id")}
     lines: list[list[Cell]] = [list(columns)]
     lines += [[row.index if name == "index" else row.cells[name] for name in columns] for row in table]
-    predictions = ["prediction", *(texts.get(row.index) or None for row in table)]
+    predictions = ["prediction", *(texts.get(str(row.index)) or None for row in table)]
     for line, prediction in zip(lines, predictions, strict=True):
         line.insert(PREDICTION_COLUMN, prediction)
     return write_workbook(path, lines)
@@ -590,21 +544,17 @@ class UndatedZip(ZipFile):
     """A zip archive without times: openpyxl stamps each entry with the time of day, and has no setting for it."""
 
     def writestr(self, name: str, data: bytes | str, *_: object) -> None:
-        """Add an entry."""
         super().writestr(ZipInfo(name, NO_TIME.timetuple()[:6]), data, ZIP_DEFLATED)
 
     def write(self, filename: str, name: str, *_: object) -> None:
-        """Add a file."""
         self.writestr(name, Path(filename).read_bytes())
 
 
 def write_workbook(path: Path, rows: Sequence[Sequence[Cell]]) -> Path:
     """Write an Excel workbook (`.xlsx`) of one sheet and return its path; the same rows always give the same bytes.
 
-    Args:
-        path: the file.
-        rows: cells, the first row being the titles; None leaves a cell empty. Texts stay texts, also those that look
-            like a formula; control characters, which the format cannot hold, are dropped.
+    The first row are the titles; None leaves a cell empty. Texts stay texts, also those that look like a formula; what
+    the format cannot hold is dropped (control characters) or becomes its escape (half of a surrogate pair).
     """
     from openpyxl import Workbook  # only this function needs the library
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -618,7 +568,8 @@ def write_workbook(path: Path, rows: Sequence[Sequence[Cell]]) -> Path:
         for column, value in enumerate(row, start=1):
             if isinstance(value, str):
                 # A plain assignment would guess the type from the text.
-                cell = sheet.cell(number, column, ILLEGAL_CHARACTERS_RE.sub("", value))
+                text = ILLEGAL_CHARACTERS_RE.sub("", value).encode(errors="backslashreplace").decode()
+                cell = sheet.cell(number, column, text)
                 cell.data_type = "s"
             elif value is not None:
                 sheet.cell(number, column, value)

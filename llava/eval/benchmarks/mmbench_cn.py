@@ -8,19 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from llava.eval.benchmarks.mmbench import MmBench, MmBenchForm
-from llava.eval.hub import HubForm, HubTable, Tables
+from llava.eval.benchmarks.mmbench import MmBench, make_form
+from llava.eval.hub import HubForm
 from llava.eval.metrics.choice import CHINESE_LETTER_LINE
 
 TABLE = "mmbench_dev_cn_20231003"
-
-
-class MmBenchChineseForm(MmBenchForm):
-    """The Chinese table of 2023-10-03: 4,329 rows."""
-
-    dataset = "lmms-lab/MMBench"
-    tables: ClassVar[Tables] = {"rows": HubTable("dev", MmBenchForm.COLUMNS, config="cn")}
-    files = (f"{TABLE}.tsv",)
 
 
 class MmBenchCn(MmBench):
@@ -29,7 +21,7 @@ class MmBenchCn(MmBench):
     name = "mmbench_cn"
     row = "MMBench-CN (Circular)"
     folders = ("mmbench_cn", "mmbench")
-    hub: ClassVar[Mapping[str, HubForm]] = {TABLE: MmBenchChineseForm()}
+    hub: ClassVar[Mapping[str, HubForm]] = {TABLE: make_form("lmms-lab/MMBench", "cn", TABLE)}
     tables = (TABLE,)
     letter_line = CHINESE_LETTER_LINE
 

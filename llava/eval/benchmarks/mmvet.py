@@ -16,9 +16,10 @@ from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, Verdict, row_key
-from llava.eval.benchmarks._files import load_question_file, read_document, require_any, take
-from llava.eval.hub import HubForm, HubRows, HubTable, Layout, Tables, guess_suffix, safe_name
+from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, Verdict
+from llava.eval.benchmarks._files import load_question_file, read_document, take, take_strings
+from llava.eval.hub import HubForm, HubTable, Layout, ReadTable, guess_suffix, question_line, safe_name
+from llava.eval.metrics.means import collect
 from llava.eval.metrics.overlap import find_elements
 from llava.files import read_text, write_text
 
@@ -61,34 +62,34 @@ text is ours (docs/parity.md)."""
 
 
 # --------------------------------------------------------------------------------------------------------------- hub
-class MmVetForm(HubForm):
-    """All 218 questions."""
+def convert_test(read_table: ReadTable, layout: Layout) -> None:
+    """Write all 218 questions."""
+    questions, annotations = [], {}
+    for row in read_table("questions"):
+        key, text = safe_name(row["question_id"], "questions"), row["question"]
+        number = key.removeprefix(KEY_PREFIX)
+        if not number.isdecimal():
+            raise InputError(f"MM-Vet: question_id {key!r} is not {KEY_PREFIX}<number>")
+        image = f"{key}{guess_suffix(row['image'])}"
+        layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
+        annotations[key] = {
+            "imagename": image,
+            "question": text,
+            "answer": row["answer"],
+            "imagesource": row["image_source"],
+            "capability": [name.strip() for name in row["capability"].split(",")],
+        }
+        questions.append(question_line(int(number), image, text, "conv"))
+    layout.write_json(ANNOTATION_FILE, annotations)
+    layout.write_lines(QUESTION_FILE, questions)
 
-    dataset = "lmms-lab/MMVet"
-    tables: ClassVar[Tables] = {
-        "questions": HubTable("test", ("question_id", "image", "question", "answer", "image_source", "capability"))
-    }
-    files = (QUESTION_FILE, ANNOTATION_FILE)
 
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        questions, annotations = [], {}
-        for row in rows["questions"]:
-            key, text = safe_name(row["question_id"], self.dataset), row["question"]
-            number = key.removeprefix(KEY_PREFIX)
-            if not number.isdecimal():
-                raise InputError(f"MM-Vet: question_id {key!r} is not {KEY_PREFIX}<number>")
-            image = f"{key}{guess_suffix(row['image'])}"
-            layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
-            annotations[key] = {
-                "imagename": image,
-                "question": text,
-                "answer": row["answer"],
-                "imagesource": row["image_source"],
-                "capability": [name.strip() for name in row["capability"].split(",")],
-            }
-            questions.append({"image": image, "text": text, "category": "conv", "question_id": int(number)})
-        layout.write_json(ANNOTATION_FILE, annotations)
-        layout.write_lines(QUESTION_FILE, questions)
+TEST_FORM = HubForm(
+    "lmms-lab/MMVet",
+    {"questions": HubTable("test", ("question_id", "image", "question", "answer", "image_source", "capability"))},
+    (QUESTION_FILE, ANNOTATION_FILE),
+    convert_test,
+)
 
 
 # --------------------------------------------------------------------------------------------------------- benchmark
@@ -100,7 +101,7 @@ class MmVet(Benchmark):
     folders = ("mm-vet", "mmvet")
     answers_file = "answers/{run}.jsonl"
     upload_folder = "results/{run}"
-    hub: ClassVar[Mapping[str, HubForm]] = {"all": MmVetForm()}
+    hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
     max_new_tokens = 1024
     uses_judge = "always"
 
@@ -112,11 +113,7 @@ class MmVet(Benchmark):
         return load_question_file(locate(root, QUESTION_FILE), locate(root, IMAGE_FOLDER), needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
-        """Let the judge grade every answer, as often as it is told to; numbers of the first run and of all runs.
-
-        Raises:
-            InputError: a file of the benchmark is missing or does not fit, or there is no judge.
-        """
+        """Let the judge grade every answer, as often as it is told to; numbers of the first run and of all runs."""
         if judge is None:
             raise InputError(f"{self.name} is scored by a judge, and none is given")
         subjects = pair_subjects(self.load(root), answers, locate(root, ANNOTATION_FILE))
@@ -129,14 +126,17 @@ class MmVet(Benchmark):
             for num_runs in sorted({1, judge.num_runs})
         }
         final = numbers[f"num_run_{judge.num_runs}"]
-        verdicts = [make_verdict(*each) for each in zip(subjects, grades, strict=True)]
-        return Scores(
-            headline=self.headline(verdicts),
-            scores=numbers,
-            count=len(subjects),
-            columns={"Total": final["total"], **final["capability"]},
-            verdicts=verdicts,
-        )
+        verdicts = [
+            Verdict(
+                key=subject.question_key,
+                prediction=subject.case.prediction,
+                reference=subject.case.references[0],
+                points=fmean(grade.score for grade in each),
+                category=subject.integration,
+            )
+            for subject, each in zip(subjects, grades, strict=True)
+        ]
+        return self.sum_up(verdicts, numbers, {"Total": final["total"], **final["capability"]})
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write `<model>.json`, the file that the official evaluator (and its server) reads."""
@@ -151,11 +151,7 @@ def locate(root: Path, name: str) -> Path:
 
 
 def write_predictions(rows: Sequence[Row], path: Path) -> Path:
-    """Write answers as the official evaluator reads them: `{"v1_<id>": answer}`, byte for byte as LLaVA writes them.
-
-    Raises:
-        InputError: the file cannot be written, or a question has two different answers.
-    """
+    """Write answers as the official evaluator reads them: `{"v1_<id>": answer}`, byte for byte as LLaVA writes them."""
     predictions: dict[str, str] = {}
     for row in rows:
         key = f"{KEY_PREFIX}{row['question_id']}"
@@ -192,30 +188,20 @@ class Subject:
 
 
 def pair_subjects(questions: Sequence[Question], answers: Mapping[str, Row], annotation_file: Path) -> list[Subject]:
-    """Give each answered question its annotation, by id.
-
-    Raises:
-        InputError: nothing was answered, or a question has no (sound) annotation.
-    """
-    require_any(answers, "MM-Vet")
+    """Give each answered question its annotation, by id."""
     annotations = read_document(annotation_file)
     if not isinstance(annotations, dict):
         form = f'{{"{KEY_PREFIX}0": {{"question", ...}}, ...}}'
         raise InputError(f"{annotation_file} is no annotation file: {form} is needed")
     subjects = []
-    for question in questions:
-        question_key, key = row_key(question.head(), MmVet.key_fields), f"{KEY_PREFIX}{question.id}"
-        if question_key not in answers:
-            continue
+    for question_key, question, row in MmVet.pair(questions, answers):
+        key = f"{KEY_PREFIX}{question.id}"
         if key not in annotations:
             raise InputError(f"{annotation_file} has no {key}; it and {QUESTION_FILE} must come from the same version")
         annotation, where = annotations[key], f"{annotation_file}, {key}"
         asked, truth = take(annotation, "question", str, where), take(annotation, "answer", str, where)
-        capabilities = take(annotation, "capability", list, where)
-        if not capabilities or not all(isinstance(name, str) for name in capabilities):
-            raise InputError(f'{where}: "capability" must be a list of names')
-        case = Case(MmVet.name, key, asked, (truth,), answers[question_key]["text"])
-        subjects.append(Subject(question_key, case, tuple(capabilities)))
+        case = Case(MmVet.name, key, asked, (truth,), row["text"])
+        subjects.append(Subject(question_key, case, tuple(take_strings(annotation, "capability", where))))
     return subjects
 
 
@@ -232,13 +218,7 @@ def read_prompt(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ grades
 @dataclass(frozen=True)
 class Grade:
-    """What one run of the judge says about a question.
-
-    Attributes:
-        content: the last reply, up to its first space.
-        score: 0 to 1.
-        num_calls: how often the judge was asked.
-    """
+    """What one run of the judge says about a question: its last reply up to the first space, read as 0 to 1."""
 
     content: str
     score: float
@@ -274,47 +254,34 @@ def parse_score(text: str) -> float | None:
 
 
 def summarize(subjects: Sequence[Subject], grades: Sequence[Sequence[Grade]]) -> dict[str, Any]:
-    """Compute the official numbers.
-
-    Args:
-        subjects: the questions.
-        grades: of each, one per run.
+    """Compute the official numbers of questions and of their grades, one per run.
 
     Returns:
         `total`, `capability` and `capability_integration`: percent, means over the runs, one digit; `runs`: each run's
         total; `std`: their population standard deviation; `total_unrounded`; `grade` and `n_calls` by question.
     """
+    keys = [subject.case.key for subject in subjects]
     scores = [[grade.score for grade in each] for each in grades]
+    scored = list(zip(subjects, scores, strict=True))
     totals = [100 * fmean(run) for run in zip(*scores, strict=True)]
-    present = {name for subject in subjects for name in subject.capabilities}
-    names = [name for name in CAPABILITIES if name in present] + sorted(present.difference(CAPABILITIES))
-    integrations = list(dict.fromkeys(subject.integration for subject in subjects))
+    by_capability = collect((name, each) for subject, each in scored for name in dict.fromkeys(subject.capabilities))
+    by_integration = collect((subject.integration, each) for subject, each in scored)
+    names = [name for name in CAPABILITIES if name in by_capability]
+    names += sorted(by_capability.keys() - set(CAPABILITIES))
 
-    def average(chosen: Sequence[bool]) -> float:
-        runs = zip(*(each for each, is_chosen in zip(scores, chosen, strict=True) if is_chosen), strict=True)
-        return round(fmean(100 * fmean(run) for run in runs), NUM_DIGITS)
+    def average(members: Sequence[Sequence[float]]) -> float:
+        return round(fmean(100 * fmean(run) for run in zip(*members, strict=True)), NUM_DIGITS)
 
     return {
         "total": round(fmean(totals), NUM_DIGITS),
         "total_unrounded": fmean(totals),
         "std": round(pstdev(totals), NUM_DIGITS),
         "runs": [round(total, NUM_DIGITS) for total in totals],
-        "capability": {name: average([name in subject.capabilities for subject in subjects]) for name in names},
-        "capability_integration": {
-            name: average([subject.integration == name for subject in subjects]) for name in integrations
-        },
+        "capability": {name: average(by_capability[name]) for name in names},
+        "capability_integration": {name: average(members) for name, members in by_integration.items()},
         "grade": {
-            subject.case.key: {"content": [grade.content for grade in each], "score": [grade.score for grade in each]}
-            for subject, each in zip(subjects, grades, strict=True)
+            key: {"content": [grade.content for grade in each], "score": [grade.score for grade in each]}
+            for key, each in zip(keys, grades, strict=True)
         },
-        "n_calls": {
-            subject.case.key: sum(grade.num_calls for grade in each)
-            for subject, each in zip(subjects, grades, strict=True)
-        },
+        "n_calls": {key: sum(grade.num_calls for grade in each) for key, each in zip(keys, grades, strict=True)},
     }
-
-
-def make_verdict(subject: Subject, grades: Sequence[Grade]) -> Verdict:
-    """Make a question's verdict; `grades` has one per run."""
-    case, points = subject.case, fmean(grade.score for grade in grades)
-    return Verdict(subject.question_key, case.prediction, case.references[0], points, category=subject.integration)

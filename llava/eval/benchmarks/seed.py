@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import load_question_file, read_document, take
-from llava.eval.hub import HubForm, HubRows, HubTable, Layout, Tables, safe_name
-from llava.eval.metrics.choice import LETTER_LINE, LETTERS, mean_percent
+from llava.eval.hub import HubForm, HubTable, Layout, ReadTable, question_line, safe_name
+from llava.eval.metrics.choice import LETTER_LINE, LETTERS
+from llava.eval.metrics.means import collect, mean_percent
 from llava.files import write_jsonl
 
 QUESTION_FILE = "llava-seed-bench.jsonl"
@@ -55,41 +56,39 @@ logger = logging.getLogger(__name__)
 
 
 # --------------------------------------------------------------------------------------------------------------- hub
-class SeedForm(HubForm):
-    """All questions."""
+def convert_test(read_table: ReadTable, layout: Layout) -> None:
+    """Write all questions."""
+    questions, annotations = [], []
+    for row in read_table("questions"):
+        identity, is_video = str(row["question_id"]), row["data_type"] == VIDEO
+        # 1. The image, under LLaVA's name; those of `SEED-Bench-image` have no suffix.
+        image = f"{IMAGE_FOLDER}/{safe_name(row['data_id'], 'questions')}"
+        if is_video:
+            image = f"{FRAME_FOLDER}/{row['question_type_id']}_{safe_name(identity, 'questions')}.png"
+        frames = row["image"]
+        if isinstance(frames, list):
+            frames = frames[len(frames) // 2] if frames else None
+        layout.save_image(image, frames)
+        # 2. The annotation as it is.
+        segment = {"segment": row["segment"]} if row.get("segment") else {}
+        annotations.append({**{name: row[name] for name in FIELDS}, "question_id": identity, **segment})
+        # 3. The line of the question file, where ids of image questions are numbers.
+        options = [f"{letter}. {row[column]}" for letter, column in OPTION_COLUMNS.items()]
+        text = "\n".join([row["question"], *options, LETTER_LINE])
+        category = TYPE_NAMES[int(row["question_type_id"]) - 1]
+        is_number = identity.isdecimal() and not is_video
+        questions.append(question_line(int(identity) if is_number else identity, image, text, category))
+    types = {name: number for number, name in enumerate(TYPE_NAMES, start=1)}
+    layout.write_json(ANNOTATION_FILE, {"questions": annotations, "question_type": types})
+    layout.write_lines(QUESTION_FILE, questions)
 
-    dataset = "lmms-lab/SEED-Bench"
-    tables: ClassVar[Tables] = {"questions": HubTable("test", (*FIELDS, "image"))}
-    files = (QUESTION_FILE, ANNOTATION_FILE)
 
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        questions, annotations = [], []
-        for row in rows["questions"]:
-            identity, is_video = str(row["question_id"]), row["data_type"] == VIDEO
-            # 1. The image, under LLaVA's name; those of `SEED-Bench-image` have no suffix.
-            image = f"{IMAGE_FOLDER}/{safe_name(row['data_id'], self.dataset)}"
-            if is_video:
-                image = f"{FRAME_FOLDER}/{row['question_type_id']}_{safe_name(identity, self.dataset)}.png"
-            frames = row["image"]
-            if isinstance(frames, list):
-                frames = frames[len(frames) // 2] if frames else None
-            layout.save_image(image, frames)
-            # 2. The annotation as it is.
-            segment = {"segment": row["segment"]} if row.get("segment") else {}
-            annotations.append({**{name: row[name] for name in FIELDS}, "question_id": identity, **segment})
-            # 3. The line of the question file, where ids of image questions are numbers.
-            options = [f"{letter}. {row[column]}" for letter, column in OPTION_COLUMNS.items()]
-            questions.append(
-                {
-                    "image": image,
-                    "text": "\n".join([row["question"], *options, LETTER_LINE]),
-                    "category": TYPE_NAMES[int(row["question_type_id"]) - 1],
-                    "question_id": identity if is_video or not identity.isdecimal() else int(identity),
-                }
-            )
-        types = {name: number for number, name in enumerate(TYPE_NAMES, start=1)}
-        layout.write_json(ANNOTATION_FILE, {"questions": annotations, "question_type": types})
-        layout.write_lines(QUESTION_FILE, questions)
+TEST_FORM = HubForm(
+    "lmms-lab/SEED-Bench",
+    {"questions": HubTable("test", (*FIELDS, "image"))},
+    (QUESTION_FILE, ANNOTATION_FILE),
+    convert_test,
+)
 
 
 # --------------------------------------------------------------------------------------------------------- benchmark
@@ -100,7 +99,7 @@ class Seed(Benchmark):
     row = "SEEDBench (Image)"
     folders = ("seed_bench",)
     upload_folder = "answers_upload/{run}"
-    hub: ClassVar[Mapping[str, HubForm]] = {"all": SeedForm()}
+    hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
     server = "https://huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard"
 
     def __init__(self, split: str | None = None):
@@ -110,13 +109,11 @@ class Seed(Benchmark):
             self.row = "SEEDBench (Video)"
 
     def with_split(self, split: str) -> "Seed":
-        """Return the benchmark with the questions about images, about videos, or all."""
         if split not in (IMAGE, VIDEO, ALL):
             raise InputError(f"seed has no split {split!r}; known: {IMAGE}, {VIDEO}, {ALL}")
         return Seed(split)
 
     def load(self, root: Path) -> list[Question]:
-        """Read the questions of the split."""
         questions, num_left_out = self._choose_questions(root)
         if self.split is None and num_left_out:
             logger.warning(
@@ -138,24 +135,20 @@ class Seed(Benchmark):
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
         """Score by literal equality with the right letter; a question without an answer is wrong."""
-        ids = [question.id for question in self._choose_questions(root)[0] if not question.fault]
-        verdicts = judge_answers(read_right_options(root / ANNOTATION_FILE), ids, list_texts(answers.values()))
+        options = read_right_options(root / ANNOTATION_FILE)
+        # A broken question may have lost its id; with one it counts.
+        ids = [each.id for each in self._choose_questions(root)[0] if not each.fault or str(each.id) in options]
+        verdicts = judge_answers(options, ids, list_texts(answers.values()))
         kind = VIDEO if self.split == VIDEO else IMAGE
         if not choose_kind(verdicts, kind):
             raise InputError(f"{root / QUESTION_FILE} has no question for the headline, which is about {kind}s")
         scores = summarize(verdicts)
         titles = {"image_accuracy": "Image", "video_accuracy": "Video", "total_accuracy": "All"}
-        return Scores(
-            headline=scores[f"{kind}_accuracy"],
-            scores=scores,
-            count=len(verdicts),
-            columns={title: scores[name] for name, title in titles.items() if name in scores},
-            verdicts=verdicts,
-        )
+        return self.sum_up(verdicts, scores, {title: scores[name] for name, title in titles.items() if name in scores})
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
         """Compute the accuracy on images; of the split `video`, on videos."""
-        return mean_percent([each.points for each in choose_kind(verdicts, VIDEO if self.split == VIDEO else IMAGE)])
+        return mean_percent(each.points for each in choose_kind(verdicts, VIDEO if self.split == VIDEO else IMAGE))
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write the leaderboard's file: all questions in its order, an empty prediction where there is no answer."""
@@ -171,14 +164,7 @@ def is_video(question: Question) -> bool:
 # ----------------------------------------------------------------------------------------------------------- scoring
 @dataclass(frozen=True)
 class RightOption:
-    """The right option of a question.
-
-    Attributes:
-        answer: its letter.
-        kind: whether the question is about an image or a video.
-        type_number: of the question's type.
-        type_name: its name, such as "Scene Understanding".
-    """
+    """The letter of a question's right option, what the question is about (image or video), and its type."""
 
     answer: str
     kind: str
@@ -187,30 +173,24 @@ class RightOption:
 
 
 def read_right_options(path: Path) -> dict[str, RightOption]:
-    """Read the right options, by question; ids are strings here.
-
-    Raises:
-        InputError: the file is missing or something else.
-    """
+    """Read the right options, by question; ids are strings here."""
     document = read_document(path)
-    type_names = {number: name for name, number in take(document, "question_type", dict, str(path)).items()}
+    types = take(document, "question_type", dict, str(path))
+    type_names = {take(types, name, int, f"{path} question_type"): name for name in types}
     options = {}
     for number, annotation in enumerate(take(document, "questions", list, str(path)), start=1):
         where = f"{path} question {number}"
-        kind, type_number = take(annotation, "data_type", str, where), take(annotation, "question_type_id", int, where)
+        answer, kind, identity = (take(annotation, name, str, where) for name in ("answer", "data_type", "question_id"))
         if kind not in (IMAGE, VIDEO):
             raise InputError(f'{where}: "data_type" must be {IMAGE} or {VIDEO}')
-        options[take(annotation, "question_id", str, where)] = RightOption(
-            answer=take(annotation, "answer", str, where),
-            kind=kind,
-            type_number=type_number,
-            type_name=type_names.get(type_number, str(type_number)),
-        )
+        if answer not in OPTION_COLUMNS:
+            raise InputError(f'{where}: "answer" must be one of {", ".join(OPTION_COLUMNS)}, not {answer!r}')
+        type_number = take(annotation, "question_type_id", int, where)
+        options[identity] = RightOption(answer, kind, type_number, type_names.get(type_number, str(type_number)))
     return options
 
 
 def list_texts(rows: Iterable[Row]) -> dict[str, str]:
-    """Return the answers by question; ids are strings here."""
     return {str(row["question_id"]): row["text"] for row in rows}
 
 
@@ -220,12 +200,9 @@ def judge_answers(
     """Return a verdict for each question: its answer is the right letter and nothing else, or it is wrong.
 
     Args:
-        options: by question.
+        options: by question; each of `ids` must be there.
         ids: of the questions, as in the question file.
         texts: answers by question; a question without one is wrong.
-
-    Raises:
-        InputError: a question has no annotation.
     """
     verdicts = []
     for identity in ids:
@@ -249,34 +226,25 @@ def judge_answers(
 
 
 def choose_kind(verdicts: Sequence[Verdict], kind: str) -> list[Verdict]:
-    """Return the verdicts on images, or those on videos."""
     return [verdict for verdict in verdicts if verdict.details["kind"] == kind]
 
 
 def summarize(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Average over images, videos, all, and each type of question.
+    """Average over images, videos, all, and each type of question: percent and counts.
 
-    Returns:
-        Percent and counts; no accuracy where there are no questions.
+    There is no accuracy of images (or videos) where there are no questions about them.
     """
     kinds = {kind: [each.points for each in choose_kind(verdicts, kind)] for kind in (IMAGE, VIDEO)}
-    types: dict[str, list[float]] = {}
-    for verdict in sorted(verdicts, key=lambda verdict: verdict.details["type_number"]):
-        types.setdefault(str(verdict.category), []).append(verdict.points)
+    ordered = sorted(verdicts, key=lambda verdict: verdict.details["type_number"])
+    types = collect((str(verdict.category), verdict.points) for verdict in ordered)
     return {
         **{f"{kind}_accuracy": mean_percent(points) for kind, points in kinds.items() if points},
-        "total_accuracy": mean_percent([verdict.points for verdict in verdicts]),
+        "total_accuracy": mean_percent(verdict.points for verdict in verdicts),
         **{f"n_{kind}": len(points) for kind, points in kinds.items()},
         "per_type": {name: {"accuracy": mean_percent(points), "n": len(points)} for name, points in types.items()},
     }
 
 
 def write_seed_upload(path: Path, identities: Sequence[str], texts: Mapping[str, str]) -> Path:
-    """Write a file for the leaderboard.
-
-    Args:
-        path: the file.
-        identities: all questions, in the order of the annotations.
-        texts: answers by question.
-    """
+    """Write a file for the leaderboard: all questions in the order of the annotations, answered or not."""
     return write_jsonl(path, [{"question_id": name, "prediction": texts.get(name, "")} for name in identities])

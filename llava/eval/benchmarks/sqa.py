@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
-from llava.eval.benchmarks._files import read_document, take
-from llava.eval.hub import HubForm, HubRow, HubRows, HubTable, Layout, Tables
-from llava.eval.metrics.choice import FAILED, LETTER_LINE, LETTERS, mean_percent, parse_science_answer
+from llava.eval.benchmarks._files import read_document, take, take_strings
+from llava.eval.hub import HubForm, HubRow, HubTable, Layout, ReadTable
+from llava.eval.metrics.choice import FAILED, LETTER_LINE, LETTERS, parse_science_answer
+from llava.eval.metrics.means import collect, mean_percent
 from llava.prompt import query_of
 
 QUESTION_FILE = "llava_test_CQM-A.json"
@@ -40,36 +41,30 @@ Problem = Mapping[str, Any]
 
 
 # --------------------------------------------------------------------------------------------------------------- hub
-class ScienceQaForm(HubForm):
-    """The test split with images."""
+FURTHER_FIELDS = ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
 
-    FURTHER_FIELDS = ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
 
-    dataset = "lmms-lab/ScienceQA"
-    tables: ClassVar[Tables] = {
-        "problems": HubTable("test", ("image", "question", "choices", "answer", "hint"), config="ScienceQA-IMG")
+def convert_test(read_table: ReadTable, layout: Layout) -> None:
+    """Write the test split with images."""
+    problems = {}
+    for number, row in enumerate(read_table("problems")):
+        layout.save_image(f"{IMAGE_FOLDER}/{number}/image.png", row["image"])
+        problems[str(number)] = make_problem(row)
+    layout.write_json(PROBLEM_FILE, problems)
+    layout.write_json(SPLIT_FILE, {SPLIT: list(problems)})
+    layout.write_json(QUESTION_FILE, [make_record(pid, problem) for pid, problem in problems.items()])
+
+
+def make_problem(row: HubRow) -> Problem:
+    return {
+        "question": row["question"],
+        "choices": list(row["choices"]),
+        "answer": int(row["answer"]),
+        "hint": row["hint"] or "",
+        "image": "image.png",
+        **{name: row.get(name) or "" for name in FURTHER_FIELDS},
+        "split": SPLIT,
     }
-    files = (QUESTION_FILE, PROBLEM_FILE, SPLIT_FILE)
-
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        problems = {}
-        for number, row in enumerate(rows["problems"]):
-            layout.save_image(f"{IMAGE_FOLDER}/{number}/image.png", row["image"])
-            problems[str(number)] = self.make_problem(row)
-        layout.write_json(PROBLEM_FILE, problems)
-        layout.write_json(SPLIT_FILE, {SPLIT: list(problems)})
-        layout.write_json(QUESTION_FILE, [make_record(pid, problem) for pid, problem in problems.items()])
-
-    def make_problem(self, row: HubRow) -> Problem:
-        return {
-            "question": row["question"],
-            "choices": list(row["choices"]),
-            "answer": int(row["answer"]),
-            "hint": row["hint"] or "",
-            "image": "image.png",
-            **{name: row.get(name) or "" for name in self.FURTHER_FIELDS},
-            "split": SPLIT,
-        }
 
 
 def make_record(pid: str, problem: Problem) -> dict[str, Any]:
@@ -85,6 +80,14 @@ def make_record(pid: str, problem: Problem) -> dict[str, Any]:
     return {"id": pid, **image, "conversations": turns}
 
 
+TEST_FORM = HubForm(
+    "lmms-lab/ScienceQA",
+    {"problems": HubTable("test", ("image", "question", "choices", "answer", "hint"), config="ScienceQA-IMG")},
+    (QUESTION_FILE, PROBLEM_FILE, SPLIT_FILE),
+    convert_test,
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class Sqa(Benchmark):
     """ScienceQA: accuracy on the test questions with an image."""
@@ -92,11 +95,10 @@ class Sqa(Benchmark):
     name = "sqa"
     row = "ScienceQA (IMG)"
     folders = ("scienceqa",)
-    hub: ClassVar[Mapping[str, HubForm]] = {"test": ScienceQaForm()}
+    hub: ClassVar[Mapping[str, HubForm]] = {"test": TEST_FORM}
     max_new_tokens = 1024
 
     def load(self, root: Path) -> list[Question]:
-        """Read the questions, those of text alone included."""
         return load_science_questions(root / QUESTION_FILE, root / IMAGE_FOLDER)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
@@ -109,42 +111,31 @@ class Sqa(Benchmark):
             raise InputError("ScienceQA: none of the questions with an image has an answer")
         breakdown = break_down(problems, verdicts)
         accuracy, headline = average_points(verdicts.values()), average_points(with_image)
-        return Scores(
-            headline=headline,
-            scores={
-                "accuracy": accuracy,
-                "correct": count_correct(verdicts.values()),
-                "count": len(verdicts),
-                "img_accuracy": headline,
-                "img_correct": count_correct(with_image),
-                "img_total": len(with_image),
-                "stdout": describe_accuracy(verdicts),
-                "official_breakdown": {name: f"{number:.2f}" for name, number in breakdown.items()},
-                "breakdown": breakdown,
-                "parsed": {pid: verdict.parsed for pid, verdict in verdicts.items()},
-                "pred_index": {pid: find_option(verdict.parsed, problems[pid]) for pid, verdict in verdicts.items()},
-            },
-            count=len(verdicts),
-            columns={"IMG": headline, "All": accuracy},
-            verdicts=list(verdicts.values()),
-        )
+        scores = {
+            "accuracy": accuracy,
+            "correct": count_correct(verdicts.values()),
+            "count": len(verdicts),
+            "img_accuracy": headline,
+            "img_correct": count_correct(with_image),
+            "img_total": len(with_image),
+            "stdout": describe_accuracy(verdicts),
+            "official_breakdown": {name: f"{number:.2f}" for name, number in breakdown.items()},
+            "breakdown": breakdown,
+            "parsed": {pid: verdict.parsed for pid, verdict in verdicts.items()},
+            "pred_index": {pid: find_option(verdict.parsed, problems[pid]) for pid, verdict in verdicts.items()},
+        }
+        return self.sum_up(list(verdicts.values()), scores, {"IMG": headline, "All": accuracy})
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
-        """Compute the accuracy on questions with an image."""
         return average_points(choose_with_image(verdicts))
 
 
 # --------------------------------------------------------------------------------------------------------- questions
 def load_science_questions(path: Path, image_folder: Path, letter_line: str | None = LETTER_LINE) -> list[Question]:
-    """Read LLaVA's ScienceQA question file.
+    """Read LLaVA's ScienceQA question file: a JSON array of `{"id", "image", "conversations"}`.
 
-    Args:
-        path: a JSON array of `{"id", "image", "conversations"}`; `image` is absent for a question of text alone.
-        image_folder: where the `image` names are looked up.
-        letter_line: what to ask for in the last line; None for nothing.
-
-    Raises:
-        InputError: the file is missing, empty or something else.
+    `image` is absent for a question of text alone; names are looked up in `image_folder`. `letter_line` is the last
+    line, which says what to answer; None for none.
     """
     records = read_document(path)
     if not isinstance(records, list):
@@ -178,39 +169,36 @@ def ask_record(record: object, where: str, image_folder: Path, letter_line: str 
 
 
 def read_problems(root: Path, split: str = SPLIT) -> dict[str, Problem]:
-    """Read the problems of a split, by id and in its order.
-
-    Raises:
-        InputError: a file is missing, or the two do not fit together.
-    """
-    pids = take(read_document(root / SPLIT_FILE), split, list, str(root / SPLIT_FILE))
+    """Read the problems of a split, by id and in its order; the fields that are scored are checked."""
     path = root / PROBLEM_FILE
-    document = read_document(path)
-    problems = {pid: take(document, pid, dict, f"{path} (its problems are listed in {SPLIT_FILE})") for pid in pids}
-    for pid, problem in problems.items():
+    document, splits = read_document(path), read_document(root / SPLIT_FILE)
+    problems = {}
+    for pid in take_strings(splits, split, str(root / SPLIT_FILE)):
+        problem = take(document, pid, dict, f"{path} (its problems are listed in {SPLIT_FILE})")
         where = f"{path} problem {pid}"
-        num_choices, answer = len(take(problem, "choices", list, where)), take(problem, "answer", int, where)
-        if not 0 <= answer < num_choices:
+        num_choices, answer = len(take_strings(problem, "choices", where)), take(problem, "answer", int, where)
+        if not 0 <= answer < min(num_choices, len(ascii_uppercase)):
             raise InputError(f'{where}: "answer" must be the index of one of its {num_choices} choices')
+        for name in ("hint", "image", "subject", "grade", "topic"):
+            if problem.get(name) is not None:
+                take(problem, name, str, where)
+        problems[pid] = problem
     return problems
 
 
 # ----------------------------------------------------------------------------------------------------------- scoring
 def judge_answers(problems: Mapping[str, Problem], rows: Mapping[str, Row]) -> dict[str, Verdict]:
-    """Return a verdict for each problem, by id; a missing answer is wrong.
+    """Return a verdict for each problem, by id and in their order; one without a row (by id) is wrong.
 
     Whether a question has an image is read in the row's prompt, as LLaVA's script does; where there is no prompt (or no
     answer), in the problem.
-
-    Args:
-        problems: by id, in the order of the split.
-        rows: rows of the answers file by id.
     """
     verdicts = {}
     for pid, problem in problems.items():
         row = rows.get(pid, UNANSWERED)
         prompt = row.get("prompt") if pid in rows else None
-        has_image = DEFAULT_IMAGE_TOKEN in prompt if prompt else bool(problem.get("image"))
+        has_prompt = isinstance(prompt, str) and prompt
+        has_image = DEFAULT_IMAGE_TOKEN in prompt if has_prompt else bool(problem.get("image"))
         letter = parse_science_answer(row["text"])
         verdicts[pid] = Verdict(
             key=row_key({"question_id": pid}, Sqa.key_fields),
@@ -225,7 +213,6 @@ def judge_answers(problems: Mapping[str, Problem], rows: Mapping[str, Row]) -> d
 
 
 def find_option(letter: str | None, problem: Problem) -> int:
-    """Return the index of the option that a letter names, `NO_OPTION` if none."""
     letters = LETTERS[: len(problem["choices"])]
     return letters.index(letter) if letter in letters else NO_OPTION
 
@@ -240,8 +227,7 @@ def count_correct(verdicts: Iterable[Verdict]) -> int:
 
 
 def average_points(verdicts: Iterable[Verdict]) -> float:
-    """Return the percentage of right answers; 0 of none."""
-    return mean_percent([verdict.points for verdict in verdicts])
+    return mean_percent(verdict.points for verdict in verdicts)
 
 
 def describe_accuracy(verdicts: Mapping[str, Verdict]) -> str:
@@ -254,22 +240,19 @@ def describe_accuracy(verdicts: Mapping[str, Verdict]) -> str:
 
 
 def break_down(problems: Mapping[str, Problem], verdicts: Mapping[str, Verdict]) -> dict[str, float]:
-    """Average by subject, context, grade and topic, as the official script does.
+    """Average by subject, context, grade and topic, as the official script does: percent under the official names.
 
     Unlike the headline, `has_image` goes by the problems, so that a question without an answer stays in.
-
-    Returns:
-        Percent under the official names, of those groups that have problems.
     """
-    groups: dict[str, list[Verdict]] = {}
-    for pid, verdict in verdicts.items():
-        for name in (*name_groups(problems[pid]), "average"):
-            groups.setdefault(f"acc_{name}", []).append(verdict)
+    groups = collect(
+        (f"acc_{name}", verdict)
+        for pid, verdict in verdicts.items()
+        for name in (*name_groups(problems[pid]), "average")
+    )
     return {name: average_points(members) for name, members in groups.items()}
 
 
 def name_groups(problem: Problem) -> list[str]:
-    """Name the official groups that a problem is in."""
     names = [SUBJECTS[problem["subject"]]] if problem.get("subject") in SUBJECTS else []
     has_text, has_image = bool(problem.get("hint")), bool(problem.get("image"))
     contexts = {"has_text": has_text, "has_image": has_image, "no_context": not has_text and not has_image}

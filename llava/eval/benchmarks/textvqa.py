@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
-from llava.eval.benchmarks._files import load_question_file, read_document, require_any, take
-from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRows, HubTable, Layout, Tables, safe_name
+from llava.eval.benchmarks._files import load_question_file, read_document, take, take_strings
+from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubTable, Layout, ReadTable, question_line, safe_name
 from llava.eval.metrics.vqa_accuracy import grade_textvqa, rank_references, round_half_even
 from llava.eval.metrics.vqa_text import normalize_m4c
 
@@ -33,36 +33,29 @@ OLD_QUESTION = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 # --------------------------------------------------------------------------------------------------------------- hub
 ANNOTATION_COLUMNS = ("question", "image_id", "answers", "question_id")
-MORE_COLUMNS = (
-    "image_classes",
-    "flickr_original_url",
-    "flickr_300k_url",
-    "image_width",
-    "image_height",
-    "question_tokens",
-    "set_name",
+
+
+def convert_val(read_table: ReadTable, layout: Layout) -> None:
+    """Write the validation split."""
+    questions, annotations = [], []
+    for row in read_table("questions"):
+        image = f"{safe_name(row['image_id'], 'questions')}.jpg"
+        layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
+        annotations.append({name: cell for name, cell in row.items() if name not in ("image", "ocr_tokens")})
+        tokens = ", ".join(row["ocr_tokens"] or [])
+        text = f"{row['question'].capitalize()}\n{OCR_LINE_START} {tokens}{SHORT_ANSWER_LINE}"
+        questions.append(question_line(row["image_id"], image, text))
+    head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+    layout.write_json(ANNOTATION_FILE, {**head, "data": annotations})
+    layout.write_lines(QUESTION_FILE, questions)
+
+
+VAL_FORM = HubForm(
+    "lmms-lab/textvqa",
+    {"questions": HubTable("validation", (*ANNOTATION_COLUMNS, "image", "ocr_tokens"))},
+    (QUESTION_FILE, ANNOTATION_FILE),
+    convert_val,
 )
-
-
-class HubVal(HubForm):
-    """The validation split."""
-
-    dataset = "lmms-lab/textvqa"
-    tables: ClassVar[Tables] = {"questions": HubTable("validation", (*ANNOTATION_COLUMNS, "image", "ocr_tokens"))}
-    files = (QUESTION_FILE, ANNOTATION_FILE)
-
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        questions, annotations = [], []
-        for row in rows["questions"]:
-            image = f"{safe_name(row['image_id'], self.dataset)}.jpg"
-            layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
-            annotations.append({name: row[name] for name in (*ANNOTATION_COLUMNS, *MORE_COLUMNS) if name in row})
-            tokens = ", ".join(row["ocr_tokens"] or [])
-            text = f"{row['question'].capitalize()}\n{OCR_LINE_START} {tokens}{SHORT_ANSWER_LINE}"
-            questions.append({"question_id": row["image_id"], "image": image, "text": text, "category": "default"})
-        head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
-        layout.write_json(ANNOTATION_FILE, {**head, "data": annotations})
-        layout.write_lines(QUESTION_FILE, questions)
 
 
 # --------------------------------------------------------------------------------------------------------- benchmark
@@ -72,14 +65,13 @@ class TextVqa(Benchmark):
     name = "textvqa"
     row = "TextVQA (Acc)"
     folders = ("textvqa",)
-    hub: ClassVar[Mapping[str, HubForm]] = {"val": HubVal()}
+    hub: ClassVar[Mapping[str, HubForm]] = {"val": VAL_FORM}
     key_fields = ("question_id", "prompt")
 
     def load(self, root: Path) -> list[Question]:
         return load_question_file(root / QUESTION_FILE, root / IMAGE_FOLDER, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
-        require_any(answers, "TextVQA")
         return score_textvqa(answers.values(), root / ANNOTATION_FILE)
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
@@ -88,15 +80,7 @@ class TextVqa(Benchmark):
 
 
 def score_textvqa(rows: Iterable[Row], annotation_file: Path) -> Scores:
-    """Score answers by the official rules.
-
-    Args:
-        rows: of the answers file, at least one.
-        annotation_file: the official annotations.
-
-    Raises:
-        InputError: an answer is to no question of the annotations.
-    """
+    """Score rows of an answers file by the official rules; each must be to an annotated question."""
     annotations = read_textvqa_answers(annotation_file)
     verdicts, lines = [], []
     for row in rows:
@@ -115,18 +99,15 @@ def score_textvqa(rows: Iterable[Row], annotation_file: Path) -> Scores:
         ids = {name: annotation[name] for name in ("question_id", "image_id")}
         lines.append({**ids, "score": verdict.points, "processed": verdict.parsed})
         verdicts.append(verdict)
+    if not verdicts:
+        raise InputError("textvqa: none of the questions has an answer")
     accuracy = TextVqa().headline(verdicts)
-    return Scores(
-        headline=accuracy,
-        scores={
-            "accuracy": round_half_even(accuracy),
-            "accuracy_unrounded": accuracy,
-            "per_answer_line": lines,
-        },
-        count=len(verdicts),
-        columns={"Accuracy": accuracy},
-        verdicts=verdicts,
-    )
+    scores = {
+        "accuracy": round_half_even(accuracy),
+        "accuracy_unrounded": accuracy,
+        "per_answer_line": lines,
+    }
+    return TextVqa().sum_up(verdicts, scores, {"Accuracy": accuracy})
 
 
 def extract_question(prompt: object, identity: int | str) -> str:
@@ -136,9 +117,6 @@ def extract_question(prompt: object, identity: int | str) -> str:
         prompt: the `prompt` column of an answer: two lines (question, how to answer), or three with a line of OCR
             tokens before or after the question, or the single line of older LLaVA versions.
         identity: the answer's `question_id`, for the message.
-
-    Raises:
-        InputError: the prompt has another form.
     """
     text = prompt if isinstance(prompt, str) else ""
     lines = text.split("\n")
@@ -155,16 +133,11 @@ def extract_question(prompt: object, identity: int | str) -> str:
 
 
 def read_textvqa_answers(path: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Read the official annotations by image id and question in lower case.
-
-    Raises:
-        InputError: the file is missing, or something else; a question has not ten answers.
-    """
+    """Read the official annotations by image id and question in lower case; each has ten answers."""
     annotations = {}
     for number, record in enumerate(take(read_document(path), "data", list, str(path))):
         where = f"{path} question {number}"
-        answers = take(record, "answers", list, where)
-        if len(answers) != NUM_REFERENCES or not all(isinstance(answer, str) for answer in answers):
+        if len(take_strings(record, "answers", where)) != NUM_REFERENCES:
             raise InputError(f'{where}: "answers" must be a list of {NUM_REFERENCES} strings')
         take(record, "question_id", int, where)
         annotations[take(record, "image_id", str, where), take(record, "question", str, where).lower()] = record

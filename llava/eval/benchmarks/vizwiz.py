@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
 from llava.eval.benchmarks._files import (
     build_question,
+    build_questions,
     find_first,
     load_question_file,
     read_document,
     require_annotations,
-    require_any,
     take,
     take_references,
     write_upload,
 )
-from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubRows, HubTable, Layout, Tables, safe_name
+from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubTable, Layout, ReadTable, question_line, safe_name
 from llava.eval.metrics.vqa_accuracy import (
     UNANSWERABLE,
     average_precision,
@@ -56,40 +56,28 @@ OFFICIAL_FOLDER = "Annotations"
 HUB_DATASET = "lmms-lab/VizWiz-VQA"
 
 
-class HubVal(HubForm):
-    """The validation split, with its answers."""
-
-    dataset = HUB_DATASET
-    tables: ClassVar[Tables] = {"questions": HubTable(VAL, ("question_id", "image", "question", "answers", "category"))}
-    files = ("val.json", "llava_val.jsonl")
-
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        questions, records = [], []
-        for row in rows["questions"]:
-            questions.append(save_question(row, VAL, len(questions), layout))
-            records.append(
-                {
-                    "image": questions[-1]["image"],
-                    "question": row["question"],
-                    "answers": [{"answer": answer, "answer_confidence": "yes"} for answer in row["answers"]],
-                    "answer_type": row["category"],
-                    "answerable": int(row["category"] != UNANSWERABLE),
-                }
-            )
-        layout.write_json("val.json", records)
-        layout.write_lines("llava_val.jsonl", questions)
+def convert_val(read_table: ReadTable, layout: Layout) -> None:
+    """Write the validation split, with its answers."""
+    questions, records = [], []
+    for number, row in enumerate(read_table("questions")):
+        questions.append(save_question(row, VAL, number, layout))
+        records.append(
+            {
+                "image": questions[-1]["image"],
+                "question": row["question"],
+                "answers": [{"answer": answer, "answer_confidence": "yes"} for answer in row["answers"]],
+                "answer_type": row["category"],
+                "answerable": int(row["category"] != UNANSWERABLE),
+            }
+        )
+    layout.write_json("val.json", records)
+    layout.write_lines("llava_val.jsonl", questions)
 
 
-class HubTest(HubForm):
-    """The split of the papers, without answers."""
-
-    dataset = HUB_DATASET
-    tables: ClassVar[Tables] = {"questions": HubTable(TEST, ("question_id", "image", "question"))}
-    files = ("llava_test.jsonl",)
-
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        questions = [save_question(row, TEST, number, layout) for number, row in enumerate(rows["questions"])]
-        layout.write_lines("llava_test.jsonl", questions)
+def convert_test(read_table: ReadTable, layout: Layout) -> None:
+    """Write the split of the papers, without answers."""
+    questions = [save_question(row, TEST, number, layout) for number, row in enumerate(read_table("questions"))]
+    layout.write_lines("llava_test.jsonl", questions)
 
 
 def save_question(row: HubRow, split: str, number: int, layout: Layout) -> dict[str, Any]:
@@ -97,8 +85,21 @@ def save_question(row: HubRow, split: str, number: int, layout: Layout) -> dict[
     name = safe_name(row["question_id"], HUB_DATASET)
     image = name if "." in name else f"{name}.jpg"
     layout.save_image(f"{split}/{image}", row["image"])
-    text = row["question"].capitalize() + SUFFIX
-    return {"question_id": number, "image": image, "text": text, "category": "default"}
+    return question_line(number, image, row["question"].capitalize() + SUFFIX)
+
+
+VAL_FORM = HubForm(
+    HUB_DATASET,
+    {"questions": HubTable(VAL, ("question_id", "image", "question", "answers", "category"))},
+    ("val.json", "llava_val.jsonl"),
+    convert_val,
+)
+TEST_FORM = HubForm(
+    HUB_DATASET,
+    {"questions": HubTable(TEST, ("question_id", "image", "question"))},
+    ("llava_test.jsonl",),
+    convert_test,
+)
 
 
 # --------------------------------------------------------------------------------------------------------- benchmark
@@ -114,7 +115,7 @@ class VizWiz(Benchmark):
     name = "vizwiz"
     row = "VizWiz val (Acc)"
     folders = ("vizwiz",)
-    hub: ClassVar[Mapping[str, HubForm]] = {TEST: HubTest(), VAL: HubVal()}
+    hub: ClassVar[Mapping[str, HubForm]] = {TEST: TEST_FORM, VAL: VAL_FORM}
     server = "EvalAI challenge 2185 (VizWiz-VQA)"
 
     split: str | None = None
@@ -129,13 +130,12 @@ class VizWiz(Benchmark):
         path = root / f"llava_{split}.jsonl"
         official = next(filter(Path.is_file, official_places(root, split)), None)
         if official and not path.is_file():
-            return build_questions(official, root / split)
+            return load_official_questions(official, root / split)
         return load_question_file(path, root / split, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores | None:
         if self.split_in(root) != VAL:
             return None
-        require_any(answers, "VizWiz")
         return score_vizwiz(self.load(root), answers, find_first(official_places(root, VAL)))
 
     def place_answers(self, root: Path, run: str) -> Path:
@@ -145,7 +145,6 @@ class VizWiz(Benchmark):
         return None if self.split_in(root) == VAL else root / "answers_upload" / run
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
-        """Write the upload file `vizwiz_<split>.json`."""
         upload = make_upload(answers, self.load(root))
         return [write_upload(destination / f"vizwiz_{self.split_in(root)}.json", upload)]
 
@@ -156,33 +155,25 @@ class VizWiz(Benchmark):
 
 # --------------------------------------------------------------------------------------------- questions and answers
 def official_places(root: Path, split: str) -> list[Path]:
-    """List where the official file of a split may be."""
     return [root / f"{split}.json", root / OFFICIAL_FOLDER / f"{split}.json"]
 
 
 def read_official(path: Path) -> list[Any]:
-    """Read an official file: a list of records.
-
-    Raises:
-        InputError: it is missing or something else.
-    """
     records = read_document(path)
     if not isinstance(records, list) or not records:
         raise InputError(f"{path} must be a list of questions")
     return records
 
 
-def build_questions(path: Path, image_folder: Path) -> list[Question]:
-    """Build the questions from the official file, numbered and worded as in LLaVA's question file."""
-    questions = []
-    for number, record in enumerate(read_official(path)):
+def load_official_questions(path: Path, image_folder: Path) -> list[Question]:
+    """Read the official file; the questions are numbered and worded as in LLaVA's question file."""
+
+    def build(number: int, record: object) -> Question:
         where = f"{path.name} question {number}"
-        try:
-            text = take(record, "question", str, where).capitalize() + SUFFIX
-            questions.append(build_question(number, text, image_folder / take(record, "image", str, where)))
-        except InputError as fault:
-            questions.append(Question(id=number, fault=str(fault)))
-    return questions
+        text = take(record, "question", str, where).capitalize() + SUFFIX
+        return build_question(number, text, image_folder / take(record, "image", str, where))
+
+    return build_questions(read_official(path), build)
 
 
 def image_name(question: Question) -> str:
@@ -200,11 +191,7 @@ class VizWizAnswers:
 
 
 def read_vizwiz_answers(path: Path) -> dict[str, VizWizAnswers]:
-    """Read the official annotations by the name of their image, in their order.
-
-    Raises:
-        InputError: the file is missing, or something else.
-    """
+    """Read the official annotations by the name of their image, in their order."""
     annotations = {}
     for number, record in enumerate(read_official(path)):
         where = f"{path} question {number}"
@@ -216,44 +203,33 @@ def read_vizwiz_answers(path: Path) -> dict[str, VizWizAnswers]:
 
 # ------------------------------------------------------------------------------------------------------------- score
 def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], annotation_file: Path) -> Scores:
-    """Score answers by the official rules.
-
-    Args:
-        questions: all of val.
-        answers: rows by question key, at least one.
-        annotation_file: the official file of val.
-
-    Raises:
-        InputError: questions and annotations are not of the same set, or an image has several questions.
-    """
+    """Score answers (by question key) to all questions of val, by the official rules."""
+    # 1. An annotation belongs to the one question about its image.
     annotations = read_vizwiz_answers(annotation_file)
     names = list(map(image_name, questions))
     require_annotations(questions, names, annotations, annotation_file)
-    if len(set(names)) < len(names):
-        repeated, _ = Counter(names).most_common(1)[0]
+    repeated, count = Counter(names).most_common(1)[0]
+    if count > 1:
         raise InputError(f"vizwiz: several questions are about {repeated}; there must be one per image")
-    keys = {name: row_key(each.head(), VizWiz.key_fields) for name, each in zip(names, questions, strict=True)}
-    answered = {name: annotation for name, annotation in annotations.items() if keys.get(name) in answers}
-    verdicts = [judge_answer(keys[name], answers[keys[name]], annotation) for name, annotation in answered.items()]
+    pairs = {}
+    for key, question, row in VizWiz.pair(questions, answers):
+        if image_name(question) not in annotations:
+            raise InputError(f"vizwiz: question {question.id} has an answer, but is broken: {question.fault}")
+        pairs[image_name(question)] = (key, row["text"])
+    answered = {name: annotation for name, annotation in annotations.items() if name in pairs}
+    # 2. What counts is what LLaVA uploads of an answer; the untouched answers are scored as well.
+    verdicts = []
+    for name, annotation in answered.items():
+        key, text = pairs[name]
+        references, uploaded = annotation.references, normalize_m4c(text)
+        points, category = grade_vizwiz(uploaded, references), annotation.answer_type
+        verdicts.append(Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category))
+    main = summarize_answers(answered, [str(each.parsed) for each in verdicts], [each.points for each in verdicts])
     texts = [each.prediction for each in verdicts]
     grades = [grade_vizwiz(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
-    main = summarize_answers(answered, [str(each.parsed) for each in verdicts], [each.points for each in verdicts])
     exact = main["accuracy_unrounded"]
-    return Scores(
-        headline=exact["overall"],
-        scores={**main, "raw": summarize_answers(answered, texts, grades)},
-        count=len(verdicts),
-        columns={"Accuracy": exact["overall"], **exact["perAnswerType"]},
-        verdicts=verdicts,
-    )
-
-
-def judge_answer(key: str, row: Row, annotation: VizWizAnswers) -> Verdict:
-    """Grade what LLaVA uploads of an answer."""
-    text, references = row["text"], annotation.references
-    uploaded = normalize_m4c(text)
-    points, category = grade_vizwiz(uploaded, references), annotation.answer_type
-    return Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category)
+    scores = {**main, "raw": summarize_answers(answered, texts, grades)}
+    return VizWiz().sum_up(verdicts, scores, {"Accuracy": exact["overall"], **exact["perAnswerType"]})
 
 
 def summarize_answers(
@@ -277,14 +253,10 @@ def summarize_answers(
 
 # ------------------------------------------------------------------------------------------------------------ upload
 def make_upload(answers: Mapping[str, Row], questions: Sequence[Question]) -> list[dict[str, str]]:
-    """Make the upload: an entry for each question, in their order.
-
-    Raises:
-        InputError: a question has no answer; the server wants them all.
-    """
+    """Make the upload: an entry for each question, in their order; the server wants an answer to each."""
     upload = []
     for question in questions:
-        row = answers.get(row_key(question.head(), VizWiz.key_fields))
+        row = answers.get(VizWiz.key(question))
         if row is None:
             raise InputError(f"vizwiz: question {question.id} has no answer, and the server wants one to each")
         upload.append({"image": image_name(question), "answer": normalize_m4c(row["text"])})

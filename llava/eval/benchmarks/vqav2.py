@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
 from llava.eval.benchmarks._files import (
     build_question,
+    build_questions,
     load_question_file,
     read_document,
     read_records,
     require_annotations,
-    require_any,
     take,
     take_references,
     write_upload,
 )
-from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubRows, HubTable, Layout, Tables
+from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubTable, Layout, ReadTable, question_line
+from llava.eval.metrics.means import mean_percent
 from llava.eval.metrics.vqa_accuracy import (
-    average_percent,
     grade_vqa,
     grade_vqa_before_2021,
     rank_references,
@@ -53,67 +53,65 @@ HUB_DATASET = "lmms-lab/VQAv2"
 HUB_COLUMNS = ("question_id", "image_id", "question")
 
 
-class HubVal(HubForm):
-    """The validation split, with its answers."""
-
-    dataset = HUB_DATASET
-    tables: ClassVar[Tables] = {
-        "questions": HubTable("validation", (*HUB_COLUMNS, "image", "question_type", "answer_type", "answers")),
-    }
-    files = (f"{PREFIX}{VAL}.jsonl", VAL_QUESTIONS, VAL_ANNOTATIONS)
-
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        asked, official, annotations = [], [], []
-        for row in rows["questions"]:
-            asked.append(save_question(row, VAL, layout))
-            ids = {"image_id": row["image_id"], "question_id": row["question_id"]}
-            official.append({**ids, "question": row["question"]})
-            annotations.append(
-                {
-                    "question_type": row["question_type"],
-                    "multiple_choice_answer": row.get("multiple_choice_answer"),
-                    # The dataset may have dropped the numbers of the ten answers.
-                    "answers": [
-                        {"answer_id": number, **({"answer": answer} if isinstance(answer, str) else answer)}
-                        for number, answer in enumerate(row["answers"], start=1)
-                    ],
-                    "answer_type": row["answer_type"],
-                    **ids,
-                }
-            )
-        head = {"data_type": "mscoco", "data_subtype": VAL, "info": {}, "license": {}}
-        layout.write_json(VAL_QUESTIONS, {**head, "task_type": "Open-Ended", "questions": official})
-        layout.write_json(VAL_ANNOTATIONS, {**head, "annotations": annotations})
-        layout.write_lines(f"{PREFIX}{VAL}.jsonl", asked)
+def convert_val(read_table: ReadTable, layout: Layout) -> None:
+    """Write the validation split, with its answers."""
+    asked, official, annotations = [], [], []
+    for row in read_table("questions"):
+        asked.append(save_question(row, VAL, layout))
+        ids = {"image_id": row["image_id"], "question_id": row["question_id"]}
+        official.append({**ids, "question": row["question"]})
+        annotations.append(
+            {
+                "question_type": row["question_type"],
+                "multiple_choice_answer": row.get("multiple_choice_answer"),
+                # The dataset may have dropped the numbers of the ten answers.
+                "answers": [
+                    {"answer_id": number, **({"answer": answer} if isinstance(answer, str) else answer)}
+                    for number, answer in enumerate(row["answers"], start=1)
+                ],
+                "answer_type": row["answer_type"],
+                **ids,
+            }
+        )
+    head = {"data_type": "mscoco", "data_subtype": VAL, "info": {}, "license": {}}
+    layout.write_json(VAL_QUESTIONS, {**head, "task_type": "Open-Ended", "questions": official})
+    layout.write_json(VAL_ANNOTATIONS, {**head, "annotations": annotations})
+    layout.write_lines(f"{PREFIX}{VAL}.jsonl", asked)
 
 
-class HubTestDev(HubForm):
-    """The split of the papers, without answers; an upload also lists the questions of `test`."""
-
-    dataset = HUB_DATASET
-    tables: ClassVar[Tables] = {
-        "questions": HubTable("testdev", (*HUB_COLUMNS, "image")),
-        "upload": HubTable("test", HUB_COLUMNS, columns_only=True),
-    }
-    files = (f"{PREFIX}{TEST_DEV}.jsonl", f"{PREFIX}{TEST}.jsonl")
-
-    def convert(self, rows: HubRows, layout: Layout) -> None:
-        questions = [save_question(row, TEST_DEV, layout) for row in rows["questions"]]
-        layout.write_lines(f"{PREFIX}{TEST}.jsonl", (word_question(row, TEST) for row in rows["upload"]))
-        layout.write_lines(f"{PREFIX}{TEST_DEV}.jsonl", questions)
+def convert_test_dev(read_table: ReadTable, layout: Layout) -> None:
+    """Write the split of the papers, without answers; an upload also lists the questions of `test`."""
+    questions = [save_question(row, TEST_DEV, layout) for row in read_table("questions")]
+    layout.write_lines(f"{PREFIX}{TEST}.jsonl", (word_question(row, TEST) for row in read_table("upload")))
+    layout.write_lines(f"{PREFIX}{TEST_DEV}.jsonl", questions)
 
 
 def save_question(row: HubRow, split: str, layout: Layout) -> dict[str, Any]:
-    """Save a row's image and return its line of LLaVA's question file."""
     question = word_question(row, split)
     layout.save_image(f"{IMAGE_FOLDERS[split]}/{question['image']}", row["image"])
     return question
 
 
 def word_question(row: HubRow, split: str) -> dict[str, Any]:
-    """Return a row's line of LLaVA's question file."""
-    image, text = coco_file_name(split, int(row["image_id"])), row["question"] + SHORT_ANSWER_LINE
-    return {"question_id": row["question_id"], "image": image, "text": text, "category": "default"}
+    image = name_coco_image(split, int(row["image_id"]))
+    return question_line(row["question_id"], image, row["question"] + SHORT_ANSWER_LINE)
+
+
+VAL_FORM = HubForm(
+    HUB_DATASET,
+    {"questions": HubTable("validation", (*HUB_COLUMNS, "image", "question_type", "answer_type", "answers"))},
+    (f"{PREFIX}{VAL}.jsonl", VAL_QUESTIONS, VAL_ANNOTATIONS),
+    convert_val,
+)
+TEST_DEV_FORM = HubForm(
+    HUB_DATASET,
+    {
+        "questions": HubTable("testdev", (*HUB_COLUMNS, "image")),
+        "upload": HubTable("test", HUB_COLUMNS, columns_only=True),
+    },
+    (f"{PREFIX}{TEST_DEV}.jsonl", f"{PREFIX}{TEST}.jsonl"),
+    convert_test_dev,
+)
 
 
 # --------------------------------------------------------------------------------------------------------- benchmark
@@ -129,7 +127,7 @@ class Vqav2(Benchmark):
     name = "vqav2"
     row = "VQAv2 val (Acc)"
     folders = ("vqav2",)
-    hub: ClassVar[Mapping[str, HubForm]] = {TEST_DEV: HubTestDev(), VAL: HubVal()}
+    hub: ClassVar[Mapping[str, HubForm]] = {TEST_DEV: TEST_DEV_FORM, VAL: VAL_FORM}
     server = "EvalAI challenge 830 (VQA)"
 
     split: str | None = None
@@ -142,13 +140,12 @@ class Vqav2(Benchmark):
         split = self.split_in(root)
         path, image_folder = root / f"{PREFIX}{split}.jsonl", root / IMAGE_FOLDERS[split]
         if split == VAL and not path.is_file():
-            return build_questions(root / VAL_QUESTIONS, image_folder)
+            return load_official_questions(root / VAL_QUESTIONS, image_folder)
         return load_question_file(path, image_folder, needs_image=True)
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores | None:
         if self.split_in(root) != VAL:
             return None
-        require_any(answers, "VQAv2")
         return score_vqav2(self.load(root), answers, root / VAL_ANNOTATIONS)
 
     def place_answers(self, root: Path, run: str) -> Path:
@@ -159,7 +156,6 @@ class Vqav2(Benchmark):
         return None if split == VAL else root / "answers_upload" / f"{PREFIX}{split}" / run
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
-        """Write the upload file `vqav2_<split>.json`."""
         split = self.split_in(root)
         upload = make_upload(answers.values(), list_upload_ids(root, split))
         return [write_upload(destination / f"vqav2_{split}.json", upload)]
@@ -170,11 +166,6 @@ class Vqav2(Benchmark):
 
 
 def find_split(name: str) -> str:
-    """Return a split's full name.
-
-    Raises:
-        InputError: there is no such split.
-    """
     split = SHORT_NAMES.get(name, name.removeprefix(PREFIX))
     if split not in IMAGE_FOLDERS:
         raise InputError(f"vqav2 has no split {name!r}; known: {', '.join(IMAGE_FOLDERS)}")
@@ -182,23 +173,21 @@ def find_split(name: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------- questions and answers
-def coco_file_name(split: str, image_id: int) -> str:
-    """Return the file name of a COCO image; test-dev2015 has images of test2015."""
+def name_coco_image(split: str, image_id: int) -> str:
+    """Name the file of a COCO image; test-dev2015 has images of test2015."""
     return f"COCO_{IMAGE_FOLDERS[split]}_{image_id:012d}.jpg"
 
 
-def build_questions(path: Path, image_folder: Path) -> list[Question]:
-    """Build the questions of val2014 from the official file, worded as LLaVA words those of test-dev2015."""
-    questions = []
-    for number, record in enumerate(take(read_document(path), "questions", list, str(path))):
+def load_official_questions(path: Path, image_folder: Path) -> list[Question]:
+    """Read the official file of val2014; the questions are worded as LLaVA words those of test-dev2015."""
+
+    def build(number: int, record: object) -> Question:
         where = f"{path.name} question {number}"
-        try:
-            text = take(record, "question", str, where) + SHORT_ANSWER_LINE
-            image = image_folder / coco_file_name(VAL, take(record, "image_id", int, where))
-            questions.append(build_question(take(record, "question_id", int, where), text, image))
-        except InputError as fault:
-            questions.append(Question(id=where, fault=str(fault)))
-    return questions
+        text = take(record, "question", str, where) + SHORT_ANSWER_LINE
+        image = image_folder / name_coco_image(VAL, take(record, "image_id", int, where))
+        return build_question(take(record, "question_id", int, where), text, image)
+
+    return build_questions(take(read_document(path), "questions", list, str(path)), build)
 
 
 @dataclass(frozen=True)
@@ -211,11 +200,7 @@ class VqaAnswers:
 
 
 def read_vqa_answers(path: Path) -> dict[int, VqaAnswers]:
-    """Read the official annotations by question id, in their order.
-
-    Raises:
-        InputError: the file is missing, or something else.
-    """
+    """Read the official annotations by question id, in their order."""
     annotations = {}
     for number, record in enumerate(take(read_document(path), "annotations", list, str(path))):
         where = f"{path} annotation {number}"
@@ -226,51 +211,36 @@ def read_vqa_answers(path: Path) -> dict[int, VqaAnswers]:
 
 # ------------------------------------------------------------------------------------------------------------- score
 def score_vqav2(questions: Sequence[Question], answers: Mapping[str, Row], annotation_file: Path) -> Scores:
-    """Score answers by the official rules, and by those before 2021 (`variants`).
+    """Score answers (by question key) to all questions of val2014, by the official rules.
 
-    Args:
-        questions: all of val2014.
-        answers: rows by question key, at least one.
-        annotation_file: the official annotations.
-
-    Raises:
-        InputError: questions and annotations are not of the same set.
+    `raw` are the scores of the answers as they are, `variants` those of the rules before 2021.
     """
     annotations = read_vqa_answers(annotation_file)
     require_annotations(questions, [question.id for question in questions], annotations, annotation_file)
-    rows = {row["question_id"]: row for row in answers.values()}
-    answered = {identity: annotation for identity, annotation in annotations.items() if identity in rows}
-    verdicts = [judge_answer(rows[identity], annotation) for identity, annotation in answered.items()]
+    pairs = {question.id: (key, row["text"]) for key, question, row in Vqav2.pair(questions, answers)}
+    answered = {identity: annotation for identity, annotation in annotations.items() if identity in pairs}
+    verdicts = []
+    for identity, annotation in answered.items():
+        key, text = pairs[identity]
+        references, uploaded = annotation.references, normalize_m4c(text)
+        points, category = grade_vqa(uploaded, references), annotation.answer_type
+        verdicts.append(Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category))
 
     def grade(rule: Callable[[str, Sequence[str]], float], texts: Iterable[str]) -> list[float]:
         return [rule(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
 
-    texts, uploaded = [each.prediction for each in verdicts], [str(each.parsed) for each in verdicts]
+    texts, uploads = [each.prediction for each in verdicts], [str(each.parsed) for each in verdicts]
     main = summarize_answers(answered, [each.points for each in verdicts])
-    older = {
-        "pre2021_scorer_on_raw": average_percent(grade(grade_vqa_before_2021, texts)),
-        "pre2021_scorer_on_upload": average_percent(grade(grade_vqa_before_2021, uploaded)),
-    }
     exact = main["accuracy_unrounded"]
-    return Scores(
-        headline=exact["overall"],
-        scores={
-            **main,
-            "raw": summarize_answers(answered, grade(grade_vqa, texts)),
-            "variants": {name: round_half_up(value) for name, value in older.items()},
+    scores = {
+        **main,
+        "raw": summarize_answers(answered, grade(grade_vqa, texts)),
+        "variants": {
+            "pre2021_scorer_on_raw": round_half_up(mean_percent(grade(grade_vqa_before_2021, texts))),
+            "pre2021_scorer_on_upload": round_half_up(mean_percent(grade(grade_vqa_before_2021, uploads))),
         },
-        count=len(verdicts),
-        columns={"Accuracy": exact["overall"], **exact["perAnswerType"]},
-        verdicts=verdicts,
-    )
-
-
-def judge_answer(row: Row, annotation: VqaAnswers) -> Verdict:
-    """Grade what LLaVA uploads of an answer."""
-    text, references = row["text"], annotation.references
-    uploaded, key = normalize_m4c(text), row_key(row, Vqav2.key_fields)
-    points, category = grade_vqa(uploaded, references), annotation.answer_type
-    return Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category)
+    }
+    return Vqav2().sum_up(verdicts, scores, {"Accuracy": exact["overall"], **exact["perAnswerType"]})
 
 
 def summarize_answers(answered: Mapping[int, VqaAnswers], grades: Sequence[float]) -> dict[str, Any]:
@@ -287,21 +257,17 @@ def summarize_answers(answered: Mapping[int, VqaAnswers], grades: Sequence[float
 def list_upload_ids(root: Path, split: str) -> list[int | str]:
     """List the questions of an upload, in its order: all of test2015 for both test splits, as the server wants it."""
     if split != VAL:
-        return [record.get("question_id") for record in read_records(root / f"{PREFIX}{TEST}.jsonl")]
+        path = root / f"{PREFIX}{TEST}.jsonl"
+        return [take(record, "question_id", int, str(path)) for record in read_records(path)]
     return [question.id for question in Vqav2(VAL).load(root) if not question.fault]
 
 
 def make_upload(rows: Iterable[Row], ids: Sequence[int | str]) -> list[dict[str, Any]]:
-    """Make the upload: an entry for each id, with an empty answer where there is none.
-
-    Raises:
-        InputError: an answer belongs to none of the ids.
-    """
-    texts = {row["question_id"]: normalize_m4c(row["text"]) for row in rows}
-    foreign = texts.keys() - set(ids)
+    """Make the upload: an entry for each id, with an empty answer where there is none."""
+    texts = {str(row["question_id"]): normalize_m4c(row["text"]) for row in rows}
+    foreign = texts.keys() - set(map(str, ids))
     if foreign:
         raise InputError(
-            f"vqav2: {len(foreign)} answers are to questions that the upload does not list "
-            f"(such as {min(map(str, foreign))})"
+            f"vqav2: {len(foreign)} answers are to questions that the upload does not list (such as {min(foreign)})"
         )
-    return [{"question_id": identity, "answer": texts.get(identity, "")} for identity in ids]
+    return [{"question_id": identity, "answer": texts.get(str(identity), "")} for identity in ids]

@@ -43,12 +43,9 @@ InferLetter = Callable[[str, Mapping[str, str]], str | None]
 
 # ----------------------------------------------------------------------------------------------------------- letters
 def parse_science_answer(text: str) -> str:
-    """Read an answer to a ScienceQA question.
+    """Read an answer to a ScienceQA question: the letter, which need not be one of the options, or `FAILED`.
 
     A letter A to E alone; or as `B. ...`; or in one and only one `The answer is B` with a character after it.
-
-    Returns:
-        The letter, which need not be one of the options, or `FAILED`.
     """
     if text in LETTERS:
         return text
@@ -114,18 +111,16 @@ class ChoiceRow:
 
     Attributes:
         name: names the row among all.
-        group: the question of which it is an order.
         question: what was asked, with its hint.
         options: text by letter, as shown.
         answer: letter of the right option, as shown.
         prediction: the model's answer, as the official scripts read it.
-        is_base: whether the other rows of its group are rotations of it.
+        is_base: whether the other rows of its question are rotations of it.
         key: of the answer (`row_key`).
         categories: the question's place in each system of categories, by the system's name.
     """
 
     name: str
-    group: int
     question: str
     options: Mapping[str, str]
     answer: str
@@ -163,8 +158,3 @@ def judge_group(
         if settle(row) != row.answer:
             return False, judged
     return True, judged
-
-
-def mean_percent(points: Sequence[float]) -> float:
-    """Return the mean of points in [0, 1] (or of true and false) as a percentage; 0 of none."""
-    return 100 * sum(points) / len(points) if points else 0.0

@@ -5,8 +5,10 @@ question files, percentages are unrounded.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from llava.eval.metrics.means import collect, mean_percent
 
 GqaRecord = Mapping[str, Any]
 
@@ -43,13 +45,13 @@ def score_gqa(
     hits = {identity: predictions[identity] == record["answer"] for identity, record in balanced.items()}
     is_open = {identity: record["types"]["structural"] == OPEN_TYPE for identity, record in balanced.items()}
     scores: dict[str, Any] = {
-        "accuracy": percent(hits.values()),
-        "binary": percent(hit for identity, hit in hits.items() if not is_open[identity]),
-        "open": percent(hit for identity, hit in hits.items() if is_open[identity]),
+        "accuracy": mean_percent(hits.values()),
+        "binary": mean_percent(hit for identity, hit in hits.items() if not is_open[identity]),
+        "open": mean_percent(hit for identity, hit in hits.items() if is_open[identity]),
     }
     if choices is not None:
         for title, name in (("validity", "valid"), ("plausibility", "plausible")):
-            scores[title] = percent(
+            scores[title] = mean_percent(
                 is_allowed(predictions[identity], record, choices[identity][name])
                 for identity, record in balanced.items()
             )
@@ -83,7 +85,7 @@ def measure_consistency(
         if any(other not in predictions or other not in records for other in entailed):
             return None
         parts.append(sum(predictions[other] == records[other]["answer"] for other in entailed) / len(entailed))
-    return percent(parts)
+    return mean_percent(parts)
 
 
 def measure_distribution(balanced: Mapping[str, GqaRecord], predictions: Mapping[str, str]) -> float:
@@ -111,16 +113,8 @@ def count_steps(record: GqaRecord) -> int:
 
 def tabulate_hits(hits: Mapping[str, bool], groups: Mapping[str, str | int]) -> dict[str, dict[str, float]]:
     """Give the accuracy and the number of questions of each group, in the order of the groups."""
-    members: dict[str | int, list[bool]] = {}
-    for identity, hit in hits.items():
-        members.setdefault(groups[identity], []).append(hit)
-    return {str(group): {"accuracy": percent(members[group]), "n": len(members[group])} for group in sorted(members)}
-
-
-def percent(fractions: Iterable[float]) -> float:
-    """Average fractions or hits, as percent; of nothing 0."""
-    parts: Sequence[float] = list(fractions)
-    return 100 * sum(parts) / len(parts) if parts else 0.0
+    members = collect((groups[identity], hit) for identity, hit in hits.items())
+    return {str(group): {"accuracy": mean_percent(part), "n": len(part)} for group, part in sorted(members.items())}
 
 
 GROUPINGS: Mapping[str, Callable[[GqaRecord], str | int]] = {

@@ -3,8 +3,9 @@
 The parser is crude on purpose: it must read an answer exactly as the official one does.
 """
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 NEGATIVE_WORDS = frozenset({"No", "not", "no"})
 
@@ -33,49 +34,45 @@ class YesNoCounts:
 
     @property
     def num_questions(self) -> int:
-        """Number of predictions."""
         return self.true_positive + self.false_positive + self.true_negative + self.false_negative
 
     @property
     def accuracy(self) -> float:
-        """Fraction of right predictions."""
         return divide(self.true_positive + self.true_negative, self.num_questions)
 
     @property
     def precision(self) -> float:
-        """Fraction of the predicted "yes" that are right."""
         return divide(self.true_positive, self.true_positive + self.false_positive)
 
     @property
     def recall(self) -> float:
-        """Fraction of the labels "yes" that were found."""
         return divide(self.true_positive, self.true_positive + self.false_negative)
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of precision and recall."""
         return divide(2 * self.precision * self.recall, self.precision + self.recall)
 
     @property
     def yes_ratio(self) -> float:
-        """Fraction of the predictions that are "yes"."""
         return divide(self.true_positive + self.false_positive, self.num_questions)
+
+    def numbers(self) -> dict[str, float]:
+        """List every number under its official name."""
+        counts = zip(("TP", "FP", "TN", "FN"), astuple(self), strict=True)
+        ratios = {name: getattr(self, name) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
+        return {**dict(counts), **ratios, "n": self.num_questions}
 
 
 def count_yes_no(pairs: Iterable[tuple[str, str]]) -> YesNoCounts:
     """Count (prediction, label) pairs; every label but "no" means yes, as in the official script."""
-    counts = {(positive, right): 0 for positive in (True, False) for right in (True, False)}
-    for prediction, label in pairs:
-        positive = prediction == "yes"
-        counts[positive, positive == (label != "no")] += 1
+    counts = Counter((prediction == "yes", label != "no") for prediction, label in pairs)
     return YesNoCounts(
         true_positive=counts[True, True],
         false_positive=counts[True, False],
-        true_negative=counts[False, True],
-        false_negative=counts[False, False],
+        true_negative=counts[False, False],
+        false_negative=counts[False, True],
     )
 
 
 def divide(numerator: float, denominator: float) -> float:
-    """Divide; a division by zero gives 0."""
     return numerator / denominator if denominator else 0.0

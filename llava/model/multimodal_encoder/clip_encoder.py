@@ -1,16 +1,23 @@
 """The vision tower of LLaVA-1.5: a CLIP in Hugging Face layout."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.errors import InputError
+from llava.model.config_rules import check_preprocessor, read_settings, read_tower_config
 from llava.model.multimodal_encoder.clip_text import CLIPTextTower
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.stored_weights import first_line
 from llava.model.token_reduction import TEXT
 
+PREPROCESSOR_FILE = "preprocessor_config.json"
+# Stored weights that the vision half has no place for: the text half, the loss's scale, and counters of old versions.
+OTHER_WEIGHTS = (r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"\.position_ids$")
 JOINT_WEIGHT = "visual_projection.weight"  # absent from vision-only checkpoints, and then not needed
 
 
@@ -37,16 +44,29 @@ class CLIPVisionTower(VisionTower):
             self.load_text_tower()
 
     def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        self.num_layers_to_run(self.needs)  # settings that do not fit are refused before the weights
+        self.num_layers_to_run(self.needs)  # settings that do not fit are refused before the weights are read
+        image_processor = self.read_image_processor()
         vision, missing = load_quietly(
-            CLIPVisionModelWithProjection, self.name, dtype=dtype, what="vision tower", optional=(JOINT_WEIGHT,)
+            CLIPVisionModelWithProjection,
+            self.name,
+            dtype=dtype,
+            what="vision tower",
+            optional=(JOINT_WEIGHT,),
+            ignored=OTHER_WEIGHTS,
+            config=self.config,
         )
-        try:
-            # The PIL backend gives the pixels of LLaVA's preprocessing bit for bit; the default one does not.
-            image_processor = CLIPImageProcessorPil.from_pretrained(self.name)
-        except (OSError, ValueError) as error:
-            raise InputError(f"vision tower {self.name}: no readable preprocessor_config.json: {error}") from None
         self.take_parts(vision, image_processor, has_joint_head=not missing)
         self.vision_tower.to(device)
+
+    def read_image_processor(self) -> CLIPImageProcessorPil:
+        """The PIL backend, which gives the pixels of LLaVA's preprocessing bit for bit; the default one does not."""
+        values, file = read_settings(self.name, PREPROCESSOR_FILE, "vision tower")
+        check_preprocessor(values, file, self.image_size)
+        try:
+            return CLIPImageProcessorPil.from_pretrained(self.name)
+        except Exception as error:  # transformers' own checks, of many kinds
+            raise InputError(f"{file} can't be used: {first_line(error)}") from error
 
     def take_parts(
         self,
@@ -111,7 +131,15 @@ class CLIPVisionTower(VisionTower):
     @property
     def config(self) -> CLIPVisionConfig:
         """The vision config, read from disk while the tower is not loaded."""
-        return self.vision_tower.config if self.is_loaded else CLIPVisionConfig.from_pretrained(self.name)
+        return self.vision_tower.config if self.is_loaded else self._stored_config
+
+    @cached_property
+    def _stored_config(self) -> CLIPVisionConfig:
+        read_tower_config(self.name)
+        try:
+            return CLIPVisionConfig.from_pretrained(self.name)
+        except Exception as error:  # transformers' own checks, of many kinds
+            raise InputError(f"vision tower {self.name}: config.json can't be used: {first_line(error)}") from error
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -1,11 +1,19 @@
 """The text half of a CLIP in Hugging Face layout: questions into the joint space."""
 
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from llava.errors import InputError
+from llava.files import read_text
 from llava.model.multimodal_encoder.loading import load_quietly
+from llava.model.stored_weights import find_file, first_line
+
+# Stored weights that the text half has no place for.
+OTHER_WEIGHTS = (r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$", r"\.position_ids$")
 
 
 class CLIPTextTower(nn.Module):
@@ -34,12 +42,10 @@ class CLIPTextTower(nn.Module):
         Raises:
             InputError: when the checkpoint holds no text half, or no tokenizer.
         """
-        model, _ = load_quietly(CLIPTextModelWithProjection, name, dtype=dtype, what="text tower")
-        try:
-            tokenizer = CLIPTokenizerFast.from_pretrained(name)
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"text tower {name}: no CLIP tokenizer (vocab.json, merges.txt) there: {error}") from None
-        return cls(model.to(device), tokenizer)
+        model, _ = load_quietly(
+            CLIPTextModelWithProjection, name, dtype=dtype, what="text tower", ignored=OTHER_WEIGHTS
+        )
+        return cls(model.to(device), read_tokenizer(name, model.config.vocab_size))
 
     def forward(self, texts: list[str]) -> Tensor:
         """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
@@ -54,3 +60,31 @@ class CLIPTextTower(nn.Module):
         return self.model(
             input_ids=tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device)
         ).text_embeds
+
+
+def read_tokenizer(name: str, vocab_size: int) -> CLIPTokenizerFast:
+    """Read the tokenizer of a CLIP.
+
+    Args:
+        name: folder or hub id.
+        vocab_size: how many ids the text half knows.
+
+    Raises:
+        InputError: no tokenizer, an empty one, or one with more ids than the text half.
+    """
+    for file in (find_file(name, part) for part in ("merges.txt", "vocab.json", "tokenizer.json")):
+        if file is not None and not read_text(Path(file)).strip():
+            raise InputError(f"text tower {name}: {file} is empty; copy or download it again")
+    try:
+        tokenizer = CLIPTokenizerFast.from_pretrained(name)
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    except Exception as error:
+        # Many kinds: whatever transformers and the tokenizers library raise for files that are not there or broken.
+        reason = f"no CLIP tokenizer (vocab.json, merges.txt) there: {first_line(error)}"
+        raise InputError(f"text tower {name}: {reason}") from error
+    if not backend.get("merges"):
+        raise InputError(f"text tower {name}: its tokenizer has no merges (merges.txt); copy or download it again")
+    size = max(backend["vocab"].values(), default=0) + 1
+    if size > vocab_size:
+        raise InputError(f"text tower {name} knows {vocab_size} token ids, its tokenizer has {size}")
+    return tokenizer

@@ -1,11 +1,32 @@
 """Load one Hugging Face module completely, or raise one line with what is missing."""
 
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llava.errors import InputError
+from llava.model.config_rules import check_generation_config
+from llava.model.stored_weights import (
+    COPY_AGAIN,
+    check_finite,
+    check_shapes,
+    first_line,
+    holds_weights,
+    is_ignored,
+    list_weight_files,
+    read_shapes,
+    refuse_missing,
+    refuse_shape,
+    refuse_unknown,
+)
+
+# What a missing weight most likely means, by role.
+HINTS = dict.fromkeys(("vision tower", "text tower"), "is it a full CLIP checkpoint?")
 
 
 def resolve_name(name: str, folder: str | Path | None = None) -> str:
@@ -37,7 +58,14 @@ def resolve_name(name: str, folder: str | Path | None = None) -> str:
 
 
 def load_quietly(
-    module: type[PreTrainedModel], name: str, *, what: str, optional: tuple[str, ...] = (), **kwargs: object
+    module: type[PreTrainedModel],
+    name: str,
+    *,
+    what: str,
+    optional: tuple[str, ...] = (),
+    ignored: tuple[str, ...] = (),
+    config: PreTrainedConfig | None = None,
+    **kwargs: object,
 ) -> tuple[PreTrainedModel, set[str]]:
     """`from_pretrained` without the report on the checkpoint's other half, but strict about this one.
 
@@ -46,29 +74,113 @@ def load_quietly(
         name: folder or hub id.
         what: the role, for messages.
         optional: weights that may be missing (the caller then must not use them).
+        ignored: patterns of stored weights that are for something else; those that the class ignores are known.
+        config: of the model; None: the one beside the weights.
         **kwargs: passed on.
 
     Returns:
         The loaded module, in evaluation mode, and the optional weights that are missing.
 
     Raises:
-        InputError: when there is nothing of that name, the weights can't be read, or some are missing.
+        InputError: when there is nothing of that name, the weights can't be read, some are missing, have no place in
+            the model, another shape, or hold inf or NaN.
     """
+    subject, hint = f"{what} {name}", HINTS.get(what, COPY_AGAIN)
+    ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
+    with quiet_loading(subject):
+        if config is None:
+            config = module.config_class.from_pretrained(name, cache_dir=kwargs.get("cache_dir"))
+        check_generation_config(name, getattr(config, "vocab_size", 2**31))
+        # 1. The headers alone: what does not fit is refused before memory is spent on it.
+        if holds_weights(Path(name)):
+            check_headers(module, name, config, what=what, optional=optional, ignored=ignored)
+        # 2. The weights.
+        loaded, report = module.from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    # 3. What a hub id brought, whose headers were not at hand before.
+    refuse_missing(set(report["missing_keys"]) - set(optional), subject, hint)
+    for weight, stored_shape, shape in report["mismatched_keys"]:
+        if weight not in optional:
+            refuse_shape(weight, stored_shape, shape, subject)
+    refuse_unknown({key for key in report["unexpected_keys"] if not is_ignored(key, ignored)}, subject)
+    check_finite(loaded.named_parameters(), subject)
+    return loaded.eval(), set(report["missing_keys"])
+
+
+def check_headers(
+    module: type[PreTrainedModel],
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    what: str,
+    optional: Collection[str] = (),
+    ignored: Collection[str] = (),
+) -> dict[str, tuple[int, ...]]:
+    """Compare the names and shapes in a checkpoint's weight files with those of the model, without reading values.
+
+    Args:
+        module: the class of the model.
+        name: folder or hub id.
+        config: of the model.
+        what: the role, for messages.
+        optional: weights that may be missing.
+        ignored: patterns of stored weights that are for something else, besides those that the class ignores.
+
+    Returns:
+        Names and shapes as stored.
+
+    Raises:
+        InputError: as in `check_shapes` (not for quantised checkpoints, which pack their weights), or plain weights
+            that the config calls quantised.
+    """
+    stored = {key: shape for file in list_weight_files(name) for key, shape in read_shapes(file).items()}
+    ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
+    expected, hint = build_shapes(build_empty(module, config)), HINTS.get(what, COPY_AGAIN)
+    try:
+        check_shapes(stored, expected, f"{what} {name}", optional=optional, ignored=ignored, hint=hint)
+    except InputError:
+        if getattr(config, "quantization_config", None) is None:
+            raise
+    else:
+        _refuse_quantised(config, name)
+    return stored
+
+
+def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a config that calls plain weights quantised: they would be read as if they were."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{name}/config.json has a quantization_config, but the weights are not quantised: delete it there "
+            "(load_4bit and load_8bit quantise while loading)"
+        )
+
+
+def build_empty(module: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model without memory for its weights."""
+    with torch.device("meta"):
+        return module(copy.deepcopy(config))
+
+
+def build_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights; a tied head need not be stored."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
+
+
+@contextmanager
+def quiet_loading(subject: str) -> Iterator[None]:
+    """Silence transformers inside the block; whatever it raises becomes one line about the subject."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        loaded, report = module.from_pretrained(name, output_loading_info=True, **kwargs)
+        yield
+    except InputError:
+        raise
     except Exception as error:
         # Many kinds: OSError (not there), hub and network errors, safetensors and pickle errors (broken file).
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{what} {name} can't be loaded: {reason}") from error
+        raise InputError(f"{subject} can't be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-    missing = sorted(set(report["missing_keys"]) - set(optional))
-    if missing:
-        raise InputError(
-            f"{what} {name} lacks {len(missing)} weights, first {missing[0]}: is it a full CLIP checkpoint?"
-        )
-    return loaded.eval(), set(report["missing_keys"])

@@ -84,7 +84,7 @@ class OpenClipVisionTower(VisionTower):
 
     def _load(self, device: torch.device | str | None, dtype: torch.dtype, *, with_text: bool) -> None:
         # Settings that do not fit are refused before the weights are read.
-        num_layers, self.image_processor = self.num_layers_to_run(self.needs), build_image_processor(self.source)
+        num_layers, self.image_processor = self.num_layers_to_run(self.needs), self.read_image_processor()
         model = self.source.load()
         visual = model.visual
         text_tower = OpenClipTextTower(model, self.source) if with_text else None
@@ -94,6 +94,9 @@ class OpenClipVisionTower(VisionTower):
         if text_tower is not None:
             self.text_tower = text_tower.to(device=device, dtype=dtype)
         self.freeze()
+
+    def read_image_processor(self) -> CLIPImageProcessorPil:
+        return build_image_processor(self.source)
 
     def load_text_tower(self) -> None:
         if "text_tower" in self._modules:

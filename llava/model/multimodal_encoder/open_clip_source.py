@@ -26,7 +26,17 @@ from open_clip.pretrained import download_pretrained_from_hf
 
 from llava.errors import InputError
 from llava.files import parse_record, read_text
-from llava.model.multimodal_encoder.open_clip_weights import choose_weights, fill_model, first_line, read_weights
+from llava.model.config_rules import (
+    OPEN_CLIP_PIXEL_RULES,
+    OPEN_CLIP_RULES,
+    OPEN_CLIP_TEXT_RULES,
+    OPEN_CLIP_VISION_RULES,
+    check_values,
+    refuse,
+    require,
+)
+from llava.model.multimodal_encoder.open_clip_weights import choose_weights, fill_model, read_weights
+from llava.model.stored_weights import first_line
 
 LOCAL_PREFIX, HUB_PREFIX, QUICK_SUFFIX = "local-dir:", "hf-hub:", "-quickgelu"
 CONFIG_FILE = "open_clip_config.json"
@@ -256,6 +266,10 @@ def read_settings(path: Path, name: str) -> dict:
     settings = parse_record(read_text(path), f"vision tower {name}: {path}")
     if not isinstance(settings.get("model_cfg"), dict):
         raise InputError(f"vision tower {name}: {path} has no model_cfg")
+    pixels = settings.get("preprocess_cfg") or {}
+    if not isinstance(pixels, dict):
+        refuse(str(path), "preprocess_cfg", pixels, "an object")
+    check_values(pixels, OPEN_CLIP_PIXEL_RULES, str(path), "preprocess_cfg")
     return settings
 
 
@@ -268,6 +282,9 @@ def check_architecture(config: dict, name: str) -> open_clip.CLIPVisionCfg:
     Raises:
         InputError: for anything but a CLIP-style ViT on square images.
     """
+    where = f"vision tower {name}: model_cfg"
+    check_values(config, OPEN_CLIP_RULES, where)
+    require(config, ("embed_dim", "vision_cfg", "text_cfg"), where)
     try:
         vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
         text = open_clip.CLIPTextCfg(**config["text_cfg"])
@@ -282,13 +299,19 @@ def check_architecture(config: dict, name: str) -> open_clip.CLIPVisionCfg:
     found = [what for what, is_there in obstacles.items() if is_there]
     if found:
         raise InputError(f"vision tower {name} has {' and '.join(found)}: {NEEDED}")
-    vision.image_size = _one_side(vision.image_size, "image_size", name)
-    vision.patch_size = _one_side(vision.patch_size, "patch_size", name)
+    sides = {key: _one_side(getattr(vision, key), key, name) for key in ("image_size", "patch_size")}
+    check_values(vars(vision) | sides, OPEN_CLIP_VISION_RULES, where, "vision_cfg")
+    check_values(vars(text), OPEN_CLIP_TEXT_RULES, where, "text_cfg")
+    if vision.width % vision.head_width:
+        refuse(where, "vision_cfg.head_width", vision.head_width, f"a divisor of width {vision.width}")
+    if sides["patch_size"] > sides["image_size"]:
+        refuse(where, "vision_cfg.patch_size", sides["patch_size"], f"at most image_size {sides['image_size']}")
+    vision.image_size, vision.patch_size = sides["image_size"], sides["patch_size"]
     return vision
 
 
 def _one_side(size: int | list[int], what: str, name: str) -> int:
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    if len(sides) != 1:
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    if not sides or any(side != sides[0] for side in sides):
         raise InputError(f"vision tower {name}: {what} {size} is not square; LLaVA reads square images")
-    return sides.pop()
+    return sides[0]

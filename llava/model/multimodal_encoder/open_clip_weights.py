@@ -9,6 +9,7 @@ from open_clip.factory import load_state_dict
 from torch import Tensor
 
 from llava.errors import InputError
+from llava.model.stored_weights import check_finite, first_line
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # Folders from the hub hold the same weights in other layouts as well; these are open_clip's.
@@ -89,13 +90,9 @@ def fill_model(model: CLIP, weights: dict[str, Tensor], what: str) -> None:
     for key, value in own.items():
         if given[key].shape != value.shape:
             raise InputError(f"{what} do not fit: {key} is {list(given[key].shape)}, the model has {list(value.shape)}")
+    check_finite(given.items(), what)
     model.load_state_dict({key: value.float() for key, value in given.items()}, strict=False, assign=True)
     # What no weights file holds: the scale of a loss that is not computed here, and the causal mask.
     model.logit_scale = model.logit_bias = None
     if model.attn_mask is not None:
         model.attn_mask = torch.full(model.attn_mask.shape, float("-inf")).triu(1)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, or its type where it has no message."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llava.errors import InputError
 from llava.model.token_reduction import TEXT, Need
+from llava.protocols import ImageProcessor
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,14 @@ class VisionTower(nn.Module, ABC):
     @abstractmethod
     def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         """Read the vision side, with the layers that are used."""
+
+    @abstractmethod
+    def read_image_processor(self) -> ImageProcessor:
+        """Read what turns images into pixel values; the weights are not needed for it.
+
+        Raises:
+            InputError: there is none, or it does not fit the tower.
+        """
 
     @property
     @abstractmethod

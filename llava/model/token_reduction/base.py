@@ -280,25 +280,33 @@ def select_top(scores: Tensor, counts: Tensor | int) -> Tensor:
     order = scores.argsort(dim=1, descending=True, stable=True)  # [I, N] patch at each rank
     ranks = torch.empty_like(order)
     ranks.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))  # rank of each patch
-    return ranks < torch.as_tensor(counts, device=scores.device).reshape(-1, 1)
+    return ranks < (counts.reshape(-1, 1) if isinstance(counts, Tensor) else counts)
 
 
-def gather_kept(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def gather_kept(patches: Tensor, kept: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
     """Move each image's kept patches to the front, in raster order, bit for bit.
 
     Args:
         patches: `[I, N, D]`.
         kept: `bool[I, N]`.
+        num_kept: how many are kept of every image, where the budget is fixed: the host then knows without waiting.
 
     Returns:
         `[I, K, D]` with K the largest count, zeros behind shorter rows, and `int64[I]` the counts, on the CPU.
     """
-    counts = kept.sum(dim=1)
-    # The only point of a reduction at which the host waits for the device: everything downstream cuts by these numbers.
-    host_counts = counts.cpu()
-    longest = int(host_counts.max()) if kept.numel() else 0
+    num_images, _, width = patches.shape
+    if num_kept is None:
+        counts = kept.sum(dim=1)
+        # The only point of a reduction at which the host waits for the device: everything downstream cuts by these
+        # numbers.
+        lengths = counts.cpu()
+    else:
+        lengths = torch.full((num_images,), num_kept)
+    longest = int(lengths.max()) if kept.numel() else 0
     # A stable sort of "dropped" (False before True) lists the kept positions first and keeps their order.
     front = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]  # [I, K]
-    gathered = patches.gather(1, front[:, :, None].expand(-1, -1, patches.shape[2]))  # [I, K, D]
+    gathered = patches.gather(1, front[:, :, None].expand(-1, -1, width))  # [I, K, D]
+    if num_kept is not None:
+        return gathered, lengths
     is_filled = torch.arange(longest, device=patches.device)[None, :] < counts[:, None]
-    return gathered.masked_fill(~is_filled[:, :, None], 0), host_counts
+    return gathered.masked_fill(~is_filled[:, :, None], 0), lengths

@@ -35,27 +35,31 @@ class RandomChoice(TokenReducer):
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Draw for each image."""
         patches = tokens.patches  # [I, N, D]
-        scores = torch.stack([self.draw(image) for image in patches]).to(patches.device)  # [I, N]
-        kept = select_top(scores, self.count_kept(patches.shape[1]))
-        features, lengths = (append_mean_token if self.mean else gather_kept)(patches, kept)
+        num_kept = self.count_kept(patches.shape[1])
+        kept = select_top(self.draw(patches), num_kept).to(patches.device)  # bool[I, N]
+        build = append_mean_token if self.mean else gather_kept
+        features, lengths = build(patches, kept, num_kept)
         return ReducedTokens(features=features, lengths=lengths, kept=kept)
 
-    def draw(self, image: Tensor) -> Tensor:
-        """Random scores for one image, seeded by the signs of some of its features.
+    def draw(self, patches: Tensor) -> Tensor:
+        """Random scores for each image, seeded by the signs of some of its features.
 
         Signs, because rounding differs a little between batch sizes and devices while signs stay.
 
         Args:
-            image: `[N, D]`.
+            patches: `[I, N, D]`.
 
         Returns:
-            `float32[N]` in [0, 1), on the CPU.
+            `float32[I, N]` in [0, 1), on the CPU: every device draws the same.
         """
-        flat = image.detach().flatten()
-        signs = (flat[:: max(1, flat.numel() // FINGERPRINT_SIZE)][:FINGERPRINT_SIZE] > 0).to(torch.uint8).cpu()
-        fingerprint = zlib.crc32(bytes(signs.tolist()), self.seed & 0xFFFFFFFF)
-        generator = torch.Generator().manual_seed(fingerprint)
-        return torch.rand(image.shape[0], generator=generator)
+        flat = patches.detach().flatten(1)
+        signs = (flat[:, :: max(1, flat.shape[1] // FINGERPRINT_SIZE)][:, :FINGERPRINT_SIZE] > 0).to(torch.uint8)
+        scores = torch.empty(patches.shape[:2])
+        # One wait for the device, for all images.
+        for row, own_signs in zip(scores, signs.cpu().tolist(), strict=True):
+            fingerprint = zlib.crc32(bytes(own_signs), self.seed & 0xFFFFFFFF)
+            row.copy_(torch.rand(row.shape, generator=torch.Generator().manual_seed(fingerprint)))
+        return scores
 
 
 @dataclass(frozen=True)

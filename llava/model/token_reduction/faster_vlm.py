@@ -39,6 +39,7 @@ class FasterVLM(TokenReducer):
         """Keep the top patches of each image."""
         attention = tokens.require(self.cls_attention)  # [I, H, N]
         scores = attention.mean(dim=1)  # [I, N]
-        kept = select_top(scores, self.count_kept(scores.shape[1]))
-        features, lengths = gather_kept(tokens.patches, kept)  # [I, K, D], [I]
+        num_kept = self.count_kept(scores.shape[1])
+        kept = select_top(scores, num_kept)
+        features, lengths = gather_kept(tokens.patches, kept, num_kept)  # [I, K, D], [I]
         return ReducedTokens(features=features, lengths=lengths, kept=kept, scores=scores)

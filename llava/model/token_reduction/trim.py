@@ -73,7 +73,8 @@ def count_upper_outliers(probabilities: Tensor, fence: float = TUKEY_FENCE) -> T
         `int64[I]`, between 0 and N // 4 for a fence >= 0. Each image has its own quartiles (the released code pools
         them over the batch; at batch size one both agree).
     """
-    levels = torch.tensor([0.25, 0.75], dtype=probabilities.dtype, device=probabilities.device)
+    # Made on the device: exactly 0.25 and 0.75, without a copy from the host.
+    levels = torch.linspace(0.25, 0.75, 2, dtype=probabilities.dtype, device=probabilities.device)
     first, third = torch.quantile(probabilities, levels, dim=1, interpolation="linear")  # [I] each
     upper_fence = third + fence * (third - first)
     return (probabilities > upper_fence[:, None]).sum(dim=1)
@@ -82,19 +83,20 @@ def count_upper_outliers(probabilities: Tensor, fence: float = TUKEY_FENCE) -> T
 # Step 3, `select_top`, is shared with other methods: see base.py.
 
 
-def append_mean_token(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def append_mean_token(patches: Tensor, kept: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
     """Step 4: kept patches in raster order, then one token, the float32 mean of all others.
 
     Args:
         patches: `[I, N, D]`.
         kept: `bool[I, N]`.
+        num_kept: see `gather_kept`.
 
     Returns:
         `[I, M, D]` zero-padded on the right, and `int64[I]` lengths on the CPU: the number kept plus one, or N where
         everything is kept (nothing is left to average, so there is no mean token).
     """
     num_patches = patches.shape[1]
-    features, counts = gather_kept(patches, kept)  # [I, K, D], [I]
+    features, counts = gather_kept(patches, kept, num_kept)  # [I, K, D], [I]
     dropped = (~kept).to(torch.float32)
     total = torch.einsum("in,ind->id", dropped, patches.to(torch.float32))
     mean = (total / dropped.sum(dim=1, keepdim=True).clamp(min=1)).to(patches.dtype)[:, None]  # [I, 1, D]

@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
-# ScienceQA: bash scripts/v1_5/eval/sqa.sh CKPT MODEL_DIR [RESULTS] [MODEL_BASE] [-- OPTIONS]
-# shellcheck source=scripts/lib/eval.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../../lib/eval.sh"
-
-eval_benchmark sqa scienceqa answers/%s/merge.jsonl "$@"
+# ScienceQA: bash scripts/v1_5/eval/sqa.sh CKPT MODEL_DIR [RESULTS] [MODEL_BASE] [-- OPTIONS]; --help explains them.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../lib/python.sh" -m llava.eval run sqa "$@"

@@ -4,16 +4,18 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks._files import read_document, take
+from llava.eval.predictions import read_answers
 from llava.eval.results import format_line, pair_with_questions, score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 ROWS = {
@@ -99,7 +101,7 @@ def test_the_headline_follows_from_the_verdicts(
     name: str, folder: Path, tmp_path: Path, num_answers: int | None
 ) -> None:
     task = find_benchmark(name)
-    write_answers(tmp_path / "some.jsonl", read_answers(folder / "answers.jsonl")[:num_answers])
+    write_jsonl(tmp_path / "some.jsonl", read_answers(folder / "answers.jsonl")[:num_answers])
     _, answers = pair_with_questions(task, tmp_path / "some.jsonl", folder, allow_partial=True)
     scores = task.score(answers, folder)
     assert task.headline(scores.verdicts) == pytest.approx(scores.headline, abs=1e-9)
@@ -131,7 +133,7 @@ def test_prompts_and_queries_are_those_of_llava_in_every_record(name: str, folde
 def test_answers_are_paired_by_id_not_by_position(name: str, folder: Path, tmp_path: Path) -> None:
     rows = read_answers(folder / "answers.jsonl")
     random.Random(5).shuffle(rows)
-    write_answers(tmp_path / "shuffled.jsonl", rows)
+    write_jsonl(tmp_path / "shuffled.jsonl", rows)
     shuffled = score_answers(find_benchmark(name), tmp_path / "shuffled.jsonl", folder)
     right = score_answers(find_benchmark(name), folder / "answers.jsonl", folder)
     assert shuffled.headline == pytest.approx(right.headline, abs=1e-9)
@@ -140,7 +142,7 @@ def test_answers_are_paired_by_id_not_by_position(name: str, folder: Path, tmp_p
 
 def test_missing_answers_are_refused_unless_allowed(name: str, folder: Path, tmp_path: Path) -> None:
     rows = read_answers(folder / "answers.jsonl")
-    write_answers(tmp_path / "some.jsonl", rows[:100])
+    write_jsonl(tmp_path / "some.jsonl", rows[:100])
     with pytest.raises(InputError, match=rf"lacks {len(rows) - 100} of {len(rows)} answers"):
         score_answers(find_benchmark(name), tmp_path / "some.jsonl", folder)
     partial = score_answers(find_benchmark(name), tmp_path / "some.jsonl", folder, allow_partial=True)
@@ -192,7 +194,7 @@ def test_a_broken_question_costs_its_own_answer_only(name: str, copied: Path) ->
     lost = json.loads(first)
     rows = read_answers(copied / "answers.jsonl")
     kept = [row for row in rows if (row["question_id"], row["prompt"]) != (lost["question_id"], lost["text"])]
-    write_answers(copied / "rest.jsonl", kept)
+    write_jsonl(copied / "rest.jsonl", kept)
     result = score_answers(find_benchmark(name), copied / "rest.jsonl", copied, allow_partial=True)
     assert result.missing == 1
     assert result.count >= COUNTS[name] - 1
@@ -206,7 +208,7 @@ def test_a_second_question_file_does_not_pass_for_the_annotated_one(name: str, c
     file.write_text("\n".join([*lines, json.dumps(foreign)]))
     rows = read_answers(copied / "answers.jsonl")
     foreign_row = rows[0] | {"question_id": foreign["question_id"], "prompt": foreign["text"]}
-    write_answers(copied / "answers.jsonl", [*rows, foreign_row])
+    write_jsonl(copied / "answers.jsonl", [*rows, foreign_row])
     with pytest.raises(InputError, match=rf"{ANNOTATION_FILES[name]} has no (annotation of 1|question)"):
         score_answers(find_benchmark(name), copied / "answers.jsonl", copied)
 
@@ -220,7 +222,7 @@ def test_questions_that_are_not_asked_are_noticed(name: str, copied: Path, missi
     dropped = json.loads(lines.pop(missing))
     file.write_text("\n".join(lines))
     rows = [row for row in read_answers(copied / "answers.jsonl") if row["question_id"] != dropped["question_id"]]
-    write_answers(copied / "answers.jsonl", rows)
+    write_jsonl(copied / "answers.jsonl", rows)
     with pytest.raises(InputError, match="annotates 1 questions that the question file does not ask"):
         score_answers(find_benchmark(name), copied / "answers.jsonl", copied)
 
@@ -304,7 +306,13 @@ def dry_run(repository: Path, script: str, *options: str, root: Path) -> str:
     (root / "model").mkdir()
     (root / "model" / "config.json").write_text("{}")
     command = ["bash", repository / "scripts/v1_5/eval" / script, "run-1", root / "model", *options]
-    environment = {"DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin", "LLAVA_EVAL_ROOT": str(root)}
+    environment = {
+        "DRY_RUN": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": sys.executable,
+        "LLAVA_EVAL_ROOT": str(root),
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 

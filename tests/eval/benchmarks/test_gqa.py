@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.gqa import Gqa
 from llava.eval.metrics.gqa import clean_prediction, count_steps, score_gqa
+from llava.eval.predictions import read_answers
 from llava.eval.results import export_answers, pair_with_questions, score_answers
+from llava.files import write_jsonl
 
 GQA = Gqa()
 PREDICTIONS = "expected_testdev_balanced_predictions.json"
@@ -137,7 +138,7 @@ def test_consistency_looks_at_rightly_answered_questions_that_entail_others() ->
 def test_without_all_entailed_predictions_there_is_no_consistency(folder: Path, tmp_path: Path) -> None:
     records = json.loads((folder / "testdev_balanced_questions.json").read_text())
     rows = [row for row in read_answers(folder / "answers.jsonl") if records[row["question_id"]]["isBalanced"]]
-    write_answers(tmp_path / "balanced.jsonl", rows)
+    write_jsonl(tmp_path / "balanced.jsonl", rows)
     full = score_answers(GQA, folder / "answers.jsonl", folder).scores
     scores = score_answers(GQA, tmp_path / "balanced.jsonl", folder, allow_partial=True).scores
     assert full.keys() - scores.keys() == {"consistency"}

@@ -10,7 +10,6 @@ import pytest
 
 from llava.errors import InputError, run_command
 from llava.eval import eval_gpt_review_bench, summarize_gpt_review
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.llavabench import (
     OWN_RULE_FILE,
     LlavaBench,
@@ -19,7 +18,9 @@ from llava.eval.benchmarks.llavabench import (
     summarize_ratings,
 )
 from llava.eval.judge import ApiJudge, ReplyCache, make_judge
+from llava.eval.predictions import read_answers
 from llava.eval.results import format_line, score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 BENCH = LlavaBench()
@@ -239,7 +240,7 @@ def test_missing_answers_are_refused_unless_allowed_and_then_take_no_part(
     oracle: Path, endpoint, tmp_path: Path, judge_anew
 ) -> None:
     rows = read_answers(oracle / "answers.jsonl")
-    write_answers(tmp_path / "some.jsonl", rows[1::2])
+    write_jsonl(tmp_path / "some.jsonl", rows[1::2])
     with pytest.raises(InputError, match=r"lacks 18 of 36 answers"):
         score_answers(BENCH, tmp_path / "some.jsonl", oracle, judge=judge_anew())
     assert not endpoint.requests
@@ -336,7 +337,7 @@ def test_reviews_of_other_answers_are_neither_mixed_in_nor_lost(
     output.parent.mkdir()
     output.write_text((copied / "expected_reviews.jsonl").read_text())
     rows = read_answers(copied / "answers.jsonl")
-    write_answers(copied / "answers.jsonl", [row | {"answer_id": f"other{row['question_id']}"} for row in rows])
+    write_jsonl(copied / "answers.jsonl", [row | {"answer_id": f"other{row['question_id']}"} for row in rows])
     with pytest.raises(SystemExit):
         run_main(eval_gpt_review_bench, monkeypatch, *review_arguments(copied, output))
     assert "has reviews of other answers" in capsys.readouterr().err

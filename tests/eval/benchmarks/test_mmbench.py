@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from openpyxl import load_workbook
 from transformers import AutoTokenizer
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmark import Case, row_key
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks.mmbench import load_table_questions, read_predictions, write_workbook
 from llava.eval.judge import ExactJudge
+from llava.eval.predictions import read_answers
 from llava.eval.results import ServerOnlyError, export_answers, score_answers
+from llava.files import write_jsonl
 from llava.image import EmbeddedImage, load_image
 from llava.prompt import wrap_prompt
 
@@ -207,7 +207,7 @@ def test_all_rounds_can_be_asked_of_the_own_table(mmbench: Path) -> None:
 
 
 def read_cells(path: Path) -> list[list]:
-    return [[cell.value for cell in row] for row in load_workbook(path).active]
+    return [[cell.value for cell in row] for row in pytest.importorskip("openpyxl").load_workbook(path).active]
 
 
 @both_languages
@@ -228,7 +228,7 @@ def test_the_same_answers_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
 
 def test_texts_stay_texts_in_a_workbook(tmp_path: Path) -> None:
     texts = ["=1+1", "#N/A", "12", "two\nlines", None, "a\x07b"]
-    sheet = load_workbook(write_workbook(tmp_path / "1.xlsx", [texts])).active
+    sheet = pytest.importorskip("openpyxl").load_workbook(write_workbook(tmp_path / "1.xlsx", [texts])).active
     assert [cell.value for cell in sheet[1]] == ["=1+1", "#N/A", "12", "two\nlines", None, "ab"]
     assert {cell.data_type for cell in sheet[1] if cell.value} == {"s"}
 
@@ -295,7 +295,7 @@ def test_a_broken_row_costs_its_own_question_only(mmbench: Path, change: dict, w
     assert words in fault.fault
     assert fault is questions[3]
     rows = [row for row in read_answers(mmbench / "answers.jsonl") if row["question_id"] != 2013]
-    write_answers(mmbench / "rest.jsonl", rows)
+    write_jsonl(mmbench / "rest.jsonl", rows)
     partial = score_answers(find_benchmark("mmbench"), mmbench / "rest.jsonl", mmbench, allow_partial=True)
     assert (partial.count, partial.missing) == (41, 1)
     assert "2013" not in partial.scores["hits"]
@@ -326,10 +326,10 @@ def test_a_question_that_lacks_an_answer_to_one_row_takes_no_part(mmbench: Path)
     whole = score_answers(find_benchmark("mmbench"), mmbench / "answers.jsonl", mmbench).scores["hits"]
     right = int(next(group for group, hit in whole.items() if hit))
     rows = [row for row in read_answers(mmbench / "answers.jsonl") if row["question_id"] != 1_000_000 + right]
-    write_answers(mmbench / "some.jsonl", rows)
+    write_jsonl(mmbench / "some.jsonl", rows)
     partial = score_answers(find_benchmark("mmbench"), mmbench / "some.jsonl", mmbench, allow_partial=True)
     assert partial.scores["hits"] == {group: hit for group, hit in whole.items() if group != str(right)}
-    write_answers(mmbench / "some.jsonl", [row for row in rows if row["question_id"] < 1_000_000])
+    write_jsonl(mmbench / "some.jsonl", [row for row in rows if row["question_id"] < 1_000_000])
     with pytest.raises(InputError, match="no question has answers to all of its rows"):
         score_answers(find_benchmark("mmbench"), mmbench / "some.jsonl", mmbench, allow_partial=True)
 
@@ -372,7 +372,7 @@ def test_an_empty_answer_is_the_word_that_the_scorers_read_from_its_cell(mmbench
     rows = read_answers(mmbench / "answers.jsonl")
     options = ["guitar", "an", "a kettle", "bicycle"]
     rows = [row | {"text": text, "options": options} if row["question_id"] == 2785 else row for row in rows]
-    write_answers(mmbench / "empty.jsonl", rows)
+    write_jsonl(mmbench / "empty.jsonl", rows)
     scores = score_answers(find_benchmark("mmbench"), mmbench / "empty.jsonl", mmbench).scores
     assert scores["per_row_inferred"]["2785"]["vlmevalkit"] == "B"
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmark import Verdict, row_key
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks.mme import parse_answer
+from llava.eval.predictions import read_answers
 from llava.eval.results import export_answers, format_line, score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 MME = find_benchmark("mme")
@@ -113,7 +114,7 @@ def test_prompts_and_queries_are_the_released_ones(mme: Path) -> None:
 
 
 def test_answers_are_paired_by_id_not_by_position(mme: Path) -> None:
-    write_answers(mme / "turned.jsonl", reversed(read_answers(mme / "answers.jsonl")))
+    write_jsonl(mme / "turned.jsonl", reversed(read_answers(mme / "answers.jsonl")))
     turned = score_answers(MME, mme / "turned.jsonl", mme)
     assert turned.scores == score_answers(MME, mme / "answers.jsonl", mme).scores
 
@@ -140,7 +141,7 @@ def test_a_label_with_two_spaces_is_found_and_kept(mme: Path, tmp_path: Path) ->
 def test_newlines_and_tabs_do_not_break_the_tools_files(mme: Path, tmp_path: Path) -> None:
     rows = read_answers(mme / "answers.jsonl")
     rows[0]["text"] = "Yes\nbecause\tit is"
-    write_answers(mme / "odd.jsonl", rows)
+    write_jsonl(mme / "odd.jsonl", rows)
     export_answers(MME, mme / "odd.jsonl", mme, tmp_path / "out")
     first = (tmp_path / "out" / "code_reasoning.txt").read_text().splitlines()[0]
     assert first.endswith("\tYes\tYes because it is")
@@ -148,11 +149,11 @@ def test_newlines_and_tabs_do_not_break_the_tools_files(mme: Path, tmp_path: Pat
 
 def test_a_image_with_one_answer_takes_no_part(mme: Path) -> None:
     rows = read_answers(mme / "answers.jsonl")
-    write_answers(mme / "some.jsonl", rows[1:])
+    write_jsonl(mme / "some.jsonl", rows[1:])
     partial = score_answers(MME, mme / "some.jsonl", mme, allow_partial=True)
     assert partial.scores["subtasks"]["code_reasoning"]["n_images"] == 3
     assert (partial.count, partial.missing) == (132, 1)
-    write_answers(mme / "some.jsonl", rows[:1])
+    write_jsonl(mme / "some.jsonl", rows[:1])
     with pytest.raises(InputError, match="no image of the perception subtasks has answers to both"):
         score_answers(MME, mme / "some.jsonl", mme, allow_partial=True)
 
@@ -161,7 +162,7 @@ def test_a_image_without_two_questions_is_refused(mme: Path) -> None:
     path = mme / "llava_mme.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     rows = read_answers(mme / "answers.jsonl")[1:]
-    write_answers(mme / "some.jsonl", rows)
+    write_jsonl(mme / "some.jsonl", rows)
     with pytest.raises(InputError, match=r"code_reasoning/3124.jpg has 1 questions, each image needs two"):
         score_answers(MME, mme / "some.jsonl", mme)
 

@@ -14,10 +14,11 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval import model_vqa, model_vqa_loader
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.mmvet import OWN_PROMPT, RETRY_SUFFIX, MmVet, parse_score
 from llava.eval.judge import ApiJudge, ReplyCache, make_judge
+from llava.eval.predictions import read_answers
 from llava.eval.results import score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 MMVET = MmVet()
@@ -237,7 +238,7 @@ def test_the_published_converter_writes_the_published_file(oracle: Path, tmp_pat
     subprocess.run(list(map(str, command)), check=True)
     assert target.read_bytes() == (oracle / "expected_results.json").read_bytes()
     rows = read_answers(oracle / "answers.jsonl")
-    write_answers(tmp_path / "twice.jsonl", [*rows, rows[3] | {"text": "something else"}])
+    write_jsonl(tmp_path / "twice.jsonl", [*rows, rows[3] | {"text": "something else"}])
     command[3] = tmp_path / "twice.jsonl"
     done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: two different answers to question 3\n")
@@ -246,14 +247,14 @@ def test_the_published_converter_writes_the_published_file(oracle: Path, tmp_pat
 def test_answers_are_paired_by_id_not_by_position(oracle: Path, tmp_path: Path) -> None:
     rows = read_answers(oracle / "answers.jsonl")
     random.Random(3).shuffle(rows)
-    write_answers(tmp_path / "shuffled.jsonl", rows)
+    write_jsonl(tmp_path / "shuffled.jsonl", rows)
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     shuffled = score_answers(MMVET, tmp_path / "shuffled.jsonl", oracle, judge=judge)
     assert shuffled.scores == score_answers(MMVET, oracle / "answers.jsonl", oracle, judge=judge).scores
 
 
 def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
-    write_answers(tmp_path / "some.jsonl", read_answers(oracle / "answers.jsonl")[:10])
+    write_jsonl(tmp_path / "some.jsonl", read_answers(oracle / "answers.jsonl")[:10])
     judge = make_judge("exact", None, tmp_path / "c.jsonl", MMVET)
     partial = score_answers(MMVET, tmp_path / "some.jsonl", oracle, allow_partial=True, judge=judge)
     assert (partial.count, partial.missing) == (10, 38)
@@ -266,7 +267,7 @@ def test_partial_answers_are_scored_alone(oracle: Path, tmp_path: Path) -> None:
         (lambda data: data.pop("v1_7"), "mm-vet.json has no v1_7; it and llava-mm-vet.jsonl must come from the same"),
         (lambda data: data["v1_7"].pop("answer"), 'v1_7: "answer" must be a string'),
         (lambda data: data["v1_7"].update(capability="ocr"), 'v1_7: "capability" must be a list'),
-        (lambda data: data["v1_7"].update(capability=["ocr", 1]), 'v1_7: "capability" must be a list of names'),
+        (lambda data: data["v1_7"].update(capability=["ocr", 1]), 'v1_7: "capability" must be a list of strings'),
         (lambda data: data.update(v1_7=["ocr"]), 'v1_7: "question" must be a string'),
     ],
 )
@@ -331,7 +332,7 @@ def test_the_scripts_answer_and_let_the_named_judge_score(
     (tmp_path / "model").mkdir()
     command = ["bash", repository / "scripts" / "v1_5" / "eval" / f"{script}.sh", "run-1", "model"]
     command += ["--", "--judge-model", "gpt-4o", "--batch-size", "4"]
-    settings = {"DRY_RUN": "1", "PYTHON": "python", "LLAVA_EVAL_ROOT": "data", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"DRY_RUN": "1", "PYTHON": sys.executable, "LLAVA_EVAL_ROOT": "data", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=True
     )

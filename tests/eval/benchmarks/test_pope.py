@@ -8,11 +8,12 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval import eval_pope
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks.pope import Pope
 from llava.eval.metrics.yes_no import parse_yes_no
+from llava.eval.predictions import read_answers
 from llava.eval.results import format_line, score_answers
+from llava.files import write_jsonl
 
 POPE = Pope()
 
@@ -52,14 +53,14 @@ def test_every_answer_is_read_as_the_official_script_reads_it(oracle: Path) -> N
 def test_answers_are_paired_by_id_not_by_position(oracle: Path, tmp_path: Path) -> None:
     rows = read_answers(oracle / "answers.jsonl")
     random.Random(3).shuffle(rows)
-    write_answers(tmp_path / "shuffled.jsonl", rows)
+    write_jsonl(tmp_path / "shuffled.jsonl", rows)
     shuffled = score_answers(POPE, tmp_path / "shuffled.jsonl", oracle)
     assert shuffled.scores == score_answers(POPE, oracle / "answers.jsonl", oracle).scores
 
 
 def test_missing_answers_are_refused_unless_allowed(oracle: Path, tmp_path: Path) -> None:
     rows = read_answers(oracle / "answers.jsonl")
-    write_answers(tmp_path / "some.jsonl", rows[:150])
+    write_jsonl(tmp_path / "some.jsonl", rows[:150])
     with pytest.raises(InputError, match=r"lacks 26 of 176 answers \(question \d+, .* and 21 more\).*--allow-partial"):
         score_answers(POPE, tmp_path / "some.jsonl", oracle)
     partial = score_answers(POPE, tmp_path / "some.jsonl", oracle, allow_partial=True)
@@ -70,7 +71,7 @@ def test_missing_answers_are_refused_unless_allowed(oracle: Path, tmp_path: Path
 def test_the_order_of_missing_answers_does_not_shift_the_labels(oracle: Path, tmp_path: Path) -> None:
     rows = read_answers(oracle / "answers.jsonl")
     right = json.loads((oracle / "expected.json").read_text())["main"]["categories"]["random"]
-    write_answers(tmp_path / "some.jsonl", rows[5:])
+    write_jsonl(tmp_path / "some.jsonl", rows[5:])
     partial = score_answers(POPE, tmp_path / "some.jsonl", oracle, allow_partial=True)
     assert_equal_numbers(partial.scores["categories"]["random"], right)
 
@@ -91,7 +92,7 @@ def test_no_answer_at_all_is_refused_even_if_partial(oracle: Path, tmp_path: Pat
 )
 def test_foreign_and_contradicting_answers_are_refused(oracle: Path, tmp_path: Path, change: dict, words: str) -> None:
     rows = read_answers(oracle / "answers.jsonl")
-    write_answers(tmp_path / "answers.jsonl", [*rows, rows[0] | change])
+    write_jsonl(tmp_path / "answers.jsonl", [*rows, rows[0] | change])
     with pytest.raises(InputError, match=words):
         score_answers(POPE, tmp_path / "answers.jsonl", oracle)
 
@@ -169,7 +170,7 @@ def test_a_broken_record_costs_its_own_answer_only(copied: Path) -> None:
     faults = [question.fault for question in POPE.load(copied) if question.fault]
     assert len(faults) == 1
     rows = [row for row in read_answers(copied / "answers.jsonl") if row["question_id"] != broken["question_id"]]
-    write_answers(copied / "rest.jsonl", rows)
+    write_jsonl(copied / "rest.jsonl", rows)
     partial = score_answers(POPE, copied / "rest.jsonl", copied, allow_partial=True)
     full = json.loads((copied / "expected.json").read_text())["main"]
     assert_equal_numbers(partial.scores["categories"]["popular"], full["categories"]["popular"])

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmark import row_key
 from llava.eval.benchmarks import find_benchmark
+from llava.eval.predictions import read_answers
 from llava.eval.results import Result, export_answers, score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 SEED = find_benchmark("seed")
@@ -93,7 +94,7 @@ def test_nothing_but_the_bare_letter_is_right(seed: Path, text: str) -> None:
         question["answer"] = "A"
     (seed / "SEED-Bench.json").write_text(json.dumps(annotations))
     rows = read_answers(seed / "answers.jsonl")
-    write_answers(seed / "all.jsonl", [row | {"text": text} for row in rows])
+    write_jsonl(seed / "all.jsonl", [row | {"text": text} for row in rows])
     assert score(seed, answers="all.jsonl").scores["total_accuracy"] == 0
 
 
@@ -107,7 +108,7 @@ def test_without_frames_the_videos_are_left_out_with_a_warning(
     assert all(isinstance(question.id, int) for question in questions)
     [record] = caplog.records
     assert "so 20 video questions are left out and 110 about images stay" in record.getMessage()
-    write_answers(
+    write_jsonl(
         seed / "images.jsonl",
         [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], int)],
     )
@@ -133,7 +134,7 @@ def test_a_split_says_what_is_asked_whatever_is_there(seed: Path, split: str, nu
 
 def test_the_video_split_is_named_in_its_line(seed: Path, expected: dict) -> None:
     videos = [row for row in read_answers(seed / "answers.jsonl") if isinstance(row["question_id"], str)]
-    write_answers(seed / "videos.jsonl", videos)
+    write_jsonl(seed / "videos.jsonl", videos)
     result = score(seed, "video", "videos.jsonl")
     assert result.row == "SEEDBench (Video)"
     assert result.headline == pytest.approx(expected["main"]["video_accuracy"])

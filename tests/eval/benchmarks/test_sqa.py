@@ -8,11 +8,12 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval import eval_science_qa
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmark import row_key
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks.sqa import name_groups
+from llava.eval.predictions import read_answers
 from llava.eval.results import score_answers
+from llava.files import write_jsonl
 from llava.prompt import wrap_prompt
 
 SQA = find_benchmark("sqa")
@@ -78,7 +79,7 @@ def test_answers_without_prompt_stay_in_the_headline(
     for row in rows:
         del row["prompt"]
         row.update({} if prompt is None else {"prompt": prompt})
-    write_answers(science / "answers.jsonl", rows)
+    write_jsonl(science / "answers.jsonl", rows)
     result = score_answers(SQA, science / "answers.jsonl", science, allow_partial=True)
     assert result.scores["img_total"] == expected["main"]["img_total"]
     assert result.headline == pytest.approx(expected["main"]["img_accuracy"], abs=1e-6)
@@ -114,7 +115,7 @@ def test_missing_answers_are_refused_unless_allowed(science: Path) -> None:
 def test_a_missing_answer_leaves_the_headline_but_not_the_accuracy(science: Path) -> None:
     whole = score_answers(SQA, science / "answers.jsonl", science, allow_partial=True).scores
     rows = [row for row in read_answers(science / "answers.jsonl") if row["question_id"] != "222"]
-    write_answers(science / "fewer.jsonl", rows)
+    write_jsonl(science / "fewer.jsonl", rows)
     fewer = score_answers(SQA, science / "fewer.jsonl", science, allow_partial=True).scores
     assert (fewer["img_total"], fewer["img_correct"]) == (whole["img_total"] - 1, whole["img_correct"] - 1)
     assert (fewer["count"], fewer["correct"]) == (whole["count"], whole["correct"] - 1)
@@ -122,7 +123,7 @@ def test_a_missing_answer_leaves_the_headline_but_not_the_accuracy(science: Path
 
 def test_answers_to_text_alone_have_no_headline(science: Path) -> None:
     rows = [row for row in read_answers(science / "answers.jsonl") if "<image>" not in row["prompt"]]
-    write_answers(science / "text.jsonl", rows)
+    write_jsonl(science / "text.jsonl", rows)
     with pytest.raises(InputError, match="none of the questions with an image has an answer"):
         score_answers(SQA, science / "text.jsonl", science, allow_partial=True)
 

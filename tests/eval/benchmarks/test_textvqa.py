@@ -6,9 +6,10 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval import eval_textvqa
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.textvqa import TextVqa, extract_question
+from llava.eval.predictions import read_answers
 from llava.eval.results import export_answers, pair_with_questions, score_answers
+from llava.files import write_jsonl
 
 TEXTVQA = TextVqa()
 HOW = "Answer the question using a single word or phrase."
@@ -104,8 +105,8 @@ def test_llavas_command_scores_a_folder_of_answers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     rows = read_answers(folder / "answers.jsonl")
-    write_answers(tmp_path / "b.jsonl", rows)
-    write_answers(tmp_path / "a.jsonl", rows[:10])
+    write_jsonl(tmp_path / "b.jsonl", rows)
+    write_jsonl(tmp_path / "a.jsonl", rows[:10])
     (tmp_path / "notes.txt").write_text("no answers")
     arguments = ["--annotation-file", folder / "TextVQA_0.5.1_val.json"]
     run_command_line(monkeypatch, *arguments, "--result-dir", tmp_path)
@@ -119,7 +120,7 @@ def test_llavas_command_scores_a_folder_of_answers(
     [
         ([], "name what to score"),
         (["--result-dir", "."], r"no answers files \(\*.jsonl\) in \."),
-        (["--result-file", "none.jsonl"], "no answers file none.jsonl"),
+        (["--result-file", "none.jsonl"], "no such file: none.jsonl"),
         (["--result-file", "empty"], "empty has no answers"),
     ],
 )

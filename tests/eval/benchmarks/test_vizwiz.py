@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.vizwiz import VizWiz, VizWizAnswers, summarize_answers
+from llava.eval.predictions import read_answers
 from llava.eval.results import export_answers, pair_with_questions, score_answers
+from llava.files import write_jsonl
 
 VIZWIZ = VizWiz()
 
@@ -32,7 +33,7 @@ def test_uploads_equal_those_of_llava_byte_for_byte(folder: Path, tmp_path: Path
 
 def test_an_upload_needs_an_answer_to_every_question(folder: Path, tmp_path: Path) -> None:
     rows = [row for row in read_answers(folder / "answers.jsonl") if row["question_id"] != 7]
-    write_answers(tmp_path / "some.jsonl", rows)
+    write_jsonl(tmp_path / "some.jsonl", rows)
     with pytest.raises(InputError, match="question 7 has no answer"):
         export_answers(VIZWIZ, tmp_path / "some.jsonl", folder, tmp_path, allow_partial=True)
 
@@ -109,7 +110,7 @@ def test_two_questions_about_one_image_are_refused(copied: Path) -> None:
     twin = json.loads(lines[4]) | {"question_id": 7777}
     file.write_text("\n".join([*lines, json.dumps(twin)]))
     rows = read_answers(copied / "answers.jsonl")
-    write_answers(copied / "answers.jsonl", [*rows, rows[0] | {"question_id": 7777}])
+    write_jsonl(copied / "answers.jsonl", [*rows, rows[0] | {"question_id": 7777}])
     with pytest.raises(InputError, match=r"several questions are about VizWiz_val_00000004.jpg"):
         score_answers(VIZWIZ, copied / "answers.jsonl", copied)
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.answers import read_answers, write_answers
 from llava.eval.benchmarks.vqav2 import Vqav2
+from llava.eval.predictions import read_answers
 from llava.eval.results import export_answers, pair_with_questions, score_answers
+from llava.files import write_jsonl
 
 VQAV2 = Vqav2()
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015"
@@ -43,7 +44,7 @@ def test_uploads_equal_those_of_llava_byte_for_byte(
 
 
 def test_an_upload_lists_every_question_of_the_test_split_in_its_order(folder: Path, tmp_path: Path) -> None:
-    write_answers(tmp_path / "one.jsonl", read_answers(folder / "answers_testdev.jsonl")[:1])
+    write_jsonl(tmp_path / "one.jsonl", read_answers(folder / "answers_testdev.jsonl")[:1])
     (file,) = export_answers(VQAV2.with_split("test"), tmp_path / "one.jsonl", folder, tmp_path, allow_partial=True)
     upload = json.loads(file.read_text())
     listed = [json.loads(line)["question_id"] for line in (folder / "llava_vqav2_mscoco_test2015.jsonl").open()]
@@ -52,7 +53,7 @@ def test_an_upload_lists_every_question_of_the_test_split_in_its_order(folder: P
 
 
 def test_an_incomplete_upload_is_refused(folder: Path, tmp_path: Path) -> None:
-    write_answers(tmp_path / "some.jsonl", read_answers(folder / "answers_testdev.jsonl")[1:])
+    write_jsonl(tmp_path / "some.jsonl", read_answers(folder / "answers_testdev.jsonl")[1:])
     with pytest.raises(InputError, match="lacks 1 of 40 answers"):
         export_answers(VQAV2.with_split("test"), tmp_path / "some.jsonl", folder, tmp_path / "out")
 
@@ -110,7 +111,7 @@ def test_a_broken_official_question_is_a_fault(copied: Path) -> None:
 
 def test_a_question_id_of_another_json_type_is_no_answer(folder: Path, tmp_path: Path) -> None:
     rows = [row | {"question_id": str(row["question_id"])} for row in read_answers(folder / "answers.jsonl")]
-    write_answers(tmp_path / "strings.jsonl", rows)
+    write_jsonl(tmp_path / "strings.jsonl", rows)
     with pytest.raises(InputError, match="belongs to no question"):
         score_answers(VQAV2, tmp_path / "strings.jsonl", folder)
 

@@ -1,11 +1,13 @@
-"""The command-line faces answer, chat and draw, and tell a user's mistakes in one line with exit code 2."""
+"""The commands that ask about an image answer, chat and draw; a user's mistake ends in one line and exit code 2."""
 
 import http.server
 import io
+import json
 import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,54 @@ from llava.eval.run_llava import eval_model
 from llava.serve import cli
 from llava.visualize import main as visualize_main
 
+ROOT = Path(__file__).parents[1]
+# Runs each command as `python -m` or `python FILE` would, in one process; prints what went wrong.
+RUN_EACH = """
+import contextlib, io, json, os, runpy, sys
+heavy = ("torch", "transformers", "matplotlib", "datasets", "openai")
+for words, code in json.loads(sys.argv[1]):
+    target, sys.argv = words[0], list(words)
+    out, left = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            if target.endswith(".py"):
+                runpy.run_path(target, run_name="__main__")
+            else:
+                runpy.run_module(target, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            left = end.code or 0
+    loaded = [name for name in heavy if name in sys.modules]
+    if left != code or "usage:" not in out.getvalue() or loaded:
+        print(words, "left with", left, "loaded", loaded, out.getvalue()[-300:], flush=True)
+        os._exit(0)
+"""
+
+
+def list_commands() -> list[str]:
+    """List the modules and scripts that are commands, but those of training and the benches."""
+    files = [*ROOT.glob("llava/**/*.py"), *ROOT.glob("scripts/*.py")]
+    commands = [path for path in files if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    names = [path.relative_to(ROOT) for path in commands if "train" not in path.parts]
+    return [
+        str(name) if name.parts[0] == "scripts" else ".".join(name.with_suffix("").parts).removesuffix(".__main__")
+        for name in names
+    ]
+
+
+def test_every_command_answers_help_and_mistaken_options_before_it_loads_a_library():
+    commands = list_commands()
+    assert {"llava.eval", "llava.serve.cli", "llava.efficiency", "scripts/merge_lora_weights.py"} <= set(commands)
+    runs = [([command, "--help"], 0) for command in commands]
+    runs += [([command, "--no-such-option"], 2) for command in commands]
+    runs += [
+        (["llava.eval", name, "--help"], 0) for name in ("list", "run", "answer", "score", "wrong", "export", "report")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_EACH, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 TRIM, PLAIN = "llava-v1.5-tiny84-TRIM", "llava-v1.5-tiny84"
 NOISE, SIGN, TALL = (f"../data/images/{name}.png" for name in ("noise", "sign", "tall_shapes"))
 BUS = "What is the color of the bus?"
@@ -26,7 +76,7 @@ BRIEF = ["--max_new_tokens", "4", "--temperature", "0"]
 
 @pytest.fixture
 def command(checkpoints, monkeypatch, capsys):
-    """Run a face as a command; returns exit code, standard output and standard error."""
+    """Run a command; returns exit code, standard output and standard error."""
 
     def run(main, *arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -37,7 +87,9 @@ def command(checkpoints, monkeypatch, capsys):
         except SystemExit as left:
             code = left.code
         output = capsys.readouterr()
-        return code, output.out, output.err
+        # The template is named on stderr once the model is loaded; it is not part of what went wrong.
+        told = [line for line in output.err.splitlines(keepends=True) if not line.startswith("conversation template ")]
+        return code, output.out, "".join(told)
 
     return run
 
@@ -46,12 +98,15 @@ def ask_command(command, *arguments, model=TRIM, image=NOISE, query=BUS):
     return command(run_llava.main, "--model-path", model, "--image-file", image, "--query", query, *BRIEF, *arguments)
 
 
-def test_picture_lists_are_split_but_existing_files_are_not(tmp_path):
+def test_image_lists_are_split_but_existing_files_are_not(tmp_path):
     odd = tmp_path / "a,b.png"
     odd.touch()
     assert list_image_sources(["x.png,y.png", str(odd)], ",") == ["x.png", "y.png", str(odd)]
     assert list_image_sources("x.png;y.png", ";") == ["x.png", "y.png"]
     assert list_image_sources("x.png", "") == ["x.png"]
+    names = [f"image_{number}.png" for number in range(1000)]  # together too long for a name
+    assert list_image_sources(",".join(names), ",") == names
+    assert list_image_sources("half \ud83d.png,a\0b.png", ",") == ["half \ud83d.png", "a\0b.png"]
 
 
 def test_the_template_option_beats_the_checkpoint_name():
@@ -72,7 +127,7 @@ def test_run_llava_reduces_as_told(command):
     assert "7 of 36" in ask_command(command, "--reduce", "TRIM:-1", model=PLAIN)[2]
 
 
-def test_run_llava_takes_several_pictures_joined_or_repeated(command):
+def test_run_llava_takes_several_images_joined_or_repeated(command):
     joined = ask_command(command, image=f"{NOISE},{SIGN}")
     repeated = ask_command(command, "--image-file", SIGN)
     assert joined == repeated and "of 72 kept" in joined[2]
@@ -102,7 +157,7 @@ MISTAKES = [
     ({"image": "config.json"}, (), "no such file"),
     ({"image": f"{TRIM}/config.json"}, (), "not an image"),
     ({"query": " "}, (), "--query is empty"),
-    ({"query": "<image> <image> which?"}, (), "2 <image> mark"),
+    ({"query": "<image> <image> which?"}, (), "2 <image> placeholders for 1 new images"),
     ({"query": "word " * 5000}, (), "positions"),
     ({"model": "./no-such-folder"}, (), "no-such-folder"),
     ({"model": "../data/images"}, (), "config.json"),
@@ -113,7 +168,20 @@ MISTAKES = [
     ({}, ("--tower-dtype", "float9"), "float9"),
     ({}, ("--attn-implementation", "flashy"), "flashy"),
     ({}, ("--temperature", "-2"), "temperature -2.0"),
+    ({}, ("--temperature", "nan"), "temperature nan: expected 0, or 0.001 to 100"),
+    ({}, ("--temperature", "inf"), "temperature inf"),
     ({}, ("--num_beams", "0"), "num_beams 0"),
+    ({}, ("--num_beams", "100000"), "num_beams 100000: expected 1 to 64"),
+    ({}, ("--seed", str(2**64)), "seed 18446744073709551616: expected"),
+    ({"image": "/dev/zero"}, (), "/dev/zero is a device, not a regular file"),
+    ({"image": "x" * 300}, (), "File name too long"),
+    (
+        {"image": "http://user:secret@localhost:9/a.png"},
+        (),
+        "http://localhost:9/a.png: an address with a user",
+    ),
+    ({"query": "half \ud83d"}, (), r"character 6 of the text, '\ud83d', is half of a surrogate pair"),
+    ({"query": "word " * 300_000}, (), "a text of 1,500,000 characters"),
 ]
 
 
@@ -164,7 +232,7 @@ def test_a_piped_question_that_cannot_be_answered_ends_the_chat_with_one_line(co
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_faces_run_as_modules_from_a_shell(checkpoints, golden):
+def test_commands_run_as_modules_from_a_shell(checkpoints, golden):
     root = golden.parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "llava.serve.cli", "--model-path", TRIM, "--image-file", NOISE, "--max-new-tokens", "2"],
@@ -173,7 +241,23 @@ def test_faces_run_as_modules_from_a_shell(checkpoints, golden):
     assert done.returncode == 0 and b"of 36 kept" in done.stdout and b"Traceback" not in done.stderr
 
 
-def test_visualize_writes_a_picture(command, tmp_path):
+def test_a_draw_is_repeated_by_its_seed_and_help_says_that_there_is_one(command):
+    draw = ["--temperature", "5", "--seed"]
+    assert ask_command(command, *draw, "3") == ask_command(command, *draw, "3")
+    assert len({ask_command(command, *draw, str(seed))[1] for seed in range(4)}) > 1
+    text = " ".join(command(run_llava.main, "--help")[1].split())
+    assert "default: 0.2; tokens are drawn, in each run others" in text and "--seed" in text
+
+
+@pytest.mark.parametrize("query", ["half \ud83d", "word " * 300_000])
+def test_visualize_refuses_a_question_that_no_tokenizer_takes(command, tmp_path, query):
+    code, _, err = command(
+        visualize_main, "--model-path", TRIM, "--image-file", TALL, "--query", query, "--out", tmp_path / "a.png"
+    )
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_visualize_writes_an_image(command, tmp_path):
     out = tmp_path / "new folder" / "kept.png"
     code, _, err = command(
         visualize_main, "--model-path", TRIM, "--image-file", TALL, "--query", f"{BUS} 这张", "--out", out
@@ -187,3 +271,14 @@ def test_visualize_refuses_a_checkpoint_that_keeps_everything(command, tmp_path)
     code, _, err = command(visualize_main, *arguments)
     assert code == 2 and "--reduce" in err and not (tmp_path / "a.png").exists()
     assert command(visualize_main, *arguments, "--reduce", "Random:0.25")[0] == 0
+
+
+def test_the_template_is_the_options_the_stored_one_or_that_of_the_name_and_is_named(capsys):
+    args = SimpleNamespace(model_path="/a/llava-v1.5-7b")
+    assert choose_template(args) == "llava_v1"
+    assert 'conversation template llava_v1, by the name "llava-v1.5-7b"' in capsys.readouterr().err
+    assert choose_template(args, SimpleNamespace(conv_mode="vicuna_v1")) == "vicuna_v1"
+    assert "conversation template vicuna_v1, from config.json" in capsys.readouterr().err
+    args.conv_mode = "plain"
+    assert choose_template(args, SimpleNamespace(conv_mode="vicuna_v1")) == "plain"
+    assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""The store with real processes, real kills and real files; the worker below answers without any model."""
+"""The answers file, and the run on disk with real processes, real kills and real files."""
 
 import json
 import os
@@ -12,21 +12,115 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.answers import dump_row, make_row, read_answers
-from llava.eval.benchmark import Question
-from llava.eval.store import AnswerStore
+from llava.eval.benchmark import Question, Row
+from llava.eval.predictions import (
+    ANSWER_ID_ALPHABET,
+    PredictionStore,
+    make_answer_id,
+    make_row,
+    name_questions,
+    pair_answers,
+    parse_rows,
+    read_answers,
+)
+from llava.files import FileError, write_jsonl
+
+
+def dump_line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+QUESTION = Question(id="7", prompt="Is it?\nAnswer.", query="Is it?", images=(Path("a.jpg"),))
+
+
+def test_a_row_has_the_published_columns_in_the_published_order() -> None:
+    row = make_row(QUESTION, "Yes", "llava", {"num_tokens": 4})
+    assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+    assert (row["question_id"], row["prompt"], row["text"]) == ("7", "Is it?\nAnswer.", "Yes")
+    assert row["metadata"] == {"num_tokens": 4}
+
+
+def test_a_benchmark_may_record_another_prompt_and_add_columns() -> None:
+    question = Question(id=7, prompt="Is it?\nAnswer.", record="Is it?", fields={"round_id": 2, "options": ["a"]})
+    row = make_row(question, "A", "llava", {})
+    assert (row["prompt"], row["round_id"], row["options"]) == ("Is it?", 2, ["a"])
+
+
+def test_answer_ids_look_like_the_published_ones_and_never_change() -> None:
+    identity = make_answer_id("llava", QUESTION)
+    assert len(identity) == 22
+    assert set(identity) <= set(ANSWER_ID_ALPHABET)
+    assert identity == make_answer_id("llava", QUESTION) == "js2CTDUVDf7JQYmMhctpSF"
+    assert identity != make_answer_id("llava-2", QUESTION)
+    assert identity != make_answer_id("llava", Question(id=7, prompt=QUESTION.prompt))
+
+
+@pytest.mark.parametrize("cut", [1, 10, 60])
+def test_a_torn_last_line_is_ignored(cut: int) -> None:
+    row = make_row(QUESTION, "Yes\nand “no”", "llava", {})
+    content = (dump_line(row) * 2).encode()
+    assert parse_rows(content, "x") == [row, row]
+    assert parse_rows(content[:-1], "x") == [row, row]
+    assert parse_rows(content[: -1 - cut], "x") == [row]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"question_id": 1}', '{"text": "a"}', '{"question_id": 1, "text": null}'])
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
+    row = make_row(QUESTION, "Yes", "llava", {})
+    file = tmp_path / "answers.jsonl"
+    file.write_text(f"{dump_line(row)}{line}\n{dump_line(row)}")
+    with pytest.raises(InputError, match=r"answers.jsonl line 2 is not"):
+        read_answers(file)
+
+
+def test_a_missing_answers_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no such file: .*answers.jsonl; `python -m llava.eval answer` makes it"):
+        read_answers(tmp_path / "answers.jsonl")
+
+
+def test_writing_leaves_no_half_file_behind(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "answers.jsonl"
+    rows = [make_row(QUESTION, "Yes", "llava", {})]
+    write_jsonl(file, rows)
+
+    def failing() -> object:
+        yield rows[0]
+        raise OSError("disk full")
+
+    with pytest.raises(FileError, match="disk full"):
+        write_jsonl(file, failing())
+    assert read_answers(file) == rows
+
+
+def test_equal_answers_to_one_question_count_once() -> None:
+    row = make_row(QUESTION, "Yes", "llava", {})
+    assert len(pair_answers([QUESTION], [row, row], ("question_id",))) == 1
+
+
+def test_questions_that_share_an_id_are_told_apart_by_their_prompt() -> None:
+    questions = [Question(id="a", prompt="One?"), Question(id="a", prompt="Two?")]
+    rows = [make_row(question, question.prompt, "llava", {}) for question in questions]
+    paired = pair_answers(questions, reversed(rows), ("question_id", "prompt"))
+    assert sorted(row["text"] for row in paired.values()) == ["One?", "Two?"]
+
+
+def test_many_questions_are_named_by_the_first_few() -> None:
+    questions = [Question(id=number) for number in range(9)]
+    assert name_questions(questions[:2]) == "0, 1"
+    assert name_questions(questions) == "0, 1, 2, 3, 4 and 4 more"
+
 
 WORKER = """
 import sys, time
 from pathlib import Path
-from llava.eval.answers import make_row
-from llava.eval.store import AnswerStore
+from llava.eval.predictions import make_row
+from llava.eval.predictions import PredictionStore
 from llava.eval.benchmark import Question, row_key
 
 path, worker, seconds, model = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 repeats, key_fields = int(sys.argv[5]), sys.argv[6].split(",")
 questions = [Question(id=number // repeats, prompt=f"What is {number}?") for number in range(60)]
-store = AnswerStore(path, key_fields, worker)
+store = PredictionStore(path, key_fields, worker)
 store.open({"model": model})
 print("open", flush=True)
 for unit in range(20):
@@ -46,7 +140,7 @@ KEY = ("question_id",)
 UNIQUE = (1, "question_id")
 """Every question has its own id."""
 REPEATED = (3, "question_id,prompt")
-"""Three questions share an id, as those on one picture do in TextVQA and MME; the prompt tells them apart."""
+"""Three questions share an id, as those on one image do in TextVQA and MME; the prompt tells them apart."""
 
 
 def start(
@@ -188,12 +282,12 @@ missing = store.finish"""
 
 def test_a_torn_line_is_cut_before_new_answers_are_appended(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "answers.jsonl"
-    store = AnswerStore(path, KEY)
+    store = PredictionStore(path, KEY)
     store.open({"model": "a"})
     rows = [make_row(question, f"{question.prompt} by a", "a", {}) for question in QUESTIONS[:5]]
     store.append(rows)
     with (tmp_path / "answers.jsonl.parts" / "0.jsonl").open("a") as part:
-        part.write(dump_row(make_row(QUESTIONS[5], "What is 5? by a", "a", {}))[:40])
+        part.write(json.dumps(make_row(QUESTIONS[5], "What is 5? by a", "a", {}))[:40])
     store.finish(QUESTIONS, QUESTIONS)
     assert finish(start(path)) == "0"
     assert path.read_bytes() == undisturbed
@@ -224,7 +318,7 @@ def test_unfinished_parts_of_other_settings_are_moved_too(tmp_path: Path) -> Non
 def test_a_file_of_unknown_origin_is_moved_not_lost(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"question_id": 1, "text": "from another program"}\n')
-    assert AnswerStore(path, KEY).open({"model": "a"}) == tmp_path / "answers.jsonl.old-1"
+    assert PredictionStore(path, KEY).open({"model": "a"}) == tmp_path / "answers.jsonl.old-1"
     assert read_answers(tmp_path / "answers.jsonl.old-1")[0]["text"] == "from another program"
 
 
@@ -233,7 +327,7 @@ def test_two_workers_of_one_number_do_not_run_at_once(tmp_path: Path) -> None:
     busy = start(path, 0, seconds=0.5)
     busy.stdout.readline()
     with pytest.raises(InputError, match=r"worker 0 is already at work on .*answers.jsonl"):
-        AnswerStore(path, KEY).open({"model": "a"})
+        PredictionStore(path, KEY).open({"model": "a"})
     busy.kill()
     busy.communicate()
 
@@ -243,14 +337,14 @@ def test_a_run_with_other_settings_does_not_disturb_a_living_one(tmp_path: Path)
     busy = start(path, 0, seconds=0.05)
     busy.stdout.readline()
     with pytest.raises(InputError, match="a run with other settings is at work"):
-        AnswerStore(path, KEY, worker=1).open({"model": "b"})
+        PredictionStore(path, KEY, worker=1).open({"model": "b"})
     assert finish(busy) == "0"
 
 
 def test_a_shorter_second_run_keeps_the_answers_of_a_longer_first_one(tmp_path: Path, undisturbed: bytes) -> None:
     path = tmp_path / "answers.jsonl"
     assert finish(start(path)) == "0"
-    store = AnswerStore(path, KEY)
+    store = PredictionStore(path, KEY)
     store.open({"model": "a"})
     assert store.finish(QUESTIONS, QUESTIONS[:5]) == []
     assert path.read_bytes() == undisturbed
@@ -258,19 +352,39 @@ def test_a_shorter_second_run_keeps_the_answers_of_a_longer_first_one(tmp_path: 
 
 def test_unanswered_questions_are_told_and_the_rest_is_written(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    store = AnswerStore(path, KEY)
+    store = PredictionStore(path, KEY)
     store.open({"model": "a"})
     store.append([make_row(question, "x", "a", {}) for question in QUESTIONS[2:]])
     assert [question.id for question in store.finish(QUESTIONS, QUESTIONS)] == [0, 1]
     assert [row["question_id"] for row in read_answers(path)] == list(range(2, 60))
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_path_that_is_no_file_is_refused_and_stays(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(InputError, match=f"answers.jsonl: it is a {kind}; name a regular file"):
+        PredictionStore(path, KEY)
+    assert [found.name for found in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path, undisturbed: bytes) -> None:
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "answers.jsonl", tmp_path / "disk" / "real.jsonl"
+    target.write_text('{"question_id": 1, "text": "from another program"}\n')
+    link.symlink_to(target)
+    assert finish(start(link)) == "0"
+    assert link.is_symlink()
+    assert target.read_bytes() == undisturbed
+    assert read_answers(tmp_path / "disk" / "real.jsonl.old-1")[0]["text"] == "from another program"
+
+
 def test_answers_are_on_the_disk_after_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
-    store = AnswerStore(tmp_path / "answers.jsonl", KEY)
+    store = PredictionStore(tmp_path / "answers.jsonl", KEY)
     store.open({"model": "a"})
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
     rows = [make_row(question, "x", "a", {}) for question in QUESTIONS[:2]]
     store.append(rows)
-    assert synced == [sum(len(dump_row(row)) for row in rows)]
+    assert synced == [sum(len(json.dumps(row)) + 1 for row in rows)]
     store.finish(QUESTIONS, QUESTIONS)

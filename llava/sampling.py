@@ -1,0 +1,63 @@
+"""How an answer is searched for: the settings that every command and entry point shares.
+
+Apart from `llava.generation`, so that a command can check its options before torch is imported.
+"""
+
+from dataclasses import dataclass
+
+from llava.errors import InputError
+
+MAX_BEAMS = 64
+"""Beams are rows of one batch: more than this is a typing error, and would run for hours."""
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100
+"""Below, scores leave the range of numbers; above, tokens are noise."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is searched for.
+
+    Attributes:
+        temperature: 0 takes the likeliest token each time; above 0 tokens are drawn.
+        top_p: draw among the likeliest tokens that together hold this probability; None: among all.
+        num_beams: width of the beam search, at most `MAX_BEAMS`; 1 is none.
+        max_new_tokens: length limit of an answer.
+        seed: of the draw, set anew for each answer; None: every draw is another.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 512
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+                f"temperature {self.temperature}: expected 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}",
+            ),
+            (self.top_p is None or 0 < self.top_p <= 1, f"top_p {self.top_p}: expected a number above 0, at most 1"),
+            (1 <= self.num_beams <= MAX_BEAMS, f"num_beams {self.num_beams}: expected 1 to {MAX_BEAMS}"),
+            (self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens}: expected 1 or more"),
+            (self.seed is None or 0 <= self.seed < 2**64, f"seed {self.seed}: expected 0 to 2**64 - 1"),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise InputError(message)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is simply the likeliest one."""
+        return self.temperature == 0 and self.num_beams == 1
+
+    def as_arguments(self) -> dict[str, object]:
+        """Return the keyword arguments of `generate`; without a draw, none that only a draw reads."""
+        arguments: dict[str, object] = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
+        if self.temperature > 0:
+            return arguments | {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return arguments | {"do_sample": False}

@@ -1,0 +1,30 @@
+"""Reading `tokenizer.model` where sentencepiece's own module cannot be imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from llava.model.tokenizer import load_tokenizer
+
+TEXT = "Hello <image> world\n"
+# What protobuf 6 does to the module of sentencepiece 0.2.3.
+BLOCKED = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "sentencepiece.sentencepiece_model_pb2":
+            raise RuntimeError("Detected incompatible Protobuf Gencode/Runtime versions")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_a_folder_with_tokenizer_model_alone_loads_without_sentencepieces_own_module(golden: Path):
+    folder = golden / "checkpoints/lmsys/vicuna-tiny-v1.5"
+    assert not (folder / "tokenizer.json").exists()
+    code = f"""{BLOCKED}
+from llava.model.tokenizer import load_tokenizer
+print(load_tokenizer({str(folder)!r})({TEXT!r}).input_ids)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == str(load_tokenizer(str(folder))(TEXT).input_ids)
