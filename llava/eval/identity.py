@@ -30,9 +30,9 @@ from llava.errors import InputError
 from llava.eval.benchmark import Question, row_key
 from llava.files import FileError, read_json, write_json
 from llava.model.adapter import find_file
-from llava.model.builder import INDEX_FILES, read_weight_map
 from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX
 from llava.model.multimodal_encoder.loading import resolve_name
+from llava.model.stored_weights import INDEX_FILES, read_weight_map
 
 CONFIG_FILE = "config.json"
 SETTINGS_FILES = (
