@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+if "LLAVA_TEST_DEVICE" in os.environ:
+    # Tests that read this compute there instead of on the CPU; float32 is then float32 in convolutions as well.
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
 # A shell starts background jobs with Ctrl-C ignored, and what they start inherits that. The tests that interrupt a
 # command state what it does where Ctrl-C reaches it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

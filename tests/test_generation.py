@@ -1,5 +1,6 @@
 """The greedy decoder against transformers' `generate`, id by id."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from llava.generation import GreedyDecoder, is_plain, share_images
 from llava.model.builder import load_pretrained_model
 from llava.model.image_tokens import ImageTokens
 
+DEVICE = os.environ.get("LLAVA_TEST_DEVICE", "cpu")
 LIMIT = 12
 
 
@@ -20,7 +22,7 @@ def model(golden: Path) -> Any:
     checkpoints = golden / "checkpoints"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(checkpoints)
-        return load_pretrained_model("llava-v1.5-tiny84-TRIM", None, "llava-tiny", device="cpu", dtype="float32")[1]
+        return load_pretrained_model("llava-v1.5-tiny84-TRIM", None, "llava-tiny", device=DEVICE, dtype="float32")[1]
 
 
 @pytest.fixture

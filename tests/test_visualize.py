@@ -66,6 +66,7 @@ def test_borders_are_drawn_around_regions_of_kept_patches():
 
 
 def test_a_figure_shows_padding_and_cut_off_parts_outlines_and_any_number_of_rows():
+    pytest.importorskip("matplotlib")
     image, kept = Image.new("RGB", (80, 40), (200, 200, 200)), np.eye(4, dtype=bool)
     padded = View(image, "TRIM", kept, np.eye(4), find_view_box(image.size, "pad"))
     assert padded.extent == (0, -20, 80, 60) and padded.aspect == 1
@@ -81,6 +82,7 @@ def test_a_figure_shows_padding_and_cut_off_parts_outlines_and_any_number_of_row
 @pytest.mark.parametrize("scores", [[1e-45, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [-1, 0, 0, 100], [float("nan")] * 4])
 @pytest.mark.parametrize("kept", [[True, True, False, False], [False] * 4])
 def test_scores_of_any_range_are_drawn(scores, kept):
+    pytest.importorskip("matplotlib")
     image, grid = Image.new("RGB", (8, 8)), (2, 2)
     view = View(image, "", np.array(kept).reshape(grid), np.float32(scores).reshape(grid), (0, 0, 8, 8))
     assert draw_figure([view], "?").width > 1000
@@ -113,6 +115,7 @@ def test_a_kept_patch_covers_the_pixels_that_move_its_features(loaded, checkpoin
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (2000, 9), (64, 64)])
 @pytest.mark.parametrize("aspect_ratio", ["pad", None, "anyres"])
 def test_images_of_any_shape_are_drawn(size, aspect_ratio):
+    pytest.importorskip("matplotlib")
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(1, 16, generator=generator) > 0.5
     tokens = ImageTokens(torch.zeros(9, 4), 16, kept, torch.rand(1, 16, generator=generator))
@@ -121,6 +124,7 @@ def test_images_of_any_shape_are_drawn(size, aspect_ratio):
 
 
 def test_methods_without_scores_are_drawn_without_a_map_and_blending_ones_refused():
+    pytest.importorskip("matplotlib")
     tokens = ImageTokens(torch.zeros(9, 4), 16, torch.ones(1, 16, dtype=torch.bool), None)
     scored = ImageTokens(torch.zeros(9, 4), 16, torch.ones(1, 16, dtype=torch.bool), torch.rand(1, 16))
     image = Image.new("RGB", (40, 40))

@@ -244,7 +244,7 @@ class ApiJudge:
             try:
                 return read_reply(await asyncio.wait_for(self._client.chat.completions.create(**request), limit))
             # A body that is no JSON makes the SDK's parser raise errors that are not the SDK's.
-            except (self._sdk.OpenAIError, asyncio.TimeoutError, ValueError, RecursionError) as error:
+            except (self._sdk.OpenAIError, TimeoutError, ValueError, RecursionError) as error:
                 failure = error
             reason, wait = self._describe(failure), read_retry_after(failure)
             left = end - time.monotonic()

@@ -38,9 +38,10 @@ def make_training_batch(model: Any, batch_size: int, text_tokens: int) -> dict[s
     labels[:, : int((1 - ANSWER_SHARE) * text_tokens) + 1] = IGNORE_INDEX
     side = model.get_vision_tower().image_size
     return {
-        "input_ids": ids.to(device),
-        "labels": labels.to(device),
-        "attention_mask": torch.ones_like(ids, dtype=torch.bool, device=device),
+        # On the host, as the trainer leaves them.
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
         "images": torch.randn(batch_size, 3, side, side, generator=generator).to(device),
         "texts": [f"Is there a thing with the number {row} in the image?" for row in range(batch_size)],
     }

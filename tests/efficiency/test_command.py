@@ -58,6 +58,7 @@ def test_the_kept_share_is_obeyed(run):
 
 
 def test_a_checkpoint_is_measured(run, tmp_path):
+    pytest.importorskip("matplotlib")
     out = run(
         "--model-path", POCKET, "--against", "none", "--device", "cpu", "--repeats", 2, "--warmup", 1,
         "--new-tokens", 2, "--json", tmp_path / "x.json", "--plot", tmp_path / "deep" / "x.png",

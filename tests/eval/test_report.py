@@ -163,6 +163,7 @@ def test_the_terminals_table_of_the_demo_fits_its_width() -> None:
 
 
 def test_the_plot_grows_with_the_number_of_bars(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     write_plot(tmp_path / "deep" / "small.png", make_report(two_models()))
     runs = [(name, result(task, 50.0)) for name in ("a", "b", "c", "d_$x$") for task in LABELS]
     write_plot(tmp_path / "large.png", make_report(runs))
@@ -192,6 +193,7 @@ def test_the_plot_shows_scores_where_there_is_nothing_to_compare() -> None:
 
 @pytest.mark.parametrize("headlines", [(0.0, 0.0), (-1.0, 5.0), (1400.0, 60.0)])
 def test_any_scores_can_be_drawn(tmp_path: Path, headlines: tuple[float, float]) -> None:
+    pytest.importorskip("matplotlib")
     runs = [("a", result("mme", headlines[0])), ("b", result("pope", headlines[1], None))]
     for number, chosen in enumerate((runs, runs[:1])):
         for overview in (True, False):
@@ -201,6 +203,7 @@ def test_any_scores_can_be_drawn(tmp_path: Path, headlines: tuple[float, float])
 
 
 def test_the_command_writes_every_form(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     arguments = []
     for number, (name, record) in enumerate(two_models()):
         file = tmp_path / f"{number}.json"
@@ -227,3 +230,35 @@ def test_the_command_needs_no_drawing_library_unless_it_draws() -> None:
 
     code = "import sys, llava.eval.__main__; sys.exit('matplotlib' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def unscored(task: str, kept: float) -> Result:
+    return dataclasses.replace(result(task, 0.0, kept), headline=None, columns={}, unscored="no judge")
+
+
+@pytest.mark.parametrize("missing", ["plain", "trim", "both"])
+def test_a_benchmark_without_a_score_keeps_its_row(tmp_path: Path, missing: str) -> None:
+    runs = two_models()
+    for model, kept in (("plain", 64.0), ("trim", 12.0)):
+        runs.append((model, unscored("mmvet", kept) if missing in (model, "both") else result("mmvet", 30.0, kept)))
+    report = make_report(runs)
+    (rows,) = report.tables.values()
+    assert [row["Benchmark"] for row in rows] == ["POPE (Avg. F1)", "MME (Perception)", "MM-Vet", "Average"]
+    assert rows[2]["plain"] == ("no judge" if missing in ("plain", "both") else 30.0)
+    assert rows[2]["trim"] == ("no judge" if missing in ("trim", "both") else 30.0)
+    assert rows[2]["trim %"] is None
+    assert (rows[2]["trim tok"], rows[3]["trim tok"]) == (12.0, 12.0)
+    assert rows[3]["trim %"] == pytest.approx(96.25)
+    for text in (format_terminal(report), format_markdown(report), format_latex(report)):
+        assert "no judge" in text
+    write_plot(tmp_path / "plot.png", report)
+    assert json.loads(json.dumps(report.to_json()))["benchmarks"][2]["runs"]["trim"]["mean_tokens"] == 12.0
+
+
+def test_runs_without_a_score_are_put_side_by_side(tmp_path: Path) -> None:
+    runs = [("plain", unscored("mmvet", 64.0)), ("trim", unscored("mmvet", 12.0))]
+    report = make_report(runs)
+    (rows,) = report.tables.values()
+    assert rows[1] == {"Run": "trim", "Score": "no judge", "Tokens": 12.0, "% of tokens": 18.75, "% of first": None}
+    write_plot(tmp_path / "plot.png", report)
+    write_plot(tmp_path / "plot.png", make_report(runs[:1], overview=True))

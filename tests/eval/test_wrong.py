@@ -152,6 +152,7 @@ def test_options_override_what_the_run_says(tmp_path: Path) -> None:
 def test_each_listed_question_is_drawn_and_the_page_shows_them_all(
     answered: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
+    pytest.importorskip("matplotlib")
     folder = tmp_path / "drawn"
     done = wrong(answered, "--draw", folder, "--limit", 3, "--model-path", tiny_checkpoint)
     assert done.returncode == 0, done.stderr
@@ -168,6 +169,7 @@ def test_each_listed_question_is_drawn_and_the_page_shows_them_all(
 def test_flips_are_drawn_with_the_run_that_reduces_or_both(
     answered: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
+    pytest.importorskip("matplotlib")
     other = tmp_path / "runs" / "none" / "answers.jsonl"
     write_answers(answered[0], other, lambda number: "No" if number < 2 else "Yes")
     heights = {}
@@ -186,6 +188,7 @@ def test_flips_are_drawn_with_the_run_that_reduces_or_both(
 def test_names_and_texts_from_files_do_no_harm_and_a_missing_image_is_named(
     answered: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
+    pytest.importorskip("matplotlib")
     folder, file = answered
     questions = folder / "llava_pope_test.jsonl"
     odd = "../../<script>alert(1)</script>\\u0000"

@@ -1,5 +1,6 @@
 """A sample never feels its batch: 64 mixed samples, alone and in batches of 2, 8 and 16, in shuffled orders."""
 
+import os
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
+DEVICE = os.environ.get("LLAVA_TEST_DEVICE", "cpu")
 SENTENCE = "what is the color of the big red circle near the sign and how many dogs are there"
 WORDS = SENTENCE.split()
 NUM_SAMPLES, NEW_TOKENS = 64, 8
@@ -18,7 +20,7 @@ NUM_SAMPLES, NEW_TOKENS = 64, 8
 def model_and_tokenizer(golden):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(golden / "checkpoints")
-        tokenizer, model, _, _ = load_pretrained_model("llava-v1.5-tiny84-TRIM", device="cpu", dtype="float32")
+        tokenizer, model, _, _ = load_pretrained_model("llava-v1.5-tiny84-TRIM", device=DEVICE, dtype="float32")
     return model, tokenizer
 
 

@@ -1,6 +1,7 @@
 """Numbers recorded from the published code (tests/golden): our model gives the same, case by case."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from llava.model.builder import load_pretrained_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+DEVICE = os.environ.get("LLAVA_TEST_DEVICE", "cpu")
 CORE = json.loads((GOLDEN / "core.json").read_text())
 # Logits and features: float32 rounding, 1e-4 relative to the size of the recorded vector.
 RELATIVE = 1e-4
@@ -29,7 +31,7 @@ def recorded(name: str) -> dict[str, np.ndarray]:
 
 @cache
 def load(tower: str, cfg: str, dtype: str = "float32"):
-    _, model, _, _ = load_pretrained_model(f"llava-v1.5-tiny{tower}{CHECKPOINT[cfg]}", dtype=dtype, device="cpu")
+    _, model, _, _ = load_pretrained_model(f"llava-v1.5-tiny{tower}{CHECKPOINT[cfg]}", dtype=dtype, device=DEVICE)
     return model
 
 
@@ -38,7 +40,7 @@ def picture(case: dict) -> torch.Tensor:
 
 
 def close(ours: torch.Tensor, theirs: np.ndarray) -> bool:
-    theirs = torch.tensor(theirs).reshape(ours.shape)
+    theirs = torch.tensor(theirs, device=ours.device).reshape(ours.shape)
     return bool((ours.float() - theirs).norm() <= RELATIVE * theirs.norm())
 
 

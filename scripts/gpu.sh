@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Measure and check what only a GPU can show; every part can be run again, and goes on where it was:
+#   bash scripts/gpu.sh OUT [parity|stages|loop|training|tests ...] [--rehearse]
+#   python -m scripts.gpu.report OUT        the figures as Markdown, for docs/performance.md
+# Needs torch, torchvision and transformers (training: also peft); installs nothing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
+exec "$PYTHON" -m scripts.gpu "$@"
