@@ -31,6 +31,7 @@ from llava.model.stored_weights import (
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 NON_LORA_FILE = "non_lora_trainables.bin"
+EMBEDDING_KEY = "model.embed_tokens.weight"  # in a part whose training added tokens (`mm_use_im_start_end`)
 WRAPPER_PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -94,9 +95,15 @@ def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, mer
         config.mm_vision_tower = resolve_name(tower, part.path)  # relative names start at the part, not at its base
     empty, base_has_projector = build_empty(LlavaLlamaForCausalLM, config), bool(values.get("mm_vision_tower"))
     check_rest(empty, weights, part.weights_file, base_has_projector)
+    num_tokens, num_known = config.vocab_size, values.get("vocab_size", config.vocab_size)
+    adds_tokens = EMBEDDING_KEY in weights and num_tokens > num_known
+    if adds_tokens:
+        config.vocab_size = num_known
     model, _ = load_quietly(
         LlavaLlamaForCausalLM, base, what="model base", optional=tuple(weights), config=config, **settings
     )
+    if adds_tokens:
+        model.add_token_rows(num_tokens)
     model.config.mm_vision_tower, model.config._name_or_path = tower, part.path
     model.load_state_dict(weights, strict=False)
     return _attach(model, part, base, merge) if part.is_lora else model

@@ -361,6 +361,11 @@ class LlavaMetaForCausalLM(ABC):
             extra += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
         added = tokenizer.add_tokens(extra, special_tokens=True) if extra else 0
         if added:
-            self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            for weights in (self.get_input_embeddings().weight.data, self.get_output_embeddings().weight.data):
-                weights[-added:] = weights[:-added].mean(dim=0, keepdim=True)
+            self.add_token_rows(len(tokenizer))
+
+    def add_token_rows(self, num_tokens: int) -> None:
+        """Add rows of embeddings and output head up to a number of tokens; each new one is the mean of the old ones."""
+        num_known = self.get_input_embeddings().weight.shape[0]
+        self.resize_token_embeddings(num_tokens, mean_resizing=False)
+        for weights in (self.get_input_embeddings().weight.data, self.get_output_embeddings().weight.data):
+            weights[num_known:] = weights[:num_known].mean(dim=0, keepdim=True)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 LATEST_FILE = "latest"  # DeepSpeed writes the name of its newest folder into it
 STATE_FILE = "trainer_state.json"  # the trainer writes it last
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+TOKEN_PARTS = ("embed_tokens", "lm_head")
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
@@ -34,14 +35,14 @@ NO_OPTIMIZER = "has no optimizer state (optimizer.pt, scheduler.pt)"
 
 
 def save_projector(model: PreTrainedModel, folder: Path, is_writer: bool = True) -> None:
-    """Write config.json and `mm_projector.bin`: projector weights, and token embeddings where those were trained.
+    """Write config.json and `mm_projector.bin`: projector weights, and embeddings and head where tokens were added.
 
     Args:
         model: a LLaVA model.
         folder: made if it is not there.
         is_writer: whether this rank writes; all ranks have to call, each may hold a part of the weights.
     """
-    parts = ("mm_projector", "embed_tokens") if model.config.mm_use_im_start_end else ("mm_projector",)
+    parts = ("mm_projector", *TOKEN_PARTS) if adds_tokens(model) else ("mm_projector",)
     weights = copy_weights(
         {name: value for name, value in model.named_parameters() if any(part in name for part in parts)}
     )
@@ -59,16 +60,23 @@ def save_lora_rest(model: nn.Module, folder: Path, is_writer: bool) -> None:
         folder: of the adapter.
         is_writer: whether this rank writes; all ranks have to call.
     """
+    added = TOKEN_PARTS if adds_tokens(model.get_base_model()) else ()
     weights = copy_weights(
         {
             name: value
             for name, value in model.named_parameters()
-            if "mm_projector" in name or (value.requires_grad and "lora_" not in name)
+            if any(part in name for part in ("mm_projector", *added)) or (value.requires_grad and "lora_" not in name)
         }
     )
     if is_writer:
         save_weights(weights, folder / NON_LORA_FILE)
         save_config(model.get_base_model(), folder)
+
+
+def adds_tokens(model: PreTrainedModel) -> bool:
+    """Whether the training added tokens to the vocabulary, whose rows the base model has not."""
+    names = ("mm_use_im_start_end", "mm_use_im_patch_token")
+    return any(getattr(model.config, name, False) for name in names)
 
 
 def load_lora_rest(model: nn.Module, folder: Path) -> None:

@@ -34,7 +34,7 @@ def hash_source(name: str, folder: str | None = None) -> str:
     """Return the fingerprint of a checkpoint, a tower or a file.
 
     Args:
-        name: folder or file; anything else (a hub id, an open_clip name) stands for itself.
+        name: folder or file; anything else (a hub id, an open_clip name) is its own fingerprint.
         folder: of the checkpoint that names it, for relative names.
 
     Raises:

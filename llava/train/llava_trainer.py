@@ -34,7 +34,7 @@ from llava.errors import InputError
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
 from llava.model.language_model.llava_llama import TOWER_PREFIX
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint import data_only, load_lora_rest, save_lora_rest, save_projector
+from llava.train.checkpoint import adds_tokens, data_only, load_lora_rest, save_lora_rest, save_projector
 from llava.train.collator import Batch
 from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
@@ -128,6 +128,9 @@ class LlavaTrainer(Trainer):
         folder = Path(self.args.output_dir)
         if only_projector:
             save_projector(self.model, folder, is_writer=self.args.should_save)
+            if self.args.should_save and adds_tokens(self.model):
+                self.processing_class.save_pretrained(str(folder))
+                copy_sentencepiece_model(self.processing_class, folder)
             return
         if not (self.args.runs_deepspeed or self.args.lora_enable):
             # The weights here are float32 masters; with DeepSpeed and LoRA they have the run's dtype already.

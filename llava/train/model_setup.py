@@ -8,11 +8,13 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.errors import InputError
-from llava.files import explain_errors
+from llava.model.adapter import EMBEDDING_KEY
 from llava.model.builder import make_config
 from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
+from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
+from llava.model.stored_weights import check_finite, iterate_tensors
 from llava.model.token_reduction import CONFIG_KEY
 from llava.model.tokenizer import load_tokenizer
 from llava.train.arguments import TrainingArguments
@@ -31,7 +33,6 @@ VISION_DEFAULTS = {
     CONFIG_KEY: None,
 }
 IMAGE_DEFAULTS = {"image_aspect_ratio": "square", "image_grid_pinpoints": None}
-EMBEDDING_KEY = "model.embed_tokens.weight"
 
 
 def read_config(model_args: ModelArguments) -> LlavaConfig:
@@ -102,8 +103,14 @@ def check_start(model_args: ModelArguments, training_args: TrainingArguments, co
     path = model_args.pretrain_mm_mlp_adapter
     if not path:
         return
-    weights = read_projector(path)
-    widths = {value.shape[0] for name, value in weights.items() if "mm_projector." in name and value.ndim == 2}
+    if not Path(path).is_file():
+        raise InputError(f"--pretrain_mm_mlp_adapter {path}: no such file; stage 1 (scripts/pretrain.sh) makes one")
+    try:
+        weights = dict(iterate_tensors(path, PROJECTOR_PREFIX))
+        check_finite(weights.items(), path)
+    except InputError as error:
+        raise InputError(f"--pretrain_mm_mlp_adapter {error}") from None
+    widths = {value.shape[0] for value in weights.values() if value.ndim == 2}
     if not widths:
         raise InputError(f"--pretrain_mm_mlp_adapter {path}: no projector weights (mm_projector.*) in it")
     if config.hidden_size not in widths:
@@ -111,26 +118,6 @@ def check_start(model_args: ModelArguments, training_args: TrainingArguments, co
             f"--pretrain_mm_mlp_adapter {path}: a projector into width {max(widths)}, but "
             f"{model_args.model_name_or_path} has {config.hidden_size}"
         )
-
-
-def read_projector(path: str) -> dict[str, torch.Tensor]:
-    """Read `mm_projector.bin`.
-
-    Raises:
-        InputError: there is no such file, or it is no file of named tensors.
-    """
-    try:
-        with explain_errors("read", Path(path), "stage 1 (scripts/pretrain.sh) makes mm_projector.bin"):
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except InputError:
-        raise
-    except Exception as error:
-        # Many kinds: pickle, zip and end-of-file errors.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--pretrain_mm_mlp_adapter {path}: not a file of weights: {reason}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise InputError(f"--pretrain_mm_mlp_adapter {path}: not a file of named weights")
-    return weights
 
 
 def record_template(model: PreTrainedModel, version: str) -> None:

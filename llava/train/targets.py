@@ -65,12 +65,14 @@ def choose_template(version: str) -> Conversation:
     return conv_templates[version]
 
 
-def choose_mark(template: Conversation, use_start_end: bool) -> str:
+def choose_placeholder(template: Conversation, use_start_end: bool) -> str:
     """Return the text for an image in the prompt: `<image>`, or `<image>` within the template's tags."""
-    mark = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>" if "mmtag" in template.version else DEFAULT_IMAGE_TOKEN
+    placeholder = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>" if "mmtag" in template.version else DEFAULT_IMAGE_TOKEN
     if use_start_end:
-        mark = mark.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
-    return mark
+        placeholder = placeholder.replace(
+            DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+        )
+    return placeholder
 
 
 def render(turns: Sequence[str], template: Conversation, placeholder: str = DEFAULT_IMAGE_TOKEN) -> Rendered:
@@ -79,7 +81,7 @@ def render(turns: Sequence[str], template: Conversation, placeholder: str = DEFA
     Args:
         turns: texts that alternate between user and assistant, user first, with `<image>` placeholders.
         template: a template of `choose_template`.
-        placeholder: the text for an image (see `choose_mark`).
+        placeholder: the text for an image (see `choose_placeholder`).
 
     Raises:
         InputError: the plain template, and the conversation is not an image and its caption.

@@ -42,7 +42,7 @@ from llava.train.model_setup import (
 from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
 from llava.train.records import Record, check_image_files, read_records, report_faults
 from llava.train.run import Run, RunSettings
-from llava.train.targets import choose_mark, choose_template
+from llava.train.targets import choose_placeholder, choose_template
 
 
 def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sdpa") -> LlavaTrainer | None:
@@ -171,7 +171,7 @@ def run_preflight(
 def describe_text(model_args: ModelArguments) -> TextFormat:
     """Collect what the flags say about texts."""
     template = choose_template(model_args.version)
-    placeholder = choose_mark(template, model_args.mm_use_im_start_end)
+    placeholder = choose_placeholder(template, model_args.mm_use_im_start_end)
     return TextFormat(template, placeholder, model_args.mm_vision_token_reduce_query)
 
 

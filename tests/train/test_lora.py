@@ -115,6 +115,44 @@ def test_stage_1_loads_on_its_base_and_merges(run_training: Callable, captions: 
     }
 
 
+def first_answer_logits(model: torch.nn.Module, tokenizer: object) -> torch.Tensor:
+    prompt = PROMPT.replace("<image>", "<im_start><image><im_end>")
+    ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
+    pixels = torch.linspace(-1, 1, 3 * 84 * 84).view(1, 3, 84, 84)
+    with torch.no_grad():
+        return model.eval()(ids, images=pixels, texts=["What shape is red?"]).logits
+
+
+@pytest.mark.parametrize("tokens", [("mm_use_im_start_end",), ("mm_use_im_patch_token",), ()])
+@pytest.mark.parametrize("kind", ["lora", "stage 1"])
+def test_added_tokens_are_saved_load_on_the_base_and_merge(
+    kind: str, tokens: tuple[str, ...], run_training: Callable, captions: Path, tmp_path: Path
+):
+    flags = LORA if kind == "lora" else {"data_path": captions, "version": "plain", "tune_mm_mlp_adapter": True}
+    trainer = run_training(**flags, **dict.fromkeys(tokens, True), learning_rate=1e-2)
+    in_memory = first_answer_logits(trainer.model, trainer.processing_class)
+    folder = str(tmp_path / "run")
+    tokenizer, on_base, _, _ = load_pretrained_model(folder, BASE, device="cpu")
+    num_added = {(): 0, ("mm_use_im_patch_token",): 1, ("mm_use_im_start_end",): 2}[tokens]
+    assert len(tokenizer) == 1000 + num_added == on_base.get_input_embeddings().weight.shape[0]
+    trained = trainer.model.get_base_model() if kind == "lora" else trainer.model
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(on_base, part)().weight, getattr(trained, part)().weight)
+    assert torch.allclose(first_answer_logits(on_base, tokenizer), in_memory, atol=1e-4)
+    consolidate(folder, str(tmp_path / "merged"), BASE, "float32")
+    tokenizer, merged, _, _ = load_pretrained_model(str(tmp_path / "merged"), device="cpu")
+    assert torch.allclose(first_answer_logits(merged, tokenizer), in_memory, atol=1e-4)
+
+
+def test_a_lora_run_with_added_tokens_resumes_identically(run_training: Callable, tmp_path: Path):
+    flags = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "mm_use_im_start_end": True, **LORA}
+    whole = run_training(output_dir=tmp_path / "whole", **flags)
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    resumed = run_training(output_dir=tmp_path / "resumed", **flags)
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
 @pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is an extra")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_trains_on_a_quantised_model_and_loads_on_the_whole_one(

@@ -95,14 +95,14 @@ def test_what_would_learn_nothing_or_fail_later_is_one_line(
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"garbage", r"not a file of weights: "),
-        (b"", r"not a file of weights: "),
-        ([1, 2], r"not a file of named weights"),
-        ({"a": 1}, r"not a file of named weights"),
-        ({"other.weight": torch.ones(2, 2)}, r"no projector weights \(mm_projector\.\*\) in it"),
+        (b"garbage", r" can't be read: "),
+        (b"", r" can't be read: "),
+        ([1, 2], r" holds a list; expected named tensors"),
+        ({"a": 1}, r": \"a\" is a int; expected named tensors"),
+        ({"other.weight": torch.ones(2, 2)}, r": no projector weights \(mm_projector\.\*\) in it"),
         (
             {"model.mm_projector.0.weight": torch.ones(7, 2)},
-            r"a projector into width 7, but lmsys/vicuna-tiny-v1\.5 has",
+            r": a projector into width 7, but lmsys/vicuna-tiny-v1\.5 has",
         ),
     ],
 )
@@ -114,12 +114,12 @@ def test_a_file_that_is_no_projector_is_one_line(
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(InputError, match=rf"--pretrain_mm_mlp_adapter .*mm_projector\.bin: {line}"):
+    with pytest.raises(InputError, match=rf"--pretrain_mm_mlp_adapter .*mm_projector\.bin{line}"):
         run_training(pretrain_mm_mlp_adapter=path)
 
 
 def test_a_projector_that_is_not_there_is_one_line(run_training: Callable, nothing_loads: None):
-    with pytest.raises(InputError, match=r"no such file: nowhere\.bin; stage 1"):
+    with pytest.raises(InputError, match=r"--pretrain_mm_mlp_adapter nowhere\.bin: no such file; stage 1"):
         run_training(pretrain_mm_mlp_adapter="nowhere.bin")
 
 

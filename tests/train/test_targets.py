@@ -17,7 +17,7 @@ from llava.train.targets import (
     TRAINABLE_STYLES,
     Targets,
     build_targets,
-    choose_mark,
+    choose_placeholder,
     choose_query,
     choose_template,
     render,
@@ -178,9 +178,9 @@ def test_questions_query_holds_the_users_turns_and_nothing_else():
 
 
 def test_placeholders_carry_the_tags_that_template_and_flags_ask_for():
-    assert choose_mark(conv_templates["v1"], use_start_end=False) == "<image>"
-    assert choose_mark(conv_templates["v1"], use_start_end=True) == "<im_start><image><im_end>"
-    mark = choose_mark(conv_templates["v1_mmtag"], use_start_end=False)
+    assert choose_placeholder(conv_templates["v1"], use_start_end=False) == "<image>"
+    assert choose_placeholder(conv_templates["v1"], use_start_end=True) == "<im_start><image><im_end>"
+    mark = choose_placeholder(conv_templates["v1_mmtag"], use_start_end=False)
     assert mark == "<Image><image></Image>"
     rendered = render(("<image>\nHi", "yes"), choose_template("v1_mmtag"), mark)
     assert "USER: <Image><image></Image>\nHi ASSISTANT:" in rendered.prompt

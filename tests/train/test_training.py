@@ -254,6 +254,19 @@ def test_the_saved_folder_has_the_published_layout(run_training: Callable, golde
     assert not list((tmp_path / "run").glob(".*"))
 
 
+@pytest.mark.parametrize("version", ["v1", "llava_llama_2", "mpt"])
+def test_the_conversation_template_is_stored(version: str, run_training: Callable, tmp_path: Path):
+    run_training(version=version, max_steps=1, save_strategy="steps", save_steps=1)
+    for folder in ("run", "run/checkpoint-1"):
+        assert json.loads((tmp_path / folder / "config.json").read_text(encoding="utf-8"))["conv_mode"] == version
+    assert load_pretrained_model(str(tmp_path / "run"), device="cpu")[1].config.conv_mode == version
+
+
+def test_captions_are_no_template_to_talk_in(run_training: Callable, captions: Path, tmp_path: Path):
+    run_training(data_path=captions, **STAGE_1)
+    assert "conv_mode" not in json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
+
+
 def test_checkpoint_and_tower_can_move_together(
     run_training: Callable, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
