@@ -39,7 +39,8 @@ read_models() {
         given+=("$1")
         shift
     done
-    EXTRA=("${@:2}")
+    (($# == 0)) || shift
+    EXTRA=(${1+"$@"})
     ((${#given[@]} > 0)) || given=("${MODELS[@]}")
     NAMES=() PATHS=() BASES=() OPTIONS=()
     for entry in "${given[@]}"; do
@@ -97,7 +98,9 @@ check_data() {
         if problem=$(LLAVA_EVAL_CHECK=1 run_benchmark "$benchmark" 0 2>&1 >/dev/null); then
             found=1
         else
-            note "$benchmark: ${problem##*$'\n'}"
+            problem=$(tail -n 1 <<<"$problem")
+            [[ $problem != "error: Python at "* ]] || die "${problem#error: }" # no benchmark's fault
+            note "$benchmark: $problem"
         fi
     done
     ((found == 1)) || die "nothing to do: see above"

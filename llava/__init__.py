@@ -4,7 +4,10 @@ Importing the package, or `llava.constants`, loads no deep-learning library: the
 they are first used.
 """
 
+import sys
 from importlib import import_module
+
+from llava.packages import explain_missing_packages
 
 __version__ = "1.1.0"
 
@@ -13,6 +16,9 @@ _EXPORTS = {
     "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
     "load_pretrained_model": "llava.model.builder",
 }
+
+if sys.argv[:1] == ["-m"]:  # `python -m llava...` is looking for its module: a command starts
+    explain_missing_packages()
 
 __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "__version__", "load_pretrained_model"]
 

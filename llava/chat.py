@@ -16,7 +16,7 @@ from llava.conversation import Conversation
 from llava.errors import InputError
 from llava.generation import Generator
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.prompt import end_of_turn, find_template, place_images, query_of
+from llava.prompt import end_of_turn, find_template, place_images, query_of, recover_text
 from llava.protocols import ImageProcessor, Tokenizer, VisionLanguageModel
 from llava.sampling import Sampling
 
@@ -93,12 +93,11 @@ class ChatSession:
             The answer. After an error the dialogue is as it was before.
 
         Raises:
-            InputError: an empty question, placeholders that do not fit the images, or a dialogue too long for the
-                model.
+            InputError: an empty question, one that no tokenizer takes, placeholders that do not fit the images, or a
+                dialogue too long for the model.
         """
         # 1. Text from a terminal may hold bytes of another encoding.
-        text = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        text = text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+        text = recover_text(question).replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
         query = query_of(text).strip()
         if not query:
             raise InputError("the question is empty: write what you want to know about the image")

@@ -186,7 +186,7 @@ class CheckpointCheck:
         from llava.model.config_rules import GENERATION_FILE, check_generation_config
         from llava.model.stored_weights import find_file
 
-        check_generation_config(self._weights_path)
+        check_generation_config(self._weights_path, self._ground("_config").vocab_size)
         return "fine" if find_file(self._weights_path, GENERATION_FILE) else "none; the defaults are used"
 
     def check_tokenizer(self) -> str:

@@ -101,9 +101,16 @@ def add_prompt_options(parser: argparse.ArgumentParser, *, conv_mode: str | None
     parser.add_argument(
         "--conv-mode", default=conv_mode, metavar="NAME", help=f"conversation template (default: {default})"
     )
-    draw = "" if temperature == 0 else "; tokens are drawn, without a seed"
+    draw = "" if temperature == 0 else "; tokens are drawn, in each run others"
     parser.add_argument(
         "--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature}{draw})"
+    )
+
+
+def add_seed_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that makes a draw repeatable."""
+    parser.add_argument(
+        "--seed", type=natural, help="draw the same tokens in each run, to compare settings (default: no seed)"
     )
 
 
@@ -119,17 +126,23 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sep", default=",", help="what joins several images in one --image-file (default: a comma)")
 
 
-def choose_template(args: object) -> str:
-    """Return the conversation template that the options name, or the one that fits the checkpoint's name, and say so.
+def choose_template(args: object, config: object = None) -> str:
+    """Return the conversation template: the option's, else what training stored, else by the checkpoint's name.
 
-    The line goes to stderr: answers on stdout stay as they are.
+    Where no option names it, a line on stderr does; answers on stdout stay as they are.
+
+    Args:
+        args: with `model_path` and possibly `conv_mode`.
+        config: of the loaded model; training stores `conv_mode` in it.
     """
-    given = getattr(args, "conv_mode", None)
+    given, stored = getattr(args, "conv_mode", None), getattr(config, "conv_mode", None)
     if given:
         return given
     name = get_model_name_from_path(args.model_path)
-    template = conversation_name_for(name)
-    sys.stderr.write(f'conversation template {template}, by the name "{name}" (--conv-mode names another)\n')
+    template, source = (
+        (stored, "from config.json") if stored else (conversation_name_for(name), f'by the name "{name}"')
+    )
+    sys.stderr.write(f"conversation template {template}, {source} (--conv-mode names another)\n")
     return template
 
 
@@ -221,7 +234,7 @@ class ModelSpec:
         return LoadedModel(*loaded[:3])
 
 
-# --------------------------------------------------------------------------------------------------- images, terminal
+# --------------------------------------------------------------------------------------------------------------- images
 def list_image_sources(image_files: str | Sequence[str], sep: str) -> list[str]:
     """List the single images named by one or several option values.
 
@@ -230,7 +243,7 @@ def list_image_sources(image_files: str | Sequence[str], sep: str) -> list[str]:
     values = [image_files] if isinstance(image_files, str) else image_files
     sources: list[str] = []
     for value in values:
-        sources += [value] if not sep or Path(value).is_file() else value.split(sep)
+        sources += [value] if not sep or os.path.isfile(value) else value.split(sep)
     return sources
 
 
@@ -243,13 +256,6 @@ def load_images(image_files: str | Sequence[str], sep: str = ",") -> "list[Image
     from llava.image import load_image
 
     return [load_image(source, upright=True) for source in list_image_sources(image_files, sep)]
-
-
-def prepare_terminal() -> None:
-    """Make text of any encoding readable and printable."""
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 # ------------------------------------------------------------------------------------------------------------- stopping

@@ -97,6 +97,8 @@ class Generator:
             options["stopping_criteria"] = StoppingCriteriaList([criterion])
         if streamer is not None:
             options["streamer"] = streamer
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
         return self._model.generate(
             input_ids.to(self._model.device),
             attention_mask=attention_mask.to(self._model.device),

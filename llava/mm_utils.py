@@ -20,10 +20,13 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import get_model_name_from_path as get_model_name_from_path
 from llava.errors import InputError
 from llava.image import KERNELS, Size, scale_window, to_rgb
+from llava.prompt import check_text
 from llava.protocols import ImageProcessor, ImageSettings, Tokenizer
 
 ASPECT_RATIOS = (None, "square", "pad", "anyres")
 """Values of `image_aspect_ratio`; None and "square" are the processor's own center crop."""
+
+MAX_CANVAS_SIDE = 2**14
 
 DIRECT_PIXELS = 2**24
 """Up to this many pixels an image is padded or scaled as a whole; above, `scale_window` makes the parts that count."""
@@ -97,15 +100,19 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Siz
 
 
 def _read_canvases(grid_pinpoints: str | list[Size]) -> list[Size]:
-    canvases = grid_pinpoints
-    if isinstance(grid_pinpoints, str):
-        try:
-            canvases = ast.literal_eval(grid_pinpoints)
-        except (ValueError, SyntaxError):
-            canvases = None
-    if not canvases or not isinstance(canvases, list | tuple):
-        raise InputError(f"image_grid_pinpoints {grid_pinpoints!r}: expected a list like [[336, 672], [672, 336]]")
-    return [(int(width), int(height)) for width, height in canvases]
+    try:
+        pairs = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+        canvases = [(int(width), int(height)) for width, height in pairs]
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
+        canvases = []
+    if not canvases or not all(1 <= side <= MAX_CANVAS_SIDE for canvas in canvases for side in canvas):
+        shown = repr(grid_pinpoints)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+        raise InputError(
+            f"image_grid_pinpoints {shown}: expected a list of (width, height) like [[336, 672], [672, 336]], "
+            f"sides up to {MAX_CANVAS_SIDE}"
+        )
+    return canvases
 
 
 # ---------------------------------------------------------------------------------------------------- pixel values
@@ -150,7 +157,7 @@ def _process_image(image: Image.Image, processor: ImageProcessor, model_cfg: Ima
         if aspect_ratio == "pad":
             return _pad_and_preprocess(image, processor)
         if aspect_ratio == "anyres":
-            return process_anyres_image(image, processor, model_cfg.image_grid_pinpoints)
+            return process_anyres_image(image, processor, getattr(model_cfg, "image_grid_pinpoints", None))
         return _crop_and_preprocess(image, processor)
     except MemoryError:
         raise InputError(
@@ -235,8 +242,15 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Read an image from base64 text, as web clients send it."""
-    return Image.open(BytesIO(base64.b64decode(image)))
+    """Read an image from base64 text, as web clients send it.
+
+    Raises:
+        InputError: it is not the base64 text of an image.
+    """
+    try:
+        return Image.open(BytesIO(base64.b64decode(image)))
+    except (ValueError, OSError, Image.DecompressionBombError):
+        raise InputError("not the base64 text of an image") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- ids
@@ -245,10 +259,16 @@ def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]
 
     The sentencepiece tokenizer of transformers 4 puts its "▁" before a text that starts with a space; that of
     transformers 5 takes the space itself for the "▁" and loses one token. One more space restores it.
+
+    Raises:
+        InputError: a text that no tokenizer takes; see `check_text`.
     """
+    for text in texts:
+        check_text(text)
     if isinstance(tokenizer, LlamaTokenizer):
         texts = [" " + text if text.startswith((" ", "▁")) else text for text in texts]
-    return tokenizer(list(texts)).input_ids if texts else []
+    # Not verbose: whether a prompt is too long is for the model to decide, once its images are in place.
+    return tokenizer(list(texts), verbose=False).input_ids if texts else []
 
 
 def tokenize_prompts(
@@ -316,8 +336,13 @@ class KeywordsStoppingCriteria(StoppingCriteria):
             keywords: texts, or special tokens such as `</s>`; an empty one is ignored.
             tokenizer: the language model's tokenizer.
             input_ids: int64[S, T], the prompt, with or without image sentinels.
+
+        Raises:
+            InputError: a keyword that no tokenizer takes; see `check_text`.
         """
         self.keywords = [keyword for keyword in keywords if keyword]
+        for keyword in self.keywords:
+            check_text(keyword)
         self.tokenizer = tokenizer
         self.input_ids = input_ids
         self.keyword_ids = [torch.tensor(self._encode(keyword), dtype=torch.long) for keyword in self.keywords]

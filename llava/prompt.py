@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CONV_MODE = "vicuna_v1"
 
+MAX_TEXT = 2**20
+"""Characters of a text: hundreds of times what the language models read, and tokenized in seconds."""
+
 # (what opens a user turn, what closes it) in the known conversation templates, most specific first.
 USER_TURNS = (
     ("<|im_start|>user", "<|im_end|>"),
@@ -28,6 +31,32 @@ USER_TURNS = (
     ("Human:", "Assistant:"),
 )
 SYSTEM_BLOCK = re.compile(r"<<SYS>>.*?<</SYS>>", re.DOTALL)
+
+
+def recover_text(text: str) -> str:
+    """Undo Python's escapes of bytes that are not UTF-8 (PEP 383), as command lines and pipes bring them.
+
+    What is UTF-8 after all is read, every other byte becomes U+FFFD.
+    """
+    return re.sub(
+        "[\udc80-\udcff]+", lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), text
+    )
+
+
+def check_text(text: str) -> None:
+    """Refuse a text that no tokenizer takes.
+
+    Raises:
+        InputError: it holds half of a surrogate pair, as JSON may, or is longer than any model reads.
+    """
+    if len(text) > MAX_TEXT:
+        raise InputError(f"a text of {len(text):,} characters; {MAX_TEXT:,} are allowed")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"character {error.start + 1} of the text, {text[error.start]!a}, is half of a surrogate pair"
+        ) from None
 
 
 def query_of(text: str) -> str:
@@ -112,8 +141,9 @@ def place_images(text: str, num_images: int, use_im_start_end: bool = False) -> 
         use_im_start_end: put `<im_start>` and `<im_end>` around each (`mm_use_im_start_end` of the checkpoint).
 
     Raises:
-        InputError: the text has another number of placeholders.
+        InputError: the text has another number of placeholders, or is one that no tokenizer takes.
     """
+    check_text(text)
     count = text.count(DEFAULT_IMAGE_TOKEN)
     if count not in (0, num_images):
         raise InputError(

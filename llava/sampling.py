@@ -4,12 +4,14 @@ Apart from `llava.generation`, so that a command can check its options before to
 """
 
 from dataclasses import dataclass
-from math import isfinite
 
 from llava.errors import InputError
 
 MAX_BEAMS = 64
 """Beams are rows of one batch: more than this is a typing error, and would run for hours."""
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100
+"""Below, scores leave the range of numbers; above, tokens are noise."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Sampling:
         top_p: draw among the likeliest tokens that together hold this probability; None: among all.
         num_beams: width of the beam search, at most `MAX_BEAMS`; 1 is none.
         max_new_tokens: length limit of an answer.
+        seed: of the draw, set anew for each answer; None: every draw is another.
 
     Raises:
         InputError: a value is out of its range.
@@ -30,16 +33,18 @@ class Sampling:
     top_p: float | None = None
     num_beams: int = 1
     max_new_tokens: int = 512
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         checks = (
             (
-                isfinite(self.temperature) and self.temperature >= 0,
-                f"temperature {self.temperature}: expected a number from 0 on",
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+                f"temperature {self.temperature}: expected 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}",
             ),
             (self.top_p is None or 0 < self.top_p <= 1, f"top_p {self.top_p}: expected a number above 0, at most 1"),
             (1 <= self.num_beams <= MAX_BEAMS, f"num_beams {self.num_beams}: expected 1 to {MAX_BEAMS}"),
             (self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens}: expected 1 or more"),
+            (self.seed is None or 0 <= self.seed < 2**64, f"seed {self.seed}: expected 0 to 2**64 - 1"),
         )
         for holds, message in checks:
             if not holds:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from llava.cli import ModelSpec, add_model_options, prepare_terminal
+from llava.cli import ModelSpec, add_model_options
 from llava.errors import InputError, run_command
 from llava.files import write_bytes
 from llava.image import load_image
-from llava.prompt import query_of
+from llava.prompt import check_text, query_of, recover_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -384,10 +384,12 @@ def visualize(
     """Draw what a model with a token reduction keeps of an image (mode RGB) for a question.
 
     Raises:
-        InputError: the model drops no patches.
+        InputError: the model drops no patches, or the question is one that no tokenizer takes.
     """
     if model.token_reducer is None:
         raise InputError('this checkpoint keeps every patch: name a token reduction, such as --reduce "TRIM:-1"')
+    question = recover_text(question)
+    check_text(question)
     tokens = reduce_image(model, image_processor, image, query_of(question))
     aspect_ratio = getattr(model.config, "image_aspect_ratio", None)
     return draw_reduction(image, tokens, model.get_vision_tower().grid, aspect_ratio, question)
@@ -400,7 +402,6 @@ def main() -> None:
     parser.add_argument("--query", required=True, help="the question")
     parser.add_argument("--out", required=True, metavar="PNG", help="file that the drawing is written to")
     args = parser.parse_args()
-    prepare_terminal()
     spec = ModelSpec.from_options(args)
     if not args.query.strip():
         raise InputError("--query is empty: write what you want to know about the image")

@@ -15,7 +15,6 @@ DEFAULT_FOLDER = Path(__file__).parents[1] / "playground" / "data" / "eval" / "M
 
 
 def main() -> None:
-    """Convert, and say where the files are."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--experiment", required=True, help="name of the answers file, without .jsonl")
     parser.add_argument(

@@ -15,7 +15,6 @@ from llava.eval.results import require_complete
 
 
 def main() -> None:
-    """Convert, and say where the workbook is."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--annotation-file", type=Path, required=True, help="the table, such as mmbench_dev_20230712.tsv"

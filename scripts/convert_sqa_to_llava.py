@@ -12,7 +12,6 @@ PROMPT_FORMAT = "CQM-A"
 
 
 def main() -> None:
-    """Convert, and say where the file is."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "command", nargs="?", choices=["convert_to_llava"], help="as in LLaVA's script, which has no other"

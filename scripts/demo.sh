@@ -6,19 +6,16 @@
 #   bash scripts/demo.sh
 #   DEMO_IMAGES=200 DEMO_OUT=somewhere BENCHMARKS="pope gqa" bash scripts/demo.sh
 # LLaVA-Bench and MM-Vet need a language model as judge; here an offline stand-in compares texts, as the table notes.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/environment.sh
-source scripts/lib/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 use_environment
 
 IMAGES=${DEMO_IMAGES:-60} # images per benchmark
-OUT=${DEMO_OUT:-results/demo}
+OUT=$(absolute_path "${DEMO_OUT:-$REPO_ROOT/results/demo}")
 BENCHMARKS=${BENCHMARKS:-vqav2 gqa vizwiz sqa textvqa pope mme mmbench mmbench_cn seed llavabench mmvet}
 CHECKPOINTS=playground/shapes/checkpoints
 PLAIN=$CHECKPOINTS/llava-shapes
 TRIMMED=$CHECKPOINTS/llava-shapes-trim
-[[ $OUT == /* ]] || OUT=$PWD/$OUT
 DATA=$OUT/data
 LOGS=$OUT/logs
 export LLAVA_EVAL_ROOT=$DATA/eval HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -20,4 +20,4 @@ default BATCH_SIZE 4     # per GPU
 default GLOBAL_BATCH 128 # accumulation follows from it
 default LEARNING_RATE 2e-5
 
-train_llava ARGUMENTS "$@"
+train_llava --group_by_modality_length True ARGUMENTS "$@"

@@ -2,15 +2,14 @@
 # Everything that CI runs: lint, unit tests, then the slow tier, which runs the real scripts.
 #   bash scripts/test.sh                             everything
 #   bash scripts/test.sh -m "not slow" -k splice     arguments go to pytest
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/environment.sh
-source scripts/lib/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 use_environment
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-git ls-files -z '*.sh' .ci/run | xargs -0 "$(dirname "$PYTHON")/shellcheck" -x
+shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
+git ls-files -z '*.sh' .ci/run | xargs -0 "$shellcheck" -x
 # UTF-8 whatever the locale is: the tests' own files are.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUTF8=1
 "$PYTHON" -m pytest "$@"

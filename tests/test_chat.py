@@ -119,6 +119,8 @@ def test_without_images_the_model_talks(session):
         ("<image>", "empty"),
         ("<image> or <image>?", "2 <image> placeholders for 0 new images"),
         ("word " * 5000, "positions"),
+        ("word " * 300_000, "a text of 1,500,000 characters"),
+        ("half \ud83d", "character 6 of the text, '.ud83d', is half of a surrogate pair"),
     ],
 )
 def test_a_refused_question_leaves_the_dialogue_as_it_was(session, question, reason):
@@ -157,11 +159,15 @@ def test_the_templates_end_of_turn_ends_the_answer_and_is_not_part_of_it(loaded,
         {"temperature": -1},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
+        {"temperature": 1e-320},
+        {"temperature": 1e300},
         {"top_p": 0},
         {"top_p": 1.5},
         {"num_beams": 0},
         {"num_beams": 100_000},
         {"max_new_tokens": 0},
+        {"seed": -1},
+        {"seed": 2**64},
     ],
 )
 def test_sampling_settings_out_of_range_are_refused(setting):
@@ -177,6 +183,15 @@ def test_sampling_and_beams_reach_generate(session):
     assert len(drawn) > 1
     session.show([load_image(NOISE)])
     assert session.ask(BUS, Sampling(num_beams=3, max_new_tokens=4)).text
+
+
+def test_a_seed_repeats_the_draw(session):
+    def draw(seed):
+        session.show([load_image(NOISE)])
+        return session.ask(BUS, Sampling(temperature=5.0, max_new_tokens=4, seed=seed)).text
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
 
 
 def test_unknown_templates_are_refused_with_the_closest_name(loaded):

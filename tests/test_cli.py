@@ -87,7 +87,9 @@ def command(checkpoints, monkeypatch, capsys):
         except SystemExit as left:
             code = left.code
         output = capsys.readouterr()
-        return code, output.out, output.err
+        # The template is named on stderr once the model is loaded; it is not part of what went wrong.
+        told = [line for line in output.err.splitlines(keepends=True) if not line.startswith("conversation template ")]
+        return code, output.out, "".join(told)
 
     return run
 
@@ -102,6 +104,9 @@ def test_image_lists_are_split_but_existing_files_are_not(tmp_path):
     assert list_image_sources(["x.png,y.png", str(odd)], ",") == ["x.png", "y.png", str(odd)]
     assert list_image_sources("x.png;y.png", ";") == ["x.png", "y.png"]
     assert list_image_sources("x.png", "") == ["x.png"]
+    names = [f"image_{number}.png" for number in range(1000)]  # together too long for a name
+    assert list_image_sources(",".join(names), ",") == names
+    assert list_image_sources("half \ud83d.png,a\0b.png", ",") == ["half \ud83d.png", "a\0b.png"]
 
 
 def test_the_template_option_beats_the_checkpoint_name():
@@ -163,7 +168,20 @@ MISTAKES = [
     ({}, ("--tower-dtype", "float9"), "float9"),
     ({}, ("--attn-implementation", "flashy"), "flashy"),
     ({}, ("--temperature", "-2"), "temperature -2.0"),
+    ({}, ("--temperature", "nan"), "temperature nan: expected 0, or 0.001 to 100"),
+    ({}, ("--temperature", "inf"), "temperature inf"),
     ({}, ("--num_beams", "0"), "num_beams 0"),
+    ({}, ("--num_beams", "100000"), "num_beams 100000: expected 1 to 64"),
+    ({}, ("--seed", str(2**64)), "seed 18446744073709551616: expected"),
+    ({"image": "/dev/zero"}, (), "/dev/zero is a device, not a regular file"),
+    ({"image": "x" * 300}, (), "File name too long"),
+    (
+        {"image": "http://user:secret@localhost:9/a.png"},
+        (),
+        "http://localhost:9/a.png: an address with a user",
+    ),
+    ({"query": "half \ud83d"}, (), r"character 6 of the text, '\ud83d', is half of a surrogate pair"),
+    ({"query": "word " * 300_000}, (), "a text of 1,500,000 characters"),
 ]
 
 
@@ -223,6 +241,22 @@ def test_commands_run_as_modules_from_a_shell(checkpoints, golden):
     assert done.returncode == 0 and b"of 36 kept" in done.stdout and b"Traceback" not in done.stderr
 
 
+def test_a_draw_is_repeated_by_its_seed_and_help_says_that_there_is_one(command):
+    draw = ["--temperature", "5", "--seed"]
+    assert ask_command(command, *draw, "3") == ask_command(command, *draw, "3")
+    assert len({ask_command(command, *draw, str(seed))[1] for seed in range(4)}) > 1
+    text = " ".join(command(run_llava.main, "--help")[1].split())
+    assert "default: 0.2; tokens are drawn, in each run others" in text and "--seed" in text
+
+
+@pytest.mark.parametrize("query", ["half \ud83d", "word " * 300_000])
+def test_visualize_refuses_a_question_that_no_tokenizer_takes(command, tmp_path, query):
+    code, _, err = command(
+        visualize_main, "--model-path", TRIM, "--image-file", TALL, "--query", query, "--out", tmp_path / "a.png"
+    )
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
 def test_visualize_writes_an_image(command, tmp_path):
     out = tmp_path / "new folder" / "kept.png"
     code, _, err = command(
@@ -237,3 +271,14 @@ def test_visualize_refuses_a_checkpoint_that_keeps_everything(command, tmp_path)
     code, _, err = command(visualize_main, *arguments)
     assert code == 2 and "--reduce" in err and not (tmp_path / "a.png").exists()
     assert command(visualize_main, *arguments, "--reduce", "Random:0.25")[0] == 0
+
+
+def test_the_template_is_the_options_the_stored_one_or_that_of_the_name_and_is_named(capsys):
+    args = SimpleNamespace(model_path="/a/llava-v1.5-7b")
+    assert choose_template(args) == "llava_v1"
+    assert 'conversation template llava_v1, by the name "llava-v1.5-7b"' in capsys.readouterr().err
+    assert choose_template(args, SimpleNamespace(conv_mode="vicuna_v1")) == "vicuna_v1"
+    assert "conversation template vicuna_v1, from config.json" in capsys.readouterr().err
+    args.conv_mode = "plain"
+    assert choose_template(args, SimpleNamespace(conv_mode="vicuna_v1")) == "plain"
+    assert capsys.readouterr().err == ""

@@ -169,3 +169,46 @@ def test_numbers_too_long_for_python_are_one_error_in_a_line(tmp_path):
     path = write_text(tmp_path / "rows.jsonl", json.dumps({"a": 1}) + "\n" + '{"a": ' + "9" * 5000 + "}\n")
     with pytest.raises(FileError, match="line 2"):
         read_jsonl(path)
+
+
+def test_a_limit_of_size_is_kept(tmp_path):
+    path = write_bytes(tmp_path / "data", b"12345")
+    assert read_bytes(path, limit=5) == b"12345"
+    with pytest.raises(FileError, match=r"data is larger than .* GiB"):
+        read_bytes(path, limit=4)
+
+
+def test_a_file_larger_than_the_memory_is_one_error(tmp_path, monkeypatch):
+    def fail(self):
+        raise MemoryError
+
+    path = write_bytes(tmp_path / "data", b"x")
+    monkeypatch.setattr(type(tmp_path), "read_bytes", fail)
+    with pytest.raises(FileError, match=r"cannot read .*data: it does not fit into memory"):
+        read_bytes(path)
+
+
+def test_half_a_surrogate_pair_is_no_name_but_is_written_as_its_escape(tmp_path):
+    for use in (
+        read_bytes,
+        read_text,
+        lambda path: write_text(path, "x"),
+        lambda path: append_line(path, "x"),
+        make_folder,
+    ):
+        with pytest.raises(FileError, match="the name is not valid Unicode"):
+            use(tmp_path / "half \ud83d")
+    path = write_text(tmp_path / "data", '"\ud83d"\n')
+    append_line(path, '"\udc00"')
+    assert [parse_json(line, "line") for _, line in read_lines(path)] == ["\ud83d", "\udc00"]
+
+
+@pytest.mark.parametrize("use", [read_bytes, read_text, read_json, read_jsonl, lambda path: list(read_lines(path))])
+def test_a_file_that_may_not_be_read_is_one_error(tmp_path, monkeypatch, use):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = write_text(tmp_path / "data", "{}")
+    monkeypatch.setattr(type(tmp_path), "read_bytes", refuse)
+    with pytest.raises(FileError, match=r"cannot read .*data: Permission denied"):
+        use(path)

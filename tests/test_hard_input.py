@@ -1,11 +1,12 @@
 """Hard input, one row each: it either works or ends in one clear line. Nothing may end in a traceback.
 
-Everything goes the way of a user: a checkpoint folder, a picture file, a question, `load_pretrained_model`,
+Everything goes the way of a user: a checkpoint folder, an image file, a question, `load_pretrained_model`,
 `load_image`, `process_images`, `generate`.
 """
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -39,21 +40,22 @@ def edit(checkpoint: Path, **values) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config | values))
 
 
-def ask(checkpoint: Path, images: list[Path], question: str, *, marks: int | None = None, reduce: str | None = None):
+def ask(
+    checkpoint: Path, images: list[Path], question: str, *, placeholders: int | None = None, reduce: str | None = None
+):
     """Ask as a user's script would; returns (visual tokens of the first image, new ids)."""
     tokenizer, model, processor, _ = load_pretrained_model(str(checkpoint), reduce=reduce, device="cpu")
-    pictures = [load_image(image) for image in images]
-    pixels = process_images(pictures, processor, model.config)
+    pixels = process_images([load_image(image) for image in images], processor, model.config)
     conversation = conv_templates["vicuna_v1"].copy()
-    num_marks = len(images) if marks is None else marks
-    conversation.append_message(conversation.roles[0], "<image>\n" * num_marks + question)
+    num_placeholders = len(images) if placeholders is None else placeholders
+    conversation.append_message(conversation.roles[0], "<image>\n" * num_placeholders + question)
     conversation.append_message(conversation.roles[1], None)
     ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
     answer = model.generate(ids, images=pixels, max_new_tokens=4, do_sample=False)
     return model.encode_images(pixels, [question] * len(images))[0].num_tokens, answer
 
 
-def picture() -> Image.Image:
+def noise() -> Image.Image:
     values = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -66,47 +68,67 @@ def write(path: Path, image: Image.Image, **options) -> Path:
 def write_rotated(path: Path) -> Path:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees to view
-    return write(path, picture(), exif=exif)
+    return write(path, noise(), exif=exif)
 
 
 def write_truncated(path: Path) -> Path:
     buffer = io.BytesIO()
-    picture().save(buffer, "JPEG")
+    noise().save(buffer, "JPEG")
     path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     return path
 
 
 def write_text(path: Path) -> Path:
-    path.write_text("this is no picture")
+    path.write_text("this is no image")
     return path
 
 
-PICTURES = {
+def make_pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+IMAGES = {
     "all black": lambda p: write(p / "black.png", Image.new("RGB", (84, 84))),
     "1 x 1": lambda p: write(p / "one.png", Image.new("RGB", (1, 1), (200, 10, 10))),
     "10,000 x 20": lambda p: write(p / "strip.png", Image.new("RGB", (10_000, 20), (10, 200, 10))),
+    "1 x 20,000": lambda p: write(p / "line.png", Image.new("RGB", (1, 20_000), (10, 200, 10))),
+    "1 x 60,000": lambda p: write(p / "long.png", Image.new("RGB", (1, 60_000), (10, 200, 10))),
+    "60,000 x 1": lambda p: write(p / "wide.png", Image.new("RGB", (60_000, 1), (10, 200, 10))),
     "20 x 10,000": lambda p: write(p / "tall.png", Image.new("RGB", (20, 10_000), (10, 200, 10))),
-    "CMYK": lambda p: write(p / "cmyk.jpg", picture().convert("CMYK")),
+    "CMYK": lambda p: write(p / "cmyk.jpg", noise().convert("CMYK")),
     "16 bit": lambda p: write(p / "deep.png", Image.fromarray(np.arange(6000, dtype=np.uint16).reshape(60, 100) * 10)),
-    "palette": lambda p: write(p / "palette.png", picture().convert("P")),
-    "palette with transparency": lambda p: write(p / "clear.gif", picture().convert("P"), transparency=0),
-    "transparency": lambda p: write(p / "alpha.png", picture().convert("RGBA")),
-    "grey": lambda p: write(p / "grey.png", picture().convert("L")),
-    "one bit": lambda p: write(p / "bit.png", picture().convert("1")),
+    "palette": lambda p: write(p / "palette.png", noise().convert("P")),
+    "palette with transparency": lambda p: write(p / "clear.gif", noise().convert("P"), transparency=0),
+    "transparency": lambda p: write(p / "alpha.png", noise().convert("RGBA")),
+    "grey": lambda p: write(p / "grey.png", noise().convert("L")),
+    "one bit": lambda p: write(p / "bit.png", noise().convert("1")),
     "EXIF rotated": lambda p: write_rotated(p / "rotated.jpg"),
 }
 UNREADABLE = {
     "truncated": lambda p: write_truncated(p / "half.jpg"),
-    "not a picture": lambda p: write_text(p / "text.png"),
+    "not an image": lambda p: write_text(p / "text.png"),
     "absent": lambda p: p / "absent.png",
+    "a folder": lambda p: p,
+    "a side too long": lambda p: write(p / "side.png", Image.new("1", (1, 300_000))),
+    "a name too long": lambda p: p / f"{'x' * 300}.png",
+    "a pipe": lambda p: make_pipe(p / "pipe.png"),
+    "a device": lambda p: Path("/dev/zero"),
 }
 QUESTIONS = {
     "empty": "",
-    "blank": "  \n ",
+    "spaces": "  \n ",
     "2,000 words": "word " * 2000,
     "Chinese": "这张图片里有什么？请用一个词回答。",
     "emoji and controls": "🙂\u200b\x07 café ½",
     "special tokens": "Is there </s> a <|endoftext|> dog <unk>?",
+    "line separators and a null": "Is\u2028it\u2029a\x85bus\0?",
+    "a byte order mark": "\ufeffIs it a bus?",
+}
+NOT_TEXT = {
+    "half a surrogate pair": "Is it \ud83d a bus?",
+    "a byte": "Is it a b\udcfcs?",
+    "too long": "word " * 300_000,
 }
 SETTINGS = ["TRIM:-1", "TRIM:1.0", "TRIM:0.001", "TextSim:-1", "TRIM:-1,fence=1000000"]
 WRONG_SETTINGS = {
@@ -117,15 +139,15 @@ WRONG_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_picture_works(folder, tmp_path, kind):
-    num_tokens, answer = ask(folder / NAME, [PICTURES[kind](tmp_path)], QUESTION)
+@pytest.mark.parametrize("kind", IMAGES)
+def test_image_works(folder, tmp_path, kind):
+    num_tokens, answer = ask(folder / NAME, [IMAGES[kind](tmp_path)], QUESTION)
     assert 1 <= num_tokens <= 36
     assert answer.shape[1] >= 1
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_unreadable_picture_is_named_in_one_line(folder, tmp_path, kind):
+def test_unreadable_image_is_named_in_one_line(folder, tmp_path, kind):
     path = UNREADABLE[kind](tmp_path)
     with pytest.raises(InputError) as caught:
         ask(folder / NAME, [path], QUESTION)
@@ -135,7 +157,7 @@ def test_unreadable_picture_is_named_in_one_line(folder, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", QUESTIONS)
 def test_question_works_or_says_that_it_is_too_long(folder, tmp_path, kind):
-    image = PICTURES["grey"](tmp_path)
+    image = IMAGES["grey"](tmp_path)
     if kind == "2,000 words":
         edit(folder / NAME, max_position_embeddings=1024)
         with pytest.raises(InputError, match=r"takes \d+ positions with its image tokens, the model has 1024"):
@@ -146,10 +168,17 @@ def test_question_works_or_says_that_it_is_too_long(folder, tmp_path, kind):
     assert answer.shape[1] >= 1
 
 
+@pytest.mark.parametrize("kind", NOT_TEXT)
+def test_what_is_no_text_ends_in_one_line(folder, tmp_path, kind):
+    with pytest.raises(InputError) as caught:
+        ask(folder / NAME, [IMAGES["grey"](tmp_path)], NOT_TEXT[kind])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 100
+
+
 @pytest.mark.parametrize("spec", SETTINGS)
-def test_setting_works_on_any_picture(folder, tmp_path, spec):
+def test_setting_works_on_any_image(folder, tmp_path, spec):
     for kind in ("all black", "EXIF rotated"):
-        num_tokens, answer = ask(folder / NAME, [PICTURES[kind](tmp_path)], QUESTION, reduce=spec)
+        num_tokens, answer = ask(folder / NAME, [IMAGES[kind](tmp_path)], QUESTION, reduce=spec)
         assert num_tokens == {"TRIM:1.0": 36, "TRIM:0.001": 1, "TRIM:-1,fence=1000000": 1}.get(spec, num_tokens)
         assert answer.shape[1] >= 1
 
@@ -167,11 +196,11 @@ def test_wrong_setting_ends_in_one_line_at_load_time(folder, spec):
 
 
 @pytest.mark.parametrize(
-    ("num_images", "marks", "says"), [(2, 1, "more images"), (1, 2, "fewer images"), (1, 0, "more images")]
+    ("num_images", "placeholders", "says"), [(2, 1, "more images"), (1, 2, "fewer images"), (1, 0, "more images")]
 )
-def test_images_that_do_not_fit_the_marks_end_in_one_line(folder, tmp_path, num_images, marks, says):
+def test_images_that_do_not_fit_the_placeholders_end_in_one_line(folder, tmp_path, num_images, placeholders, says):
     with pytest.raises(InputError, match=says):
-        ask(folder / NAME, [PICTURES["grey"](tmp_path)] * num_images, QUESTION, marks=marks)
+        ask(folder / NAME, [IMAGES["grey"](tmp_path)] * num_images, QUESTION, placeholders=placeholders)
 
 
 def test_a_text_only_prompt_works(folder):

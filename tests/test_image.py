@@ -2,10 +2,15 @@
 
 import http.server
 import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ import llava.image
 from llava.errors import InputError
 from llava.image import load_image, scale_window
 
+ROOT = Path(__file__).parents[1]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
@@ -140,7 +146,33 @@ def test_what_is_no_image_is_refused(tmp_path):
 
 def test_what_may_never_end_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
     assert "a pipe, not a regular file" in refusal(tmp_path / "pipe.png")
+    assert "a pipe, not a regular file" in refusal(tmp_path / "link.png")
+    for device in ("/dev/zero", "/dev/full", "/dev/null"):
+        assert "a device, not a regular file" in refusal(device)
+
+
+def test_a_file_of_terabytes_is_refused_at_once(tmp_path):
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
+    assert "larger than 2 GiB" in refusal(tmp_path / "sparse.png")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "/".join(["folder"] * 1000), "half \ud83d.png", "a\0b.png"])
+def test_an_impossible_name_is_one_line(tmp_path, name):
+    with pytest.raises(InputError) as caught:
+        load_image(f"{tmp_path}/{name}")
+    assert str(caught.value).startswith("cannot read ") and "\n" not in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    Image.new("1", (3, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert refusal(tmp_path / "a.png") == f"cannot read {tmp_path}/a.png: Permission denied"
 
 
 def test_decompression_bombs_are_refused_and_large_images_are_not(tmp_path, monkeypatch):
@@ -154,6 +186,26 @@ def test_decompression_bombs_are_refused_and_large_images_are_not(tmp_path, monk
 ENDLESS_SECONDS = 60  # longer than any machine takes to give up after the 0.4 seconds that it is allowed
 
 
+RAW = {
+    "/missing.png": b"HTTP/1.0 404 Not Found\r\n\r\n",
+    "/moved.png": b"HTTP/1.0 302 Found\r\nLocation: /ok.png\r\n\r\n",
+    "/rude.png": b"HTTP/1.1 500 \x1b[31m sk-KEY\r\n\r\n",
+    "/not_http.png": b"\x1b[31m sk-KEY\r\n\r\n",
+    "/circle.png": b"HTTP/1.0 302 sk-KEY\r\nLocation: /circle.png?sk-KEY\r\n\r\n",
+    "/astray.png": b"HTTP/1.0 302 Found\r\nLocation: file:///etc/hostname?sk-KEY\r\n\r\n",
+}
+# What is sent first, and then again and again.
+ENDLESS = {
+    "/headers.png": (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"),
+    "/many_headers.png": (b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
+    "/status.png": (b"HTTP", b"x"),
+    "/chunks.png": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "/body.png": (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+    "/redirect.png": (b"HTTP/1.1 302 Found\r\nLocation: /ok.png\r\nContent-Length: 99999\r\n\r\n", b"x"),
+    "/error.png": (b"HTTP/1.1 404 Not Found\r\nContent-Length: 99999\r\n\r\n", b"x"),
+}
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves an image, and every way in which a server can fail."""
 
@@ -164,21 +216,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer by path."""
-        if self.path == "/missing.png":
-            self.send_error(404, "Not Found")
-            return
-        if self.path == "/slow.png":
+        page = self.path.partition("?")[0]
+        if page == "/slow.png":
             time.sleep(ENDLESS_SECONDS)
-        if self.path == "/moved.png":
-            self.send_response(302)
-            self.send_header("Location", "/ok.png")
-            self.end_headers()
+        if page in RAW:
+            self.wfile.write(RAW[page])
             return
-        body = {"/empty.png": b"", "/page.html": b"<html>"}.get(self.path, self.image)
+        if page in ENDLESS:
+            self.wfile.write(ENDLESS[page][0])
+            for _ in range(10 * ENDLESS_SECONDS):
+                self.wfile.write(ENDLESS[page][1])
+                self.wfile.flush()
+                time.sleep(0.1)
+            return
+        if page == "/slowly_moved":
+            time.sleep(0.3)
+            self.wfile.write(b"HTTP/1.0 302 Found\r\nLocation: /slowly_moved?again\r\n\r\n")
+            return
+        body = {"/empty.png": b"", "/page.html": b"<html>"}.get(page, self.image)
         self.send_response(200)
-        self.send_header("Content-Length", str(len(body) * (2 if self.path == "/short.png" else 1)))
+        self.send_header("Content-Length", str(len(body) * (2 if page == "/short.png" else 1)))
         self.end_headers()
-        if self.path == "/trickle.png":
+        if page == "/trickle.png":
             for start in range(len(body)):
                 self.wfile.write(body[start : start + 1])
                 self.wfile.flush()
@@ -216,12 +275,105 @@ def test_failed_downloads_are_refused(server, page, reason):
     assert reason in refusal(f"{server}/{page}")
 
 
-@pytest.mark.parametrize("page", ["slow.png", "trickle.png"])
-def test_a_download_ends_after_its_time(server, page, monkeypatch):
-    monkeypatch.setattr(llava.image, "DOWNLOAD_SECONDS", 0.4)
+@pytest.mark.parametrize(
+    "page",
+    [
+        "slow.png",
+        "trickle.png",
+        "slowly_moved",
+        "headers.png",
+        "many_headers.png",
+        "status.png",
+        "chunks.png",
+        "body.png",
+    ],
+)
+def test_a_download_ends_after_its_time_and_leaves_no_thread(server, page, monkeypatch):
+    monkeypatch.setattr(llava.image, "DOWNLOAD_SECONDS", 1.0)
+    before = set(threading.enumerate())
     begin = time.monotonic()
-    assert "timed out" in refusal(f"{server}/{page}")
+    line = refusal(f"{server}/{page}")
+    assert "timed out" in line or "(the answer is not HTTP" in line
     assert time.monotonic() - begin < ENDLESS_SECONDS / 2
+    for thread in set(threading.enumerate()) - before:
+        if "_Download" in repr(getattr(thread, "_target", None)):
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+
+
+def test_the_limit_of_time_covers_the_name_server(monkeypatch):
+    monkeypatch.setattr(llava.image, "DOWNLOAD_SECONDS", 0.4)
+
+    def look_up(*args, **options):
+        time.sleep(5)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    begin = time.monotonic()
+    assert "timed out" in refusal("http://slow.example/a.png")
+    assert time.monotonic() - begin < 4
+
+
+@pytest.mark.parametrize("page", ["redirect.png", "error.png"])
+def test_content_of_redirects_and_errors_is_not_waited_for(server, page):
+    begin = time.monotonic()
+    if page == "redirect.png":
+        assert load_image(f"{server}/{page}").size == (64, 48)
+    else:
+        assert "(404 Not Found)" in refusal(f"{server}/{page}")
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("rude.png", "(500 Internal Server Error)"),
+        ("not_http.png", "(the answer is not HTTP: BadStatusLine)"),
+        ("circle.png", "(302, redirected too often or to no web address)"),
+        ("astray.png", "(302, redirected too often or to no web address)"),
+    ],
+)
+def test_nothing_of_what_a_server_says_is_repeated(server, page, reason):
+    line = refusal(f"{server}/{page}")
+    assert reason in line and "KEY" not in line and line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "{server}/missing.png?api_key=KEY",
+        "{server}/page.html?api_key=KEY",
+        "{server}/short.png?KEY#KEY",
+        "{server}/missing.png#KEY",
+        "http://127.0.0.1:9?KEY",
+        "http://user:KEY@127.0.0.1:9/a.png",
+        "https://KEY@127.0.0.1:9/a.png",
+        "http://user:KE?Y@127.0.0.1:9/a.png",
+        "http://user:KEY/x@127.0.0.1:9/a.png",
+        "http://user:@KEY@127.0.0.1:9/a.png",
+        "http://127.0.0.1:9/a b.png?KEY",
+        "http://127.0.0.1:KEY/a.png",
+        "HTTP://127.0.0.1:9/a.png?KEY\nKEY",
+        "http://[::1/a.png?KEY",
+        "http://é.example:9/é.png?KEY",
+    ],
+)
+def test_credentials_in_an_address_are_not_printed(server, address):
+    with pytest.raises(InputError) as caught:
+        load_image(address.format(server=server))
+    line = str(caught.value)
+    assert "KE" not in line and "\n" not in line and line.lower().startswith("image http")
+
+
+def test_ctrl_c_ends_a_download_at_once(server):
+    code = f"import llava.image; print('ready', flush=True); llava.image.load_image('{server}/headers.png')"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) != 0
 
 
 def test_a_download_ends_at_its_size(server, monkeypatch):

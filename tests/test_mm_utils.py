@@ -252,7 +252,34 @@ def test_grid_shape_is_columns_then_rows():
     assert get_anyres_image_grid_shape((300, 1000), "[(336, 672), (1008, 336)]", 336) == (1, 2)
 
 
-@pytest.mark.parametrize("canvases", ["(1x1", "[]", 7])
+@pytest.mark.parametrize("text", ["", "é", "AAAA", b"\xff", "x" * 5])
+def test_what_is_not_the_base64_text_of_an_image_is_refused(text):
+    with pytest.raises(InputError, match="base64"):
+        load_image_from_base64(text)
+
+
+def test_anyres_without_canvases_is_refused(processor):
+    with pytest.raises(InputError, match="image_grid_pinpoints None"):
+        process_images([Image.new("RGB", (5, 9))], processor, SimpleNamespace(image_aspect_ratio="anyres"))
+
+
+@pytest.mark.parametrize(
+    "canvases",
+    [
+        *("(1x1", "[]", 7, None, "", "null", [[336]], [[1, 2, 3]], [["a", "b"]], "[[336, 672], 5]", [[None, None]]),
+        *(
+            [[0, 336]],
+            [[-336, 336]],
+            [[10**9, 10**9]],
+            [[float("nan"), 1]],
+            [[float("inf"), 1]],
+            "[" * 5000,
+            "9" * 5000,
+        ),
+        *("[" * 5000, "9" * 5000, {"a": 1}, "'" * 3, "(" * 100_000, "x" * 100_000, "\0"),
+    ],
+    ids=lambda canvases: repr(canvases)[:20],
+)
 def test_unreadable_canvases_are_refused(canvases):
     with pytest.raises(InputError, match="image_grid_pinpoints"):
         get_anyres_image_grid_shape((10, 10), canvases, 336)
@@ -314,6 +341,23 @@ def test_a_space_after_the_image_keeps_its_token(tokenizer):
 def test_each_image_has_one_mark_and_the_prompt_one_start(tokenizer):
     input_ids = tokenizer_image_token("a<image><image>b<image>", tokenizer, image_token_index=-7)
     assert input_ids.count(-7) == 3 and input_ids.count(tokenizer.bos_token_id) == 1 and input_ids[-1] == -7
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "byte \udcff", "x" * (2**20 + 1)])
+def test_texts_that_no_tokenizer_takes_are_refused(tokenizer, text):
+    for use in (
+        lambda: tokenize_texts(["sound", text], tokenizer),
+        lambda: tokenizer_image_token(f"<image>{text}", tokenizer),
+        lambda: KeywordsStoppingCriteria([text], tokenizer, torch.tensor([[1]])),
+    ):
+        with pytest.raises(InputError):
+            use()
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\u2028b", "\ufeffa", "🙂\x07", "word " * 100_000])
+def test_every_other_text_is_tokenized_without_a_warning(tokenizer, text, caplog):
+    assert len(tokenizer_image_token(f"<image>{text}", tokenizer)) > 2
+    assert not caplog.records
 
 
 def test_an_unknown_tensor_kind_is_refused(tokenizer):

@@ -6,7 +6,7 @@ import pytest
 from llava.errors import InputError
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks._files import load_question_file
-from llava.prompt import choose_conv_mode, query_of, wrap_prompt
+from llava.prompt import check_text, choose_conv_mode, query_of, recover_text, wrap_prompt
 
 
 def test_pope_prompts_queries_and_limits_equal_the_published_scripts_in_every_record(golden: Path) -> None:
@@ -65,3 +65,23 @@ def test_the_wrapper_and_the_loader_agree_on_the_recorded_trace(golden: Path) ->
     questions = load_question_file(golden / "data" / "questions" / "vqa.jsonl", golden / "data" / "images")
     assert [question.id for question in questions[:3]] == ["q0", 1, "q2"]
     assert all(question.images[0].is_file() for question in questions)
+
+
+def test_bytes_of_other_encodings_are_read_as_far_as_they_are_utf8() -> None:
+    escaped = "caf\udcc3\udca9 caf\udce9 字"
+    assert recover_text(escaped) == "café caf\ufffd 字"
+    assert recover_text("half \ud83d") == "half \ud83d"
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "\udcff", "\ude00\ud83d", "x" * (2**20 + 1)])
+def test_a_text_that_no_tokenizer_takes_is_refused_in_one_line(text: str) -> None:
+    for use in (check_text, lambda text: wrap_prompt(text, 1, "vicuna_v1")):
+        with pytest.raises(InputError) as caught:
+            use(text)
+        assert len(str(caught.value)) < 100 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "a\u2028b", "🙂", "\x1b[31m", "\ufffe"])
+def test_every_other_text_is_taken(text: str) -> None:
+    check_text(text)
+    assert text in wrap_prompt(text, 1, "vicuna_v1")

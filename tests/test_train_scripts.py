@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_the_trim_script_trains_as_published():
         "per_device_train_batch_size": "4", "gradient_accumulation_steps": "4", "version": "v1",
         "model_name_or_path": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336",
         "bf16": "True", "tf32": "True", "image_aspect_ratio": "pad", "gradient_checkpointing": "True",
+        "group_by_modality_length": "True",
     }  # fmt: skip
     assert {key: flags[key] for key in expected} == expected
 
@@ -149,6 +151,16 @@ def test_several_machines_start_through_the_same_launcher(tmp_path: Path):
         ({"NUM_GPUS": "3", "DRY_RUN": "1"}, "GLOBAL_BATCH=128 is not a multiple of 48"),
         ({"NUM_GPUS": "2", "DRY_RUN": "1", "PRECISION": "fp8"}, "PRECISION=fp8: expected bf16, fp16 or fp32"),
         ({"NUM_NODES": "2", "NUM_GPUS": "8", "BATCH_SIZE": "8", "DRY_RUN": "1"}, "NUM_NODES=2 needs HOSTFILE"),
+        ({"NUM_NODES": "two"}, "NUM_NODES must be a whole number from 1 on, not 'two'"),
+        (
+            {"NUM_NODES": "2", "NUM_GPUS": "2", "NODE_RANK": "-1"},
+            "NODE_RANK must be a whole number from 0 on, not '-1'",
+        ),
+        ({"NUM_GPUS": "2", "OUTPUT": "{file}"}, "data.json is not a folder"),
+        ({"NUM_GPUS": "2", "OUTPUT": "out", "LOG": "{folder}"}, "is not a regular file"),
+        ({"NUM_GPUS": "2", "OUTPUT": "-rf"}, "OUTPUT: a path starts with no dash and has no control characters"),
+        ({"NUM_GPUS": "2", "OUTPUT": "a\nb"}, "OUTPUT: a path starts with no dash and has no control characters"),
+        ({"NUM_GPUS": "2", "MODEL": "--seed"}, "MODEL: a path starts with no dash and has no control characters"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_loads(variables: dict, says: str, tmp_path: Path):
@@ -160,8 +172,65 @@ def test_what_is_missing_is_named_before_anything_loads(variables: dict, says: s
     assert len(done.stderr.splitlines()) == 1
 
 
+NUMBERS = (
+    "NUM_GPUS", "NUM_NODES", "BATCH_SIZE", "GLOBAL_BATCH", "GRADIENT_ACCUMULATION", "MASTER_PORT", "NODE_RANK",
+    "STOP_SECONDS",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "value", ["BASH_VERSINFO[$(touch {0})]", "a[$(touch {0})]", "$(touch {0})", "1+1", "0x10", "010", "1\n2", "9" * 20]
+)
+def test_a_number_that_is_none_is_refused_and_runs_nothing(name: str, value: str, tmp_path: Path):
+    trap = tmp_path / "ran"
+    done = run("finetune", DRY_RUN="1", **{"NUM_GPUS": "2", name: value.format(trap)})
+    assert not trap.exists()
+    assert done.returncode == 2 and f"{name} must be a whole number from" in done.stderr
+    assert "unbound" not in done.stderr
+
+
+def test_the_library_needs_no_newer_bash_than_macos_has():
+    text = (ROOT / "scripts/lib/train.sh").read_text(encoding="utf-8")
+    for newer in ("mapfile", "readarray", "declare -A", "declare -n", "@Q}", "exec {", "${!1^^}", "|&", "wait -n"):
+        assert newer not in text, newer
+
+
 def test_an_option_in_the_wrong_place_is_refused():
     assert "options such as --max_steps go after --" in run("finetune", "--max_steps", "3").stderr
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start finetune.sh with a launcher of a few lines of Python in DeepSpeed's place."""
+    begun = []
+
+    def begin(code: str, **variables: str) -> subprocess.Popen:
+        (tmp_path / "launcher.py").write_text(code)
+        launcher = tmp_path / "python"
+        launcher.write_text(
+            f"""#!/bin/sh\n[ "$1" != -c ] || exec {sys.executable} "$@"\n"""
+            f"exec {sys.executable} -u {tmp_path}/launcher.py\n"
+        )
+        launcher.chmod(0o755)
+        (tmp_path / "data.json").write_text("[]")
+        places = {
+            "PYTHON": str(launcher), "MODEL": str(tmp_path), "VISION_TOWER": str(tmp_path), "PROJECTOR": "",
+            "DATA": str(tmp_path / "data.json"), "IMAGES": str(tmp_path), "OUTPUT": str(tmp_path / "run"),
+            "NUM_GPUS": "2",
+        }  # fmt: skip
+        script = subprocess.Popen(
+            ["bash", str(ROOT / "scripts/finetune.sh")], cwd=ROOT, env=settings(**places | variables),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        begun.append(script)
+        return script
+
+    yield begin
+    for script in begun:
+        while script.poll() is None:  # a second signal ends it at once
+            script.terminate()
+            time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
@@ -174,21 +243,104 @@ def test_an_option_in_the_wrong_place_is_refused():
         ),
     ],
 )
-def test_the_last_line_says_why_the_training_ended(code: int, says: str, tmp_path: Path):
-    # A launcher that fails as DeepSpeed's does: the trainer's own line is among others, once per rank.
-    launcher = tmp_path / "python"
-    lines = "noise\nerror: --fp16 True: refused\nerror: --fp16 True: refused\nmore noise"
-    launcher.write_text(
-        f'#!/bin/sh\n[ "$1" != -c ] || exec {sys.executable} "$@"\nprintf \'{lines}\\n\' >&2\nexit {code}\n'
-    )
-    launcher.chmod(0o755)
-    (tmp_path / "data.json").write_text("[]")
-    done = run(
-        "finetune", NUM_GPUS="2", PYTHON=str(launcher), MODEL=str(tmp_path), VISION_TOWER=str(tmp_path), PROJECTOR="",
-        DATA=str(tmp_path / "data.json"), IMAGES=str(tmp_path), OUTPUT=str(tmp_path / "run"),
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(says.format(log=tmp_path / "run.log"))
+def test_the_last_line_says_why_the_training_ended(code: int, says: str, start: Callable, tmp_path: Path):
+    # As DeepSpeed's launcher fails: the trainer's own line is among others, once per rank.
+    lines = "noise\\nerror: --fp16 True: refused\\nerror: --fp16 True: refused\\nmore noise"
+    script = start(f"import sys; print('{lines}', file=sys.stderr); sys.exit({code})")
+    _, error = script.communicate(timeout=ENDS_WITHIN_SECONDS)
+    assert script.returncode == 2
+    assert error.splitlines()[-1].startswith(says.format(log=tmp_path / "run.log"))
+    assert code == 2 or error.splitlines()[-1].endswith("(there is none yet)")
+
+
+def test_the_last_line_is_of_this_run_not_of_an_earlier_one_in_the_log(start: Callable, tmp_path: Path):
+    (tmp_path / "run.log").write_text("error: an old mistake\nstopped at step 3\ntrained: elsewhere\n")
+    script = start("import sys; sys.exit(2)")
+    _, error = script.communicate(timeout=ENDS_WITHIN_SECONDS)
+    assert error.splitlines()[-1].startswith("error: the trainer refused to start (log:")
+
+
+# Two ranks as DeepSpeed's launcher has them: in the script's job, each with a handler of its own.
+RANK = """
+import signal, sys, time
+def stop(number, frame):
+    sys.stderr.write("stopped at step 3: the same command goes on from run/checkpoint-3\\n")
+    sys.exit(143)
+signal.signal(signal.SIGUSR1, {answer})
+sys.stderr.write("ready\\n")
+time.sleep(600)
+"""
+LAUNCHER = """
+import subprocess, sys
+ranks = [subprocess.Popen([sys.executable, "-c", {rank!r}]) for _ in range(2)]
+print("pids", *[process.pid for process in ranks], flush=True)
+sys.exit(max(process.wait() for process in ranks))
+"""
+
+
+def ranks_that(answer: str) -> str:
+    return LAUNCHER.format(rank=RANK.replace("{answer}", answer))
+
+
+def read_until_ready(script: subprocess.Popen) -> list[int]:
+    pids, num_ready = [], 0
+    while num_ready < 2:
+        line = script.stdout.readline()
+        assert line, script.stderr.read()
+        num_ready += line.startswith("ready")
+        pids = [int(word) for word in line.split()[1:]] if line.startswith("pids") else pids
+    return pids
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until_gone(pids: list[int], seconds: float = ENDS_WITHIN_SECONDS) -> None:
+    ends = time.monotonic() + seconds
+    while [pid for pid in pids if is_running(pid)] and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_script_ends_every_rank_and_the_last_line_is_theirs(
+    number: int, code: int, start: Callable, tmp_path: Path
+):
+    script = start(ranks_that("stop"))
+    pids = read_until_ready(script)
+    script.send_signal(number)
+    _, error = script.communicate(timeout=ENDS_WITHIN_SECONDS)
+    assert script.returncode == code
+    line = "stopped at step 3: the same command goes on from run/checkpoint-3"
+    assert error.splitlines()[-1] == f"{line} (log: {tmp_path / 'run.log'})"
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def test_a_rank_that_does_not_end_is_killed_in_bounded_time(start: Callable):
+    script = start(ranks_that("signal.SIG_IGN"), STOP_SECONDS="1")
+    pids = read_until_ready(script)
+    began = time.monotonic()
+    script.terminate()
+    _, error = script.communicate(timeout=ENDS_WITHIN_SECONDS)
+    assert script.returncode == 143 and time.monotonic() - began < 60
+    assert error.splitlines()[-1].startswith("stopped before a checkpoint was written (log:")
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def test_a_second_signal_ends_it_at_once(start: Callable):
+    script = start(ranks_that("signal.SIG_IGN"), STOP_SECONDS="500")
+    pids = read_until_ready(script)
+    script.terminate()
+    time.sleep(1.5)
+    script.terminate()
+    script.communicate(timeout=60)
+    assert script.returncode == 143
+    assert not [pid for pid in pids if is_running(pid)]
 
 
 # ------------------------------------------------------------------------------------------------ real runs

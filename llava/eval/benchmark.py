@@ -283,6 +283,11 @@ class Benchmark(ABC):
             raise InputError(f"{self.name}: none of the questions has an answer")
         return 100 * sum(verdict.points for verdict in verdicts) / len(verdicts)
 
+    def sum_up(self, verdicts: Sequence[Verdict], scores: Mapping[str, Any], columns: Mapping[str, float]) -> Scores:
+        """Return the scores of verdicts, at least one; their headline follows from them."""
+        count = sum(verdict.unit != "pair" for verdict in verdicts)
+        return Scores(self.headline(verdicts), scores, count, columns, verdicts)
+
     # Where files go --------------------------------------------------------------------------------------------
     def find_root(self, data_root: Path) -> Path:
         """Return the benchmark's folder under the data root; where none is there, the first that could be."""

@@ -30,7 +30,6 @@ NUM_ANSWER_FILES = 2
 
 
 def main() -> None:
-    """Judge, write the reviews."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_gpt_review_bench")
     parser.add_argument("-q", "--question", type=user_path, required=True, help="questions.jsonl")
     parser.add_argument("-c", "--context", type=user_path, required=True, help="context.jsonl")
@@ -74,11 +73,7 @@ def main() -> None:
 
 
 def refuse_other_reviews(path: Path, answer_ids: set[str]) -> None:
-    """Make sure that a review file that is there belongs to these answers.
-
-    Raises:
-        InputError: it has reviews of other answers, which writing would lose.
-    """
+    """Refuse to overwrite a review file of other answers."""
     if not path.is_file() or not path.stat().st_size:
         return
     others = {str(review.get("answer2_id")) for review in read_records(path)} - answer_ids

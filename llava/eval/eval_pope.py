@@ -1,10 +1,10 @@
-"""The published command `python llava/eval/eval_pope.py`: score an answers file of POPE and print every number.
+"""LLaVA's command `python llava/eval/eval_pope.py`: score an answers file of POPE and print every number.
 
-Flags, printed lines and the line in the results file are the published ones. Unlike the original it matches answers
-by id, makes sure that the label files belong to the question file, and looks at no other file in their folder.
+Flags, printed lines and the line in the results file are LLaVA's. Unlike LLaVA's it matches answers by id, makes sure
+that the label files belong to the question file, and looks at no other file in their folder.
 """
 
-# ruff: noqa: T201 (a command-line face prints)
+# ruff: noqa: T201 (a command prints)
 import argparse
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from llava.files import append_line
 
 
 def main() -> None:
-    """Score, print, append."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_pope")
     parser.add_argument("--annotation-dir", type=Path, required=True, help="folder of coco_pope_<category>.json")
     parser.add_argument("--question-file", type=Path, required=True, help="llava_pope_test.jsonl")
@@ -37,18 +36,11 @@ def main() -> None:
 
 
 def print_category(category: str, numbers: dict[str, Any]) -> None:
-    """Print a category as published."""
     print(f"Category: {category}, # samples: {numbers['n']}")
     print("TP\tFP\tTN\tFN\t")
     print("\t".join(str(numbers[name]) for name in ("TP", "FP", "TN", "FN")))
-    titles = {
-        "Accuracy": "accuracy",
-        "Precision": "precision",
-        "Recall": "recall",
-        "F1 score": "f1",
-        "Yes ratio": "yes_ratio",
-    }
-    for title, name in titles.items():
+    titles = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1 score"}
+    for name, title in {**titles, "yes_ratio": "Yes ratio"}.items():
         print(f"{title}: {numbers[name]}")
     print(", ".join(f"{numbers[name]:.3f}" for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")))
     print("====================================")

@@ -31,7 +31,6 @@ from llava.files import append_line, write_json
 
 
 def main() -> None:
-    """Score, print, write."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_science_qa")
     parser.add_argument("--base-dir", type=Path, required=True, help="folder of problems.json and pid_splits.json")
     parser.add_argument("--result-file", type=Path, required=True, help="the answers file")

@@ -20,25 +20,15 @@ def main() -> None:
     parser.add_argument("--result-dir", type=Path, help="a folder of answers files (*.jsonl)")
     parser.add_argument("--path_to_all_results", type=Path, help="append the accuracy here, as `name<TAB>value`")
     arguments = parser.parse_args()
-    for path in list_result_files(arguments.result_file, arguments.result_dir):
-        score_file(path, arguments.annotation_file, arguments.path_to_all_results)
-
-
-def list_result_files(result_file: Path | None, result_dir: Path | None) -> list[Path]:
-    """List the files to score.
-
-    Raises:
-        InputError: none is named, or the folder has none.
-    """
-    if result_file is None and result_dir is None:
+    if arguments.result_file is None and arguments.result_dir is None:
         raise InputError("name what to score: --result-file FILE or --result-dir DIR")
-    files = [] if result_file is None else [result_file]
-    if result_dir is not None:
-        found = sorted(result_dir.glob("*.jsonl"))
-        if not found:
-            raise InputError(f"no answers files (*.jsonl) in {result_dir}")
-        files += found
-    return files
+    files = [arguments.result_file] if arguments.result_file else []
+    if arguments.result_dir:
+        files += sorted(arguments.result_dir.glob("*.jsonl"))
+    if not files:
+        raise InputError(f"no answers files (*.jsonl) in {arguments.result_dir}")
+    for path in files:
+        score_file(path, arguments.annotation_file, arguments.path_to_all_results)
 
 
 def score_file(path: Path, annotation_file: Path, results: Path | None) -> None:

@@ -109,7 +109,6 @@ def _open(dataset: str, table: HubTable) -> Any:
 
 
 def find_parquet(folder: Path, table: HubTable) -> list[Path]:
-    """Find a table's files in a local copy."""
     places = [folder / table.config] if table.config else [folder / "data", folder]
     for place in [*places, folder]:
         files = sorted([*place.glob(f"{table.split}-*.parquet"), *place.glob(f"{table.split}.parquet")])

@@ -192,10 +192,7 @@ class ApiJudge:
         max_tokens: int = 1024,
     ) -> str:
         """Return the reply to a chat, from the cache if the same was asked before (see `Judge.ask`)."""
-        # No endpoint takes half of a surrogate pair, which an answer may hold.
-        chat = [
-            {name: text.encode(errors="replace").decode() for name, text in message.items()} for message in messages
-        ]
+        chat = [{name: escape_surrogates(text) for name, text in message.items()} for message in messages]
         request = {"model": self.name, "messages": chat, "temperature": temperature, "max_tokens": max_tokens}
         # The name holds everything that the reply depends on.
         whole = json.dumps([case.task, case.key, attempt, request], sort_keys=True)
@@ -247,7 +244,7 @@ class ApiJudge:
             try:
                 return read_reply(await asyncio.wait_for(self._client.chat.completions.create(**request), limit))
             # A body that is no JSON makes the SDK's parser raise errors that are not the SDK's.
-            except (self._sdk.OpenAIError, asyncio.TimeoutError, ValueError, RecursionError) as error:
+            except (self._sdk.OpenAIError, TimeoutError, ValueError, RecursionError) as error:
                 failure = error
             reason, wait = self._describe(failure), read_retry_after(failure)
             left = end - time.monotonic()
@@ -271,7 +268,6 @@ class ApiJudge:
         )
 
     def _describe(self, failure: Exception) -> str:
-        """Return in a few words what came back."""
         said = self._secrets.clip(failure.__cause__ or failure)
         if isinstance(failure, self._sdk.APIStatusError):
             hint = "" if self._has_key or failure.status_code != 401 else f"; {KEY_VARIABLE} is not set"
@@ -283,9 +279,13 @@ class ApiJudge:
         return f"a reply that is no chat completion ({said})"
 
 
+def escape_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can hold: no endpoint takes half of a surrogate pair, which an answer may have."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 @cache
 def start_loop() -> asyncio.AbstractEventLoop:
-    """Start the event loop of all requests, on a thread that ends with the process."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="judge", daemon=True).start()
     return loop
@@ -348,7 +348,6 @@ class Secrets:
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text is an HTTP address with a host."""
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()

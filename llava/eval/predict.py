@@ -30,7 +30,7 @@ from llava.errors import InputError
 from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, ImageSource, Question, Row, index_questions, row_key
 from llava.eval.features import EncodedImage, FeatureCache, QueryCache, apply_in_parts
 from llava.eval.identity import fingerprint, identify_images, identify_model
-from llava.eval.predictions import PredictionStore, make_row, name_questions
+from llava.eval.predictions import PredictionStore, check_workers, make_row, name_questions
 from llava.files import explain_errors
 from llava.generation import Generator
 from llava.mm_utils import tokenize_prompts
@@ -49,6 +49,8 @@ MAX_ROWS = 128
 MAX_ROWS_ON_CPU = 64
 ACCELERATOR_SHARE = 0.5
 CPU_SHARE = 0.125
+ASSUMED_MEMORY = 8 * 2**30
+"""Bytes of memory of a machine that does not tell how much it has."""
 UNIT_BYTES = 2**31
 MIN_UNIT, MAX_UNIT = 64, 512
 MIN_SHARED_UNIT = 8
@@ -428,6 +430,8 @@ def usable_bytes(device: torch.device) -> float:
             return ACCELERATOR_SHARE * torch.accelerator.get_memory_info(device)[0]
         except (RuntimeError, NotImplementedError):
             pass  # a backend that cannot report it
+    if not hasattr(os, "sysconf"):  # Windows
+        return CPU_SHARE * ASSUMED_MEMORY
     return CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -521,6 +525,7 @@ def make_answers(
         InputError: two questions cannot be told apart, the model cannot be loaded, or the file cannot be written or
             is in use by another worker of this number.
     """
+    check_workers(settings.num_workers)
     index_questions(questions, key_fields)
     asked = list(questions[:limit])
     with explain_errors("write", answers_file):

@@ -12,15 +12,15 @@ answer_id, model_id, metadata, and what a benchmark adds. Rows are matched with 
 The kernel drops the locks of a process however it ends, so a killed worker's units are free for the next comer and
 nothing has to be cleaned up. Workers may come and go; the last one to finish writes `FILE`. The locks are POSIX locks
 of byte ranges (`fcntl`; a library that locks whole files cannot take the place of the claims): they work between
-processes of one machine, and on network file systems that support locking.
+processes of one machine, and on network file systems that support locking. On a system without them (Windows) one
+worker at a time holds the whole run.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +38,11 @@ from llava.files import (
     write_json,
     write_jsonl,
 )
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ANSWER_ID_LENGTH = 22
 # The alphabet of the `shortuuid` package, whose ids LLaVA's answers files have: no 0, 1, I, O, l.
@@ -197,6 +202,12 @@ def name_questions(questions: Sequence[Question]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ the run on disk
+def check_workers(count: int) -> None:
+    """Refuse several workers where the system lacks the locks by which they share the questions."""
+    if fcntl is None and count > 1:
+        raise InputError(f"{count} workers: this system has no locks for them to share questions; LLAVA_EVAL_WORKERS=1")
+
+
 class PredictionStore:
     """The answers of one run, seen from one worker.
 
@@ -233,6 +244,7 @@ class PredictionStore:
         self._run = self.path.with_name(f"{self.path.name}.run.json")
         self._own: BinaryIO
         self._claims: BinaryIO
+        self._let_others_in: Callable[[], object] = lambda: None  # see `_hold_alone`
         self._seen: dict[Path, int] = {}  # bytes read of each part
         self._merged: tuple[int, int, int] | None = None  # version of the answers file that was read last
 
@@ -256,6 +268,7 @@ class PredictionStore:
             InputError: a worker of the same number is at work on this file, or workers of a different run are; or the
                 files cannot be written.
         """
+        self._hold_alone()
         with explain_errors("write", self.path), self._locked():
             changes = self._compare(run, images)
             known = self._read_run() if changes == [] else {}
@@ -331,6 +344,8 @@ class PredictionStore:
     # Work ------------------------------------------------------------------------------------------------------
     def claim(self, unit: int) -> bool:
         """Take a unit of work, unless another living worker has it. It stays ours until `finish`."""
+        if fcntl is None:
+            return True
         try:
             fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
         except OSError:
@@ -383,6 +398,7 @@ class PredictionStore:
             write_jsonl(self.path, (rows[key] for key in map(self._key, questions) if key in rows))
             if not missing:
                 shutil.rmtree(self._parts, ignore_errors=True)
+        self._let_others_in()
         return missing
 
     def _collect(self) -> dict[str, Row]:
@@ -399,10 +415,32 @@ class PredictionStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep the other workers from starting or ending meanwhile."""
+        if fcntl is None:
+            yield  # there are none, see `_hold_alone`
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_name(f".{self.path.name}.lock").open("a+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
             yield
+
+    def _hold_alone(self) -> None:
+        """Without locks of byte ranges, keep every other worker out until `finish`, or until this process ends.
+
+        Raises:
+            InputError: another worker is at work on the file.
+        """
+        if fcntl is not None:
+            return
+        from filelock import FileLock, Timeout  # elsewhere nothing needs it here
+
+        with explain_errors("write", self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise InputError(f"a worker is already at work on {self.path}; this system allows only one") from None
+        self._let_others_in = lock.release
 
     def _others_at_work(self) -> bool:
         """Whether another living process has a part open (asked while our own is closed)."""
@@ -451,6 +489,8 @@ class PredictionStore:
 
 def _try_lock(file: BinaryIO) -> bool:
     """Lock a whole file against other processes; released when this one closes it (by any handle) or ends."""
+    if fcntl is None:
+        return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -48,10 +48,10 @@ TableRow = Mapping[str, Cell]
 class ModelScore:
     """What one model scored on one benchmark; see `Result`.
 
-    `retained_percent` is of the first model's headline; None where that is unknown or not positive.
+    `retained_percent` is of the first model's headline; None where either is unknown, or the first not positive.
     """
 
-    headline: float
+    headline: float | None
     retained_percent: float | None
     mean_tokens: float | None
     mean_patches: float | None
@@ -59,6 +59,7 @@ class ModelScore:
     missing: int
     judge: str | None
     offline_judge: bool
+    unscored: str | None
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,19 @@ def make_report(runs: Sequence[Run], overview: bool | None = None) -> Report:
 def compare_runs(runs: Sequence[Run]) -> dict[str, list[TableRow]]:
     """Put runs side by side, in a table for each benchmark's label: the run, its columns, tokens and percentages."""
     tables: dict[str, list[TableRow]] = {}
-    first: dict[str, float] = {}
+    first: dict[str, float | None] = {}
     for name, result in runs:
         label = result.row + result.judge_label
         reference = first.setdefault(label, result.headline)
+        is_compared = reference and result.headline is not None
         tokens = result.tokens
         tables.setdefault(label, []).append(
             {
                 "Run": name + (f" ({result.missing} answers missing)" if result.missing else ""),
-                **result.columns,
+                **({"Score": result.unscored} if result.unscored else result.columns),
                 "Tokens": tokens.mean_tokens if tokens else None,
                 "% of tokens": 100 * tokens.mean_tokens / tokens.mean_patches if tokens else None,
-                "% of first": 100 * result.headline / reference if reference else None,
+                "% of first": 100 * result.headline / reference if is_compared else None,
             }
         )
     return tables
@@ -152,16 +154,18 @@ def group_by_benchmark(runs: Sequence[Run]) -> list[BenchmarkScores]:
         group = groups.setdefault(result.label, BenchmarkScores(result.label, result.task))
         if model in group.runs:
             raise InputError(f"two results of {group.label} for {model}; give each run its own NAME=FILE.json")
-        reference, tokens = first.get(result.label, 0.0), result.tokens
+        reference, tokens = first.get(result.label) or 0.0, result.tokens
+        is_compared = reference > 0 and result.headline is not None
         group.runs[model] = ModelScore(
             headline=result.headline,
-            retained_percent=100 * result.headline / reference if reference > 0 else None,
+            retained_percent=100 * result.headline / reference if is_compared else None,
             mean_tokens=tokens.mean_tokens if tokens else None,
             mean_patches=tokens.mean_patches if tokens else None,
             count=result.count,
             missing=result.missing,
             judge=result.judge,
             offline_judge=result.offline_judge and result.headline_judged,
+            unscored=result.unscored,
         )
     order = list(BENCHMARKS)
     return sorted(groups.values(), key=lambda group: order.index(group.task) if group.task in order else len(order))
@@ -185,7 +189,7 @@ def tabulate(
         row: dict[str, Cell] = {"Benchmark": label}
         for model in models:
             run = runs.get(model)
-            row[model] = run.headline if isinstance(run, ModelScore) else None
+            row[model] = (run.unscored or run.headline) if isinstance(run, ModelScore) else None
             if model != models[0]:
                 row[f"{model} %"] = run.retained_percent if run else None
             row[f"{model} tok"] = run.mean_tokens if run else None
@@ -194,7 +198,6 @@ def tabulate(
 
 
 def label_row(group: BenchmarkScores) -> str:
-    """Return a benchmark's label, with a sign if answers are missing."""
     return group.label + (f" {NOTE_SIGN}" if any(run.missing for run in group.runs.values()) else "")
 
 
@@ -237,7 +240,7 @@ def format_terminal(report: Report) -> str:
         cells = {}
         for model, run in group.runs.items():
             percent = f" {run.retained_percent:5.1f}%" if run.retained_percent is not None else " " * 7
-            cells[model] = f"{run.headline:.2f}" + (percent if model != report.models[0] else "")
+            cells[model] = (run.unscored or f"{run.headline:.2f}") + (percent if model != report.models[0] else "")
         rows.append({"Benchmark": label_row(group), **{model: cells.get(model) for model in report.models}})
     percents = {
         model: f"{mean.retained_percent:.1f}%"
@@ -411,7 +414,8 @@ def _plan_runs(title: str, rows: Sequence[TableRow]) -> Bars:
     groups = []
     for row in rows:
         tokens = "" if row["Tokens"] is None else f"\n{row['Tokens']:.1f} tokens"
-        groups.append((clean(str(row["Run"])) + tokens, [row[column]]))
+        value = row[column]
+        groups.append((clean(str(row["Run"])) + tokens, [None if isinstance(value, str) else value]))
     return Bars(title, column, groups)
 
 

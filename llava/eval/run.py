@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, Stopped, ending_on_signals
+from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, STOP_SIGNALS, Stopped, ending_on_signals
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
+from llava.eval.predictions import check_workers
 from llava.files import explain_errors, make_folder, read_bytes
 
 EXIT_UNANSWERED = 3
@@ -234,16 +235,19 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path | No
 
     It ends when this process is gone, even killed.
     """
-    repository, pipe = find_repository(), open_parent_pipe()
-    settings = {**os.environ, **environment, PARENT_VARIABLE: str(pipe)}
+    repository = find_repository()
+    pipes = [open_parent_pipe()] if os.name == "posix" else []  # Windows cannot hand them on
+    settings = {**os.environ, **environment}
+    if pipes:
+        settings[PARENT_VARIABLE] = str(pipes[0])
     if repository:
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
     if log is None:
-        return subprocess.Popen(command, cwd=repository, env=settings, pass_fds=[pipe])
+        return subprocess.Popen(command, cwd=repository, env=settings, pass_fds=pipes)
     make_folder(log.parent)
     with explain_errors("write", log), log.open("wb") as file:
         return subprocess.Popen(
-            command, cwd=repository, env=settings, pass_fds=[pipe], stdout=file, stderr=subprocess.STDOUT
+            command, cwd=repository, env=settings, pass_fds=pipes, stdout=file, stderr=subprocess.STDOUT
         )
 
 
@@ -305,11 +309,7 @@ def ending_with(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
 def holding_signals() -> Iterator[None]:
     """Hold signals back until the block is over: what it starts can be ended by then."""
     received: list[int] = []
-    numbers = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    ]
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield
@@ -413,6 +413,7 @@ def plan_workers(plan: Plan) -> list[Worker]:
         raise InputError(f"LLAVA_EVAL_WORKERS must be a number from 1 on, not {count}")
     if len(count) > len(str(MAX_WORKERS)) or int(count) > MAX_WORKERS:
         raise InputError(f"LLAVA_EVAL_WORKERS must be at most {MAX_WORKERS}, not {count:.20}")
+    check_workers(int(count))
     base = ["--model-base", plan.base] if plan.base else []
     command = make_command(
         *("answer", plan.name, "--root", plan.root, "--answers", plan.answers, "--model-path", plan.model),

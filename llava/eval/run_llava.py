@@ -12,9 +12,9 @@ from llava.cli import (
     add_image_options,
     add_model_options,
     add_prompt_options,
+    add_seed_option,
     choose_template,
     load_images,
-    prepare_terminal,
 )
 from llava.errors import InputError, run_command
 from llava.prompt import find_template
@@ -28,8 +28,8 @@ def eval_model(args: object) -> str:
 
     Args:
         args: the parsed options, or any object with LLaVA's attributes `model_path`, `model_base`, `query`,
-            `conv_mode`, `image_file`, `sep`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`; all but the
-            checkpoint, the query and the image may be missing.
+            `conv_mode`, `image_file`, `sep`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, and `seed`; all but
+            the checkpoint, the query and the image may be missing.
 
     Raises:
         InputError: an option, the checkpoint, an image or the question is not usable.
@@ -37,8 +37,8 @@ def eval_model(args: object) -> str:
     # 1. What needs no library: options out of range, unknown templates, an empty question.
     sampling = _read_sampling(args)
     spec = ModelSpec.from_options(args)
-    template = choose_template(args)
-    find_template(template)
+    if getattr(args, "conv_mode", None):
+        find_template(args.conv_mode)
     if not args.query.strip():
         raise InputError("--query is empty: write what you want to know about the image")
     # 2. Images before the model: they load fast, and a wrong path is the commonest mistake.
@@ -47,7 +47,7 @@ def eval_model(args: object) -> str:
     # 3. Ask.
     from llava.chat import ChatSession
 
-    session = ChatSession(model, tokenizer, image_processor, template)
+    session = ChatSession(model, tokenizer, image_processor, choose_template(args, model.config))
     session.show(images)
     answer = session.ask(args.query, sampling)
     sys.stdout.write(answer.text + "\n")
@@ -62,6 +62,7 @@ def _read_sampling(args: object) -> Sampling:
         top_p=getattr(args, "top_p", None),
         num_beams=getattr(args, "num_beams", 1),
         max_new_tokens=getattr(args, "max_new_tokens", 512),
+        seed=getattr(args, "seed", None),
     )
 
 
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_image_options(parser)
     parser.add_argument("--query", required=True, help="the question; one <image> per image shows where they go")
     add_prompt_options(parser, conv_mode=None, temperature=DEFAULT_TEMPERATURE)
+    add_seed_option(parser)
     parser.add_argument("--top_p", type=float, help="draw among the likeliest tokens of this probability together")
     parser.add_argument("--num_beams", type=int, default=1, help="width of the beam search (default: 1, none)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length limit of the answer (default: 512)")
@@ -80,7 +82,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    prepare_terminal()
     eval_model(args)
 
 

@@ -19,7 +19,6 @@ VERSION_0613, VERSION_0314 = "0613", "0314"
 
 
 def main() -> None:
-    """Print a block of lines per review file."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.summarize_gpt_review")
     parser.add_argument("-d", "--dir", type=user_path, help="folder of review files")
     parser.add_argument("-v", "--version", choices=[VERSION_0314, VERSION_0613], help="only files of this judge")
@@ -37,11 +36,7 @@ def main() -> None:
 
 
 def find_review_files(folder: Path | None, names: list[str]) -> list[Path]:
-    """List the review files that the options mean, by name.
-
-    Raises:
-        InputError: the options mean none.
-    """
+    """List the review files that the options mean, by name."""
     if names:
         return sorted((folder or Path()) / user_path(name) for name in names)
     if folder is None:
@@ -61,15 +56,12 @@ def find_review_files(folder: Path | None, names: list[str]) -> list[Path]:
 
 
 def summarize_reviews(path: Path, ignored: set[int]) -> Summary:
-    """Average the ratings of a review file.
-
-    Raises:
-        InputError: it is missing, is none, or all of its questions are left out.
-    """
+    """Average the ratings of a review file but for the questions left out."""
     reviews = [review for review in read_records(path) if review.get("question_id") not in list(ignored)]
     for review in reviews:
-        where = f"{path}, question {review.get('question_id')}"
-        if not is_pair(review.get("tuple")):
+        where, ratings = f"{path}, question {review.get('question_id')}", review.get("tuple")
+        is_pair = isinstance(ratings, list) and len(ratings) == len(UNREADABLE)
+        if not is_pair or not all(isinstance(rating, int | float) for rating in ratings):
             raise InputError(f'{where}: "tuple" must be two numbers')
         if not isinstance(review.get("category"), str | None):
             raise InputError(f'{where}: "category" must be a string')
@@ -78,17 +70,7 @@ def summarize_reviews(path: Path, ignored: set[int]) -> Summary:
     return summarize_ratings([review.get("category") for review in reviews], [review["tuple"] for review in reviews])
 
 
-def is_pair(ratings: object) -> bool:
-    """Return whether these are the two ratings of a review."""
-    return (
-        isinstance(ratings, list)
-        and len(ratings) == len(UNREADABLE)
-        and all(isinstance(rating, int | float) for rating in ratings)
-    )
-
-
 def print_summary(title: str, summary: Summary) -> None:
-    """Print a file's numbers as LLaVA does."""
     print(title)
     for name, numbers in sorted(summary.items()):
         print(name, numbers["relative"], numbers["gpt4"], numbers["model"])

@@ -14,6 +14,7 @@ from typing import NoReturn
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llava.conversation import conv_templates
 from llava.errors import InputError
 from llava.files import parse_record, read_text
 from llava.model.crops import MERGE_TYPES
@@ -176,11 +177,6 @@ GENERATION_RULES = {
     "bos_token_id": _TOKENS,
     "eos_token_id": _TOKENS,
     "pad_token_id": _TOKEN,
-    "decoder_start_token_id": _TOKENS,
-    "forced_bos_token_id": _TOKEN,
-    "forced_eos_token_id": _TOKENS,
-    "suppress_tokens": listing(_TOKEN),
-    "begin_suppress_tokens": listing(_TOKEN),
     "use_cache": flag(),
     "renormalize_logits": flag(),
     "remove_invalid_values": flag(),
@@ -198,14 +194,17 @@ GENERATION_RULES = {
     "penalty_alpha": number(0, 0),
     "low_memory": flag(),
     "token_healing": flag(only=False),
+    "is_assistant": flag(only=False),
     "cache_implementation": choice("static", "dynamic", "offloaded", "offloaded_static", "quantized", "hybrid"),
 }
 GENERATION_RULES |= {
     key: Rule("null: no search of this kind is offered", lambda value: False)
     for key in (
         *("bad_words_ids", "force_words_ids", "constraints", "sequence_bias", "max_time", "stop_strings"),
-        *("dola_layers", "prompt_lookup_num_tokens", "watermarking_config", "custom_generate", "compile_config"),
-        *("exponential_decay_length_penalty", "cache_config", "continuous_batching_config"),
+        *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+        *("decoder_start_token_id", "dola_layers", "prompt_lookup_num_tokens", "watermarking_config"),
+        *("custom_generate", "compile_config", "cache_config", "continuous_batching_config"),
+        *("exponential_decay_length_penalty",),
     )
 }
 
@@ -237,6 +236,8 @@ LLAMA_RULES = {
     "mlp_bias": flag(),
     "tie_word_embeddings": flag(),
     "pretraining_tp": whole(1, 2**10),
+    "sliding_window": Rule("null: Llama attends to all tokens before", lambda value: False),
+    "layer_types": listing(choice("full_attention", null=False)),
     "rope_theta": number(0, above=True),
     "rope_scaling": record(),
     "rope_parameters": record(),
@@ -279,6 +280,7 @@ LLAVA_RULES = {
     "mm_vision_select_feature": choice("patch", "cls_patch", null=False),
     "mm_patch_merge_type": choice(*MERGE_TYPES),
     "image_aspect_ratio": choice(*ASPECT_RATIOS),
+    "conv_mode": choice(*conv_templates),
     "mm_projector_lr": number(0),
     "mm_use_im_start_end": flag(),
     "mm_use_im_patch_token": flag(),
@@ -313,7 +315,7 @@ TEXT_RULES = _TOWER_HALF | {
     "vocab_size": whole(1, 2**24, null=False),
     "max_position_embeddings": whole(1, 2**20, null=False),
     "bos_token_id": _TOKEN,
-    "eos_token_id": _TOKEN,
+    "eos_token_id": whole(0, 2**31, null=False),
     "pad_token_id": _TOKEN,
 }
 CLIP_RULES = {
@@ -486,15 +488,21 @@ def read_settings(path: str, name: str, what: str, cache_dir: str | None = None)
     return parse_record(read_text(Path(file)), file), file
 
 
-def check_generation_config(path: str) -> None:
-    """Check the generation_config.json of a folder or hub id, if it has one.
+def check_generation_config(path: str, vocab_size: int) -> None:
+    """Check the generation_config.json of a language model, if it has one.
+
+    Args:
+        path: folder or hub id.
+        vocab_size: of the model.
 
     Raises:
         InputError: the first wrong value.
     """
     file = find_file(path, GENERATION_FILE)
     if file is not None:
-        check_values(parse_record(read_text(Path(file)), file), GENERATION_RULES, file)
+        values = parse_record(read_text(Path(file)), file)
+        check_values(values, GENERATION_RULES, file)
+        _check_tokens(values, file, vocab_size)
 
 
 def check_config(values: Values, file: str, role: str = "checkpoint") -> None:
@@ -509,13 +517,16 @@ def check_config(values: Values, file: str, role: str = "checkpoint") -> None:
         if isinstance(inner := values.get(key), dict):
             check_values(inner, ROPE_RULES, file, key)
     _check_heads(values, file)
-    vocabulary = values.get("vocab_size", 32_000)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        tokens = values.get(key)
-        if any(token >= vocabulary for token in (tokens if isinstance(tokens, list) else [tokens or 0])):
-            refuse(file, key, tokens, f"null, or a token below vocab_size {vocabulary}")
+    _check_tokens(values, file, values.get("vocab_size", 32_000))
     if values.get("mm_vision_tower"):
         _check_vision(values, file)
+
+
+def _check_tokens(values: Values, file: str, vocab_size: int) -> None:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        tokens = values.get(key)
+        if any(token >= vocab_size for token in (tokens if isinstance(tokens, list) else [tokens or 0])):
+            refuse(file, key, tokens, f"null, or a token below vocab_size {vocab_size}")
 
 
 def _check_heads(values: Values, file: str) -> None:

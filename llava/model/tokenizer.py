@@ -48,26 +48,26 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     repair_sentencepiece()
     try:
         tokenizer = (LlamaTokenizer if is_llama else AutoTokenizer).from_pretrained(model_path)
-        starts = tokenizer("a").input_ids
+        ids = tokenizer("a").input_ids
+        num_real = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
     except Exception as error:
         # Many kinds: OSError, sentencepiece and protobuf errors, broken JSON.
         raise InputError(
             f"tokenizer of {model_path} can't be loaded (tokenizer.model there?): {first_line(error)}"
         ) from error
-    _check_tokenizer(tokenizer, starts, settings, model_path)
+    if not num_real or not set(ids) - set(tokenizer.all_special_ids):
+        raise InputError(f"tokenizer of {model_path} has no vocabulary ({num_real} tokens); copy or download it again")
+    _check_start(tokenizer, ids, settings, model_path)
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, ids: list[int], settings: dict, model_path: str) -> None:
-    """Refuse a tokenizer without a vocabulary, or whose prompts do not start as Llama was trained to read them.
+def _check_start(tokenizer: PreTrainedTokenizerBase, ids: list[int], settings: dict, model_path: str) -> None:
+    """Refuse a tokenizer whose prompts do not start as Llama was trained to read them.
 
     Models on Llama's architecture that were trained without a start token (Yi: `<|startoftext|>`, not added) have
     another one than `<s>`.
     """
     where = f"tokenizer of {model_path}"
-    num_real = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-    if not num_real or not [number for number in ids if number not in tokenizer.all_special_ids]:
-        raise InputError(f"{where} has no vocabulary ({num_real} tokens); copy or download it again")
     start = tokenizer.bos_token_id
     if start is None or start >= tokenizer.vocab_size:
         raise InputError(

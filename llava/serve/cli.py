@@ -13,9 +13,9 @@ from llava.cli import (
     add_image_options,
     add_model_options,
     add_prompt_options,
+    add_seed_option,
     choose_template,
     load_images,
-    prepare_terminal,
 )
 from llava.errors import InputError, run_command
 from llava.prompt import find_template
@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add_image_options(parser)
     add_prompt_options(parser, conv_mode=None, temperature=0.2)
+    add_seed_option(parser)
     parser.add_argument("--max-new-tokens", type=int, default=512, help="length limit of an answer (default: 512)")
     parser.add_argument("--load-8bit", action="store_true", help="quantise to 8 bit (needs bitsandbytes)")
     parser.add_argument("--load-4bit", action="store_true", help="quantise to 4 bit (needs bitsandbytes)")
@@ -85,19 +86,18 @@ def _print(text: str = "", end: str = "\n") -> None:
 
 def main() -> None:
     args = build_parser().parse_args()
-    prepare_terminal()
     # 1. What needs no library: options out of range, unknown templates.
-    sampling = Sampling(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+    sampling = Sampling(temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed)
     spec = ModelSpec.from_options(args)
-    template = choose_template(args)
-    find_template(template)
+    if getattr(args, "conv_mode", None):
+        find_template(args.conv_mode)
     # 2. Images before the model: they load fast, and a wrong path is the commonest mistake.
     images = load_images(args.image_file, args.sep)
     tokenizer, model, image_processor = spec.load(quiet=True)
     # 3. Talk.
     from llava.chat import ChatSession
 
-    session = ChatSession(model, tokenizer, image_processor, template)
+    session = ChatSession(model, tokenizer, image_processor, choose_template(args, model.config))
     session.show(images)
     chat(session, sampling, args.debug)
 

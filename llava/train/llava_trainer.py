@@ -235,6 +235,7 @@ class LlavaTrainer(Trainer):
             torch.distributed.all_reduce(signs, op=torch.distributed.ReduceOp.MAX)
         any_bad, any_stopped = signs.tolist()
         if any_bad:
+            sys.stderr.write("\n")  # ends the line of a progress bar
             raise InputError(
                 f"the loss or its gradient is nan at step {self.state.global_step}: nothing of this step was saved; "
                 "lower --learning_rate, use bf16 instead of fp16, or look for broken weights in the starting checkpoint"

@@ -101,7 +101,7 @@ class Findings:
             f"  empty answers: {_name(self.empty)}",
             *(f"  learns: {example}" for example in self.examples),
         ]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines)
 
 
 def _name(names: Sequence[str]) -> str:

@@ -83,7 +83,7 @@ def _answer(number: int, frame: FrameType | None) -> None:
         os._exit(code)
     if not _STOP.code:
         _STOP.code = code
-        _end_after(_seconds(), code, f"stopped: no checkpoint within {_seconds():g} seconds")
+        _end_after(_seconds(), code, f"\nstopped: no checkpoint within {_seconds():g} seconds")
 
 
 def _seconds() -> float:

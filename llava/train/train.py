@@ -5,7 +5,6 @@ language model and projector on conversations, with `--mm_vision_token_reduce_fu
 Without a vision tower it trains the language model alone.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +44,6 @@ from llava.train.records import Record, check_image_files, read_records, report_
 from llava.train.run import Run, RunSettings
 from llava.train.targets import choose_mark, choose_template
 
-logger = logging.getLogger(__name__)
-
 
 def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sdpa") -> LlavaTrainer | None:
     """Run one training stage, from flags to saved files.
@@ -81,7 +78,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         is_writer=training_args.process_index == 0,
     )
     if run.is_finished(bool(list_checkpoints(run.folder)), training_args.resume_anyway):
-        logger.warning("%s: this run is finished, nothing to do", run.folder)
+        say(training_args, f"finished already, nothing to do: {run.folder}")
         return None
     num_ranks = training_args.world_size if training_args.runs_deepspeed else None
     last_checkpoint = find_last_checkpoint(
@@ -90,6 +87,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     tokenizer = load_training_tokenizer(model_args, training_args)
     run_preflight(records, tokenizer, model_args, data_args, training_args)
     if training_args.preflight_only:
+        say(training_args, f"checked, not trained: {len(records)} records")
         return None
     run.begin()
 
@@ -123,7 +121,15 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     # 5. Files, in LLaVA's layout.
     trainer.save_trained(only_projector=model_args.tune_mm_mlp_adapter)
     run.finish()
+    say(training_args, f"trained: {run.folder}")
     return trainer
+
+
+def say(training_args: TrainingArguments, text: str) -> None:
+    """Print a line on the first rank."""
+    if training_args.process_index == 0:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 def load_records(model_args: ModelArguments, data_args: DataArguments) -> list[Record]:
@@ -159,9 +165,7 @@ def run_preflight(
         records, tokenizer, describe_text(model_args), limit, tokens, data_args.image_folder,
         data_args.skip_broken_records,
     )  # fmt: skip
-    if training_args.process_index == 0:
-        sys.stdout.write(findings.describe(limit, tokens))
-        sys.stdout.flush()
+    say(training_args, findings.describe(limit, tokens))
 
 
 def describe_text(model_args: ModelArguments) -> TextFormat:

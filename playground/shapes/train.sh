@@ -5,10 +5,8 @@
 #   WORK=elsewhere bash playground/shapes/train.sh    pictures and intermediate models go there (default: playground/shapes/data)
 #   CHECKPOINTS=elsewhere ...                   where the three kept checkpoints go (default: playground/shapes/checkpoints)
 #   NUM_GPUS=8 ...                              ranks (default: 2, on the CPU where there is no GPU)
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=scripts/lib/environment.sh
-source scripts/lib/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/lib/environment.sh"
 use_environment
 
 WORK=${WORK:-playground/shapes/data}

@@ -6,23 +6,12 @@
 #   PYTHON     the interpreter (default: see python.sh)
 #   DRY_RUN=1  print the commands instead of running them
 
-set -euo pipefail
+! declare -F note >/dev/null || return 0 # sourced already
 
 # shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
-
-if [[ -z "${REPO_ROOT:-}" ]]; then
-    CALLER_DIR=$PWD
-    REPO_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-    readonly CALLER_DIR REPO_ROOT
-    cd "$REPO_ROOT"
-fi
-
-# Print an error (what is wrong, where, and what would be right) and exit with 2, the code of a user's mistake.
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
+readonly CALLER_DIR REPO_ROOT
+cd "$REPO_ROOT"
 
 note() {
     printf '%s\n' "$*" >&2
@@ -50,13 +39,9 @@ resolve_model() {
     printf '%s\n' "$1"
 }
 
-# The interpreter; a relative path is resolved from the user's folder.
+# The interpreter, see python.sh.
 python_command() {
-    if [[ ${PYTHON:-} == */* ]]; then
-        absolute_path "$PYTHON"
-    else
-        printf '%s\n' "$python"
-    fi
+    printf '%s\n' "$python"
 }
 
 # The ids of the visible GPUs, one per line; nothing on a machine without a GPU.

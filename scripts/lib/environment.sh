@@ -1,37 +1,48 @@
-#!/usr/bin/env bash
-# Choose the Python for the README's commands: $PYTHON if set, else the repository's own .venv, created on first use.
-# Source this from the repository root.
+# shellcheck shell=bash
+# Make sure that the packages are installed: in the Python that PYTHON names, else in the repository's .venv, which the
+# first use creates. Source it and call `use_environment`, which exports PYTHON for the commands that follow.
+
+# shellcheck source=scripts/lib/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 use_environment() {
-    if [[ -n "${PYTHON:-}" ]]; then
-        export PYTHON
-        return
+    if [[ -z ${PYTHON:-} ]]; then
+        install_packages
+        find_python
+    else
+        "$python" llava/packages.py || exit
     fi
-    local venv="$PWD/.venv" stamp="$PWD/.venv/.installed"
-    # One install at a time: a second script waits for the first.
-    exec 9>"$PWD/.venv.lock"
+    export PYTHON=$python
+}
+
+# Create .venv, or bring it up to date with pyproject.toml and constraints.txt.
+install_packages() {
+    local venv=$REPO_ROOT/.venv stamp=$REPO_ROOT/.venv/.installed base
+    # One install at a time: a second script waits for the first, where the system has flock (macOS has not).
+    exec 9>"$REPO_ROOT/.venv.lock"
     if command -v flock >/dev/null; then flock 9; fi
     if ! cat pyproject.toml constraints.txt | cmp -s - "$stamp"; then
-        echo "installing into .venv (once; about two minutes)" >&2
-        find_python
-        [[ -x "$venv/bin/python" ]] || "$BASE_PYTHON" -m venv "$venv"
+        note "installing into .venv (once; about two minutes)"
+        if [[ ! -x $venv/bin/python ]]; then
+            base=$(find_base_python)
+            "$base" -m venv "$venv"
+        fi
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
         cat pyproject.toml constraints.txt >"$stamp"
     fi
     exec 9>&-
-    export PYTHON="$venv/bin/python"
 }
 
-# Find the interpreter that creates the environment: the first of version 3.10 or newer.
-find_python() {
+# The Python that creates .venv: the first on the PATH of a version that constraints.txt is for.
+find_base_python() {
     local candidate
-    for candidate in python3 python3.11 python3.12 python3.13 python3.10 python; do
-        if command -v "$candidate" >/dev/null &&
-            "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-            BASE_PYTHON="$candidate"
+    for candidate in python3 python python3.13 python3.12 python3.11; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c '
+import ensurepip, sys, venv
+sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
             return
         fi
     done
-    echo "error: no Python 3.10 or newer with the venv module on the PATH: install one, or set PYTHON" >&2
-    exit 2
+    die "no Python 3.11, 3.12 or 3.13 with the venv module on the PATH: install one, or set PYTHON"
 }

@@ -14,6 +14,7 @@
 #   PRECISION       bf16 (default), fp16 or fp32
 #   REPORT_TO       none (default), tensorboard or wandb
 #   LOG             log file, to which each run appends (default: OUTPUT.log)
+#   STOP_SECONDS    how long a stopped run may take to write its checkpoint before it is killed (default 60)
 #   MODEL, DATA, IMAGES, VISION_TOWER, PROJECTOR, OUTPUT, VERSION, ZERO, BATCH_SIZE, LEARNING_RATE, EPOCHS, MAX_LENGTH,
 #   ASPECT_RATIO, SAVE_STEPS, LOGGING_STEPS, GRADIENT_CHECKPOINTING, NUM_WORKERS, SEED, reduce_func, reduce_func_param
 #                   the trainer's flags of similar names; an empty VISION_TOWER, IMAGES or PROJECTOR leaves it out
@@ -23,7 +24,7 @@
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-declare -A SETTLED=() # path variables that are already relative to the repository root
+SETTLED=" " # path variables that are already relative to the repository root
 readonly HUB_NAME='^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$'
 
 # default NAME VALUE: a variable that the environment may set, also to an empty value.
@@ -35,20 +36,20 @@ default() {
 # tower that it names can move together. A path that does not exist in the user's folder is relative to the repository
 # root, or a name on the hub.
 default_source() {
-    if [[ -n ${!1:-} && -z ${SETTLED[$1]:-} ]] && [[ ${!1} == ./* || ${!1} == ../* || -e $CALLER_DIR/${!1} ]]; then
+    if [[ -n ${!1:-} && $SETTLED != *" $1 "* ]] && [[ ${!1} == ./* || ${!1} == ../* || -e $CALLER_DIR/${!1} ]]; then
         printf -v "$1" '%s' "$(seen_from_root "${!1}")"
     fi
     default "$1" "$2"
-    SETTLED[$1]=yes
+    SETTLED+="$1 "
 }
 
 # default_output NAME VALUE: the same for an output path.
 default_output() {
-    if [[ -n ${!1:-} && -z ${SETTLED[$1]:-} ]]; then
+    if [[ -n ${!1:-} && $SETTLED != *" $1 "* ]]; then
         printf -v "$1" '%s' "$(seen_from_root "${!1}")"
     fi
     default "$1" "$2"
-    SETTLED[$1]=yes
+    SETTLED+="$1 "
 }
 
 # The user's path, relative to the repository root.
@@ -82,6 +83,7 @@ set_common_defaults() {
     default NUM_WORKERS 4
     default SEED 42
     default REPORT_TO none
+    default STOP_SECONDS 60
     default_output LOG "$OUTPUT.log"
 }
 
@@ -101,6 +103,7 @@ train_llava() {
     *) die "options such as $1 go after --; settings are variables: NUM_GPUS=2 bash $0 -- $1 ..." ;;
     esac
     set_common_defaults
+    check_numbers
     find_ranks
     check_files
     set_batch
@@ -157,7 +160,9 @@ set_vision() {
 
 # Set NUM_GPUS, GPUS (their ids) and ON_CPU (not empty: ranks run on the CPU).
 find_ranks() {
-    mapfile -t GPUS < <(visible_gpus)
+    local gpu
+    GPUS=()
+    while IFS= read -r gpu; do GPUS+=("$gpu"); done < <(visible_gpus)
     ON_CPU=
     if ((${#GPUS[@]} == 0 && NUM_NODES == 1)) && [[ -n $NUM_GPUS ]]; then ON_CPU=yes; fi
     if [[ -z $NUM_GPUS ]]; then
@@ -167,14 +172,23 @@ find_ranks() {
             NUM_GPUS=8
         fi
     fi
-    is_count NUM_GPUS && is_count NUM_NODES
     if ((${#GPUS[@]} > 0 && NUM_GPUS > ${#GPUS[@]})); then
         die "NUM_GPUS=$NUM_GPUS, but only ${#GPUS[@]} GPUs are visible"
     fi
 }
 
-is_count() {
-    [[ ${!1} =~ ^[1-9][0-9]*$ ]] || die "$1 must be a whole number from 1 on, not '${!1}'"
+# Arithmetic takes a variable's text for an expression, which may run commands: only plain numbers get there.
+check_numbers() {
+    local name
+    for name in NUM_NODES BATCH_SIZE GLOBAL_BATCH STOP_SECONDS; do check_count "$name"; done
+    for name in NUM_GPUS GRADIENT_ACCUMULATION MASTER_PORT; do
+        [[ -z ${!name:-} ]] || check_count "$name"
+    done
+    [[ ${NODE_RANK:-0} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "NODE_RANK must be a whole number from 0 on, not '$NODE_RANK'"
+}
+
+check_count() {
+    [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || die "$1 must be a whole number from 1 on, not '${!1}'"
 }
 
 # Name what is missing before anything loads.
@@ -183,6 +197,12 @@ check_files() {
     for name in MODEL DATA OUTPUT LEARNING_RATE ZERO; do
         [[ -n ${!name} ]] || die "$name is empty"
     done
+    for name in MODEL DATA OUTPUT ZERO VISION_TOWER IMAGES PROJECTOR LOG; do
+        [[ ${!name} != -* && ! ${!name} =~ [[:cntrl:]] ]] ||
+            die "$name: a path starts with no dash and has no control characters; write ./-name for a name with a dash"
+    done
+    [[ ! -e $OUTPUT || -d $OUTPUT ]] || die "OUTPUT: $OUTPUT is not a folder"
+    [[ ! -e $LOG || -f $LOG || $LOG == /dev/null ]] || die "LOG: $LOG is not a regular file"
     [[ ${DRY_RUN:-0} == 1 ]] && return
     [[ -f $ZERO ]] || die "ZERO: no DeepSpeed settings at $ZERO; scripts/ has zero2.json, zero3.json, zero3_offload.json"
     check_source MODEL "a checkpoint folder"
@@ -201,15 +221,12 @@ check_source() {
 
 # Keep the global batch for any number of ranks.
 set_batch() {
-    is_count BATCH_SIZE
     local together=$((NUM_GPUS * NUM_NODES * BATCH_SIZE))
     if [[ -z $GRADIENT_ACCUMULATION ]]; then
-        is_count GLOBAL_BATCH
         ((GLOBAL_BATCH % together == 0)) ||
             die "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of $together (NUM_GPUS x NUM_NODES x BATCH_SIZE); change BATCH_SIZE, or set GRADIENT_ACCUMULATION"
         GRADIENT_ACCUMULATION=$((GLOBAL_BATCH / together))
     fi
-    is_count GRADIENT_ACCUMULATION
 }
 
 set_precision() {
@@ -269,6 +286,9 @@ free_port() {
 }
 
 # Run the command with its output on the screen and in the log, which has the time and the command of each run.
+#
+# The job is a process group of its own. A signal to this script becomes SIGUSR1 for the group, which the launchers ignore
+# and the ranks answer with a checkpoint at the next step (llava/train/stopping.py).
 start_training() {
     if [[ ${DRY_RUN:-0} == 1 ]]; then
         print_command "$@"
@@ -279,24 +299,95 @@ start_training() {
         printf '== %s\n' "$(date '+%Y-%m-%d %H:%M:%S')"
         print_command "$@"
     } >>"$LOG"
-    local code=0 screen training
-    exec {screen}> >(tee -a "$LOG")
-    local tee=$!
-    env "$@" >&"$screen" 2>&1 &
-    training=$!
-    exec {screen}>&-
-    # shellcheck disable=SC2064 # the present id
-    trap "kill $training 2>/dev/null || true" INT TERM
-    wait "$training" || code=$?
+    LOG_BEGIN=$(($(wc -c <"$LOG") + 1))
+    local code=0 tee pipes
+    pipes=$(mktemp -d)
+    mkfifo "$pipes/screen"
+    # Signals to the terminal's group, and a screen that is gone, do not end the log.
+    (
+        trap '' INT TERM HUP PIPE
+        exec tee -a "$LOG" <"$pipes/screen"
+    ) &
+    tee=$!
+    exec 3>"$pipes/screen"
+    rm -r "$pipes"
+    STOPPED_BY=
+    trap 'ask_to_stop INT' INT
+    trap 'ask_to_stop TERM' TERM
+    trap 'ask_to_stop HUP' HUP
+    set -m
+    (
+        trap '' USR1
+        exec env "LLAVA_SCRIPT_PID=$$" "STOP_SECONDS=$STOP_SECONDS" "$@" </dev/null >&3 2>&1 3>&-
+    ) &
+    TRAINING=$!
+    set +m
+    # A signal interrupts `wait`; the job's own code comes from the last one.
+    while :; do
+        code=0
+        wait "$TRAINING" || code=$?
+        kill -0 "$TRAINING" 2>/dev/null || break
+        [[ -z $STOPPED_BY ]] || wait_for_checkpoint
+    done
+    kill -KILL -- "-$TRAINING" 2>/dev/null || true # nothing of it is left behind
+    exec 3>&-
     wait "$tee" || true
-    ((code != 2)) || die "$(last_refusal) (log: $LOG)"
-    ((code == 0)) || die "training stopped with exit code $code (log: $LOG); the same command resumes at the last checkpoint in $OUTPUT"
-    note "trained: $OUTPUT (log: $LOG)"
+    report_end "$code"
 }
 
-# The line with which the trainer refused to start; each rank prints it, among the launcher's own lines.
-last_refusal() {
-    local line
-    line=$(grep -a '^error: ' "$LOG" | tail -n 1) || line="error: the trainer refused to start"
-    printf '%s\n' "${line#error: }"
+ask_to_stop() {
+    if [[ -n $STOPPED_BY ]]; then
+        kill -KILL -- "-$TRAINING" 2>/dev/null || true
+        return
+    fi
+    STOPPED_BY=$1
+    note "stopping at the next step, with a checkpoint (within $STOP_SECONDS seconds; a second signal ends it at once)"
+}
+
+# Ask every second, as a rank that is just starting misses the first signal; after STOP_SECONDS kill what is left.
+wait_for_checkpoint() {
+    local seconds=0 signal=USR1
+    # Ranks on machines reached by ssh are in no group here: the launcher ends them.
+    if ((NUM_NODES > 1)) && [[ -z ${NODE_RANK:-} ]]; then signal=TERM; fi
+    while kill -0 "$TRAINING" 2>/dev/null; do
+        if ((seconds > STOP_SECONDS + 2)); then
+            kill -KILL -- "-$TRAINING" 2>/dev/null || true
+        elif [[ $signal == USR1 ]] || ((seconds == 0)); then
+            kill "-$signal" -- "-$TRAINING" 2>/dev/null || true
+        fi
+        sleep 1
+        seconds=$((seconds + 1))
+    done
+}
+
+# report_end CODE: the last line says how the training ended.
+report_end() {
+    local code=$1
+    if ((code == 0)); then
+        note "$(last_line '^(trained|finished|checked)' "trained: $OUTPUT") (log: $LOG)"
+        return
+    fi
+    case $STOPPED_BY in
+    "") ;;
+    INT) code=130 ;;
+    HUP) code=129 ;;
+    *) code=143 ;;
+    esac
+    case $code in
+    129 | 130 | 143)
+        note "$(last_line '^stopped' "stopped before a checkpoint was written") (log: $LOG)"
+        exit "$code"
+        ;;
+    2) die "$(last_line '^error: ' "error: the trainer refused to start" | sed 's/^error: //') (log: $LOG)" ;;
+    esac
+    local checkpoint none=" (there is none yet)"
+    for checkpoint in "$OUTPUT"/checkpoint-*/trainer_state.json; do
+        [[ ! -f $checkpoint ]] || none=
+    done
+    die "training stopped with exit code $code (log: $LOG); the same command resumes at the last checkpoint in $OUTPUT$none"
+}
+
+# last_line PATTERN ELSE: the last line of this run that matches; each rank prints its own, among the launcher's lines.
+last_line() {
+    tail -c "+$LOG_BEGIN" "$LOG" | tr '\r' '\n' | grep -aE "$1" | tail -n 1 | grep . || printf '%s\n' "$2"
 }

@@ -230,3 +230,35 @@ def test_the_command_needs_no_drawing_library_unless_it_draws() -> None:
 
     code = "import sys, llava.eval.__main__; sys.exit('matplotlib' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def unscored(task: str, kept: float) -> Result:
+    return dataclasses.replace(result(task, 0.0, kept), headline=None, columns={}, unscored="no judge")
+
+
+@pytest.mark.parametrize("missing", ["plain", "trim", "both"])
+def test_a_benchmark_without_a_score_keeps_its_row(tmp_path: Path, missing: str) -> None:
+    runs = two_models()
+    for model, kept in (("plain", 64.0), ("trim", 12.0)):
+        runs.append((model, unscored("mmvet", kept) if missing in (model, "both") else result("mmvet", 30.0, kept)))
+    report = make_report(runs)
+    (rows,) = report.tables.values()
+    assert [row["Benchmark"] for row in rows] == ["POPE (Avg. F1)", "MME (Perception)", "MM-Vet", "Average"]
+    assert rows[2]["plain"] == ("no judge" if missing in ("plain", "both") else 30.0)
+    assert rows[2]["trim"] == ("no judge" if missing in ("trim", "both") else 30.0)
+    assert rows[2]["trim %"] is None
+    assert (rows[2]["trim tok"], rows[3]["trim tok"]) == (12.0, 12.0)
+    assert rows[3]["trim %"] == pytest.approx(96.25)
+    for text in (format_terminal(report), format_markdown(report), format_latex(report)):
+        assert "no judge" in text
+    write_plot(tmp_path / "plot.png", report)
+    assert json.loads(json.dumps(report.to_json()))["benchmarks"][2]["runs"]["trim"]["mean_tokens"] == 12.0
+
+
+def test_runs_without_a_score_are_put_side_by_side(tmp_path: Path) -> None:
+    runs = [("plain", unscored("mmvet", 64.0)), ("trim", unscored("mmvet", 12.0))]
+    report = make_report(runs)
+    (rows,) = report.tables.values()
+    assert rows[1] == {"Run": "trim", "Score": "no judge", "Tokens": 12.0, "% of tokens": 18.75, "% of first": None}
+    write_plot(tmp_path / "plot.png", report)
+    write_plot(tmp_path / "plot.png", make_report(runs[:1], overview=True))

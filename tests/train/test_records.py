@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
+from llava.train.dataset import check_fit
 from llava.train.records import check_image_files, locate_image, parse_record, read_records
+from llava.train.targets import choose_template
 
 
 def make_record(*turns: str, **fields: object) -> dict:
@@ -155,3 +157,46 @@ def test_urls_need_no_file_and_no_folder(tmp_path: Path):
     assert check_image_files([record], tmp_path) == [record]
     assert locate_image(url, tmp_path) == url
     assert locate_image("cat.png", tmp_path) == str(tmp_path / "cat.png")
+
+
+# --------------------------------------------------------------------------------------- one record is one fault
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (make_record("Half \ud83d of a smile", "x"), "turn 0 holds half of a surrogate pair"),
+        (make_record("Hi", "\udc00"), "turn 1 holds half of a surrogate pair"),
+        (make_record("<image>\nWhat?", "x", image="\ud83d.png"), "the name of its image holds half of a surrogate"),
+        (make_record("Hi", 7), "turn 1 has no text in 'value'"),
+        (make_record("Hi", None), "turn 1 has no text in 'value'"),
+        (make_record("Hi", ["a"]), "turn 1 has no text in 'value'"),
+        ({"id": "r", "conversations": ["Hi"]}, "'conversations' must be a list"),
+        ({"id": "r", "conversations": [{"from": 3, "value": "x"}]}, "turn 0 is from 3"),
+        ({"id": "r", "conversations": [{"from": ["human"], "value": "x"}]}, "turn 0 is from ['human']"),
+    ],
+)
+def test_one_odd_record_is_one_fault(raw: dict, reason: str, write_records: Callable, caplog: pytest.LogCaptureFixture):
+    path = write_records([GOOD, raw, GOOD])
+    with pytest.raises(InputError) as caught:
+        read_records(path)
+    assert "1 broken records: record 1 (id 'r')" in str(caught.value) and reason in str(caught.value)
+    assert len(read_records(path, skip_broken=True)) == 2
+    assert "left out 1 broken records: record 1" in caplog.text
+
+
+def test_a_line_that_is_no_json_is_one_fault(tmp_path: Path):
+    path = tmp_path / "data.jsonl"
+    good = json.dumps(GOOD)
+    path.write_text(f"{good}\n{good[:-5]}\n" + "[" * 100_000 + f'\n{{"id": {"9" * 5000}}}\n{good}\n')
+    with pytest.raises(InputError, match=r"3 broken records: record 1: .*data\.jsonl line 2 is not JSON"):
+        read_records(path)
+    assert [record.name for record in read_records(path, skip_broken=True)] == [
+        "record 0 (id 'r')",
+        "record 4 (id 'r')",
+    ]
+
+
+def test_records_that_do_not_suit_the_template_are_left_out_when_told_to(caplog: pytest.LogCaptureFixture):
+    records = [parse_record(make_record("Hi", "x"), 0), parse_record(GOOD, 1)]
+    assert check_fit(records, choose_template("plain"), has_vision=True, skip_broken=True) == records[1:]
+    assert check_fit(records, choose_template("v1"), has_vision=False, skip_broken=True) == records[:1]
+    assert "left out 1 broken records: record 0 (id 'r')" in caplog.text

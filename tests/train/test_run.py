@@ -135,12 +135,12 @@ def test_every_flag_counts_or_is_named_as_neutral():
 
 
 # ---------------------------------------------------------------------------------------------------- the end is one
-def test_a_finished_run_has_nothing_to_do(run_training: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_finished_run_has_nothing_to_do(run_training: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
     flags = {**SAVED, "lr_scheduler_type": "constant"}
     run_training(**flags)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert run_training(**flags) is None
-    assert "this run is finished, nothing to do" in caplog.text
+    assert capsys.readouterr().out.endswith(f"finished already, nothing to do: {tmp_path / 'run'}\n")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 

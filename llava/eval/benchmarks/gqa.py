@@ -58,7 +58,6 @@ def convert_testdev(read_table: ReadTable, layout: Layout) -> None:
 
 
 def make_annotation(row: HubRow) -> dict[str, Any]:
-    """Make a question's record of the official file."""
     types, groups = parse_cell(row.get("types")) or {}, parse_cell(row.get("groups")) or {}
     steps = list_steps(parse_cell(row.get("semantic")))
     return {
@@ -143,13 +142,8 @@ class Gqa(Benchmark):
         if not verdicts:
             raise InputError("gqa: none of the balanced questions has an answer")
         scores = score_gqa(records, predictions, read_choices(root, balanced))
-        return Scores(
-            headline=self.headline(verdicts),
-            scores=scores,
-            count=len(verdicts),
-            columns={"Accuracy": scores["accuracy"], "Binary": scores["binary"], "Open": scores["open"]},
-            verdicts=verdicts,
-        )
+        columns = {"Accuracy": scores["accuracy"], "Binary": scores["binary"], "Open": scores["open"]}
+        return self.sum_up(verdicts, scores, columns)
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write the file that GQA's own script reads, in the order of the answers file."""
@@ -157,7 +151,6 @@ class Gqa(Benchmark):
 
 
 def make_predictions(rows: Iterable[Row]) -> list[dict[str, str]]:
-    """Write answers as GQA's script reads them."""
     return [{"questionId": str(row["question_id"]), "prediction": clean_prediction(row["text"])} for row in rows]
 
 

@@ -131,15 +131,14 @@ class LlavaBench(Benchmark):
         verdicts = [make_verdict(*each) for each in zip(comparisons, zip(*runs, strict=True), strict=True)]
         summaries = summarize_runs(verdicts)
         summary = average_summaries(summaries)
-        names = [str(each.question.id) for each in comparisons]
-        numbers = [{**each, **list_ratings(names, run)} for each, run in zip(summaries, runs, strict=True)]
-        return Scores(
-            headline=summary["all"]["relative"],
-            scores=numbers[0] if len(numbers) == 1 else {**summary, "runs": numbers},
-            count=size,
-            columns={name.removeprefix(CATEGORY_PREFIX): each["relative"] for name, each in summary.items()},
-            verdicts=verdicts,
-        )
+        numbers = []
+        for run_summary, run in zip(summaries, runs, strict=True):
+            parsed = {str(each.question.id): list(pair) for each, pair in zip(comparisons, run, strict=True)}
+            unread = [name for name, pair in parsed.items() if tuple(pair) == UNREADABLE]
+            numbers.append({**run_summary, "parsed_scores": parsed, "unparsable": unread})
+        scores = numbers[0] if len(numbers) == 1 else {**summary, "runs": numbers}
+        columns = {name.removeprefix(CATEGORY_PREFIX): each["relative"] for name, each in summary.items()}
+        return self.sum_up(verdicts, scores, columns)
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
         return average_summaries(summarize_runs(verdicts))["all"]["relative"]
@@ -242,7 +241,6 @@ def pair_comparisons(
 
 
 def ask_judge(judge: Judge, comparison: Comparison, *, run: int = 0, max_tokens: int = MAX_TOKENS) -> str:
-    """Return the judge's reply about one question."""
     question, references = comparison.question, (comparison.reference["text"],)
     case = Case(LlavaBench.name, str(question.id), question.prompt, references, comparison.answer["text"])
     return judge.ask(case, comparison.messages(), attempt=run, temperature=TEMPERATURE, max_tokens=max_tokens)
@@ -300,16 +298,7 @@ def make_verdict(comparison: Comparison, ratings: Sequence[Ratings]) -> Verdict:
     )
 
 
-def list_ratings(names: Sequence[str], ratings: Sequence[Ratings]) -> dict[str, Any]:
-    """List a run's ratings by question id, and the questions whose reply could not be read."""
-    return {
-        "parsed_scores": {name: list(pair) for name, pair in zip(names, ratings, strict=True)},
-        "unparsable": [name for name, pair in zip(names, ratings, strict=True) if pair == UNREADABLE],
-    }
-
-
 def summarize_runs(verdicts: Sequence[Verdict]) -> list[Summary]:
-    """Summarize each run of the judge."""
     categories = [verdict.category for verdict in verdicts]
     runs = zip(*(verdict.details["ratings"] for verdict in verdicts), strict=True)
     return [summarize_ratings(categories, ratings) for ratings in runs]

@@ -139,7 +139,6 @@ class MmBench(Benchmark):
         return type(self)(table.removesuffix(".tsv") or None, all_rounds=True)
 
     def find_table(self, root: Path) -> Path:
-        """Return the file of the questions."""
         if self.table is not None:
             return root / f"{self.table}.tsv"
         path = root / f"{self._name_folder(root)}.tsv"
@@ -185,10 +184,9 @@ class MmBench(Benchmark):
             scores["with_judge"] = score_circular(groups, VLMEVALKIT, self.name, judge)
             scores["opencompass_with_judge"] = score_circular(groups, OPENCOMPASS, self.name, judge)
             columns["With judge"] = scores["with_judge"]["overall"]
-        return Scores(self.headline(verdicts), scores, len(groups), columns, verdicts)
+        return self.sum_up(verdicts, scores, columns)
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
-        """Write the workbook for the server, named like the table."""
         path = self.find_table(root)
         return [write_upload(path, list(answers.values()), destination / f"{path.stem}.xlsx")]
 
@@ -343,7 +341,6 @@ def ask_row(
 
 
 def rotate(items: Sequence[str], steps: int) -> list[str]:
-    """Rotate to the left."""
     return [*items[steps:], *items[:steps]]
 
 
@@ -361,10 +358,10 @@ def collect_groups(
     # The base row has the question's category; without it there are only rotations of something unknown.
     incomplete = {row.group for row in table} - {row.index for row in table if row.index == row.group}
     for row in table:
-        if row.index is None or not row.options:
+        if row.index is None:
             incomplete.add(row.group)
             continue
-        for round_id in range(len(row.options) if all_rounds else 1):
+        for round_id in range(max(len(row.options), 1) if all_rounds else 1):
             key = row_key({"question_id": row.index, "round_id": round_id}, MmBench.key_fields)
             if key in answers:
                 shown = answers[key].get("options")
@@ -391,6 +388,8 @@ def make_choice_row(
     row: TableRow, round_id: int, key: str, prediction: str, answered_options: Sequence[str] | None
 ) -> ChoiceRow:
     """Make a row of CircularEval; options that were rotated in a round take the right letter with them."""
+    if not row.options:
+        raise InputError(f"row {row.index} has an answer, but no options")
     letters = rotate(OPTION_LETTERS[: len(row.options)], round_id)
     if row.answer not in letters:
         raise InputError(f"row {row.index}: the right option is {row.answer!r}, which is not among its options")
@@ -555,7 +554,7 @@ def write_workbook(path: Path, rows: Sequence[Sequence[Cell]]) -> Path:
     """Write an Excel workbook (`.xlsx`) of one sheet and return its path; the same rows always give the same bytes.
 
     The first row are the titles; None leaves a cell empty. Texts stay texts, also those that look like a formula; what
-    the format cannot hold is dropped (control characters) or becomes a question mark (half of a surrogate pair).
+    the format cannot hold is dropped (control characters) or becomes its escape (half of a surrogate pair).
     """
     from openpyxl import Workbook  # only this function needs the library
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -569,7 +568,7 @@ def write_workbook(path: Path, rows: Sequence[Sequence[Cell]]) -> Path:
         for column, value in enumerate(row, start=1):
             if isinstance(value, str):
                 # A plain assignment would guess the type from the text.
-                text = ILLEGAL_CHARACTERS_RE.sub("", value).encode(errors="replace").decode()
+                text = ILLEGAL_CHARACTERS_RE.sub("", value).encode(errors="backslashreplace").decode()
                 cell = sheet.cell(number, column, text)
                 cell.data_type = "s"
             elif value is not None:

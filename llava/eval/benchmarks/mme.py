@@ -96,13 +96,8 @@ class Mme(Benchmark):
         if not any(name in subtasks for name in PERCEPTION):
             raise InputError("MME: no image of the perception subtasks has answers to both of its questions")
         perception, cognition = sum_points(subtasks, PERCEPTION), sum_points(subtasks, COGNITION)
-        return Scores(
-            headline=perception,
-            scores={"perception": perception, "cognition": cognition, "subtasks": subtasks},
-            count=sum(numbers["n_questions"] for numbers in subtasks.values()),
-            columns={"Perception": perception, "Cognition": cognition},
-            verdicts=verdicts,
-        )
+        scores = {"perception": perception, "cognition": cognition, "subtasks": subtasks}
+        return self.sum_up(verdicts, scores, {"Perception": perception, "Cognition": cognition})
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
         """Sum over the perception subtasks: 100 points each for all questions and for all images right."""
@@ -133,7 +128,10 @@ def judge_images(questions: Sequence[Question], answers: Mapping[str, Row], fold
     """
     judged: dict[str, list[Judged]] = {}
     for image, members in collect((str(question.id), question) for question in questions).items():
-        if any(question.fault for question in members):
+        broken = [question for question in members if question.fault]
+        if any(Mme.key(question) in answers for question in broken):
+            raise InputError(f"{QUESTION_FILE}: a question about {image} has an answer, but is broken")
+        if broken:
             continue
         if len(members) != IMAGE_QUESTIONS:
             raise InputError(f"{QUESTION_FILE}: {image} has {len(members)} questions, each image needs two")
@@ -159,7 +157,6 @@ def name_subtask(image: str) -> str:
 
 
 def read_labels(folder: Path, image: str) -> dict[str, str]:
-    """Read the labels of an image, by question."""
     subtask, name = name_subtask(image), f"{PurePosixPath(image).stem}.txt"
     apart = folder / subtask / LABEL_SUBFOLDER / name
     path = apart if apart.is_file() else folder / subtask / name
@@ -198,7 +195,6 @@ def parse_answer(text: str) -> str:
 
 
 def join_pair(image: str, pair: Sequence[Verdict]) -> Verdict:
-    """Return the verdict on both questions on an image together."""
     return Verdict(
         key=image,
         prediction=" | ".join(each.prediction for each in pair),
@@ -234,5 +230,4 @@ def score_subtasks(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
 
 
 def sum_points(subtasks: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> float:
-    """Sum the points of those of the named subtasks that were scored."""
     return sum(subtasks[name]["score"] for name in names if name in subtasks)

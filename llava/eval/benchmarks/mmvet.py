@@ -136,13 +136,7 @@ class MmVet(Benchmark):
             )
             for subject, each in zip(subjects, grades, strict=True)
         ]
-        return Scores(
-            headline=self.headline(verdicts),
-            scores=numbers,
-            count=len(subjects),
-            columns={"Total": final["total"], **final["capability"]},
-            verdicts=verdicts,
-        )
+        return self.sum_up(verdicts, numbers, {"Total": final["total"], **final["capability"]})
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write `<model>.json`, the file that the official evaluator (and its server) reads."""

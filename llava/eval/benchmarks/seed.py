@@ -135,20 +135,16 @@ class Seed(Benchmark):
 
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
         """Score by literal equality with the right letter; a question without an answer is wrong."""
-        ids = [question.id for question in self._choose_questions(root)[0] if not question.fault]
-        verdicts = judge_answers(read_right_options(root / ANNOTATION_FILE), ids, list_texts(answers.values()))
+        options = read_right_options(root / ANNOTATION_FILE)
+        # A broken question may have lost its id; with one it counts.
+        ids = [each.id for each in self._choose_questions(root)[0] if not each.fault or str(each.id) in options]
+        verdicts = judge_answers(options, ids, list_texts(answers.values()))
         kind = VIDEO if self.split == VIDEO else IMAGE
         if not choose_kind(verdicts, kind):
             raise InputError(f"{root / QUESTION_FILE} has no question for the headline, which is about {kind}s")
         scores = summarize(verdicts)
         titles = {"image_accuracy": "Image", "video_accuracy": "Video", "total_accuracy": "All"}
-        return Scores(
-            headline=scores[f"{kind}_accuracy"],
-            scores=scores,
-            count=len(verdicts),
-            columns={title: scores[name] for name, title in titles.items() if name in scores},
-            verdicts=verdicts,
-        )
+        return self.sum_up(verdicts, scores, {title: scores[name] for name, title in titles.items() if name in scores})
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
         """Compute the accuracy on images; of the split `video`, on videos."""
@@ -195,7 +191,6 @@ def read_right_options(path: Path) -> dict[str, RightOption]:
 
 
 def list_texts(rows: Iterable[Row]) -> dict[str, str]:
-    """Return the answers by question; ids are strings here."""
     return {str(row["question_id"]): row["text"] for row in rows}
 
 
@@ -231,7 +226,6 @@ def judge_answers(
 
 
 def choose_kind(verdicts: Sequence[Verdict], kind: str) -> list[Verdict]:
-    """Return the verdicts on images, or those on videos."""
     return [verdict for verdict in verdicts if verdict.details["kind"] == kind]
 
 

@@ -111,25 +111,20 @@ class Sqa(Benchmark):
             raise InputError("ScienceQA: none of the questions with an image has an answer")
         breakdown = break_down(problems, verdicts)
         accuracy, headline = average_points(verdicts.values()), average_points(with_image)
-        return Scores(
-            headline=headline,
-            scores={
-                "accuracy": accuracy,
-                "correct": count_correct(verdicts.values()),
-                "count": len(verdicts),
-                "img_accuracy": headline,
-                "img_correct": count_correct(with_image),
-                "img_total": len(with_image),
-                "stdout": describe_accuracy(verdicts),
-                "official_breakdown": {name: f"{number:.2f}" for name, number in breakdown.items()},
-                "breakdown": breakdown,
-                "parsed": {pid: verdict.parsed for pid, verdict in verdicts.items()},
-                "pred_index": {pid: find_option(verdict.parsed, problems[pid]) for pid, verdict in verdicts.items()},
-            },
-            count=len(verdicts),
-            columns={"IMG": headline, "All": accuracy},
-            verdicts=list(verdicts.values()),
-        )
+        scores = {
+            "accuracy": accuracy,
+            "correct": count_correct(verdicts.values()),
+            "count": len(verdicts),
+            "img_accuracy": headline,
+            "img_correct": count_correct(with_image),
+            "img_total": len(with_image),
+            "stdout": describe_accuracy(verdicts),
+            "official_breakdown": {name: f"{number:.2f}" for name, number in breakdown.items()},
+            "breakdown": breakdown,
+            "parsed": {pid: verdict.parsed for pid, verdict in verdicts.items()},
+            "pred_index": {pid: find_option(verdict.parsed, problems[pid]) for pid, verdict in verdicts.items()},
+        }
+        return self.sum_up(list(verdicts.values()), scores, {"IMG": headline, "All": accuracy})
 
     def headline(self, verdicts: Sequence[Verdict]) -> float:
         return average_points(choose_with_image(verdicts))
@@ -258,7 +253,6 @@ def break_down(problems: Mapping[str, Problem], verdicts: Mapping[str, Verdict])
 
 
 def name_groups(problem: Problem) -> list[str]:
-    """Name the official groups that a problem is in."""
     names = [SUBJECTS[problem["subject"]]] if problem.get("subject") in SUBJECTS else []
     has_text, has_image = bool(problem.get("hint")), bool(problem.get("image"))
     contexts = {"has_text": has_text, "has_image": has_image, "no_context": not has_text and not has_image}

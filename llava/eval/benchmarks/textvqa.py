@@ -33,15 +33,6 @@ OLD_QUESTION = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 # --------------------------------------------------------------------------------------------------------------- hub
 ANNOTATION_COLUMNS = ("question", "image_id", "answers", "question_id")
-MORE_COLUMNS = (
-    "image_classes",
-    "flickr_original_url",
-    "flickr_300k_url",
-    "image_width",
-    "image_height",
-    "question_tokens",
-    "set_name",
-)
 
 
 def convert_val(read_table: ReadTable, layout: Layout) -> None:
@@ -50,7 +41,7 @@ def convert_val(read_table: ReadTable, layout: Layout) -> None:
     for row in read_table("questions"):
         image = f"{safe_name(row['image_id'], 'questions')}.jpg"
         layout.save_image(f"{IMAGE_FOLDER}/{image}", row["image"])
-        annotations.append({name: row[name] for name in (*ANNOTATION_COLUMNS, *MORE_COLUMNS) if name in row})
+        annotations.append({name: cell for name, cell in row.items() if name not in ("image", "ocr_tokens")})
         tokens = ", ".join(row["ocr_tokens"] or [])
         text = f"{row['question'].capitalize()}\n{OCR_LINE_START} {tokens}{SHORT_ANSWER_LINE}"
         questions.append(question_line(row["image_id"], image, text))
@@ -111,17 +102,12 @@ def score_textvqa(rows: Iterable[Row], annotation_file: Path) -> Scores:
     if not verdicts:
         raise InputError("textvqa: none of the questions has an answer")
     accuracy = TextVqa().headline(verdicts)
-    return Scores(
-        headline=accuracy,
-        scores={
-            "accuracy": round_half_even(accuracy),
-            "accuracy_unrounded": accuracy,
-            "per_answer_line": lines,
-        },
-        count=len(verdicts),
-        columns={"Accuracy": accuracy},
-        verdicts=verdicts,
-    )
+    scores = {
+        "accuracy": round_half_even(accuracy),
+        "accuracy_unrounded": accuracy,
+        "per_answer_line": lines,
+    }
+    return TextVqa().sum_up(verdicts, scores, {"Accuracy": accuracy})
 
 
 def extract_question(prompt: object, identity: int | str) -> str:

@@ -43,12 +43,9 @@ InferLetter = Callable[[str, Mapping[str, str]], str | None]
 
 # ----------------------------------------------------------------------------------------------------------- letters
 def parse_science_answer(text: str) -> str:
-    """Read an answer to a ScienceQA question.
+    """Read an answer to a ScienceQA question: the letter, which need not be one of the options, or `FAILED`.
 
     A letter A to E alone; or as `B. ...`; or in one and only one `The answer is B` with a character after it.
-
-    Returns:
-        The letter, which need not be one of the options, or `FAILED`.
     """
     if text in LETTERS:
         return text

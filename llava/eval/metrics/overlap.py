@@ -9,7 +9,6 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff
 
 
 def split_words(text: str) -> list[str]:
-    """List the words of a text, without case and punctuation."""
     return WORD.findall(text.lower())
 
 
@@ -21,28 +20,20 @@ def overlap_f1(first: str, second: str) -> float:
 
 
 def contains_words(text: str, phrase: str) -> bool:
-    """Return whether a text contains the words of a phrase, one after another."""
     return f" {' '.join(split_words(phrase))} " in f" {' '.join(split_words(text))} "
 
 
 def find_elements(text: str, wanted: str) -> float:
     """Return the share of elements that a text contains, 0 to 1.
 
-    Args:
-        text: an answer.
-        wanted: elements joined by `<AND>`, each one or several alternatives joined by `<OR>`.
+    `wanted` joins elements by `<AND>`; each is one or several alternatives joined by `<OR>`.
     """
     elements = [element.split("<OR>") for element in wanted.split("<AND>")]
     return sum(any(contains_words(text, each) for each in element) for element in elements) / len(elements)
 
 
 def choose_option(text: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter of the option that shares most words with a text: the first of equals, None if none shares any.
-
-    Args:
-        text: an answer.
-        options: text by letter.
-    """
+    """Return the letter of the option that shares most words with a text, the first of equals; None if none does."""
     likeness = {letter: overlap_f1(text, option) for letter, option in options.items()}
     best = max(likeness, key=likeness.__getitem__, default=None)
     return best if best is not None and likeness[best] > 0 else None

@@ -78,10 +78,10 @@ def round_half_even(percent: float) -> float:
 def summarize_grades(
     grades: Sequence[float], groupings: Mapping[str, Sequence[str]], rounded: Callable[[float], float]
 ) -> dict[str, Any]:
-    """Average grades overall and per group, under the official names.
+    """Average grades (fractions, at least one) overall and per group, under the official names.
 
     Args:
-        grades: fractions, at least one.
+        grades: of the answers.
         groupings: for each title, such as `perAnswerType`, the group of each grade.
         rounded: how the scorer rounds a percentage.
 
@@ -92,7 +92,11 @@ def summarize_grades(
     for title, groups in groupings.items():
         members = collect(zip(groups, grades, strict=True))
         exact[title] = {group: mean_percent(part) for group, part in members.items()}
-    return {"accuracy": _round_all(exact, rounded), "accuracy_unrounded": exact}
+    accuracy = {
+        title: {group: rounded(value) for group, value in part.items()} if isinstance(part, dict) else rounded(part)
+        for title, part in exact.items()
+    }
+    return {"accuracy": accuracy, "accuracy_unrounded": exact}
 
 
 def average_precision(labels: Sequence[bool], scores: Sequence[float]) -> float:
@@ -117,10 +121,3 @@ def f1_score(labels: Sequence[bool], predictions: Sequence[bool]) -> float:
     num_both = sum(label and prediction for label, prediction in zip(labels, predictions, strict=True))
     num_either = sum(labels) + sum(predictions)
     return 2 * num_both / num_either if num_either else 0.0
-
-
-def _round_all(numbers: Mapping[str, Any], rounded: Callable[[float], float]) -> dict[str, Any]:
-    return {
-        name: _round_all(value, rounded) if isinstance(value, Mapping) else rounded(value)
-        for name, value in numbers.items()
-    }

@@ -53,12 +53,7 @@ def normalize_words(text: str, contractions: Mapping[str, str] = VQA_CONTRACTION
 
 
 def normalize_vqa(text: str, contractions: Mapping[str, str] = VQA_CONTRACTIONS) -> str:
-    """Rewrite an answer as the VQA v2 scorer does.
-
-    Args:
-        text: an answer after `flatten_lines`.
-        contractions: the scorer's table; VizWiz has its own.
-    """
+    """Rewrite an answer, after `flatten_lines`, as the VQA v2 scorer does; VizWiz's has its own contractions."""
     return normalize_words(normalize_punctuation(text), contractions)
 
 

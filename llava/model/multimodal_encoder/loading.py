@@ -87,10 +87,10 @@ def load_quietly(
     """
     subject, hint = f"{what} {name}", HINTS.get(what, COPY_AGAIN)
     ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
-    check_generation_config(name)
     with quiet_loading(subject):
         if config is None:
             config = module.config_class.from_pretrained(name, cache_dir=kwargs.get("cache_dir"))
+        check_generation_config(name, getattr(config, "vocab_size", 2**31))
         # 1. The headers alone: what does not fit is refused before memory is spent on it.
         if holds_weights(Path(name)):
             check_headers(module, name, config, what=what, optional=optional, ignored=ignored)
