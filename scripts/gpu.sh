@@ -5,5 +5,4 @@
 # Needs torch, torchvision and transformers (training: also peft); installs nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
-exec "$PYTHON" -m scripts.gpu "$@"
+exec bash scripts/lib/python.sh -m scripts.gpu "$@"

@@ -135,6 +135,8 @@ def test_dict_is_plain_data():
         ("LLaVA-Lightning-MPT-7B-preview", "mpt"),
         ("LLaVA-7b-delta-v0", "llava_v0"),
         ("llava-shapes-TRIM", "vicuna_v1"),
+        ("attempt3", "vicuna_v1"),
+        ("run-v0.2-shapes", "vicuna_v1"),
     ],
 )
 def test_the_template_follows_the_checkpoint_name(model_name, template):

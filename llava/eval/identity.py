@@ -29,10 +29,9 @@ from llava.cli import ModelSpec
 from llava.errors import InputError
 from llava.eval.benchmark import Question, row_key
 from llava.files import FileError, read_json, write_json
-from llava.model.adapter import find_file
-from llava.model.builder import INDEX_FILES, read_weight_map
 from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX
 from llava.model.multimodal_encoder.loading import resolve_name
+from llava.model.stored_weights import INDEX_FILES, find_file
 
 CONFIG_FILE = "config.json"
 SETTINGS_FILES = (
@@ -93,9 +92,6 @@ def list_checkpoint(place: str) -> list[Path] | str | None:
     wanted |= {name for name in names - {*TRAINING_FILES} if name.endswith(WEIGHT_SUFFIXES)}
     if {"model.safetensors", INDEX_FILES[0]} & names:  # these are loaded, and the same weights in the other format not
         wanted -= {name for name in names if name.startswith("pytorch_model")}
-    for index in wanted & {*INDEX_FILES}:
-        with suppress(InputError):
-            wanted |= set(map(str, read_weight_map(folder / index).values()))
     return [folder / name for name in sorted(wanted)]
 
 

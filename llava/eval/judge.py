@@ -192,11 +192,7 @@ class ApiJudge:
         max_tokens: int = 1024,
     ) -> str:
         """Return the reply to a chat, from the cache if the same was asked before (see `Judge.ask`)."""
-        # No endpoint takes half of a surrogate pair, which an answer may hold.
-        chat = [
-            {name: text.encode(errors="backslashreplace").decode() for name, text in message.items()}
-            for message in messages
-        ]
+        chat = [{name: escape_surrogates(text) for name, text in message.items()} for message in messages]
         request = {"model": self.name, "messages": chat, "temperature": temperature, "max_tokens": max_tokens}
         # The name holds everything that the reply depends on.
         whole = json.dumps([case.task, case.key, attempt, request], sort_keys=True)
@@ -281,6 +277,11 @@ class ApiJudge:
         if isinstance(failure, asyncio.TimeoutError):
             return f"no answer within {self._timeout:g} seconds"
         return f"a reply that is no chat completion ({said})"
+
+
+def escape_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can hold: no endpoint takes half of a surrogate pair, which an answer may have."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @cache

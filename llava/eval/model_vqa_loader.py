@@ -22,24 +22,27 @@ def main() -> None:
 
 
 def answer_question_file(prog: str, max_new_tokens: int) -> None:
-    """Answer the questions that the command line names; also the command `model_vqa`.
-
-    Args:
-        prog: the command, as its help calls it.
-        max_new_tokens: its length limit of an answer.
-    """
-    parser = argparse.ArgumentParser(prog=prog)
-    parser.add_argument("--question-file", type=user_path, required=True, help="JSON Lines: question_id, image, text")
-    parser.add_argument("--image-folder", type=user_path, default=Path(), help="where the `image` names are looked up")
-    parser.add_argument("--answers-file", type=user_path, default=Path("answer.jsonl"))
+    """Answer the questions that the command line names; also the command `model_vqa`, with another length limit."""
+    parser = make_parser(prog, "JSON Lines: question_id, image, text")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--num_beams", type=positive, default=1)
     parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
-    # LLaVA's defaults: batches of one, and a template and temperature that no script uses.
-    add_answer_options(parser, conv_mode="llava_v1", temperature=0.2, batch_size=1)
     arguments = parser.parse_args()
     questions = load_question_file(arguments.question_file, arguments.image_folder)
     answer_and_exit(arguments, questions, arguments.answers_file, arguments.max_new_tokens, KEY_FIELDS)
+
+
+def make_parser(prog: str, question_help: str, conv_mode: str = "llava_v1") -> argparse.ArgumentParser:
+    """Describe the flags of LLaVA's commands that answer a question file.
+
+    The defaults are LLaVA's: batches of one, and a template and temperature that no script uses.
+    """
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("--question-file", type=user_path, required=True, help=question_help)
+    parser.add_argument("--image-folder", type=user_path, default=Path(), help="where the `image` names are looked up")
+    parser.add_argument("--answers-file", type=user_path, default=Path("answer.jsonl"))
+    add_answer_options(parser, conv_mode=conv_mode, temperature=0.2, batch_size=1)
+    return parser
 
 
 if __name__ == "__main__":

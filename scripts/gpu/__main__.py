@@ -40,18 +40,17 @@ def main() -> None:
 
     scale = Scale.choose(args.rehearse)
     out = make_folder(args.out.resolve())
-    parts = args.parts or PARTS
-    if len(parts) == 1:
-        module = importlib.import_module(f"scripts.gpu.{parts[0]}")
-        sys.exit(0 if run_part(parts[0], module.make_steps(scale, out), scale, out) else EXIT_AGAIN)
     codes = []
-    for part in parts:
+    for part in args.parts or PARTS:
         if (read_part(out / f"{part}.json") or {}).get("complete"):
             print(f"{part}: complete")
-            continue
-        # A process of its own: its memory is free afterwards, and a crash stops no other part.
-        command = [sys.executable, "-m", "scripts.gpu", str(out), part, *["--rehearse"] * args.rehearse]
-        codes.append(subprocess.run(command, check=False).returncode)
+        elif len(args.parts) == 1:
+            steps = importlib.import_module(f"scripts.gpu.{part}").make_steps(scale, out)
+            codes.append(0 if run_part(part, steps, scale, out) else EXIT_AGAIN)
+        else:
+            # A process of its own: its memory is free afterwards, and a crash stops no other part.
+            command = [sys.executable, "-m", "scripts.gpu", str(out), part, *["--rehearse"] * args.rehearse]
+            codes.append(subprocess.run(command, check=False).returncode)
     sys.exit(max(map(abs, codes), default=0))
 
 

@@ -113,17 +113,6 @@ def test_weights_in_the_format_that_is_not_loaded_do_not_count(checkpoint: Path)
     assert identify_model(ModelSpec(str(checkpoint))) == before
 
 
-def test_shards_in_a_folder_of_their_own_count(checkpoint: Path) -> None:
-    index = checkpoint / "pytorch_model.bin.index.json"
-    (checkpoint / "shards").mkdir()
-    (checkpoint / "pytorch_model-00001-of-00002.bin").rename(checkpoint / "shards" / "a.bin")
-    weight_map = json.loads(index.read_text())["weight_map"]
-    set_value(index, weight_map=dict.fromkeys(weight_map, "shards/a.bin"))
-    before = identify_model(ModelSpec(str(checkpoint)))
-    change_byte(checkpoint / "shards" / "a.bin")
-    assert identify_model(ModelSpec(str(checkpoint)))["checkpoint"] != before["checkpoint"]
-
-
 @pytest.mark.parametrize(
     "name", ["adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin", "base/pytorch_model.bin"]
 )

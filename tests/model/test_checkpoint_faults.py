@@ -278,6 +278,7 @@ CONFIG_VALUES = [
     ({"quantization_config": "4bit"}, 'quantization_config is "4bit"; expected an object', ""),
     ({"quantization_config": {"load_in_4bit": True}}, "but the weights are not quantised: delete it there", ""),
     ({"quantization_config": {"quant_method": "x"}}, "but the weights are not quantised: delete it there", ""),
+    ({"conv_mode": "vicuna"}, 'conv_mode is "vicuna"; expected one of', '"vicuna_v1"'),
     ({"sliding_window": 3}, "sliding_window is 3; expected null: Llama attends to all tokens before", ""),
     ({"layer_types": "x"}, 'layer_types is "x"; expected a list', ""),
     ({"num_labels": 10**9}, "num_labels is 1000000000; expected a whole number", ""),

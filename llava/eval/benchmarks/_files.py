@@ -7,12 +7,14 @@ that a metric reads is checked, so that a wrong file is named instead of a wrong
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Question
+from llava.eval.benchmark import Question, Verdict
+from llava.eval.metrics.vqa_accuracy import rank_references
+from llava.eval.metrics.vqa_text import normalize_m4c
 from llava.files import FileError, parse_record, read_json, read_jsonl, read_lines, write_text
 from llava.prompt import query_of
 
@@ -115,12 +117,32 @@ def take_strings(record: object, name: str, where: str) -> list[str]:
     return values
 
 
-def take_references(record: object, where: str) -> list[str]:
-    """Return people's answers of a VQAv2 or VizWiz annotation: the field `answers`, of objects with an `answer`."""
+@dataclass(frozen=True)
+class PeopleAnswers:
+    """What ten people answered to a question of VQAv2 or VizWiz, and the groups that it belongs to.
+
+    `answerable`: whether the image answers it at all (VizWiz).
+    """
+
+    references: Sequence[str]
+    answer_type: str
+    question_type: str = ""
+    answerable: bool = True
+
+
+def take_people_answers(record: object, where: str, **more: Any) -> PeopleAnswers:
+    """Read an official annotation: `answers`, a list of objects with an `answer`, and `answer_type`."""
     references = [take(each, "answer", str, f"{where} answers") for each in take(record, "answers", list, where)]
     if not references:
         raise InputError(f'{where}: "answers" is empty')
-    return references
+    return PeopleAnswers(references, take(record, "answer_type", str, where), **more)
+
+
+def judge_upload(key: str, text: str, people: PeopleAnswers, grade: Callable[[str, Sequence[str]], float]) -> Verdict:
+    """Return the verdict on an answer: LLaVA uploads it after TextVQA's normaliser, and that is what is graded."""
+    uploaded, references = normalize_m4c(text), people.references
+    points, category = grade(uploaded, references), people.answer_type
+    return Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category)
 
 
 def require_annotations(

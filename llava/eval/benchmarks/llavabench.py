@@ -131,8 +131,11 @@ class LlavaBench(Benchmark):
         verdicts = [make_verdict(*each) for each in zip(comparisons, zip(*runs, strict=True), strict=True)]
         summaries = summarize_runs(verdicts)
         summary = average_summaries(summaries)
-        names = [str(each.question.id) for each in comparisons]
-        numbers = [{**each, **list_ratings(names, run)} for each, run in zip(summaries, runs, strict=True)]
+        numbers = []
+        for run_summary, run in zip(summaries, runs, strict=True):
+            parsed = {str(each.question.id): list(pair) for each, pair in zip(comparisons, run, strict=True)}
+            unread = [name for name, pair in parsed.items() if tuple(pair) == UNREADABLE]
+            numbers.append({**run_summary, "parsed_scores": parsed, "unparsable": unread})
         scores = numbers[0] if len(numbers) == 1 else {**summary, "runs": numbers}
         columns = {name.removeprefix(CATEGORY_PREFIX): each["relative"] for name, each in summary.items()}
         return self.sum_up(verdicts, scores, columns)
@@ -293,13 +296,6 @@ def make_verdict(comparison: Comparison, ratings: Sequence[Ratings]) -> Verdict:
         category=comparison.category,
         details={"ratings": [list(pair) for pair in ratings]},
     )
-
-
-def list_ratings(names: Sequence[str], ratings: Sequence[Ratings]) -> dict[str, Any]:
-    return {
-        "parsed_scores": {name: list(pair) for name, pair in zip(names, ratings, strict=True)},
-        "unparsable": [name for name, pair in zip(names, ratings, strict=True) if pair == UNREADABLE],
-    }
 
 
 def summarize_runs(verdicts: Sequence[Verdict]) -> list[Summary]:

@@ -30,7 +30,7 @@ FIRST_IDS = {"adversarial": 0, "popular": 20_000_000, "random": 10_000_000}
 LABELS = ("yes", "no")
 LABEL_COMMIT = "e3e39262"
 """Commit of AoiDragon/POPE that LLaVA's question file was made from."""
-PINNED_RANDOM_COUNT, LATEST_RANDOM_COUNT = 2910, 3000
+SAME_VERSION = f"take the labels from commit {LABEL_COMMIT} of AoiDragon/POPE, not from its latest version"
 TYPO = ("in the imange", "in the image")
 """Of the pinned commit. Later label files lack it; with the same labels in the same order they serve as well."""
 
@@ -115,19 +115,14 @@ def pair_labels(questions: Sequence[Question], folder: Path) -> list[tuple[Quest
         path = folder / LABEL_FILE.format(category=category)
         labels = read_records(path)
         if len(labels) != len(members):
-            raise InputError(explain_count(path, len(labels), category, len(members)))
+            raise InputError(
+                f"{path} has {len(labels)} lines, {QUESTION_FILE} has {len(members)} {category} questions; "
+                f"{SAME_VERSION}"
+            )
         for line, (question, label) in enumerate(zip(members, labels, strict=True), start=1):
             check_label(question, label, f"{path} line {line}")
             pairs.append((question, label["label"].lower()))
     return pairs
-
-
-def explain_count(path: Path, num_labels: int, category: str, num_questions: int) -> str:
-    """Explain that a label file has the wrong length, and where the right one is."""
-    message = f"{path} has {num_labels} lines, {QUESTION_FILE} has {num_questions} {category} questions"
-    if (num_labels, num_questions) == (LATEST_RANDOM_COUNT, PINNED_RANDOM_COUNT):
-        return f"{message}: take the file from commit {LABEL_COMMIT} of AoiDragon/POPE, not from its latest version"
-    return f"{message}; both must come from the same version (AoiDragon/POPE commit {LABEL_COMMIT})"
 
 
 def check_label(question: Question, label: Mapping[str, Any], where: str) -> None:
@@ -141,5 +136,5 @@ def check_label(question: Question, label: Mapping[str, Any], where: str) -> Non
     if asked != text.replace(*TYPO) or question.images[0].name != Path(image).name:
         raise InputError(
             f'{where} is about "{text}" on {image}, question {question.id} asks "{asked}" on '
-            f"{question.images[0].name}; both must come from the same version (AoiDragon/POPE commit {LABEL_COMMIT})"
+            f"{question.images[0].name}; {SAME_VERSION}"
         )

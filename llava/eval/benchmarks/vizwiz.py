@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores
 from llava.eval.benchmarks._files import (
+    PeopleAnswers,
     build_question,
     build_questions,
     find_first,
+    judge_upload,
     load_question_file,
     read_document,
     require_annotations,
     take,
-    take_references,
+    take_people_answers,
     write_upload,
 )
 from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubTable, Layout, ReadTable, question_line, safe_name
@@ -40,7 +42,6 @@ from llava.eval.metrics.vqa_accuracy import (
     f1_score,
     grade_vizwiz,
     normalize_vizwiz,
-    rank_references,
     round_half_even,
     summarize_grades,
 )
@@ -181,23 +182,13 @@ def image_name(question: Question) -> str:
     return question.images[0].name if question.images else str(question.id)
 
 
-@dataclass(frozen=True)
-class VizWizAnswers:
-    """The ten people's answers to a question, their type, and whether the image answers it at all."""
-
-    references: Sequence[str]
-    answer_type: str
-    answerable: bool
-
-
-def read_vizwiz_answers(path: Path) -> dict[str, VizWizAnswers]:
+def read_vizwiz_answers(path: Path) -> dict[str, PeopleAnswers]:
     """Read the official annotations by the name of their image, in their order."""
     annotations = {}
     for number, record in enumerate(read_official(path)):
         where = f"{path} question {number}"
-        answer_type, answerable = take(record, "answer_type", str, where), take(record, "answerable", int, where)
-        references = take_references(record, where)
-        annotations[take(record, "image", str, where)] = VizWizAnswers(references, answer_type, bool(answerable))
+        answerable = bool(take(record, "answerable", int, where))
+        annotations[take(record, "image", str, where)] = take_people_answers(record, where, answerable=answerable)
     return annotations
 
 
@@ -218,12 +209,7 @@ def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], anno
         pairs[image_name(question)] = (key, row["text"])
     answered = {name: annotation for name, annotation in annotations.items() if name in pairs}
     # 2. What counts is what LLaVA uploads of an answer; the untouched answers are scored as well.
-    verdicts = []
-    for name, annotation in answered.items():
-        key, text = pairs[name]
-        references, uploaded = annotation.references, normalize_m4c(text)
-        points, category = grade_vizwiz(uploaded, references), annotation.answer_type
-        verdicts.append(Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category))
+    verdicts = [judge_upload(*pairs[name], annotation, grade_vizwiz) for name, annotation in answered.items()]
     main = summarize_answers(answered, [str(each.parsed) for each in verdicts], [each.points for each in verdicts])
     texts = [each.prediction for each in verdicts]
     grades = [grade_vizwiz(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
@@ -233,7 +219,7 @@ def score_vizwiz(questions: Sequence[Question], answers: Mapping[str, Row], anno
 
 
 def summarize_answers(
-    answered: Mapping[str, VizWizAnswers], texts: Sequence[str], grades: Sequence[float]
+    answered: Mapping[str, PeopleAnswers], texts: Sequence[str], grades: Sequence[float]
 ) -> dict[str, Any]:
     """List the official numbers of answers, given the annotations of their questions by image and their grades."""
     annotations = answered.values()

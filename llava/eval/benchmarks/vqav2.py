@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
+from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores
 from llava.eval.benchmarks._files import (
+    PeopleAnswers,
     build_question,
     build_questions,
+    judge_upload,
     load_question_file,
     read_document,
     read_records,
     require_annotations,
     take,
-    take_references,
+    take_people_answers,
     write_upload,
 )
 from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubTable, Layout, ReadTable, question_line
@@ -33,7 +35,6 @@ from llava.eval.metrics.means import mean_percent
 from llava.eval.metrics.vqa_accuracy import (
     grade_vqa,
     grade_vqa_before_2021,
-    rank_references,
     round_half_up,
     summarize_grades,
 )
@@ -190,22 +191,13 @@ def load_official_questions(path: Path, image_folder: Path) -> list[Question]:
     return build_questions(take(read_document(path), "questions", list, str(path)), build)
 
 
-@dataclass(frozen=True)
-class VqaAnswers:
-    """The ten people's answers to a question, and the groups that it belongs to."""
-
-    references: Sequence[str]
-    answer_type: str
-    question_type: str
-
-
-def read_vqa_answers(path: Path) -> dict[int, VqaAnswers]:
+def read_vqa_answers(path: Path) -> dict[int, PeopleAnswers]:
     """Read the official annotations by question id, in their order."""
     annotations = {}
     for number, record in enumerate(take(read_document(path), "annotations", list, str(path))):
         where = f"{path} annotation {number}"
-        types = (take(record, name, str, where) for name in ("answer_type", "question_type"))
-        annotations[take(record, "question_id", int, where)] = VqaAnswers(take_references(record, where), *types)
+        identity, question_type = take(record, "question_id", int, where), take(record, "question_type", str, where)
+        annotations[identity] = take_people_answers(record, where, question_type=question_type)
     return annotations
 
 
@@ -219,12 +211,7 @@ def score_vqav2(questions: Sequence[Question], answers: Mapping[str, Row], annot
     require_annotations(questions, [question.id for question in questions], annotations, annotation_file)
     pairs = {question.id: (key, row["text"]) for key, question, row in Vqav2.pair(questions, answers)}
     answered = {identity: annotation for identity, annotation in annotations.items() if identity in pairs}
-    verdicts = []
-    for identity, annotation in answered.items():
-        key, text = pairs[identity]
-        references, uploaded = annotation.references, normalize_m4c(text)
-        points, category = grade_vqa(uploaded, references), annotation.answer_type
-        verdicts.append(Verdict(key, text, rank_references(references), points, parsed=uploaded, category=category))
+    verdicts = [judge_upload(*pairs[identity], annotation, grade_vqa) for identity, annotation in answered.items()]
 
     def grade(rule: Callable[[str, Sequence[str]], float], texts: Iterable[str]) -> list[float]:
         return [rule(text, each.references) for text, each in zip(texts, answered.values(), strict=True)]
@@ -243,7 +230,7 @@ def score_vqav2(questions: Sequence[Question], answers: Mapping[str, Row], annot
     return Vqav2().sum_up(verdicts, scores, {"Accuracy": exact["overall"], **exact["perAnswerType"]})
 
 
-def summarize_answers(answered: Mapping[int, VqaAnswers], grades: Sequence[float]) -> dict[str, Any]:
+def summarize_answers(answered: Mapping[int, PeopleAnswers], grades: Sequence[float]) -> dict[str, Any]:
     """List the official numbers of answers, given the annotations of their questions by id and their grades."""
     groupings = {
         "perAnswerType": [annotation.answer_type for annotation in answered.values()],

@@ -289,6 +289,13 @@ def test_a_judge_that_never_gives_ratings_gives_no_score(oracle: Path, endpoint,
         score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge_anew())
 
 
+def test_what_a_judge_says_reaches_no_terminal_as_it_is(oracle: Path, endpoint, judge_anew) -> None:
+    endpoint.respond = lambda body: "\x1b[31mred\x07\x00"
+    with pytest.raises(InputError, match="begins with two ratings") as caught:
+        score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge_anew())
+    assert str(caught.value).isprintable()
+
+
 def test_the_offline_stand_in_is_labelled_wherever_its_number_appears(oracle: Path, tmp_path: Path) -> None:
     judge = make_judge("exact", None, tmp_path / "c.jsonl", BENCH)
     result = score_answers(BENCH, oracle / "answers.jsonl", oracle, judge=judge)

@@ -212,6 +212,7 @@ def read_cells(path: Path) -> list[list]:
 
 @both_languages
 def test_the_workbook_is_equal_cell_for_cell(make_folder: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    pytest.importorskip("openpyxl")
     folder = make_folder(name)
     [file] = export_answers(find_benchmark(name), folder / "answers.jsonl", folder, tmp_path / "out")
     assert file.name == f"{TABLES[name]}.xlsx"
@@ -219,6 +220,7 @@ def test_the_workbook_is_equal_cell_for_cell(make_folder: Callable[[str], Path],
 
 
 def test_the_same_answers_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openpyxl")
     rows = [["index", "question"], [1, "Is it?"]]
     first = write_workbook(tmp_path / "1.xlsx", rows).read_bytes()
     monkeypatch.setattr("time.time", lambda: 2e9)
@@ -347,6 +349,8 @@ def test_a_right_option_that_is_not_there_is_named(mmbench: Path) -> None:
 
 
 def test_a_table_without_answers_is_scored_by_the_server_only(mmbench: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl")
+
     def hide(rows: list[dict]) -> None:
         for row in rows:
             del row["answer"]
@@ -443,6 +447,7 @@ def test_images_longer_than_a_csv_cell_are_read(mmbench: Path) -> None:
 def test_the_released_converter_writes_the_workbook(
     mmbench: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, folder: str
 ) -> None:
+    pytest.importorskip("openpyxl")
     place = mmbench / "run" / "merge.jsonl" if folder else mmbench / "run.jsonl"
     place.parent.mkdir(exist_ok=True)
     shutil.copy(mmbench / "answers.jsonl", place)
@@ -460,6 +465,7 @@ def test_the_released_converter_writes_the_workbook(
 def test_of_all_rounds_the_first_goes_into_the_workbook(
     mmbench: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("openpyxl")
     spec = importlib.util.spec_from_file_location("c", repository / "scripts" / "convert_mmbench_for_submission.py")
     converter = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(converter)

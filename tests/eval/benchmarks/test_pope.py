@@ -86,7 +86,8 @@ def test_no_answer_at_all_is_refused_even_if_partial(oracle: Path, tmp_path: Pat
     ("change", "words"),
     [
         ({"question_id": 999}, r"belongs to no question of this benchmark: question_id = \[999\]"),
-        ({"question_id": "1"}, r'belongs to no question of this benchmark: question_id = \["1"\]'),
+        ({"question_id": "999"}, r'belongs to no question of this benchmark: question_id = \["999"\]'),
+        ({"question_id": "1", "text": "No"}, r"two different answers to one question: question_id = \[1\]"),
         ({"text": "No"}, r"two different answers to one question: question_id = \[1\]"),
     ],
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava.errors import InputError
-from llava.eval.benchmarks.vizwiz import VizWiz, VizWizAnswers, summarize_answers
+from llava.eval.benchmarks._files import PeopleAnswers
+from llava.eval.benchmarks.vizwiz import VizWiz, summarize_answers
 from llava.eval.predictions import read_answers
 from llava.eval.results import export_answers, pair_with_questions, score_answers
 from llava.files import write_jsonl
@@ -131,7 +132,7 @@ def test_llavas_conversion_command_writes_the_file_of_llava(
 
 
 def test_only_the_word_alone_calls_a_question_unanswerable() -> None:
-    answered = {name: VizWizAnswers(["mug"] * 10, "other", answerable=False) for name in ("a", "b", "c", "d")}
+    answered = {name: PeopleAnswers(["mug"] * 10, "other", answerable=False) for name in ("a", "b", "c", "d")}
     texts = ["Unanswerable.", "unanswerable mug", "answerable", "the unanswerable"]
     found = summarize_answers(answered, texts, [0.0] * 4)["unanswerability_unrounded"]
     assert found["f1_score"] == pytest.approx(100 * 2 / 3)

@@ -109,11 +109,15 @@ def test_a_broken_official_question_is_a_fault(copied: Path) -> None:
     ]
 
 
-def test_a_question_id_of_another_json_type_is_no_answer(folder: Path, tmp_path: Path) -> None:
+def test_a_question_id_of_another_json_type_finds_its_question(folder: Path, tmp_path: Path) -> None:
     rows = [row | {"question_id": str(row["question_id"])} for row in read_answers(folder / "answers.jsonl")]
     write_jsonl(tmp_path / "strings.jsonl", rows)
-    with pytest.raises(InputError, match="belongs to no question"):
-        score_answers(VQAV2, tmp_path / "strings.jsonl", folder)
+    turned, right = (
+        score_answers(VQAV2, path, folder) for path in (tmp_path / "strings.jsonl", folder / "answers.jsonl")
+    )
+    assert turned.scores == right.scores
+    (file,) = export_answers(VQAV2, tmp_path / "strings.jsonl", folder, tmp_path)
+    assert file.read_bytes() == (folder / "expected_upload_val.json").read_bytes()
 
 
 def test_verdicts_hold_the_ten_answers_and_what_the_answer_is_worth(folder: Path) -> None:
