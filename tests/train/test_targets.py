@@ -130,7 +130,9 @@ def test_masks_are_exact_with_a_byte_level_tokenizer(version: str, byte_tokenize
 def test_a_tokenizer_without_offsets_gives_the_same_labels(version: str, byte_tokenizer: PreTrainedTokenizerFast):
     turns = DIALOGUE[:2] if version == "plain" else DIALOGUE
     blind = SimpleNamespace(is_fast=False, bos_token_id=None)
-    without_offsets = type("Blind", (), {**vars(blind), "__call__": lambda self, text: byte_tokenizer(text)})()
+    without_offsets = type(
+        "Blind", (), {**vars(blind), "__call__": lambda self, text, **options: byte_tokenizer(text, **options)}
+    )()
     assert build(turns, version, without_offsets) == build(turns, version, byte_tokenizer)
 
 
