@@ -87,7 +87,7 @@ class FakeTokenizer:
 
     bos_token_id = 1
 
-    def __call__(self, texts: list[str]) -> SimpleNamespace:
+    def __call__(self, texts: list[str], **options: object) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[[1, *map(ord, text)] for text in texts])
 
     def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
