@@ -181,7 +181,9 @@ class RunSettings:
         }
         reducer = parse_reducer(getattr(model_args, CONFIG_KEY))
         given[CONFIG_KEY] = None if reducer is None else reducer.spec()
-        given |= {"world_size": training_args.world_size, "deepspeed": zero_stage(training_args)}
+        given["deepspeed"] = zero_stage(training_args)
+        if given["deepspeed"] is None:  # DeepSpeed's checkpoints know their ranks
+            given["world_size"] = training_args.world_size
         start = model_args.model_name_or_path
         contents = {
             "model_name_or_path": Content(start, hash_source(start)),
