@@ -181,9 +181,7 @@ class RunSettings:
         }
         reducer = parse_reducer(getattr(model_args, CONFIG_KEY))
         given[CONFIG_KEY] = None if reducer is None else reducer.spec()
-        given["deepspeed"] = zero_stage(training_args)
-        if given["deepspeed"] is None:  # DeepSpeed's checkpoints know their ranks
-            given["world_size"] = training_args.world_size
+        given |= {"world_size": training_args.world_size, "deepspeed": zero_stage(training_args)}
         start = model_args.model_name_or_path
         contents = {
             "model_name_or_path": Content(start, hash_source(start)),
@@ -199,7 +197,9 @@ class RunSettings:
     def differences(self, new: "RunSettings") -> list[str]:
         """List what differs in other settings, as `seed 42 -> 7`; a flag that one side does not know is passed over."""
         changed = [
-            f"{name} {self.flags[name]} -> {new.flags[name]}"
+            f"was written by {self.flags[name]} ranks, this run has {new.flags[name]}"
+            if name == "world_size"
+            else f"{name} {self.flags[name]} -> {new.flags[name]}"
             for name in self.flags
             if name in new.flags and self.flags[name] != new.flags[name]
         ]

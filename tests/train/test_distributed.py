@@ -171,6 +171,9 @@ def resumed(runs: Path, run_ranks: Callable, data: dict[str, Path]) -> Path:
     torch.save(load_states(states) | {"more": Payload(planted / "ran")}, states)
     scenarios.append({"name": "planted", "flags": scenarios[0]["flags"] | {"output_dir": planted}})
     scenarios.append({"name": "alone", "ranks": 1, "flags": scenarios[0]["flags"] | {"output_dir": runs / "zero2"}})
+    shutil.copytree(runs / "zero2" / f"checkpoint-{INTERRUPTED_AT}", runs / f"unknown/checkpoint-{INTERRUPTED_AT}")
+    flags = scenarios[0]["flags"] | {"output_dir": runs / "unknown"}  # without run.json
+    scenarios.append({"name": "alone-unknown", "ranks": 1, "flags": flags})
     return run_ranks(scenarios)
 
 
@@ -193,8 +196,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(name: str, resumed: Pa
     assert furthest(weights(resumed, f"{name}-resumed"), weights(resumed, name)) < 1e-6
 
 
-def test_another_number_of_ranks_is_refused_before_training(resumed: Path):
-    error = json.loads((resumed / "alone.json").read_text(encoding="utf-8"))["error"]
+@pytest.mark.parametrize("name", ["alone", "alone-unknown"])
+def test_another_number_of_ranks_is_refused_before_training(name: str, resumed: Path):
+    error = json.loads((resumed / f"{name}.json").read_text(encoding="utf-8"))["error"]
     assert "was written by 2 ranks, this run has 1" in error
 
 
