@@ -14,19 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-# Packages that single parts of llava need, each with its name for pip.
-PACKAGES = {
-    "accelerate": "accelerate",
-    "bitsandbytes": "bitsandbytes",
-    "datasets": "datasets",
-    "deepspeed": "deepspeed",
-    "matplotlib": "matplotlib",
-    "open_clip": "open_clip_torch",
-    "openai": "openai",
-    "openpyxl": "openpyxl",
-    "pandas": "pandas",
-    "peft": "peft",
-}
+from llava.packages import NEEDED_BY_SOME
+
+PACKAGES = {**NEEDED_BY_SOME, "bitsandbytes": "bitsandbytes"}
+"""Packages that single parts of llava need: the name to import, the name to install."""
 
 
 class InputError(ValueError):

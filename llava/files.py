@@ -248,7 +248,7 @@ def explain_errors(action: str, path: Path, hint: str = "") -> Iterator[None]:
             raise
         raise FileError(f"cannot {action} {str(path)!r}: the name is not valid Unicode") from None
     except ValueError as error:
-        if isinstance(error, InputError) or "null byte" not in str(error):
+        if isinstance(error, InputError) or "null" not in str(error):
             raise
         raise FileError(f"cannot {action} {str(path)!r}: the name holds a null byte") from None
 

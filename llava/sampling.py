@@ -9,9 +9,10 @@ from llava.errors import InputError
 
 MAX_BEAMS = 64
 """Beams are rows of one batch: more than this is a typing error, and would run for hours."""
-
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100
-"""Below, scores leave the range of numbers; above, tokens are noise."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0
+"""Below, the quotients overflow; above, tokens are drawn almost evenly."""
+MAX_NEW_TOKENS = 2**17
+"""More than any context: a typing error."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class Sampling:
     """How an answer is searched for.
 
     Attributes:
-        temperature: 0 takes the likeliest token each time; above 0 tokens are drawn.
+        temperature: 0 takes the likeliest token each time; `MIN_TEMPERATURE` to `MAX_TEMPERATURE`: tokens are drawn.
         top_p: draw among the likeliest tokens that together hold this probability; None: among all.
         num_beams: width of the beam search, at most `MAX_BEAMS`; 1 is none.
-        max_new_tokens: length limit of an answer.
+        max_new_tokens: length limit of an answer, at most `MAX_NEW_TOKENS`.
         seed: of the draw, set anew for each answer; None: every draw is another.
 
     Raises:
@@ -39,12 +40,16 @@ class Sampling:
         checks = (
             (
                 self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
-                f"temperature {self.temperature}: expected 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}",
+                f"temperature {self.temperature}: expected 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}",
             ),
             (self.top_p is None or 0 < self.top_p <= 1, f"top_p {self.top_p}: expected a number above 0, at most 1"),
             (1 <= self.num_beams <= MAX_BEAMS, f"num_beams {self.num_beams}: expected 1 to {MAX_BEAMS}"),
             (self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens}: expected 1 or more"),
             (self.seed is None or 0 <= self.seed < 2**64, f"seed {self.seed}: expected 0 to 2**64 - 1"),
+            (
+                self.max_new_tokens <= MAX_NEW_TOKENS,
+                f"max_new_tokens {self.max_new_tokens:.3g}: expected at most {MAX_NEW_TOKENS}",
+            ),
         )
         for holds, message in checks:
             if not holds:

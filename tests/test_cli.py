@@ -47,7 +47,7 @@ def list_commands() -> list[str]:
     """List the modules and scripts that are commands, but those of training and the benches."""
     files = [*ROOT.glob("llava/**/*.py"), *ROOT.glob("scripts/*.py")]
     commands = [path for path in files if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
-    names = [path.relative_to(ROOT) for path in commands if "train" not in path.parts]
+    names = [path.relative_to(ROOT) for path in commands if "train" not in path.parts and path.name != "packages.py"]
     return [
         str(name) if name.parts[0] == "scripts" else ".".join(name.with_suffix("").parts).removesuffix(".__main__")
         for name in names

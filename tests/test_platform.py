@@ -39,7 +39,6 @@ FORBIDDEN = {
     "GNU only": r"\b(realpath|readlink +-f|timeout|nproc|tac|stat +-c|date +-d|grep +-[a-z]*P|setsid)\b",
 }
 # Training is for machines with GPUs: Linux, bash 4.4 or newer.
-NOT_YET = ("scripts/lib/train.sh",)
 
 
 def code_lines(path: Path) -> list[str]:
@@ -48,8 +47,6 @@ def code_lines(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_scripts_run_in_bash_3_2_and_with_bsd_tools(script: Path) -> None:
-    if script.relative_to(ROOT).as_posix() in NOT_YET:
-        pytest.xfail("uses bash 4")
     found = [(name, line) for line in code_lines(script) for name, form in FORBIDDEN.items() if re.search(form, line)]
     assert not found
 

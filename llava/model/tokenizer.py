@@ -50,12 +50,13 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
         tokenizer = (LlamaTokenizer if is_llama else AutoTokenizer).from_pretrained(model_path)
         ids = tokenizer("a").input_ids
         num_real = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        has_words = bool(num_real and set(ids) - set(tokenizer.all_special_ids))
     except Exception as error:
         # Many kinds: OSError, sentencepiece and protobuf errors, broken JSON.
         raise InputError(
             f"tokenizer of {model_path} can't be loaded (tokenizer.model there?): {first_line(error)}"
         ) from error
-    if not num_real or not set(ids) - set(tokenizer.all_special_ids):
+    if not has_words:
         raise InputError(f"tokenizer of {model_path} has no vocabulary ({num_real} tokens); copy or download it again")
     _check_start(tokenizer, ids, settings, model_path)
     return tokenizer

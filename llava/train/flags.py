@@ -180,7 +180,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def list_trainer_flags() -> dict[str, str]:
     """List the names and type annotations of transformers' training flags, read from its source file."""
-    (package,) = importlib.util.find_spec("transformers").submodule_search_locations
+    spec = importlib.util.find_spec("transformers")
+    if spec is None:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+    (package,) = spec.submodule_search_locations
     source = ast.parse(read_text(Path(package) / "training_args.py"))
     body = next(
         node.body for node in source.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"

@@ -445,6 +445,103 @@ def assert_same_text(found: str, recorded: str) -> None:
         assert found == recorded
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--temperature", "nan"], "error: temperature nan: expected a number from 0 on"),
+        (["--temperature", "inf"], "error: temperature inf: expected a number from 0 on"),
+        (["--temperature", "1e999"], "error: temperature inf: expected a number from 0 on"),
+        (["--temperature=-1"], "error: temperature -1.0: expected a number from 0 on"),
+        (["--temperature", "1e-45"], "error: temperature 1.401298464324817e-45: expected 0, or 0.001 to 100"),
+        (["--temperature", "1e9"], "error: temperature 1000000000.0: expected 0, or 0.001 to 100"),
+        (["--max-new-tokens", "1000000000"], "error: max_new_tokens 1e+09: expected at most 131072"),
+    ],
+)
+def test_numbers_without_sense_are_refused(options: list[str], line: str, tmp_path: Path) -> None:
+    fixed = ["pope", *SCORED[2:], "--answers", tmp_path / "a.jsonl", "--model-path", "x"]
+    done = run("answer", *fixed, *options)
+    assert (done.returncode, done.stderr.splitlines()[-1].replace("1e-45", "1.401298464324817e-45")) == (2, line)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("beams", ["100000", "0", "65"])
+def test_a_number_of_beams_without_sense_is_refused(golden: Path, tmp_path: Path, beams: str) -> None:
+    fixed = ["--model-path", "x", "--question-file", golden / "data" / "questions" / "vqa.jsonl"]
+    fixed += ["--image-folder", golden / "data" / "images", "--answers-file", tmp_path / "answers.jsonl"]
+    done = run(*fixed, "--num_beams", beams, module="llava.eval.model_vqa_loader")
+    assert done.returncode == 2
+    assert str(beams) in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_an_output_that_is_no_file_stays_what_it_is(oracle: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "results"
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/null")}[kind]()
+    fixed = ["score", "pope", "--answers", oracle / "answers.jsonl", "--root", oracle]
+    for option in ("--results", "--json"):
+        done = run(*fixed, option, path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.search(f"cannot write {path}: it is a {kind}; name a regular file", done.stderr)
+    assert len(list(tmp_path.glob("[!.]*"))) == 1
+
+
+def test_a_score_that_is_written_twice_has_one_line(oracle: Path, tmp_path: Path) -> None:
+    results = tmp_path / "all.txt"
+    results.write_text("GQA\t61.97\nPOPE (Avg. F1)\t60.")
+    fixed = ["score", "pope", "--answers", oracle / "answers.jsonl", "--root", oracle, "--results", results]
+    for _ in range(3):
+        assert run(*fixed).returncode == 0
+        assert results.read_text() == "GQA\t61.97\nPOPE (Avg. F1)\t60.60\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--judge", "gpt-4"]])
+def test_a_benchmark_without_a_judge_keeps_its_row(
+    oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    folder, file = oracle.parent / "mm_vet", tmp_path / "mmvet.json"
+    fixed = ["--answers", folder / "answers.jsonl", "--root", folder, "--json", file, "--results", tmp_path / "r.txt"]
+    done = run("score", "mmvet", *fixed, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "OPENAI_API_KEY" in done.stderr
+    written = json.loads(file.read_text())
+    assert (written["headline"], written["unscored"], written["missing"]) == (None, "no judge", 0)
+    assert not (tmp_path / "r.txt").exists()
+    pope = tmp_path / "pope.json"
+    fixed = ["--answers", oracle / "answers.jsonl", "--root", oracle, "--json", pope]
+    assert run("score", "pope", *fixed).returncode == 0
+    table = run("report", "--overview", f"a={file}", f"a={pope}", "--markdown", tmp_path / "table.md")
+    assert table.returncode == 0
+    assert re.search(r"\| MM-Vet +\| no judge", table.stdout)
+    assert re.search(r"\| MM-Vet +\| no judge", (tmp_path / "table.md").read_text())
+
+
+@pytest.mark.parametrize("limit_kib", [1, 2, 3, 4])
+def test_a_full_disk_is_one_line_and_a_rerun_completes_the_file(
+    repository: Path, make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path, limit_kib: int
+) -> None:
+    folder = make_pope()
+    undisturbed, file = tmp_path / "undisturbed.jsonl", tmp_path / "answers.jsonl"
+    assert answer(folder, undisturbed, tiny_checkpoint, "--batch-size", 4).returncode == 0
+    fixed = ["--root", folder, "--answers", file, "--model-path", tiny_checkpoint, "--max-new-tokens", 6]
+    command = [sys.executable, "-m", "llava.eval", "answer", "pope", *map(str, fixed), "--batch-size", "4"]
+    # A limit of file sizes fails like a full disk: in the middle of a write.
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "bash", *command],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.match("error: cannot write .*: File too large$", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert not file.exists()
+    assert answer(folder, file, tiny_checkpoint, "--batch-size", 4).returncode == 0
+    assert file.read_bytes() == undisturbed.read_bytes()
+
+
 def test_a_reader_who_leaves_early_gets_no_traceback():
     command = subprocess.Popen(
         [sys.executable, "-m", "llava.eval", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

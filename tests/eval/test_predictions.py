@@ -388,3 +388,79 @@ def test_answers_are_on_the_disk_after_append(tmp_path: Path, monkeypatch: pytes
     store.append(rows)
     assert synced == [sum(len(json.dumps(row)) + 1 for row in rows)]
     store.finish(QUESTIONS, QUESTIONS)
+
+
+FULL_DISK = """
+import resource
+from pathlib import Path
+from llava.eval.benchmark import Question
+from llava.eval.predictions import PredictionStore, make_row
+from llava.files import FileError
+
+path, questions = Path(sys.argv[1]), [Question(id=number, prompt=f"What is {number}?") for number in range(60)]
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+for worker in (0, 1):
+    store = PredictionStore(path, ("question_id",), worker)
+    store.open({"model": "a"})
+    store.append([make_row(q, f"{q.prompt} by a", "a", {}) for q in questions[worker::2]])
+try:
+    store.finish(questions, questions)
+except FileError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_while_merging_loses_nothing(tmp_path: Path, undisturbed: bytes) -> None:
+    path = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-c", f"import sys{FULL_DISK}", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"cannot write {path}: File too large\n", "")
+    assert sorted(file.name for file in tmp_path.glob("answers*")) == ["answers.jsonl.parts", "answers.jsonl.run.json"]
+    assert finish(start(path)) == "0"
+    assert path.read_bytes() == undisturbed
+
+
+def test_rows_that_lack_columns_of_the_key_belong_to_the_one_question_that_fits() -> None:
+    questions = [Question(id="a", prompt="One?"), Question(id="a", prompt="Two?"), Question(id="b", prompt="Two?")]
+    key = ("question_id", "prompt")
+    paired = pair_answers(questions, [{"question_id": "b", "text": "x"}], key)
+    assert paired == {'["b", "Two?"]': {"question_id": "b", "prompt": "Two?", "text": "x"}}
+    with pytest.raises(InputError, match=r"an answer may belong to any of 2 questions, it has no prompt: .*\["):
+        pair_answers(questions, [{"question_id": "a", "text": "x"}], key)
+    with pytest.raises(InputError, match="an answer belongs to no question"):
+        pair_answers(questions, [{"question_id": "c", "text": "x"}], key)
+
+
+def test_an_id_of_the_other_type_is_found_unless_both_are_there() -> None:
+    questions = [Question(id=1, prompt="One?"), Question(id="2", prompt="Two?")]
+    rows = [{"question_id": "1", "text": "x"}, {"question_id": 2, "text": "y"}]
+    paired = pair_answers(questions, rows, KEY)
+    assert {key: (row["question_id"], row["text"]) for key, row in paired.items()} == {
+        "[1]": (1, "x"),
+        '["2"]': ("2", "y"),
+    }
+    both = [Question(id=1, prompt="One?"), Question(id="1", prompt="Two?")]
+    assert list(pair_answers(both, [{"question_id": "1", "text": "x"}], KEY)) == ['["1"]']
+
+
+def test_an_image_counts_once_its_question_is_answered(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    store = PredictionStore(path, KEY)
+    store.open({"model": "a"}, {"[0]": "one", "[1]": "two"})
+    store.append([make_row(QUESTIONS[0], "x", "a", {})])
+    store.finish(QUESTIONS, QUESTIONS[:2])
+    assert PredictionStore(path, KEY).holds({"model": "a"}, {"[0]": "one", "[1]": "mended"})
+    assert PredictionStore(path, KEY).holds({"model": "a"}, {"[1]": "two"})
+    assert not PredictionStore(path, KEY).holds({"model": "a"}, {"[0]": "other", "[1]": "two"})
+    again = PredictionStore(path, KEY)
+    assert again.open({"model": "a"}, {"[0]": "other", "[1]": "two"}) == tmp_path / "answers.jsonl.old-1"
+    assert again.changes == ["images"]
+
+
+def test_places_and_the_name_do_not_count_and_the_name_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    PredictionStore(path, KEY).open({"path": "here", "base": None, "model_id": "a", "x": 1})
+    store = PredictionStore(path, KEY, worker=1)
+    assert store.open({"path": "there", "base": "b", "model_id": "b", "x": 1}) is None
+    assert store.run == {"path": "there", "base": "b", "model_id": "a", "x": 1}
+    assert json.loads((tmp_path / "answers.jsonl.run.json").read_text()) == store.run

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,18 +19,18 @@ from llava.eval.results import (
     format_line,
     read_result,
     score_answers,
+    write_line,
     write_result,
 )
-from llava.files import append_line
 from tests.eval.test_promises import FOLDERS
 
 
-def result(headline: float, kept: float | None = None, **changes: object) -> Result:
+def result(score: float, kept: float | None = None, **changes: object) -> Result:
     scored = Result(
         task="pope",
         row="POPE (Avg. F1)",
-        headline=headline,
-        columns={"F1": headline, "Accuracy": headline + 1.0},
+        headline=score,
+        columns={"F1": score, "Accuracy": score + 1.0},
         count=10,
         model_id="llava",
         tokens=None if kept is None else TokenMeans(kept, 64.0),
@@ -74,11 +76,144 @@ def test_runs_of_different_judges_are_not_compared() -> None:
     assert all(len(rows) == 1 for rows in tables.values())
 
 
+TEXT = "TextVQA (Acc)"
+
+
 def test_lines_are_appended_in_a_folder_that_is_made(tmp_path: Path) -> None:
     file = tmp_path / "results" / "all.tsv"
-    append_line(file, "POPE (Avg. F1)\t60.60")
-    append_line(file, "TextVQA (Acc)\t58.20")
+    assert write_line(file, result(60.6)) == "POPE (Avg. F1)\t60.60"
+    write_line(file, result(58.2, row=TEXT))
     assert file.read_text() == "POPE (Avg. F1)\t60.60\nTextVQA (Acc)\t58.20\n"
+
+
+def test_a_score_takes_the_place_of_its_line_and_others_stay_byte_for_byte(tmp_path: Path) -> None:
+    file = tmp_path / "all.tsv"
+    before, after = b"# by hand\r\n\nGQA\t61.97\r\n", b"caf\xe9\t1\n\n  MME\t1500.00  \n"
+    file.write_bytes(before + b"POPE (Avg. F1)\t12.00\n" + after)
+    for headline in (60.6, 60.6, 61.0):
+        write_line(file, result(headline))
+        assert file.read_bytes() == before + f"POPE (Avg. F1)\t{headline:.2f}\n".encode() + after
+
+
+@pytest.mark.parametrize(
+    ("torn", "whole"),
+    [
+        (b"GQA\t61.9", b"GQA\t61.9\nPOPE (Avg. F1)\t60.60\n"),
+        (b"MME\t1\nGQ", b"MME\t1\nGQ\nPOPE (Avg. F1)\t60.60\n"),
+        (b"MME\t1\nPOPE (Av", b"MME\t1\nPOPE (Avg. F1)\t60.60\n"),
+        (b"POPE (Avg. F1)\t60.", b"POPE (Avg. F1)\t60.60\n"),
+        (b"POPE (Avg. F1)\t60.60", b"POPE (Avg. F1)\t60.60\n"),
+        (b"POPE (Avg. F1)\t77.", b"POPE (Avg. F1)\t60.60\n"),
+        (b"\xff\xfe", b"\xff\xfe\nPOPE (Avg. F1)\t60.60\n"),
+    ],
+)
+def test_a_torn_line_is_ended_or_replaced_never_glued_to(tmp_path: Path, torn: bytes, whole: bytes) -> None:
+    file = tmp_path / "all.tsv"
+    file.write_bytes(torn)
+    write_line(file, result(60.6))
+    assert file.read_bytes() == whole
+
+
+def test_a_complete_score_takes_the_place_of_one_with_answers_missing(tmp_path: Path) -> None:
+    file = tmp_path / "all.tsv"
+    for missing in (7, 3, 0):
+        write_line(file, result(60.0, missing=missing))
+    assert file.read_text() == "POPE (Avg. F1)\t60.00\n"
+
+
+def test_two_runs_in_one_file_keep_a_line_each(tmp_path: Path) -> None:
+    file = tmp_path / "all.tsv"
+
+    def write(name: str, headline: float, **changes: object) -> None:
+        write_line(file, result(headline, answers=str(tmp_path / name), **changes))
+
+    for headline in (60.0, 60.0, 61.0):
+        write("plain.jsonl", headline)
+        write("trim.jsonl", 60.0)
+        write("plain.jsonl", 33.0, row="MM-Vet", judge="exact", offline_judge=True)
+        write("plain.jsonl", 44.0, row="MM-Vet", judge="gpt-4-0613")
+    assert file.read_text().splitlines() == [
+        "POPE (Avg. F1)\t61.00", "POPE (Avg. F1)\t60.00", "MM-Vet [judge: exact]\t33.00", "MM-Vet\t44.00",
+    ]  # fmt: skip
+    write("trim.jsonl", 62.0)
+    write("plain.jsonl", 62.0)
+    write("plain.jsonl", 63.0)
+    assert file.read_text().splitlines()[:2] == ["POPE (Avg. F1)\t63.00", "POPE (Avg. F1)\t62.00"]
+
+
+@pytest.mark.parametrize("owners", ["{", "[]", '{"x": 1}', '{"x": [1]}'])
+def test_a_broken_note_of_who_wrote_what_costs_nothing(tmp_path: Path, owners: str) -> None:
+    file = tmp_path / "all.tsv"
+    write_line(file, result(60.0))
+    (tmp_path / ".all.tsv.runs.json").write_text(owners)
+    write_line(file, result(61.0))
+    assert file.read_text() == "POPE (Avg. F1)\t61.00\n"
+
+
+WRITE_LINES = """
+import sys
+from pathlib import Path
+from llava.eval.results import Result, write_line
+for number in range(10):
+    for headline in (1.0, 2.0):
+        write_line(Path(sys.argv[1]), Result("x", f"{sys.argv[2]} {number}", headline))
+"""
+
+
+def test_several_processes_write_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "all.tsv"
+    commands = [[sys.executable, "-c", WRITE_LINES, str(file), name] for name in "abcd"]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait(100) for process in processes] == [0] * 4
+    lines = file.read_text().splitlines()
+    assert sorted(lines) == sorted(f"{name} {number}\t2.00" for name in "abcd" for number in range(10))
+
+
+def test_a_link_to_a_results_file_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "all.tsv")
+    write_line(tmp_path / "link", result(60.0))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "all.tsv").read_text() == "POPE (Avg. F1)\t60.00\n"
+
+
+def test_a_result_without_a_score_is_read_back_and_needs_a_reason(tmp_path: Path) -> None:
+    written = result(0.0, 3.0, headline=None, unscored="no judge")
+    write_result(tmp_path / "scores.json", written)
+    assert read_result(tmp_path / "scores.json") == written
+    (tmp_path / "scores.json").write_text(json.dumps({**written.to_json(), "unscored": None}))
+    with pytest.raises(InputError, match='"headline" must be a number'):
+        read_result(tmp_path / "scores.json")
+
+
+TOOLS = {
+    "question_id and text alone": lambda row, key: {name: row[name] for name in ("question_id", "text")},
+    "key and text alone": lambda row, key: {name: row[name] for name in ("question_id", "text", *key) if name in row},
+    "no model_id": lambda row, key: {name: value for name, value in row.items() if name != "model_id"},
+    "odd metadata": lambda row, key: {**row, "metadata": "none", "model_id": 5},
+    "ids of the other type": lambda row, key: {**row, "question_id": change_type(row["question_id"])},
+}
+"""What other tools write."""
+
+
+def change_type(identity: int | str) -> int | str:
+    return str(identity) if isinstance(identity, int) else int(identity) if identity.isdecimal() else identity
+
+
+@pytest.mark.parametrize("tool", list(TOOLS))
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_answers_of_other_tools_are_scored_alike_or_refused(name: str, tool: str, golden: Path, tmp_path: Path) -> None:
+    task, root = find_benchmark(name), golden / "oracle" / FOLDERS.get(name, name)
+    judge = None if task.uses_judge == "never" else ExactJudge(task)
+    rows = [json.loads(line) for line in (root / "answers.jsonl").read_text().splitlines()]
+    changed = tmp_path / "answers.jsonl"
+    changed.write_text("".join(json.dumps(TOOLS[tool](row, task.key_fields)) + "\n" for row in rows))
+    if tool == "question_id and text alone" and name in ("textvqa", "mme"):
+        with pytest.raises(InputError, match=r"an answer may belong to any of \d questions, it has no prompt"):
+            score_answers(task, changed, root, allow_partial=True, judge=judge)
+        return
+    expected = score_answers(task, root / "answers.jsonl", root, allow_partial=True, judge=judge)
+    found = score_answers(task, changed, root, allow_partial=True, judge=judge)
+    assert (found.headline, found.scores, found.missing) == (expected.headline, expected.scores, expected.missing)
 
 
 def test_runs_are_compared_with_the_first_of_their_benchmark() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -189,6 +190,49 @@ def test_a_wrong_number_of_workers_ends_in_one_line(repository: Path, here: Path
 def test_a_name_that_the_shell_or_a_pattern_could_misread_is_taken_as_it_is(repository: Path, here: Path) -> None:
     answer, _ = dry_run(repository, here, "R&D {run} 50%", "models/llava")
     assert r"/answers/R\&D\ \{run\}\ 50%/merge.jsonl " in answer
+
+
+NAMES = (
+    *("R&D", "50%", "%s", "a\\b", "a b", " a ", "l\u00e4va-\u6a21\u578b", "{run}", "$(touch x)", "`touch x`", "*"),
+    *("it's", '"', "a;b", "~", "a#b", "a/b", "..a", "!"),
+)
+BAD_NAMES = (
+    *("../../../x", "..", ".", "a/../b", "/tmp/x", "a//b", "a/", "a\nb", "a\tb", "a\x1b[31mb", "\x7f"),
+    *("a\u2028b", "a\u202eb"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_printable_is_the_folder_of_the_answers(repository: Path, here: Path, name: str) -> None:
+    (here / "data" / "pope").mkdir(parents=True)
+    environment = {"DRY_RUN": "1", "LLAVA_EVAL_ROOT": "data"}
+    done = run_script(repository, "pope.sh", name, "models/llava", cwd=here, **environment)
+    assert done.returncode == 0, done.stderr
+    answer, score = map(shlex.split, done.stdout.splitlines())
+    file = f"{here}/data/pope/answers/{name}/merge.jsonl"
+    assert answer[answer.index("--answers") + 1] == score[score.index("--answers") + 1] == file
+    assert not list(here.glob("**/x"))
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_leads_elsewhere_or_cannot_be_printed_is_refused(repository: Path, here: Path, name: str) -> None:
+    (here / "data" / "pope").mkdir(parents=True)
+    done = run_script(repository, "pope.sh", name, "models/llava", cwd=here, LLAVA_EVAL_ROOT="data")
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: CKPT '") and "give a plain name" in line
+    assert done.stderr.isprintable() or done.stderr.removesuffix("\n").isprintable()
+    assert sorted(path.name for path in here.rglob("*")) == ["config.json", "data", "llava", "models", "pope"]
+
+
+@pytest.mark.parametrize("workers", ["100000", "9" * 5000])
+def test_a_number_of_workers_without_sense_is_refused(repository: Path, here: Path, workers: str) -> None:
+    environment = write_python(here, "exit 0")
+    done = run_script(
+        repository, "pope.sh", "run-1", "models/llava", cwd=here, LLAVA_EVAL_WORKERS=workers, **environment
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: LLAVA_EVAL_WORKERS must be at most 256, not ")
 
 
 def test_help_tells_the_usage(repository: Path, here: Path) -> None:

@@ -199,6 +199,8 @@ def silent_server() -> Iterator[ThreadingHTTPServer]:
             asked.set()
             time.sleep(60)
 
+        do_GET = do_POST
+
         def log_message(self, *_: object) -> None:
             pass
 
@@ -223,6 +225,26 @@ def test_scoring_ends_while_the_judge_is_silent(
     assert code == 128 + getattr(signal, name)
     assert seconds < LIMIT_SECONDS
     assert error.splitlines()[-1] == describe(name)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_reading_an_image_from_a_silent_address_ends(
+    repository: Path, silent_server: ThreadingHTTPServer, name: str
+) -> None:
+    code = f"""
+from llava.cli import load_images
+from llava.errors import run_command
+run_command(lambda: load_images("http://127.0.0.1:{silent_server.server_port}/a.jpg"))
+"""
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(repository), "NO_PROXY": "127.0.0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert silent_server.asked.wait(60)
+    number, took, error = stop(process, name)
+    assert number == 128 + getattr(signal, name)
+    assert took < LIMIT_SECONDS
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow

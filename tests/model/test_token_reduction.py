@@ -1,19 +1,31 @@
 """The reducers: one contract for all of them, the mathematics of TRIM, and the parser of spec strings."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
 
 from llava.errors import InputError
-from llava.model.token_reduction import REDUCERS, TEXT, Budget, VisualTokens, parse_reducer
-from llava.model.token_reduction.base import select_top
+from llava.model.token_reduction import (
+    REDUCERS,
+    TEXT,
+    Budget,
+    Need,
+    ReducedTokens,
+    TokenReducer,
+    VisualTokens,
+    parse_reducer,
+)
+from llava.model.token_reduction.base import gather_kept, select_top
+from llava.model.token_reduction.trim import count_upper_outliers
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = ["0.25", "7", "1.0", "0.001", "9999"]
@@ -38,25 +50,27 @@ SPECS = [spec for name, reducer in REDUCERS.items() for spec in specs_of(name, r
 
 
 def make_tokens(
-    spec: str = "none", num_images: int = 5, side: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32
+    spec: str = "TRIM", num_images: int = 5, side: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> VisualTokens:
-    """Random tokens with text, and with all else that a reducer needs."""
-    reducer = parse_reducer(spec)
+    """Random tokens with what a reducer needs and nothing else."""
+    needs = parse_reducer(spec).needs
     generator = torch.Generator().manual_seed(seed)
     patches = torch.randn(num_images, side * side, 16, generator=generator)
     joint = torch.randn(num_images, side * side, 8, generator=generator) * 1.5
     text = torch.randn(num_images, 8, generator=generator)
-    needs = reducer.needs - {TEXT} if reducer else ()
     intermediates = {
         need: torch.randn(num_images, *need.shape(side * side, heads=3, width=4), generator=generator).softmax(dim=-1)
-        for need in needs
+        for need in needs - {TEXT}
     }
+    if TEXT not in needs:
+        joint = text = None
     return VisualTokens(patches.to(dtype), (side, side), joint, text, intermediates)
 
 
 def map_tokens(tokens: VisualTokens, change: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
     intermediates = {need: change(values) for need, values in tokens.intermediates.items()}
-    return VisualTokens(change(tokens.patches), tokens.grid, change(tokens.joint), change(tokens.text), intermediates)
+    joint, text = (None if field is None else change(field) for field in (tokens.joint, tokens.text))
+    return VisualTokens(change(tokens.patches), tokens.grid, joint, text, intermediates)
 
 
 def rows_of(tokens: VisualTokens, rows: list[int]) -> VisualTokens:
@@ -64,7 +78,8 @@ def rows_of(tokens: VisualTokens, rows: list[int]) -> VisualTokens:
 
 
 def fields_of(tokens: VisualTokens) -> list[torch.Tensor]:
-    return [tokens.patches, tokens.joint, tokens.text, *tokens.intermediates.values()]
+    present = [field for field in (tokens.joint, tokens.text) if field is not None]
+    return [tokens.patches, *present, *tokens.intermediates.values()]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -81,6 +96,33 @@ class TestContract:
             assert reduced.features.shape[0] == reduced.lengths.shape[0] == 5
             assert reduced.features.shape[1] == int(reduced.lengths.max())
             assert reduced.lengths.dtype == torch.int64
+            assert reduced.kept is None or (reduced.kept.dtype, reduced.kept.shape) == (torch.bool, (5, 36))
+            assert reduced.scores is None or (reduced.scores.dtype, reduced.scores.shape) == (torch.float32, (5, 36))
+
+    def test_a_fixed_budget_is_kept_to(self, spec):
+        tokens, reducer = make_tokens(spec), parse_reducer(spec)
+        if reducer.budget.is_automatic:
+            return
+        reduced = reducer(tokens)
+        allowed = {reducer.budget.count(36), reducer.count_kept(36)}
+        num_kept = [0] * 5 if reduced.kept is None else reduced.kept.sum(dim=1).tolist()
+        for kept, length in zip(num_kept, reduced.lengths.tolist(), strict=True):
+            selects = kept in allowed and length - kept <= 1  # at most one synthesised token on top
+            merges = kept < length <= max(allowed)  # synthesised tokens count towards the budget
+            assert selects or merges
+
+    def test_what_is_not_declared_is_not_read(self, spec):
+        tokens, reducer = make_tokens(spec), parse_reducer(spec)
+        generator = torch.Generator().manual_seed(1)
+        others = {Need(kind, layer) for kind in ("cls_attention", "keys", "attention") for layer in (-1, -2)}
+        intermediates = {
+            need: torch.rand(5, *need.shape(36, heads=3, width=4), generator=generator)
+            for need in others | {Need("projected")}
+        }
+        joint = torch.randn(5, 36, 8, generator=generator) if tokens.joint is None else tokens.joint
+        text = torch.randn(5, 8, generator=generator) if tokens.text is None else tokens.text
+        richer = VisualTokens(tokens.patches, tokens.grid, joint, text, intermediates | dict(tokens.intermediates))
+        assert torch.equal(reducer(richer).features, reducer(tokens).features)
 
     def test_every_image_keeps_a_token(self, spec):
         tokens, reducer = make_tokens(spec), parse_reducer(spec)
@@ -109,14 +151,14 @@ class TestContract:
         for patches, kept, features in zip(tokens.patches, reduced.kept, reduced.features, strict=True):
             assert torch.equal(features[: int(kept.sum())], patches[kept])
 
-    def test_inputs_are_left_as_they_were(self, spec):
+    def test_inputs_stay_unchanged(self, spec):
         tokens = make_tokens(spec)
         before = [field.clone() for field in fields_of(tokens)]
         parse_reducer(spec)(tokens)
         for old, new in zip(before, fields_of(tokens), strict=True):
             assert torch.equal(old, new)
 
-    def test_an_image_never_feels_its_batch(self, spec):
+    def test_an_image_does_not_depend_on_its_batch(self, spec):
         tokens, reducer = make_tokens(spec, num_images=7), parse_reducer(spec)
         together = reducer(tokens)
         for row in range(7):
@@ -156,18 +198,123 @@ def test_the_documented_example_passes_the_lint_of_this_repository(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+CLAIMS = [name for name in dir(TestContract) if name.startswith("test_")]
+
+
+def broken_claims(reducer: type[TokenReducer], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The claims of the contract that a reducer breaks with one spec or more."""
+    monkeypatch.setitem(REDUCERS, reducer.spec_name, reducer)
+    broken = set()
+    for spec in specs_of(reducer.spec_name, reducer):
+        for claim in CLAIMS:
+            try:
+                getattr(TestContract(), claim)(spec)
+            except Exception:
+                broken.add(claim)
+    return broken
+
+
 def test_the_documented_example_fulfils_the_contract(monkeypatch):
     module = ModuleType("first")
     exec(compile(read_example(), "adding_a_reducer.md", "exec"), vars(module))
     reducer = module.FirstPatches
-    monkeypatch.setitem(REDUCERS, reducer.spec_name, reducer)
-    claims = [getattr(TestContract(), name) for name in dir(TestContract) if name.startswith("test_")]
-    assert len(claims) >= 8
-    for spec in specs_of(reducer.spec_name, reducer):
-        for claim in claims:
-            claim(spec)
+    assert len(CLAIMS) >= 11
+    assert broken_claims(reducer, monkeypatch) == set()
     assert parse_reducer("First:3")(make_tokens()).kept[0].nonzero().flatten().tolist() == [0, 1, 2]
     assert dataclasses.is_dataclass(reducer) and reducer.__dataclass_params__.frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong(TokenReducer):
+    """The first patches in raster order; subclasses break one claim of the contract each."""
+
+    spec_name: ClassVar[str] = "Wrong"
+
+    def __call__(self, tokens: VisualTokens) -> ReducedTokens:
+        num_images, num_patches, _ = tokens.patches.shape
+        num_kept = self.num_kept(tokens)
+        kept = (torch.arange(num_patches) < num_kept).expand(num_images, -1)
+        features, lengths = gather_kept(tokens.patches, kept)
+        return ReducedTokens(features, lengths, self.kept(kept), self.scores(tokens))
+
+    def num_kept(self, tokens: VisualTokens) -> int:
+        return self.count_kept(tokens.patches.shape[1])
+
+    def kept(self, kept: torch.Tensor) -> torch.Tensor | None:
+        return kept
+
+    def scores(self, tokens: VisualTokens) -> torch.Tensor | None:
+        return None
+
+
+class KeepsAll(Wrong):
+    def num_kept(self, tokens):
+        return tokens.patches.shape[1]
+
+
+class ReturnsAllAsMerged(KeepsAll):
+    def kept(self, kept):
+        return None
+
+
+class KeepsTooFew(Wrong):
+    def num_kept(self, tokens):
+        return max(1, self.count_kept(tokens.patches.shape[1]) - 1)
+
+
+class ScoresPerHead(Wrong):
+    def scores(self, tokens):
+        return torch.zeros(tokens.patches.shape[0], 3, tokens.patches.shape[1])
+
+
+class ScoresInDtypeOfPatches(Wrong):
+    def scores(self, tokens):
+        return tokens.patches.mean(dim=2)
+
+
+class ReadsText(Wrong):
+    def num_kept(self, tokens):
+        tokens.require_text()
+        return super().num_kept(tokens)
+
+
+class ReadsAttention(Wrong):
+    def num_kept(self, tokens):
+        tokens.require(Need("cls_attention", -2))
+        return super().num_kept(tokens)
+
+
+class ReadsTextWhereGiven(Wrong):
+    def num_kept(self, tokens):
+        return super().num_kept(tokens) if tokens.text is None else 1
+
+
+@pytest.mark.parametrize(
+    ("reducer", "broken"),
+    [
+        (Wrong, None),
+        (KeepsAll, "test_a_fixed_budget_is_kept_to"),
+        (ReturnsAllAsMerged, "test_a_fixed_budget_is_kept_to"),
+        (KeepsTooFew, "test_a_fixed_budget_is_kept_to"),
+        (ScoresPerHead, "test_shapes_lengths_and_dtype_hold"),
+        (ScoresInDtypeOfPatches, "test_shapes_lengths_and_dtype_hold"),
+        (ReadsText, "test_every_image_keeps_a_token"),
+        (ReadsAttention, "test_every_image_keeps_a_token"),
+        (ReadsTextWhereGiven, "test_what_is_not_declared_is_not_read"),
+    ],
+)
+def test_the_contract_fails_a_wrong_reducer(reducer, broken, monkeypatch):
+    found = broken_claims(reducer, monkeypatch)
+    assert broken in found if broken else not found
+
+
+def test_an_option_that_a_spec_cannot_write_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Layers(Wrong):
+        layers: tuple[int, ...] = (1, 2)
+
+    with pytest.raises(TypeError, match=r"Layers\.layers: an option is an int, a float, a bool or a str"):
+        Layers()
 
 
 def test_every_reducer_is_a_frozen_dataclass():
@@ -177,15 +324,30 @@ def test_every_reducer_is_a_frozen_dataclass():
 
 
 def test_trim_keeps_the_outliers_of_the_negated_dot_product_and_appends_the_mean_of_the_others():
-    tokens = make_tokens(num_images=1)
-    similarity = (tokens.joint[0] @ tokens.text[0]).double()
-    probability = torch.softmax(-similarity, 0)
-    first, third = torch.quantile(probability, torch.tensor([0.25, 0.75], dtype=torch.float64))
-    outliers = probability > third + 1.5 * (third - first)
+    tokens = make_tokens(num_images=20)
     reduced = parse_reducer("TRIM:-1")(tokens)
-    assert 0 < int(outliers.sum()) < 36
-    assert torch.equal(reduced.kept[0], outliers)
-    assert torch.allclose(reduced.features[0, -1], tokens.patches[0][~outliers].mean(dim=0), atol=1e-6)
+    counts = {fence: [] for fence in (1.25, 1.5, 1.75, 2)}
+    for row in range(20):
+        probability = torch.softmax(-(tokens.joint[row] @ tokens.text[row]).double(), 0)
+        first, third = torch.quantile(probability, torch.tensor([0.25, 0.75], dtype=torch.float64))
+        for fence, found in counts.items():
+            found.append(int((probability > third + fence * (third - first)).sum()))
+        outliers = probability > third + 1.5 * (third - first)
+        assert torch.equal(reduced.kept[row], outliers)
+        mean_token = reduced.features[row, int(outliers.sum())]
+        assert torch.allclose(mean_token, tokens.patches[row][~outliers].mean(dim=0), atol=1e-6)
+    # The images tell a fence of 1.5 from its neighbours.
+    assert all(found != counts[1.5] for fence, found in counts.items() if fence != 1.5)
+    assert max(counts[1.5]) > 0
+
+
+@pytest.mark.parametrize("num_patches", [1, 2, 3, 4, 5, 6, 7, 8, 9, 36, 49, 575, 576, 577])
+def test_at_most_a_quarter_of_the_patches_rounded_up_are_outliers(num_patches):
+    ramp = torch.arange(1, num_patches + 1, dtype=torch.float32)[None]  # distinct values reach the bound
+    random = torch.rand(50, num_patches, generator=torch.Generator().manual_seed(0))
+    bound = math.ceil((num_patches - 1) / 4)
+    assert int(count_upper_outliers(ramp, fence=0)) == bound
+    assert int(count_upper_outliers(random, fence=0).max()) <= bound
 
 
 def test_trim_with_zero_outliers_gives_the_mean_alone():
@@ -293,7 +455,7 @@ def test_no_spec_means_no_reduction(spec):
     [
         ("TRIMM:-1", 'did you mean "TRIM"?'),
         ("trim:-1", 'did you mean "TRIM"?'),
-        ("PRUNE:0.5", "known: TRIM, TextSim, TextSim+, FasterVLM, Random, Pool"),
+        ("PRUNE:0.5", f"known: {', '.join(REDUCERS)}"),
         ("TRIM:abc", '"abc" is not a budget'),
         ("TRIM:25%", '"25%" is not a budget'),
         ("TRIM:", '"" is not a budget'),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava.errors import InputError
@@ -218,11 +219,15 @@ class Budget:
 
 
 DEFAULT_BUDGET = Budget(0.25)
+OPTION_TYPES = (int, float, bool, str)  # what a spec string can write, and read back as the same value
 
 
 @dataclass(frozen=True)
 class TokenReducer(ABC):
     """Base of all reducers. Subclasses are frozen dataclasses; their fields are the options of the spec string.
+
+    An option is an int, a float, a bool or a str. A fixed budget of n keeps n patches, with at most one synthesised
+    token on top; methods that merge patches return at most n tokens instead.
 
     Attributes:
         budget: how many patches to keep.
@@ -242,9 +247,14 @@ class TokenReducer(ABC):
 
         Raises:
             InputError: an automatic budget for a method that has no rule for one, or a layer that cannot be looked at.
+            TypeError: needs that are not a frozenset, or an option that a spec string cannot write (a programming
+                error).
         """
         if not isinstance(self.needs, frozenset):
             raise TypeError(f"{type(self).__name__}.needs is not a frozenset")
+        for option in fields(self):
+            if option.name != "budget" and option.type not in OPTION_TYPES:
+                raise TypeError(f"{type(self).__name__}.{option.name}: an option is an int, a float, a bool or a str")
         if self.budget.is_automatic and not self.has_automatic_budget:
             name = self.spec_name
             raise InputError(f"{name} has no automatic budget: give a fraction in (0, 1] or a count, as in {name}:0.2")
@@ -310,3 +320,39 @@ def gather_kept(patches: Tensor, kept: Tensor, num_kept: int | None = None) -> t
         return gathered, lengths
     is_filled = torch.arange(longest, device=patches.device)[None, :] < counts[:, None]
     return gathered.masked_fill(~is_filled[:, :, None], 0), lengths
+
+
+def average_patches(patches: Tensor, chosen: Tensor) -> Tensor:
+    """Average the chosen patches of each image, in float32.
+
+    Args:
+        patches: `[I, N, D]`.
+        chosen: `bool[I, N]`.
+
+    Returns:
+        `[I, D]`, dtype of the patches; zeros where none is chosen.
+    """
+    weights = chosen.to(torch.float32)
+    total = torch.einsum("in,ind->id", weights, patches.to(torch.float32))
+    return (total / weights.sum(dim=1, keepdim=True).clamp(min=1)).to(patches.dtype)
+
+
+def append_token(patches: Tensor, kept: Tensor, token: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
+    """Gather each image's kept patches as `gather_kept` does, then one token for all those that are dropped.
+
+    Args:
+        patches: `[I, N, D]`.
+        kept: `bool[I, N]`.
+        token: `[I, D]`, dtype of the patches.
+        num_kept: see `gather_kept`.
+
+    Returns:
+        `[I, M, D]` zero-padded on the right, and `int64[I]` lengths on the CPU: the number kept plus one, or N where
+        everything is kept (nothing is dropped, so there is no token for it).
+    """
+    num_patches = patches.shape[1]
+    features, counts = gather_kept(patches, kept, num_kept)  # [I, K, D], [I]
+    # The token goes behind each row's last patch. Where everything is kept, that column is cut off again.
+    place = kept.sum(dim=1)[:, None, None].expand(-1, 1, patches.shape[2])
+    features = F.pad(features, (0, 0, 0, 1)).scatter(1, place, token[:, None])
+    return features[:, :num_patches], (counts + 1).clamp(max=num_patches)

@@ -9,8 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.token_reduction.base import ReducedTokens, TokenReducer, VisualTokens, gather_kept, select_top
-from llava.model.token_reduction.trim import append_mean_token
+from llava.model.token_reduction.base import (
+    ReducedTokens,
+    TokenReducer,
+    VisualTokens,
+    append_token,
+    average_patches,
+    gather_kept,
+    select_top,
+)
 
 FINGERPRINT_SIZE = 64  # the signs of this many features tell one image from another
 
@@ -24,7 +31,7 @@ class RandomChoice(TokenReducer):
     Attributes:
         budget: a fraction or a count of patches, at least one.
         seed: another seed gives another draw.
-        mean: also append the mean of the dropped patches, as TRIM does.
+        mean: also append the mean of the dropped patches.
     """
 
     seed: int = 0
@@ -37,8 +44,10 @@ class RandomChoice(TokenReducer):
         patches = tokens.patches  # [I, N, D]
         num_kept = self.count_kept(patches.shape[1])
         kept = select_top(self.draw(patches), num_kept).to(patches.device)  # bool[I, N]
-        build = append_mean_token if self.mean else gather_kept
-        features, lengths = build(patches, kept, num_kept)
+        if self.mean:
+            features, lengths = append_token(patches, kept, average_patches(patches, ~kept), num_kept)
+        else:
+            features, lengths = gather_kept(patches, kept, num_kept)
         return ReducedTokens(features=features, lengths=lengths, kept=kept)
 
     def draw(self, patches: Tensor) -> Tensor:

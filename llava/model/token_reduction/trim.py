@@ -30,6 +30,8 @@ from llava.model.token_reduction.base import (
     ReducedTokens,
     TokenReducer,
     VisualTokens,
+    append_token,
+    average_patches,
     gather_kept,
     select_top,
 )
@@ -50,7 +52,7 @@ def score_patches(joint: Tensor, text: Tensor, *, negated: bool = True, cosine: 
     Args:
         joint: `float32[I, N, P]` patches.
         text: `float32[I, P]` questions.
-        negated: False takes the product as it is.
+        negated: False takes the product unchanged.
         cosine: normalise both sides first (the paper does not).
 
     Returns:
@@ -70,8 +72,8 @@ def count_upper_outliers(probabilities: Tensor, fence: float = TUKEY_FENCE) -> T
         fence: the factor on the interquartile range.
 
     Returns:
-        `int64[I]`, between 0 and N // 4 for a fence >= 0. Each image has its own quartiles (the released code pools
-        them over the batch; at batch size one both agree).
+        `int64[I]`, between 0 and ceil((N - 1) / 4) for a fence >= 0. Each image has its own quartiles (the released
+        code pools them over the batch; at batch size one both agree).
     """
     # Made on the device: exactly 0.25 and 0.75, without a copy from the host.
     levels = torch.linspace(0.25, 0.75, 2, dtype=probabilities.dtype, device=probabilities.device)
@@ -83,27 +85,19 @@ def count_upper_outliers(probabilities: Tensor, fence: float = TUKEY_FENCE) -> T
 # Step 3, `select_top`, is shared with other methods: see base.py.
 
 
-def append_mean_token(patches: Tensor, kept: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:
+def append_mean_token(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Step 4: kept patches in raster order, then one token, the float32 mean of all others.
 
     Args:
         patches: `[I, N, D]`.
         kept: `bool[I, N]`.
-        num_kept: see `gather_kept`.
 
     Returns:
         `[I, M, D]` zero-padded on the right, and `int64[I]` lengths on the CPU: the number kept plus one, or N where
         everything is kept (nothing is left to average, so there is no mean token).
     """
-    num_patches = patches.shape[1]
-    features, counts = gather_kept(patches, kept, num_kept)  # [I, K, D], [I]
-    dropped = (~kept).to(torch.float32)
-    total = torch.einsum("in,ind->id", dropped, patches.to(torch.float32))
-    mean = (total / dropped.sum(dim=1, keepdim=True).clamp(min=1)).to(patches.dtype)[:, None]  # [I, 1, D]
-    # The mean goes behind each row's last patch. Where everything is kept, that column is cut off again.
-    place = kept.sum(dim=1)[:, None, None].expand_as(mean)
-    features = F.pad(features, (0, 0, 0, 1)).scatter(1, place, mean)
-    return features[:, :num_patches], (counts + 1).clamp(max=num_patches)
+    mean = average_patches(patches, ~kept)  # [I, D]
+    return append_token(patches, kept, mean)
 
 
 # The rule.
@@ -162,7 +156,7 @@ class Trim(TokenReducer):
         probabilities = scores.softmax(dim=1)  # [I, N]
         # 2. Fence: how many patches each image keeps.
         counts = self.count(probabilities)  # [I]
-        # 3. Select, by the scores themselves: softmax keeps their order, but can round two of them to one value.
+        # 3. Select on the raw scores: softmax keeps their order, but can round two of them to one value.
         kept = select_top(scores, counts)  # bool[I, N]
         # 4. Mean token.
         build = append_mean_token if self.has_mean_token else gather_kept
@@ -176,7 +170,7 @@ class Trim(TokenReducer):
             probabilities: `float32[I, N]`, rows sum to 1.
 
         Returns:
-            `int64[I]`, between 0 and N; at least 1 where no mean token speaks for the image.
+            `int64[I]`, between 0 and N; at least 1 without a mean token.
         """
         num_images, num_patches = probabilities.shape
         if self.budget.is_automatic:
