@@ -262,7 +262,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
     device.
 
     Args:
-        tensors: names and values; those that are not floating-point, or held elsewhere (meta, partitioned), pass.
+        tensors: names and values; those that are not floating-point, packed (4 bit), or held elsewhere (meta,
+            partitioned), pass.
         what: subject of the message.
 
     Raises:
@@ -270,7 +271,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
     """
     by_device: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
     for name, value in tensors:
-        if value.is_floating_point() and value.itemsize > 1 and value.numel() and not value.is_meta:
+        is_packed = hasattr(value, "quant_state")  # bitsandbytes keeps 4-bit codes in memory of any dtype
+        if value.is_floating_point() and value.itemsize > 1 and value.numel() and not (value.is_meta or is_packed):
             extremes = torch.stack(value.detach().aminmax()).isfinite().all()
             by_device.setdefault(value.device, []).append((name, value, extremes))
     for rows in by_device.values():

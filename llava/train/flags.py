@@ -303,6 +303,11 @@ def _check_ranges(flags: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value}: expected a share in [0, 1)")
     if flags.max_steps is not None and flags.max_steps != -1 and flags.max_steps < 1:
         raise InputError(f"--max_steps {flags.max_steps}: expected a number from 1, or -1 for --num_train_epochs")
+    if flags.resume_from_checkpoint and flags.resume_from_checkpoint[0].lower() not in _YES + _NO:
+        raise InputError(
+            "--resume_from_checkpoint: a run resumes by itself at the newest complete checkpoint of --output_dir; "
+            "leave it out"
+        )
     if flags.label_smoothing_factor:
         raise InputError("--label_smoothing_factor: the loss of LLaVA has no smoothing; leave it out")
 

@@ -197,7 +197,9 @@ class RunSettings:
     def differences(self, new: "RunSettings") -> list[str]:
         """List what differs in other settings, as `seed 42 -> 7`; a flag that one side does not know is passed over."""
         changed = [
-            f"{name} {self.flags[name]} -> {new.flags[name]}"
+            f"was written by {self.flags[name]} ranks, this run has {new.flags[name]}"
+            if name == "world_size"
+            else f"{name} {self.flags[name]} -> {new.flags[name]}"
             for name in self.flags
             if name in new.flags and self.flags[name] != new.flags[name]
         ]

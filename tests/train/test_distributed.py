@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
+from llava.train.checkpoint import data_only
 
 pytest.importorskip("deepspeed")
 
@@ -137,6 +138,21 @@ def stage_1(data: dict[str, Path]) -> dict:
     return {"data_path": data["captions"], "version": "plain", "tune_mm_mlp_adapter": True, "max_steps": 3}
 
 
+class Payload:
+    """Pickled, it makes a folder when it is unpickled."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.place),)
+
+
+def load_states(path: Path) -> dict:
+    with data_only():
+        return torch.load(path)
+
+
 @pytest.fixture(scope="module")
 def resumed(runs: Path, run_ranks: Callable, data: dict[str, Path]) -> Path:
     """Both runs once more, from the checkpoint at which they are taken to have been interrupted."""
@@ -149,7 +165,15 @@ def resumed(runs: Path, run_ranks: Callable, data: dict[str, Path]) -> Path:
             "deepspeed": SCRIPTS / f"{name}.json",
         }  # fmt: skip
         scenarios.append({"name": folder.name, "flags": flags})
+    planted = runs / "planted"
+    shutil.copytree(runs / "zero2" / f"checkpoint-{INTERRUPTED_AT}", planted / f"checkpoint-{INTERRUPTED_AT}")
+    (states,) = planted.glob("*/*/mp_rank_00_model_states.pt")
+    torch.save(load_states(states) | {"more": Payload(planted / "ran")}, states)
+    scenarios.append({"name": "planted", "flags": scenarios[0]["flags"] | {"output_dir": planted}})
     scenarios.append({"name": "alone", "ranks": 1, "flags": scenarios[0]["flags"] | {"output_dir": runs / "zero2"}})
+    shutil.copytree(runs / "zero2" / f"checkpoint-{INTERRUPTED_AT}", runs / f"unknown/checkpoint-{INTERRUPTED_AT}")
+    flags = scenarios[0]["flags"] | {"output_dir": runs / "unknown"}  # without run.json
+    scenarios.append({"name": "alone-unknown", "ranks": 1, "flags": flags})
     return run_ranks(scenarios)
 
 
@@ -172,9 +196,16 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(name: str, resumed: Pa
     assert furthest(weights(resumed, f"{name}-resumed"), weights(resumed, name)) < 1e-6
 
 
-def test_another_number_of_ranks_is_refused_before_training(resumed: Path):
-    error = json.loads((resumed / "alone.json").read_text(encoding="utf-8"))["error"]
+@pytest.mark.parametrize("name", ["alone", "alone-unknown"])
+def test_another_number_of_ranks_is_refused_before_training(name: str, resumed: Path):
+    error = json.loads((resumed / f"{name}.json").read_text(encoding="utf-8"))["error"]
     assert "was written by 2 ranks, this run has 1" in error
+
+
+def test_a_payload_in_a_deepspeed_checkpoint_does_not_run(resumed: Path):
+    error = json.loads((resumed / "planted.json").read_text(encoding="utf-8"))["error"]
+    assert "mp_rank_00_model_states.pt holds code (posix.mkdir) and is not loaded" in error
+    assert not (resumed / "planted/ran").exists()
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

@@ -79,6 +79,7 @@ def losses(trainer: LlavaTrainer) -> list[float]:
         ({"report_to": "wandbb"}, r"--report_to wandbb: expected none, all, "),
         ({"fsdp": "full_shard"}, r"--fsdp needs several processes"),
         ({"fsdp": "True"}, r"--fsdp needs several processes"),
+        ({"resume_from_checkpoint": "run/checkpoint-3"}, r"--resume_from_checkpoint: a run resumes by itself"),
         ({"label_smoothing_factor": 0.1}, r"--label_smoothing_factor: the loss of LLaVA has no smoothing"),
     ],
 )
