@@ -5,6 +5,7 @@ transformers until a model or an image is asked for.
 """
 
 import argparse
+import atexit
 import logging
 import os
 import signal
@@ -302,9 +303,18 @@ def ending_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    # Once the command has cleaned up, nothing is left to do: taking down the libraries would take seconds.
+    atexit.register(_exit, 128 + number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Stopped(128 + number)
+
+
+def _exit(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _describe_stop(number: int) -> str:
