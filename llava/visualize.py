@@ -43,9 +43,13 @@ PANEL, GAP, MARGIN, LINE, BAR = 3.1, 0.2, 0.2, 0.21, 0.75
 """Inches: side of a panel, between panels, around them, height of a text line, width of the color scale."""
 MIN_WIDTH, LETTER = 6.9, 0.088
 """Inches: of the figure, and of a letter of text on average."""
-HEADING_LINES, TEXT_LINES, DPI = 8, 3, 150
-LINEAR_RANGE, LOG_RANGE = 20, 1e30
-"""Scores are drawn on a logarithmic scale if the largest is so far above the median; and its largest range."""
+HEADING_LINES, TEXT_LINES, DPI = 9, 3, 150
+CAPTION = 48
+"""Letters that fit above a panel; a longer caption is set smaller."""
+LINEAR_RANGE, LOG_RANGE, NARROW_RANGE = 20, 1e30, 100
+"""Ratios of scores: largest to median from which the scale is logarithmic; its largest range; the range below which 2
+and 5 are labelled between the powers of ten.
+"""
 # Drawn with when installed, so that questions in Chinese, Japanese and Korean are readable.
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
 
@@ -129,6 +133,7 @@ class View:
         kept: bool[rows, cols] patches that are kept; None: the image is drawn alone.
         scores: float[rows, cols] the method's score of each patch, or None.
         box: the part of the image that the patches cover, in its pixels.
+        has_mean: whether the LLM reads one token more than the kept patches, the mean of the dropped ones.
     """
 
     image: Image.Image
@@ -136,6 +141,7 @@ class View:
     kept: np.ndarray | None = None
     scores: np.ndarray | None = None
     box: Box = (0, 0, 1, 1)
+    has_mean: bool = False
 
     @property
     def extent(self) -> Box:
@@ -185,7 +191,9 @@ def make_view(
     shown = image.copy()
     shown.thumbnail((MAX_SIDE, MAX_SIDE))
     across, down = shown.width / image.width, shown.height / image.height
-    return View(shown, name, kept, scores, (box[0] * across, box[1] * down, box[2] * across, box[3] * down))
+    shown_box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    has_mean = len(tokens.kept) == 1 and tokens.num_tokens == int(kept.sum()) + 1
+    return View(shown, name, kept, scores, shown_box, has_mean)
 
 
 def draw_figure(views: Sequence[View], heading: str, lines: Sequence[TextLine] = ()) -> Image.Image:
@@ -248,39 +256,50 @@ def _wrap(text: str, letters: float, max_lines: int) -> list[str]:
 
 def _draw_row(figure: "Figure", frames: Sequence[tuple[float, float, float, float]], view: View) -> None:
     """Draw the image, the kept patches and the scores of a view into frames (left, bottom, width, height)."""
-    from matplotlib.colors import LogNorm
-
     panel = _add_panel(figure, frames[0], (0, 0, *view.image.size), view.name if view.kept is None else "image")
     panel.imshow(view.image, extent=(0, view.image.width, view.image.height, 0))
     if view.kept is None:
         return
     prefix = f"{textwrap.shorten(view.name, 18, placeholder='...')}: " if view.name else ""
     num_unseen = count_unseen(view.kept, view.image.size, view.box)
-    caption = f"{prefix}{view.kept.sum()} of {view.kept.size} patches kept"
+    caption = f"{prefix}{view.kept.sum()} of {view.kept.size} patches kept" + " + mean token" * view.has_mean
     panel = _add_panel(figure, frames[1], view.extent, caption + (f", {num_unseen} in the padding" * bool(num_unseen)))
     _draw_kept(panel, view)
     if view.scores is not None:
-        # Most of a softmax is close to 0: what it ranks among the kept patches shows on a logarithmic scale.
-        steep = view.scores.min() >= 0 and np.median(view.scores) < view.scores.max() / LINEAR_RANGE
-        top = float(view.scores.max())
-        least = float(view.scores[view.kept].min(initial=top))
-        norm = LogNorm(max(least / 3, top / LOG_RANGE), top, clip=True) if steep else None
-        caption = f"{prefix}score per patch" + ", log scale" * bool(norm)
-        panel = _add_panel(figure, frames[2], view.extent, caption)
-        left, top, right, bottom = view.box
-        shown = panel.imshow(
-            view.scores, cmap="viridis", norm=norm, interpolation="nearest", extent=(left, right, bottom, top)
-        )
-        _outline(panel, view, "white")
-        scale = figure.colorbar(shown, cax=panel.inset_axes((1.04, 0, 0.05, 1)), format="%.0e" if steep else None)
-        scale.ax.tick_params(labelsize=7.5)
+        _draw_scores(figure, frames[2], view, f"{prefix}score per patch")
+
+
+def _draw_scores(figure: "Figure", frame: tuple[float, float, float, float], view: View, caption: str) -> None:
+    """Draw the score of each patch, and beside it the color scale."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    # Most of a softmax is close to 0: what it ranks among the kept patches shows on a logarithmic scale.
+    steep = view.scores.min() >= 0 and np.median(view.scores) < view.scores.max() / LINEAR_RANGE
+    highest = float(view.scores.max())
+    least = float(view.scores[view.kept].min(initial=highest))
+    norm = LogNorm(max(least / 3, highest / LOG_RANGE), highest, clip=True) if steep else None
+    panel = _add_panel(figure, frame, view.extent, caption + ", log scale" * bool(norm))
+    left, top, right, bottom = view.box
+    shown = panel.imshow(
+        view.scores, cmap="viridis", norm=norm, interpolation="nearest", extent=(left, right, bottom, top)
+    )
+    _outline(panel, view, "white")
+    scale = figure.colorbar(shown, cax=panel.inset_axes((1.04, 0, 0.05, 1)), format="%.0e" if steep else None)
+    if norm:
+        # Within a narrow range there may be no power of ten to label. Minor labels would be LaTeX, drawn as it is.
+        if norm.vmax < NARROW_RANGE * norm.vmin:
+            scale.locator = LogLocator(subs=(1, 2, 5))
+            scale.update_ticks()
+        scale.ax.yaxis.set_minor_formatter(NullFormatter())
+    scale.ax.tick_params(labelsize=7.5)
 
 
 def _add_panel(figure: "Figure", frame: tuple[float, float, float, float], extent: Box, caption: str) -> "Axes":
     left, top, right, bottom = extent
     panel = figure.add_axes(frame, xticks=[], yticks=[])
     place = {"x": frame[0] + frame[2] / 2, "y": frame[1] + frame[3] + 0.06 / figure.get_figheight()}
-    figure.text(**place, s=caption, fontsize=8.5, ha="center", va="bottom")
+    figure.text(**place, s=caption, fontsize=8.5 * min(1, CAPTION / max(len(caption), 1)), ha="center", va="bottom")
     panel.set_autoscale_on(False)
     panel.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     panel.spines[:].set_color("#b0b0b0")

@@ -22,6 +22,7 @@ from llava.visualize import (
     draw_reduction,
     find_borders,
     find_view_box,
+    make_view,
     visualize,
     write_image,
 )
@@ -86,6 +87,41 @@ def test_scores_of_any_range_are_drawn(scores, kept):
     image, grid = Image.new("RGB", (8, 8)), (2, 2)
     view = View(image, "", np.array(kept).reshape(grid), np.float32(scores).reshape(grid), (0, 0, 8, 8))
     assert draw_figure([view], "?").width > 1000
+
+
+@pytest.mark.parametrize("least", [0.49, 0.2, 0.05, 1e-9])
+def test_the_color_scale_has_readable_labels_for_any_range_of_kept_scores(least):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    scales = []
+
+    def keep_scale(figure, *args, **kwargs):
+        scale = colorbar(figure, *args, **kwargs)
+        scales.append(scale)
+        return scale
+
+    colorbar = Figure.colorbar
+    kept = np.zeros((6, 6), dtype=bool)
+    scores = np.full((6, 6), 1e-10, dtype=np.float32)
+    kept[0, :2], scores[0, :2] = True, (least, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "colorbar", keep_scale)
+        draw_figure([View(Image.new("RGB", (8, 8)), "", kept, scores, (0, 0, 8, 8))], "?")
+    axis = scales[0].ax.yaxis
+    assert not any(tick.label2.get_text() for tick in axis.get_minor_ticks())
+    low, high = sorted(scales[0].ax.get_ylim())
+    major = [tick.label2.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert major
+    assert all(low <= float(text) * 1.01 and float(text) <= high * 1.01 for text in major)
+
+
+def test_the_mean_token_is_named_beside_the_kept_patches():
+    kept = torch.tensor([[True] * 3 + [False]])
+    image = Image.new("RGB", (8, 8))
+    with_mean, without = (ImageTokens(torch.zeros(number, 4), 4, kept, None) for number in (4, 3))
+    assert make_view(image, with_mean, (2, 2), "pad").has_mean
+    assert not make_view(image, without, (2, 2), "pad").has_mean
 
 
 def test_what_the_crop_cut_off_is_dimmed():

@@ -31,7 +31,17 @@ from llava.eval.results import (
     write_result,
 )
 from llava.eval.run import EXIT_SERVER_ONLY, EXIT_UNANSWERED, find_data_root, run_benchmark
-from llava.eval.wrong import choose_run, draw_listing, format_listing, list_flips, list_wrong, name_runs, read_run
+from llava.eval.wrong import (
+    check_options,
+    choose_run,
+    draw_listing,
+    drawing_folder,
+    format_listing,
+    list_flips,
+    list_wrong,
+    name_runs,
+    read_run,
+)
 from llava.files import write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE, find_template
 from llava.sampling import Sampling
@@ -79,7 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_task_options(wrong, answers_help="written by `answer`")
     wrong.add_argument("--against", type=user_path, metavar="OTHER", help="another answers file: list what flipped")
     wrong.add_argument("--limit", type=positive, metavar="N", help="list only the first N (of each way)")
-    wrong.add_argument("--draw", type=user_path, metavar="DIR", help="draw each listed question: DIR/index.html")
+    wrong.add_argument(
+        "--draw",
+        type=drawing_folder,
+        metavar="DIR",
+        help="draw each listed question: DIR/index.html; takes the place of an earlier drawing there",
+    )
     wrong.add_argument("--model-path", metavar="CKPT", help="draw with this model (default: the one that answered)")
     wrong.add_argument("--model-base", metavar="CKPT", help="base model of a LoRA or projector-only checkpoint")
     wrong.add_argument("--reduce", metavar="SPEC", help="draw with this token reduction (default: the run's)")
@@ -290,6 +305,8 @@ def find_judge(arguments: argparse.Namespace, task: Benchmark, answers: Path) ->
 
 def wrong_task(arguments: argparse.Namespace) -> None:
     """List what was answered wrong or what flipped, of the answers that are there; draw it if asked to."""
+    options = {name: getattr(arguments, name) for name in ("model_path", "model_base", "reduce")}
+    check_options(arguments.draw, **options)
     task = choose_task(arguments)
     files = [file for file in (arguments.answers, arguments.against) if file is not None]
     names = name_runs(*files) if len(files) == 2 else ()
@@ -304,7 +321,7 @@ def wrong_task(arguments: argparse.Namespace) -> None:
         listing = list_wrong(results[0], questions, arguments.limit)
     print(format_listing(listing))
     if arguments.draw:
-        runs = [choose_run(arguments.answers, arguments.model_path, arguments.model_base, arguments.reduce)]
+        runs = [choose_run(arguments.answers, **options)]
         runs += [read_run(file) for file in files[1:]]
         if None in runs:
             _tell(f"no {arguments.against}.run.json: what that run kept is not drawn")

@@ -5,33 +5,43 @@ kept patches are computed anew with the model that answered, which `ANSWERS.run.
 needs no model, since it keeps everything.
 """
 
+import argparse
 import html
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.cli import ModelSpec
+from llava.cli import LoadedModel, ModelSpec, user_path
 from llava.errors import InputError
 from llava.eval.benchmark import ImageSource, Question, Verdict
 from llava.eval.report import clean
 from llava.eval.results import Result, base_key, format_line
-from llava.files import read_json, write_text
+from llava.files import FileError, explain_errors, make_folder, read_json, read_text, write_text
 
 if TYPE_CHECKING:
     from llava.visualize import TextLine, View
 
 RIGHT_COLOR, WRONG_COLOR = "#1a7f37", "#c0262d"
+GENERATOR = '<meta name="generator" content="llava.eval wrong">'
+"""Marks a page as ours: the PNGs that it shows may be removed when the folder is drawn into again."""
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><meta charset="utf-8">{generator}<title>{title}</title>
 <style>
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }}
 h2 {{ margin-top: 2em; border-bottom: 1px solid #ccc; }}
 figure {{ margin: 1.5em 0; border: 1px solid #ddd; border-radius: 6px; padding: 1em; }}
 img {{ max-width: 100%; display: block; }}
 figcaption {{ color: #666; font-size: 13px; margin-bottom: .5em; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2em 1em; }}
+dt {{ color: #666; }}
+dd {{ margin: 0; white-space: pre-line; }}
+.right {{ color: {right}; }}
+.wrong {{ color: {wrong}; }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -189,14 +199,62 @@ def describe_answers(listed: Listed, names: Sequence[str]) -> list[tuple[str, st
         text = " ".join(verdict.prediction.split()) or "(empty)"
         if verdict.parsed is not None and verdict.parsed.lower() != text.lower():
             text += f"  [read as {verdict.parsed}]"
-        tokens = f", {verdict.num_tokens} visual tokens" if verdict.num_tokens is not None else ""
-        text += f"  ({verdict.points:.3g} points{tokens})"
+        tokens = f", {_count(str(verdict.num_tokens), 'visual token')}" if verdict.num_tokens is not None else ""
+        text += f"  ({_count(f'{verdict.points:.3g}', 'point')}{tokens})"
         lines.append((name, text, verdict.correct))
     return lines
 
 
+def _count(number: str, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != "1")
+
+
 # ------------------------------------------------------------------------------------------------------------ drawing
-def read_run(answers_file: Path) -> ModelSpec | None:
+@dataclass(frozen=True)
+class DrawnRun:
+    """The model that a run's kept patches are computed with.
+
+    Attributes:
+        spec: the model.
+        file: the `.run.json` that names it; None: an option does.
+        note: how its token reduction differs from the run's; empty where it does not.
+    """
+
+    spec: ModelSpec
+    file: Path | None = None
+    note: str = ""
+
+
+def drawing_folder(text: str) -> Path:
+    """Parse the folder of the drawings."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a folder is needed, not an empty name")
+    return user_path(text)
+
+
+def check_options(folder: Path | None, **options: str | None) -> None:
+    """Check the options of drawing.
+
+    Args:
+        folder: where the drawings go; None: nothing is drawn.
+        options: those that need it, by their names.
+
+    Raises:
+        InputError: an option has no effect, or the place is not a folder.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if folder is None and given:
+        raise InputError(f"{given[0]} has no effect without --draw DIR, which draws with it: add that or leave it out")
+    if folder is None:
+        return
+    with explain_errors("write", folder):
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"--draw {folder} is not a folder: name a folder, or a place for a new one")
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise FileError(f"--draw {folder}: no permission to write there; name another folder")
+
+
+def read_run(answers_file: Path) -> DrawnRun | None:
     """Return the model of a run from the `.run.json` beside its answers; None where there is none.
 
     Raises:
@@ -209,7 +267,7 @@ def read_run(answers_file: Path) -> ModelSpec | None:
     if not isinstance(run, dict) or not isinstance(run.get("path"), str):
         raise InputError(f"{file} names no model: name it by --model-path")
     device = run.get("device")
-    return ModelSpec(
+    spec = ModelSpec(
         path=run["path"],
         base=run.get("base"),
         reduce=run.get("reduce"),
@@ -217,30 +275,83 @@ def read_run(answers_file: Path) -> ModelSpec | None:
         dtype=run.get("dtype"),
         tower_dtype=run.get("tower_dtype"),
     )
+    return DrawnRun(spec, file)
 
 
 def choose_run(
     answers_file: Path, model_path: str | None, model_base: str | None = None, reduce: str | None = None
-) -> ModelSpec:
+) -> DrawnRun:
     """Return the model to draw with: what the run's `.run.json` says, where the options say nothing else.
 
     Raises:
-        InputError: neither names a model.
+        InputError: neither names a model, or there is no such token reduction.
     """
     run = read_run(answers_file)
+    file, spec = (run.file, run.spec) if run else (None, None)
     if model_path is not None:
         # The run's base belongs to the run's checkpoint.
-        run = replace(run or ModelSpec(model_path), path=model_path, base=None)
-    if run is None:
+        file, spec = None, replace(spec or ModelSpec(model_path), path=model_path, base=None)
+    if spec is None:
         raise InputError(f"no {answers_file}.run.json says which model answered: name one by --model-path")
-    return replace(run, base=model_base or run.base, reduce=reduce or run.reduce)
+    spec = replace(spec, base=model_base or spec.base)
+    note = compare_reduction(reduce, run.spec if run else None) if reduce else ""
+    return DrawnRun(replace(spec, reduce=reduce or spec.reduce), file, note)
 
 
-def look(run: ModelSpec, name: str, cases: Sequence[Listed]) -> dict[tuple[ImageSource, str], "View"]:
+def compare_reduction(drawn: str, run: ModelSpec | None) -> str:
+    """Describe how the token reduction that is drawn differs from the run's; empty where it does not.
+
+    Args:
+        drawn: its setting.
+        run: the model that answered; None: it is not known.
+
+    Raises:
+        InputError: there is no such token reduction.
+    """
+    # Only drawing needs what imports torch.
+    from llava.model.builder import read_config
+    from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+
+    reducer = parse_reducer(drawn)
+    if run is None:
+        return f"drawn with {drawn}; the run's setting is not known"
+    setting = run.reduce
+    if setting is None and Path(run.path).is_dir():
+        with suppress(InputError):  # loading it says what is wrong, where it is needed
+            setting = getattr(read_config(run.path), CONFIG_KEY, None) or "none"
+    if setting is None:
+        return f"drawn with {drawn}; the run's setting is that of its checkpoint's config.json"
+    return "" if parse_reducer(setting) == reducer else f"drawn with {drawn}; the run's setting is {setting}"
+
+
+def load_run(run: DrawnRun, can_choose: bool) -> LoadedModel:
+    """Load a run's model.
+
+    Args:
+        run: its model.
+        can_choose: whether `--model-path` can name another.
+
+    Raises:
+        InputError: it cannot be loaded; where the `.run.json` names a folder that is not there, the message says so.
+    """
+    try:
+        return run.spec.load()
+    except InputError as error:
+        if run.file is None or Path(run.spec.path).expanduser().is_dir():
+            raise
+        hint = "name the checkpoint by --model-path, or " * can_choose
+        raise InputError(
+            f"{run.file} names the model {run.spec.path}, which is not here: {error}; "
+            f"{hint}start in the folder that the run was started in"
+        ) from error
+
+
+def look(run: DrawnRun, can_choose: bool, name: str, cases: Sequence[Listed]) -> dict[tuple[ImageSource, str], "View"]:
     """Compute what a run keeps of the images of some questions.
 
     Args:
         run: its model; loaded here, unless it reduces nothing.
+        can_choose: see `load_run`.
         name: what the run is called in the figures.
         cases: whose images are looked at, each for its question's query.
 
@@ -248,13 +359,13 @@ def look(run: ModelSpec, name: str, cases: Sequence[Listed]) -> dict[tuple[Image
         What is drawn, by image and query; nothing for a run that keeps everything or blends patches, and for images
         that cannot be read.
     """
-    if run.reduce == "none":
+    if run.spec.reduce == "none":
         return {}
     # Only drawing needs the model and the drawing library.
     from llava.image import load_image
     from llava.visualize import make_view, reduce_image
 
-    _, model, image_processor = run.load()
+    _, model, image_processor = load_run(run, can_choose)
     if model.token_reducer is None:
         return {}
     grid, aspect_ratio = model.get_vision_tower().grid, getattr(model.config, "image_aspect_ratio", None)
@@ -270,8 +381,10 @@ def look(run: ModelSpec, name: str, cases: Sequence[Listed]) -> dict[tuple[Image
     return views
 
 
-def draw_listing(listing: Listing, runs: Sequence[ModelSpec], title: str, folder: Path) -> Path:
+def draw_listing(listing: Listing, runs: Sequence[DrawnRun | None], title: str, folder: Path) -> Path:
     """Draw every listed question into a PNG of its own, and a page that shows them all.
+
+    The PNGs of the page that was there before are removed, if it is one of ours.
 
     Args:
         listing: what is listed.
@@ -284,25 +397,62 @@ def draw_listing(listing: Listing, runs: Sequence[ModelSpec], title: str, folder
     """
     from llava.visualize import draw_figure, write_image
 
+    page = make_folder(folder) / "index.html"
+    earlier, files = list_drawn(page), []
+    # 1. What each run keeps of the images.
     cases = [listed for section in listing.sections for listed in section.cases]
     names = listing.names or [""]
-    looks = [look(run, name, cases) for run, name in zip(runs, names, strict=True) if run]
-    body, number = [f"<p>{html.escape(line)}</p>" for line in listing.summary], 0
+    looks = [
+        look(run, index == 0, name, cases) for index, (run, name) in enumerate(zip(runs, names, strict=True)) if run
+    ]
+    note = "; ".join(
+        f"{name}: {run.note}" if name else run.note for run, name in zip(runs, names, strict=True) if run and run.note
+    )
+    # 2. A figure for each question.
+    body = [f"<p>{html.escape(line)}</p>" for line in filter(None, [*listing.summary, note])]
     for section in listing.sections:
         body.append(f"<h2>{html.escape(section.title)} ({len(section.cases)} of {section.count})</h2>")
         for listed in section.cases:
-            number += 1
-            file = f"{number:04d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', str(listed.question.id))[:60]}.png"
             views, lines = _lay_out(listed, listing.names, looks)
-            write_image(folder / file, draw_figure(views, listed.question.query or listed.question.prompt, lines))
-            caption = "  ".join(
-                filter(None, [str(listed.question.id), listed.verdicts[0].category, listed.verdicts[0].image])
-            )
-            body.append(
-                f"<figure><figcaption>{html.escape(caption)}</figcaption>"
-                f'<a href="{file}"><img src="{file}" alt="{html.escape(caption)}" loading="lazy"></a></figure>'
-            )
-    return write_text(folder / "index.html", PAGE.format(title=html.escape(title), body="\n".join(body)))
+            heading = f"question {listed.question.id}" + f" ({note})" * bool(note)
+            heading += f"\n{listed.question.query or listed.question.prompt}"
+            name = re.sub(r"[^A-Za-z0-9._-]+", "_", str(listed.question.id))[:60]
+            files.append(f"{len(files) + 1:04d}_{name}.png")
+            write_image(folder / files[-1], draw_figure(views, heading, lines))
+            body.append(_show_listed(listed, listing.names, files[-1]))
+    # 3. The page; then what only the page before showed goes.
+    colors = {"right": RIGHT_COLOR, "wrong": WRONG_COLOR}
+    text = PAGE.format(title=html.escape(title), generator=GENERATOR, body="\n".join(body), **colors)
+    write_text(page, text)
+    for name in sorted(earlier - set(files)):
+        with explain_errors("remove", folder / name):
+            (folder / name).unlink(missing_ok=True)
+    return page
+
+
+def list_drawn(page: Path) -> set[str]:
+    """List the PNGs that a page of ours shows; none where there is no page, or somebody else's."""
+    if not page.is_file():
+        return set()
+    try:
+        text = read_text(page)
+    except FileError:
+        return set()
+    return set(re.findall(r'<img src="([0-9]{4,}_[A-Za-z0-9._-]*\.png)"', text)) if GENERATOR in text else set()
+
+
+def _show_listed(listed: Listed, names: Sequence[str], file: str) -> str:
+    """Write a question's part of the page: its image, and as text what was asked and answered."""
+    caption = html.escape(name_listed(listed).removeprefix("question "))
+    rows = [("question", listed.question.prompt, None), *describe_answers(listed, names)]
+    classes = {None: "", True: ' class="right"', False: ' class="wrong"'}
+    texts = "".join(
+        f"<dt>{html.escape(name)}</dt><dd{classes[right]}>{html.escape(text)}</dd>" for name, text, right in rows
+    )
+    return (
+        f"<figure><figcaption>{caption}</figcaption>"
+        f'<a href="{file}"><img src="{file}" alt="{caption}" loading="lazy"></a><dl>{texts}</dl></figure>'
+    )
 
 
 def _lay_out(

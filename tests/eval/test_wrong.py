@@ -99,7 +99,7 @@ def test_flips_are_listed_both_ways_with_the_agreement() -> None:
         "both right 1, both wrong 1; agreement 50.0 % of 4",
         "compared are the 4 that both answered, of 4 and 5",
     ]
-    assert "  trim        said 1  (1 points)\n  none        said 1  (0 points)" in format_listing(listing)
+    assert "  trim        said 1  (1 point)\n  none        said 1  (0 points)" in format_listing(listing)
     with pytest.raises(InputError, match="have no answered question in common"):
         list_flips((here, scored(verdict(4, 1.0))), NAMES, QUESTIONS)
 
@@ -141,12 +141,89 @@ def test_drawing_needs_to_know_the_model(answered: tuple[Path, Path], tmp_path: 
 
 def test_options_override_what_the_run_says(tmp_path: Path) -> None:
     answers = tmp_path / "a.jsonl"
-    assert choose_run(answers, "ckpt", "base", "TRIM") == ModelSpec("ckpt", "base", "TRIM")
+    assert choose_run(answers, "ckpt", "base", "TRIM").spec == ModelSpec("ckpt", "base", "TRIM")
     told = {"path": "llava", "base": "vicuna", "reduce": "none", "device": "auto", "dtype": "float16", "conv_mode": "x"}
     (tmp_path / "a.jsonl.run.json").write_text(json.dumps(told))
-    assert choose_run(answers, None) == ModelSpec("llava", "vicuna", "none", None, "float16")
-    assert choose_run(answers, None, reduce="TRIM:9") == ModelSpec("llava", "vicuna", "TRIM:9", None, "float16")
-    assert choose_run(answers, "other") == ModelSpec("other", None, "none", None, "float16")
+    assert choose_run(answers, None).spec == ModelSpec("llava", "vicuna", "none", None, "float16")
+    assert choose_run(answers, None, reduce="TRIM:9").spec == ModelSpec("llava", "vicuna", "TRIM:9", None, "float16")
+    assert choose_run(answers, "other").spec == ModelSpec("other", None, "none", None, "float16")
+
+
+def test_a_setting_that_the_run_did_not_have_is_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    answers = tmp_path / "a.jsonl"
+    assert choose_run(answers, "ckpt", reduce="TRIM:4").note == "drawn with TRIM:4; the run's setting is not known"
+    assert choose_run(answers, "ckpt").note == ""
+
+    def note(drawn: str | None, **told: str) -> str:
+        (tmp_path / "a.jsonl.run.json").write_text(json.dumps({"path": str(tiny_checkpoint), **told}))
+        return choose_run(answers, None, reduce=drawn).note
+
+    assert note("TRIM:4", reduce="TRIM:-1") == "drawn with TRIM:4; the run's setting is TRIM:-1"
+    assert note("TRIM:4") == "drawn with TRIM:4; the run's setting is TRIM:-1"
+    assert note("TRIM", reduce="TRIM:-1") == note("TRIM:-1") == note(None, reduce="TRIM:-1") == ""
+    assert note("TRIM:4", path="gone").endswith("the run's setting is that of its checkpoint's config.json")
+    with pytest.raises(InputError, match="unknown token reducer"):
+        note("TRIMM:4")
+
+
+def test_a_model_path_that_leads_nowhere_is_told_with_its_file(answered: tuple[Path, Path], tmp_path: Path) -> None:
+    file = Path(f"{answered[1]}.run.json")
+    file.write_text(json.dumps({"path": "models/llava"}))
+    done = wrong(answered, "--draw", tmp_path / "drawn")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {file} names the model models/llava, which is not here: ")
+    assert "name the checkpoint by --model-path" in done.stderr
+
+
+def test_options_of_drawing_are_checked_before_anything_is_read(answered: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = wrong(answered, "--draw", tmp_path / "file", "--model-path", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: --draw {tmp_path / 'file'} is not a folder")
+    done = wrong(answered, "--draw", "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a folder is needed, not an empty name" in done.stderr
+    for option in ("--model-path", "--model-base", "--reduce"):
+        done = wrong(answered, option, "x")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {option} has no effect without --draw DIR")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_earlier_drawing_is_replaced_and_nothing_else(answered: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "drawn"
+    options = ("--draw", folder, "--model-path", "x", "--reduce", "none")
+    assert wrong(answered, *options, "--limit", 3).returncode == 0
+    for name in ("mine.png", "0009_mine.png"):
+        (folder / name).touch()
+    page = (folder / "index.html").read_text()
+    assert page.count("<dt>question</dt>") == page.count("<dt>reference</dt><dd>no</dd>") == 3
+    assert "<dd>Is there an umbrella in the image?\nAnswer" in page
+    assert page.count('<dt>prediction</dt><dd class="wrong">Yes, there is.') == 3
+    assert "drawn with none; the run&#x27;s setting is not known" in page
+    assert wrong(answered, *options, "--limit", 1).returncode == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["0001_1.png", "0009_mine.png", "index.html", "mine.png"]
+    (folder / "index.html").write_text('<img src="0009_mine.png"')
+    assert wrong(answered, *options, "--limit", 1).returncode == 0
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_the_title_of_a_figure_names_the_question_and_the_setting(
+    answered: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    Path(f"{answered[1]}.run.json").write_text(json.dumps({"path": str(tiny_checkpoint), "reduce": "TRIM:-1"}))
+    headings = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "llava.visualize.draw_figure", lambda views, heading, lines: headings.append(heading) or views[0].image
+        )
+        done = wrong(answered, "--draw", tmp_path / "drawn", "--limit", 1, "--reduce", "TRIM:4")
+    assert done.returncode == 0, done.stderr
+    assert headings[0].startswith("question 1 (drawn with TRIM:4; the run's setting is TRIM:-1)\nIs there ")
 
 
 def test_each_listed_question_is_drawn_and_the_page_shows_them_all(
