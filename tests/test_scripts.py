@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from llava.eval.benchmarks import BENCHMARKS
-
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "playground" / "shapes" / "checkpoints"
+DEMO = (ROOT / "scripts" / "demo.sh").read_text(encoding="utf-8")
+LISTED = re.search(r"^BENCHMARKS=\$\{BENCHMARKS:-(.*)\}$", DEMO, re.MULTILINE)[1].split()
+"""The benchmarks that the demo runs; the package may have more."""
 IMAGES = 60  # per benchmark; POPE asks 18 questions about a picture with three objects
 
 
@@ -43,7 +45,7 @@ def accuracy(result: dict) -> float:
 
 
 @pytest.mark.slow
-def test_demo_ends_with_twelve_rows_and_the_pictures_it_names(demo, runs):
+def test_demo_ends_with_a_row_per_benchmark_and_the_pictures_it_names(demo, runs):
     folder, printed = demo
     for word in (
         "no reduction",
@@ -55,8 +57,8 @@ def test_demo_ends_with_twelve_rows_and_the_pictures_it_names(demo, runs):
     ):
         assert word in printed
     table = json.loads((folder / "table.json").read_text())
-    assert {row["task"] for row in table["benchmarks"]} == set(BENCHMARKS)
-    assert all(set(results) == set(BENCHMARKS) for name, results in runs.items() if name != "plain-random")
+    assert {row["task"] for row in table["benchmarks"]} == set(LISTED)
+    assert all(set(results) == set(LISTED) for name, results in runs.items() if name != "plain-random")
     assert all(len((folder / f"{name}.txt").read_text().splitlines()) == len(runs[name]) for name in runs)
     for word in ("Accuracy", "F1", "Tokens", "Random, training-free"):
         assert word in printed
@@ -67,7 +69,7 @@ def test_demo_ends_with_twelve_rows_and_the_pictures_it_names(demo, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", BENCHMARKS)
+@pytest.mark.parametrize("task", LISTED)
 def test_finetuned_trim_reads_at_most_a_quarter_of_the_tokens(runs, task):
     tokens = runs["finetuned-trim"][task]["tokens"]
     assert tokens["mean_tokens"] <= 0.25 * tokens["mean_patches"]
@@ -119,16 +121,16 @@ def test_finetuned_trim_beats_random_patches_at_the_same_budget_by_eight_points_
 
 
 @pytest.mark.slow
-def test_finetuned_trim_keeps_at_least_95_percent_of_the_plain_average_of_the_twelve(runs):
-    retained = [runs["finetuned-trim"][task]["headline"] / runs["plain"][task]["headline"] for task in BENCHMARKS]
+def test_finetuned_trim_keeps_at_least_95_percent_of_the_plain_average(runs):
+    retained = [runs["finetuned-trim"][task]["headline"] / runs["plain"][task]["headline"] for task in LISTED]
     assert sum(retained) / len(retained) >= 0.95
 
 
 @pytest.mark.slow
-def test_finetuned_trim_beats_random_patches_on_at_least_nine_of_the_twelve(runs):
-    ahead = [task for task in BENCHMARKS
+def test_finetuned_trim_beats_random_patches_on_at_least_three_of_four_benchmarks(runs):
+    ahead = [task for task in LISTED
              if runs["finetuned-trim"][task]["headline"] > runs["finetuned-random"][task]["headline"]]  # fmt: skip
-    assert len(ahead) >= 9, ahead
+    assert len(ahead) >= 0.75 * len(LISTED), ahead
 
 
 # Answered by letter: the score of guessing among three options (SEED: four; MMBench wants every rotation right).

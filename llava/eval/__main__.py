@@ -129,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_task_options(parser: argparse.ArgumentParser, *, answers_help: str) -> None:
     """Add the options that say which questions, common to `answer`, `score` and `export`."""
-    parser.add_argument("task", metavar="TASK", help="a name of `list`")
+    parser.add_argument("task", metavar="TASK", help="a name of `list`, or a .py file that defines a benchmark")
     parser.add_argument(
         "--root", type=user_path, metavar="DIR", help="the benchmark's folder (default: its folder in LLAVA_EVAL_ROOT)"
     )

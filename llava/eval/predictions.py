@@ -332,7 +332,8 @@ class PredictionStore:
         if not _try_lock(file):
             file.close()
             raise InputError(
-                f"worker {self._worker} is already at work on {self.path}; give each its own --worker number"
+                f"another process answers as worker {self._worker} of {self.path}: "
+                "wait for it to end, or give this one another --worker number"
             )
         file.seek(0)
         content = file.read()

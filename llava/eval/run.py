@@ -7,6 +7,7 @@ Everything is done by commands that a person could type: `DRY_RUN=1` prints them
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from llava.errors import InputError
 from llava.eval.benchmark import Benchmark
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.predictions import check_workers
-from llava.files import explain_errors, make_folder, read_bytes
+from llava.files import explain_errors, find_target, make_folder, read_bytes
 
+EXIT_MISTAKE = 2
+"""Exit code of every command after a mistake in its options or files: the same command would end the same way."""
 EXIT_UNANSWERED = 3
-"""Exit code of `answer` when questions stayed without an answer; 2 is a mistake in the command or its files."""
+"""Exit code of `answer` when questions stayed without an answer."""
 EXIT_SERVER_ONLY = 4
 """Exit code of `score` where only a server can score the split; the answers are in order."""
 
@@ -49,6 +52,17 @@ Environment:
 
 SCORE_OPTIONS = ("--judge", "--judge-model", "--judge-runs", "--judge-cache")
 SHARED_OPTIONS = ("--split", "--source", "--hub-dataset")
+OWN_OPTIONS = {
+    "--answers": "CKPT",
+    "--root": "LLAVA_EVAL_ROOT",
+    "--model-path": "MODEL_DIR",
+    "--model-base": "MODEL_BASE",
+    "--workers": "LLAVA_EVAL_WORKERS",
+    "--worker": "LLAVA_EVAL_WORKERS",
+    "--json": "LLAVA_EVAL_JSON",
+    "--results": "RESULTS",
+}
+"""What this command sets itself, with the argument or variable that the value comes from."""
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 LAST_LINES = 20
 MAX_WORKERS = 256
@@ -118,11 +132,13 @@ class Options:
         """Sort options; paths become absolute.
 
         Raises:
-            InputError: an option has no value.
+            InputError: an option has no value, or is one of `OWN_OPTIONS`.
         """
         options, rest = cls(), iter(arguments)
         for argument in rest:
             name, has_value, value = argument.partition("=")
+            if name in OWN_OPTIONS:
+                raise InputError(f"{name} does not go after --: `run` sets it, from {OWN_OPTIONS[name]}")
             if name == "--allow-partial":
                 options.partial = [argument]
             elif name not in (*SCORE_OPTIONS, *SHARED_OPTIONS):
@@ -157,6 +173,7 @@ class Plan:
         model: checkpoint folder or hub id.
         base: of a LoRA or projector-only checkpoint.
         results: file for the result's line.
+        numbers: file for every number of the score.
         options: what was given after `--`.
     """
 
@@ -168,6 +185,7 @@ class Plan:
     model: str
     base: str | None
     results: Path | None
+    numbers: Path
     options: Options
 
 
@@ -179,29 +197,20 @@ def make_plan(name: str, arguments: Sequence[str]) -> Plan:
         arguments: CKPT MODEL_DIR [RESULTS] [MODEL_BASE] [-- OPTIONS].
 
     Raises:
-        InputError: an argument is wrong, or the benchmark's folder is not there.
+        InputError: an argument is wrong, the benchmark's folder is not there, or a file cannot be written.
     """
+    # 1. The arguments.
     task, usage = find_benchmark(name), USAGE.format(task=name)
     if name not in BENCHMARKS:
         name = str(absolute_path(name))
     count = arguments.index("--") if "--" in arguments else len(arguments)
-    positional = arguments[:count]
-    for argument in positional:
-        if argument.startswith("-"):
-            sys.stderr.write(f"{usage}\n")
-            raise InputError(f"options such as {argument} go after --")
-    if not 2 <= count <= 4:
-        sys.stderr.write(f"{usage}\n")
-        raise InputError(f"two to four arguments are needed, not {count}")
-    run, model, results, base = [*positional, "", ""][:4]
-    if not run or not model:
-        raise InputError("CKPT and MODEL_DIR must not be empty")
-    check_run(run)
+    run, model, results, base = read_positional(arguments[:count], usage)
     checkpoint = find_checkpoint(run, model)
     base_model = resolve_model(base) if base else None
     options = Options.parse(arguments[count + 1 :])
     if options.split is not None:
         task = task.with_split(options.split)
+    # 2. The places that it reads and writes.
     data_root = find_data_root()
     root = task.find_root(data_root)
     if not root.is_dir() and not is_dry() and not options.from_hub:
@@ -210,7 +219,48 @@ def make_plan(name: str, arguments: Sequence[str]) -> Plan:
     if options.split is not None:  # answers to the questions of another split do not mix with these
         answers = answers.with_name(f"{answers.stem}.{options.split.replace('/', '_')}{answers.suffix}")
     place = absolute_path(results) if results else None
-    return Plan(name, task, root, answers, task.place_upload(root, run), checkpoint, base_model, place, options)
+    named = os.environ.get("LLAVA_EVAL_JSON")
+    numbers = absolute_path(named) if named else answers.with_name(f"{answers.stem}.scores.json")
+    for path in filter(None, (place, numbers)):
+        check_target(path)
+    # 3. The interpreter.
+    if not is_dry():
+        check_python()
+    return Plan(
+        name, task, root, answers, task.place_upload(root, run), checkpoint, base_model, place, numbers, options
+    )
+
+
+def read_positional(arguments: Sequence[str], usage: str) -> tuple[str, str, str, str]:
+    """Return CKPT, MODEL_DIR, RESULTS and MODEL_BASE; the last two may be empty."""
+    for argument in arguments:
+        if argument.startswith("-"):
+            sys.stderr.write(f"{usage}\n")
+            raise InputError(f"options such as {argument} go after --")
+    if not 2 <= len(arguments) <= 4:
+        sys.stderr.write(f"{usage}\n")
+        raise InputError(f"two to four arguments are needed, not {len(arguments)}")
+    run, model, results, base = [*arguments, "", ""][:4]
+    if not run or not model:
+        raise InputError("CKPT and MODEL_DIR must not be empty")
+    check_run(run)
+    return run, model, results, base
+
+
+def check_target(path: Path) -> None:
+    """Refuse a place that only the end of the run would find out it cannot write: a folder, a device, below a file."""
+    with explain_errors("write", path):
+        target = find_target(path)
+        above = next(folder for folder in target.parents if folder.exists())
+        if not above.is_dir():
+            raise InputError(f"cannot write {path}: {above} is not a folder")
+
+
+def check_python() -> None:
+    """Refuse a PYTHON that is no program."""
+    python = make_command()[0]
+    if shutil.which(python) is None:
+        raise InputError(f"PYTHON={python} is no program: unset it, or name a Python")
 
 
 def check_run(name: str) -> None:
@@ -333,15 +383,15 @@ def run_benchmark(arguments: Sequence[str]) -> None:
         arguments: TASK CKPT MODEL_DIR [RESULTS] [MODEL_BASE] [-- OPTIONS].
 
     Raises:
-        InputError: an argument is wrong, or the benchmark's folder is not there.
+        InputError: see `make_plan`.
         SystemExit: with the code of the worst worker, or of `score`.
     """
     # 1. Check everything before anything starts.
     name = next(iter(arguments), "TASK")
-    positional = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    if not positional or {"-h", "--help"} & set(positional):
+    wants_help = not {"-h", "--help"}.isdisjoint(arguments)
+    if wants_help or name == "--" or not arguments:
         sys.stdout.write(USAGE.format(task=name if not name.startswith("-") else "TASK") + "\n")
-        raise SystemExit(0 if positional else 2)
+        raise SystemExit(0 if wants_help else EXIT_MISTAKE)
     plan = make_plan(name, list(arguments[1:]))
     if os.environ.get("LLAVA_EVAL_CHECK") == "1":
         return
@@ -359,7 +409,8 @@ def answer_and_score(plan: Plan) -> None:
     # 2. Answer. What is answered stays; the same command goes on where it stopped.
     answered = answer(plan)
     if answered and not (answered == EXIT_UNANSWERED and plan.options.partial):
-        note(f"{plan.task.name}: not scored; run the same command again to go on where it stopped")
+        advice = "" if answered == EXIT_MISTAKE else "; run the same command again to go on where it stopped"
+        note(f"{plan.task.name}: not scored{advice}")
         raise SystemExit(answered)
     # 3. Score, and write the files for a server.
     scored = score(plan)
@@ -465,10 +516,8 @@ def score(plan: Plan) -> int:
     shared = ["--answers", plan.answers, "--root", plan.root, *plan.options.shared, *plan.options.partial]
     if plan.upload and (code := execute(make_command("export", name, "--out", plan.upload, *shared))):
         return code
-    named = os.environ.get("LLAVA_EVAL_JSON")
-    numbers = absolute_path(named) if named else plan.answers.with_name(f"{plan.answers.stem}.scores.json")
     results = ["--results", plan.results] if plan.results else []
-    code = execute(make_command("score", name, *shared, "--json", numbers, *results, *plan.options.score))
+    code = execute(make_command("score", name, *shared, "--json", plan.numbers, *results, *plan.options.score))
     if code == EXIT_SERVER_ONLY:
         upload = plan.answers.with_name(f"{plan.answers.stem}.upload")
         return 0 if plan.upload else execute(make_command("export", name, "--out", upload, *shared))

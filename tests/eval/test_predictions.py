@@ -326,7 +326,7 @@ def test_two_workers_of_one_number_do_not_run_at_once(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     busy = start(path, 0, seconds=0.5)
     busy.stdout.readline()
-    with pytest.raises(InputError, match=r"worker 0 is already at work on .*answers.jsonl"):
+    with pytest.raises(InputError, match=r"another process answers as worker 0 of .*answers.jsonl: wait for it"):
         PredictionStore(path, KEY).open({"model": "a"})
     busy.kill()
     busy.communicate()

@@ -173,12 +173,53 @@ def test_another_data_root_and_python_are_taken_from_the_environment(repository:
         (["a", "models/llava", "--", "--split", "x"], "error: pope has one split only: leave out --split x"),
         (["../../a", "models/llava"], "error: CKPT '../../a' names the run's files: give a plain name"),
         (["/a", "models/llava"], "error: CKPT '/a' names the run's files: give a plain name"),
+        (
+            ["a", "models/llava", "--", "--answers", "x"],
+            "error: --answers does not go after --: `run` sets it, from CKPT",
+        ),
+        (
+            ["a", "models/llava", "--", "--json=x"],
+            "error: --json does not go after --: `run` sets it, from LLAVA_EVAL_",
+        ),
+        (["a", "models/llava", "--", "--worker", "1"], "error: --worker does not go after --: `run` sets it, from "),
     ],
 )
 def test_mistakes_end_in_one_line(repository: Path, here: Path, arguments: list[str], words: str) -> None:
     done = run_script(repository, "pope.sh", *arguments, cwd=here, LLAVA_EVAL_ROOT="data")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(words.format(here=here))
+
+
+@pytest.mark.parametrize(
+    ("results", "numbers", "words"),
+    [
+        ("models", "", "error: cannot write {here}/models: it is a folder; name a regular file"),
+        ("/dev/null", "", "error: cannot write /dev/null: it is a device; name a regular file"),
+        ("python/r.tsv", "", "error: cannot write {here}/python/r.tsv: {here}/python is not a folder"),
+        ("", "models", "error: cannot write {here}/models: it is a folder; name a regular file"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_a_question_is_answered(
+    repository: Path, here: Path, results: str, numbers: str, words: str
+) -> None:
+    environment = write_python(here, "echo started")
+    arguments = ["run-1", "models/llava", results]
+    done = run_script(repository, "pope.sh", *arguments, cwd=here, LLAVA_EVAL_JSON=numbers, **environment)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{words.format(here=here)}\n")
+
+
+def test_a_python_that_is_not_there_is_refused_in_one_line(repository: Path, here: Path) -> None:
+    environment = {**ENVIRONMENT, **NO_GPU, **write_python(here, ""), "PYTHON": "/nowhere/python"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llava.eval", "run", "pope", "run-1", "models/llava"],
+        cwd=here,
+        env={**environment, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: PYTHON=/nowhere/python is no program: unset it, or name a Python\n"
 
 
 def test_a_wrong_number_of_workers_ends_in_one_line(repository: Path, here: Path) -> None:
@@ -235,8 +276,9 @@ def test_a_number_of_workers_without_sense_is_refused(repository: Path, here: Pa
     assert done.stderr.startswith("error: LLAVA_EVAL_WORKERS must be at most 256, not ")
 
 
-def test_help_tells_the_usage(repository: Path, here: Path) -> None:
-    done = run_script(repository, "pope.sh", "--help", cwd=here)
+@pytest.mark.parametrize("arguments", [["--help"], ["run-1", "models/llava", "--", "--help"], ["a", "b", "--", "-h"]])
+def test_help_tells_the_usage(repository: Path, here: Path, arguments: list[str]) -> None:
+    done = run_script(repository, "pope.sh", *arguments, cwd=here)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: bash scripts/v1_5/eval/pope.sh CKPT MODEL_DIR [RESULTS] [MODEL_BASE]")
 
@@ -281,6 +323,17 @@ def test_a_worker_that_dies_fails_the_script_by_name_and_a_rerun_goes_on(reposit
     assert "it hurts" in done.stderr
     assert "error: pope worker 1 (CPU) failed with exit code 137" in done.stderr
     assert done.stderr.splitlines()[-1] == "pope: not scored; run the same command again to go on where it stopped"
+
+
+def test_after_a_mistake_nobody_is_told_to_run_the_same_command_again(repository: Path, here: Path) -> None:
+    environment = write_python(here, '[[ $3 == answer ]] && echo "error: no weights" >&2 && exit 2\nexit 0')
+    done = run_script(repository, "pope.sh", "run-1", "models/llava", cwd=here, **environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: no weights",
+        "error: pope worker 0 (CPU) failed with exit code 2",
+        "pope: not scored",
+    ]
 
 
 def test_unanswered_questions_stop_the_script_unless_partial_scores_are_allowed(repository: Path, here: Path) -> None:
