@@ -156,7 +156,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with explain_errors("write", path):
         target = find_target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name[:200]}.{os.getpid()}.partial")
+        start = os.fsencode(target.name)[:200].decode(errors="ignore")  # names have 255 bytes at most
+        partial = target.with_name(f".{start}.{os.getpid()}.partial")
         try:
             yield partial
             with partial.open("rb+") as file:

@@ -165,6 +165,11 @@ def test_an_impossible_name_is_one_error(tmp_path):
         make_folder(tmp_path / "file")
 
 
+def test_a_name_of_255_bytes_is_written(tmp_path):
+    for name in ("x" * 255, "\N{SNOWMAN}" * 85):
+        assert read_text(write_text(tmp_path / name, "content")) == "content"
+
+
 def test_numbers_too_long_for_python_are_one_error_in_a_line(tmp_path):
     path = write_text(tmp_path / "rows.jsonl", json.dumps({"a": 1}) + "\n" + '{"a": ' + "9" * 5000 + "}\n")
     with pytest.raises(FileError, match="line 2"):
