@@ -45,9 +45,13 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     settings = {} if settings_file is None else parse_record(read_text(Path(settings_file)), settings_file)
     check_values(settings, TOKENIZER_RULES, str(settings_file))
     is_llama = (settings.get("tokenizer_class") or "LlamaTokenizer").startswith("Llama")
+    # Llama's default for a bare tokenizer.model; transformers 5 has it the other way round.
+    is_bare = is_llama and "add_bos_token" not in settings and find_file(model_path, "tokenizer.json") is None
     repair_sentencepiece()
     try:
-        tokenizer = (LlamaTokenizer if is_llama else AutoTokenizer).from_pretrained(model_path)
+        tokenizer = (LlamaTokenizer if is_llama else AutoTokenizer).from_pretrained(
+            model_path, **({"add_bos_token": True} if is_bare else {})
+        )
         ids = tokenizer("a").input_ids
         num_real = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
         has_words = bool(num_real and set(ids) - set(tokenizer.all_special_ids))

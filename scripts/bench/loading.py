@@ -45,7 +45,7 @@ def write_checkpoint(args: Any, folder: Path) -> Path:
     model.config.mm_vision_tower = str(folder / "clip")
     checkpoint = folder / "llava"
     model.save_pretrained(checkpoint)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copy(side_by_side.CHECKPOINT / name, checkpoint / name)
     return checkpoint
 

@@ -1,5 +1,6 @@
-"""Reading `tokenizer.model` where sentencepiece's own module cannot be imported."""
+"""Reading `tokenizer.model`: bare, and where sentencepiece's own module cannot be imported."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,9 @@ print(load_tokenizer({str(folder)!r})({TEXT!r}).input_ids)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == str(load_tokenizer(str(folder))(TEXT).input_ids)
+
+
+def test_a_bare_tokenizer_model_starts_prompts_as_llama_does(golden: Path, tmp_path: Path):
+    folder = golden / "checkpoints/lmsys/vicuna-tiny-v1.5"
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    assert load_tokenizer(str(tmp_path))(TEXT).input_ids == load_tokenizer(str(folder))(TEXT).input_ids
