@@ -13,10 +13,12 @@ if "LLAVA_TEST_DEVICE" in os.environ:
 
     torch.backends.cudnn.allow_tf32 = False
 
-# A shell starts background jobs with Ctrl-C ignored, and what they start inherits that. The tests that interrupt a
-# command state what it does where Ctrl-C reaches it.
+# A shell starts background jobs with Ctrl-C ignored, nohup its command with a hangup ignored, and what they start
+# inherits that. The tests that send a command a signal state what it does where the signal reaches it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Hashes of the tests' files stay out of the user's cache; commands that tests start inherit it.
 CACHE = tempfile.TemporaryDirectory(prefix="llava-cache-")
 os.environ["LLAVA_CACHE"] = CACHE.name

@@ -115,7 +115,7 @@ def mutate_document(content: bytes, rng: random.Random) -> bytes:
         return mutate_bytes(content, rng)
     try:
         data = json.loads(content)
-    except ValueError:  # changed before
+    except (ValueError, RecursionError):  # changed before
         return mutate_bytes(content, rng)
     for _ in range(rng.randrange(1, 4)):
         data = mutate_json(data, rng)
