@@ -33,6 +33,7 @@ LAYERS = [
     ("llava.model.multimodal_projector", 3),
     ("llava.model.image_tokens", 4),
     ("llava.model.checkpoint_folder", 4),
+    ("llava.model.identity", 4),
     ("llava.model.llava_arch", 5),
     ("llava.model.language_model", 6),
     ("llava.model.tokenizer", 4),

@@ -29,11 +29,12 @@ from llava.cli import LoadedModel, ModelSpec
 from llava.errors import InputError
 from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, ImageSource, Question, Row, index_questions, row_key
 from llava.eval.features import EncodedImage, FeatureCache, QueryCache, apply_in_parts
-from llava.eval.identity import fingerprint, identify_images, identify_model
+from llava.eval.identity import identify_images, identify_model
 from llava.eval.predictions import PredictionStore, check_workers, make_row, name_questions
 from llava.files import explain_errors
 from llava.generation import Generator
 from llava.mm_utils import tokenize_prompts
+from llava.model.identity import fingerprint
 from llava.prompt import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
 from llava.protocols import ImageProcessor, ImageTokens, Tokenizer, VisionLanguageModel
 from llava.sampling import Sampling

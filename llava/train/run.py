@@ -4,8 +4,9 @@ Settings that do not decide the result (`NEUTRAL`) may change while a run is int
 of later versions of transformers too; files count by content.
 """
 
+import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -14,10 +15,10 @@ from llava.errors import InputError
 from llava.files import read_json, write_json
 from llava.model.adapter import ADAPTER_CONFIG_FILE
 from llava.model.checkpoint_folder import PROJECTOR_FILE
+from llava.model.identity import hash_files, identify_checkpoint, identify_tower
 from llava.model.token_reduction import CONFIG_KEY, parse_reducer
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import zero_stage
-from llava.train.fingerprint import hash_records, hash_source
 from llava.train.flags import DataArguments, ModelArguments
 from llava.train.records import Record
 
@@ -171,7 +172,8 @@ class RunSettings:
             records: what is trained on.
 
         Raises:
-            InputError: a file cannot be read.
+            InputError: the token reduction is not usable. (What cannot be read counts by its name: loading it says what
+                is wrong.)
         """
         given = {
             flag.name: _to_json(getattr(group, flag.name))
@@ -184,14 +186,14 @@ class RunSettings:
         given |= {"world_size": training_args.world_size, "deepspeed": zero_stage(training_args)}
         start = model_args.model_name_or_path
         contents = {
-            "model_name_or_path": Content(start, hash_source(start)),
+            "model_name_or_path": Content(start, identify_checkpoint(start) or start),
             "data_path": Content(data_args.data_path, hash_records(records)),
         }
-        if model_args.vision_tower is not None:
-            contents["vision_tower"] = Content(model_args.vision_tower, hash_source(model_args.vision_tower, start))
-        if model_args.pretrain_mm_mlp_adapter:
-            projector = model_args.pretrain_mm_mlp_adapter
-            contents["pretrain_mm_mlp_adapter"] = Content(projector, hash_source(projector))
+        if (tower := model_args.vision_tower) is not None:
+            contents["vision_tower"] = Content(tower, identify_tower(tower, start) or tower)
+        if projector := model_args.pretrain_mm_mlp_adapter:
+            path = Path(projector)
+            contents["pretrain_mm_mlp_adapter"] = Content(projector, hash_files([path], "projector")[path] or projector)
         return cls(given, contents)
 
     def differences(self, new: "RunSettings") -> list[str]:
@@ -212,6 +214,15 @@ class RunSettings:
             else:
                 changed.append(f"{name} {old and old.name} -> {now and now.name}")
         return changed
+
+
+def hash_records(records: Iterable[Record]) -> str:
+    """Return the fingerprint of training records: their texts and image names, in order."""
+    digest = hashlib.sha256()
+    for record in records:
+        line = "\0".join([*record.turns, "", *map(str, record.images)])
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
 
 
 def _to_json(value: object) -> object:

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from llava.cli import ModelSpec
-from llava.eval import identity
 from llava.eval.benchmark import Question
-from llava.eval.identity import hash_files, identify_images, identify_model
+from llava.eval.identity import identify_images, identify_model
 from llava.image import EmbeddedImage
+from llava.model import identity
+from llava.model.identity import hash_files
 
 KEY = ("question_id",)
 

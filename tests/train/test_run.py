@@ -9,7 +9,6 @@ import pytest
 from transformers import TrainingArguments
 
 from llava.errors import InputError
-from llava.train import fingerprint
 from llava.train.flags import DataArguments, LlavaTrainingFlags, ModelArguments, list_trainer_flags
 from llava.train.run import FILE_FLAGS, NEUTRAL
 
@@ -177,27 +176,34 @@ def test_the_model_it_starts_from_is_not_overwritten(run_training: Callable, gol
         run_training(model_name_or_path=tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------------------ fingerprints
-def test_a_changed_tensor_of_a_large_file_changes_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import torch
-    from safetensors.torch import save_file
-
-    monkeypatch.setattr(fingerprint, "STRIDE_BYTES", 1000)
-    monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 64)
-    tensors = {f"layer.{number}": torch.full((500,), float(number)) for number in range(9)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    save_file(tensors, tmp_path / "same.safetensors")
-    assert fingerprint.hash_file(tmp_path / "a.safetensors") == fingerprint.hash_file(tmp_path / "same.safetensors")
-    seen = {fingerprint.hash_file(tmp_path / "a.safetensors")}
-    for name in tensors:
-        save_file(tensors | {name: tensors[name] + 1}, tmp_path / "b.safetensors")
-        seen.add(fingerprint.hash_file(tmp_path / "b.safetensors"))
-    assert len(seen) == 10
+# ------------------------------------------------------------------------------------------------------------ contents
+@pytest.fixture
+def start(run_training: Callable, golden: Path, tmp_path: Path) -> Path:
+    """A language model that a finished run of two steps started from."""
+    shutil.copytree(golden / "checkpoints/lmsys/vicuna-tiny-v1.5", tmp_path / "start", copy_function=shutil.copyfile)
+    run_training(**SAVED, model_name_or_path=tmp_path / "start")
+    return tmp_path / "start"
 
 
-def test_files_beside_the_weights_and_times_do_not_count(tmp_path: Path, golden: Path):
-    source = golden / "checkpoints/lmsys/vicuna-tiny-v1.5"
-    shutil.copytree(source, tmp_path / "copy", copy_function=shutil.copyfile)
-    (tmp_path / "copy/README.md").write_text("hello")
-    assert fingerprint.hash_source(str(tmp_path / "copy")) == fingerprint.hash_source(str(source))
-    assert fingerprint.hash_source("owner/name") == "owner/name"
+@pytest.mark.parametrize("share", [0.3, 0.37, 0.61, 0.9])
+def test_a_byte_changed_anywhere_in_the_weights_counts(
+    share: float, start: Path, run_training: Callable, tmp_path: Path
+):
+    weights_file = start / "pytorch_model.bin"
+    content = bytearray(weights_file.read_bytes())
+    content[int(share * len(content))] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(InputError, match=r"model_name_or_path .* whose content has changed"):
+        run_training(**SAVED, model_name_or_path=start)
+
+
+def test_files_beside_the_weights_and_times_do_not_count(start: Path, run_training: Callable):
+    for name in ("README.md", "notes.txt", "eval_results.json"):
+        (start / name).write_text("{}")
+    (start / "pytorch_model.bin").touch()
+    assert run_training(**SAVED, model_name_or_path=start) is None  # the same run, finished already
+
+
+def test_a_copy_of_the_model_under_another_name_is_the_same_model(start: Path, run_training: Callable, tmp_path: Path):
+    shutil.copytree(start, tmp_path / "copy")
+    assert run_training(**SAVED, model_name_or_path=tmp_path / "copy") is None
