@@ -53,7 +53,7 @@ class Look:
 
     Attributes:
         layer: counted as `mm_vision_select_layer`: the layer whose output is hidden state `layer`.
-        num_queries: rows whose attention is computed.
+        num_queries: rows whose attention is computed; 0 where only the layer's output is taken.
     """
 
     layer: int
@@ -108,7 +108,7 @@ def vision_flops(shape: TowerShape, looks: Sequence[Look] = ()) -> int:
     layers = replace(shape.vision, layers=max(shape.vision.layers, *num_queries, 0))
     patches = 2 * shape.num_patches * 3 * shape.patch_size**2 * width
     looked_at = sum(
-        2 * width * width * (num_tokens + rows) + 2 * rows * num_tokens * width for rows in num_queries.values()
+        2 * width * width * (num_tokens + rows) + 2 * rows * num_tokens * width for rows in num_queries.values() if rows
     )
     return patches + encoder_flops(layers, num_tokens) + looked_at
 

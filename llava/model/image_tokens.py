@@ -4,9 +4,10 @@ Shape letters: `C` crops of one image (1 in LLaVA-1.5), `I` crops of all images,
 width, `M` tokens of the image, `E` LLM width, `P` joint width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -26,12 +27,14 @@ class ImageTokens:
         num_patches: patches before reduction, over all crops.
         kept: `bool[C, N]` patches copied verbatim (all of them without reduction); None where tokens are synthesised.
         scores: `float32[C, N]` the reducer's probabilities, or None.
+        centres: `bool[C, N]` patches that synthesised tokens are made around, or None.
     """
 
     features: Tensor
     num_patches: int
     kept: Tensor | None = None
     scores: Tensor | None = None
+    centres: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -149,7 +152,7 @@ def reduce_patches(
     def split(field: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * len(images) if field is None else field.split(num_crops)
 
-    rows = zip(*map(split, (reduced.features, reduced.lengths, reduced.kept, reduced.scores)), strict=True)
+    rows = zip(*(split(getattr(reduced, field.name)) for field in fields(reduced)), strict=True)
     return [ReducedTokens(*row) for row in rows]
 
 
@@ -184,19 +187,32 @@ def project_tokens(
     """
     # 1. All crops of all images in one run of tokens, without the padding of short rows.
     lengths = [length for image in reduced for length in image.lengths.tolist()]
-    rows = [crop for image in reduced for crop in image.features]
-    valid = torch.cat([crop[:length] for crop, length in zip(rows, lengths, strict=True)])  # [all tokens, D]
+    valid = torch.cat([crop for image in reduced for crop in _rows_as_read(image, merge)])  # [all tokens, D]
     # 2. One pass of the projector.
     projected = iter(project(projector, valid).split(lengths))
     # 3. Image by image, merge the crops.
     tokens = []
     for index, image in enumerate(reduced):
         crops = [next(projected) for _ in range(image.lengths.shape[0])]  # C times [M_c, E]
+        if image.num_blank is not None:
+            blanks = image.num_blank.tolist()
+            crops = [
+                F.pad(crop[: len(crop) - blank], (0, 0, 0, blank)) for crop, blank in zip(crops, blanks, strict=True)
+            ]
         size = tuple(image_sizes[index]) if image_sizes is not None else None
         features = merge(crops, image.kept, grid, size)  # [M, E]
         num_patches = image.lengths.shape[0] * grid[0] * grid[1]
-        tokens.append(ImageTokens(features, num_patches, image.kept, image.scores))
+        tokens.append(ImageTokens(features, num_patches, image.kept, image.scores, image.centres))
     return tokens
+
+
+def _rows_as_read(image: ReducedTokens, merge: CropMerge) -> list[Tensor]:
+    """Each crop's tokens `[M_c, D]` in the order in which the language model reads them."""
+    lengths = image.lengths.tolist()
+    # Crops that are merged by place need their patches in raster order.
+    if image.order is None or (len(lengths) > 1 and merge.kind != "flat"):
+        return [crop[:length] for crop, length in zip(image.features, lengths, strict=True)]
+    return [crop[row[:length]] for crop, row, length in zip(image.features, image.order, lengths, strict=True)]
 
 
 def keep_everything(images: list[ImageFeatures]) -> list[ReducedTokens]:

@@ -104,6 +104,8 @@ def test_the_vision_tower_is_what_torch_counts(case):
         [Need("cls_attention", -2)],
         [Need("attention", -3), Need("keys", -3), Need("cls_attention", 1)],
         [Need("keys", -1)],
+        [Need("cls", -1)],
+        [Need("cls_query", -1), Need("keys", -1), Need("cls", -2)],
     ],
     ids=str,
 )

@@ -36,14 +36,26 @@ def load(clips: Path, kind: str, needs=(), **settings):
 
 @pytest.fixture(scope="module")
 def eager(clips):
-    """Everything that transformers tells of the same CLIP with eager attention: attention maps and keys per layer."""
+    """What transformers tells of the same CLIP with eager attention, by kind of need and layer."""
     model = CLIPVisionModelWithProjection.from_pretrained(clips / "hf", attn_implementation="eager").eval()
-    keys = []
-    for layer in model.vision_model.encoder.layers:
-        layer.self_attn.k_proj.register_forward_hook(lambda module, inputs, output: keys.append(output))
+    projected = {"q_proj": [], "k_proj": []}
+    hooks = [
+        getattr(layer.self_attn, name).register_forward_hook(lambda *call, found=found: found.append(call[-1]))
+        for layer in model.vision_model.encoder.layers
+        for name, found in projected.items()
+    ]
     with torch.no_grad():
-        maps = model(pixel_values=pixels(), output_attentions=True).attentions
-    return maps, [each.unflatten(-1, (4, 16)).transpose(1, 2) for each in keys]
+        found = model(pixel_values=pixels(), output_attentions=True, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    rows = {name: [each.unflatten(-1, (4, 16)).transpose(1, 2) for each in own] for name, own in projected.items()}
+    return {
+        "attention": found.attentions,
+        "cls_attention": [each[:, :, 0, 1:] for each in found.attentions],
+        "keys": rows["k_proj"],
+        "cls_query": [each[:, :, 0] for each in rows["q_proj"]],
+        "cls": [each[:, 0] for each in found.hidden_states[1:]],
+    }
 
 
 def place(layer: int) -> int:
@@ -54,15 +66,13 @@ def place(layer: int) -> int:
 @pytest.mark.parametrize("kind", TOWERS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_intermediates_equal_those_of_eager_attention(clips, eager, kind, layer):
-    needs = [Need(kind, layer) for kind in ("cls_attention", "keys", "attention")]
-    row, keys, whole = (load(clips, kind, needs).extract(pixels(), needs).intermediates[need] for need in needs)
-    maps, own_keys = eager
-    assert row.shape == (3, 4, 36) and keys.shape == (3, 4, 37, 16) and whole.shape == (3, 4, 37, 37)
-    assert row.dtype == whole.dtype == torch.float32
-    torch.testing.assert_close(row, maps[place(layer)][:, :, 0, 1:], atol=1e-6, rtol=0)
-    torch.testing.assert_close(whole, maps[place(layer)], atol=1e-6, rtol=0)
-    torch.testing.assert_close(keys, own_keys[place(layer)], atol=1e-5, rtol=1e-5)
-    assert (row.sum(dim=-1) < 1).all()
+    needs = [Need(kind, layer) for kind in Need.KINDS_OF_A_LAYER]
+    found = load(clips, kind, needs).extract(pixels(), needs).intermediates
+    for need in needs:
+        assert found[need].shape == (3, *need.shape(36, heads=4, width=64 if need.kind == "cls" else 16))
+        atol = 1e-6 if "attention" in need.kind else 1e-5
+        torch.testing.assert_close(found[need], eager[need.kind][place(layer)], atol=atol, rtol=1e-5)
+    assert (found[Need("cls_attention", layer)].sum(dim=-1) < 1).all()
 
 
 @pytest.mark.parametrize("kind", TOWERS)

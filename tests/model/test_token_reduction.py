@@ -97,6 +97,7 @@ class TestContract:
             assert reduced.features.shape[1] == int(reduced.lengths.max())
             assert reduced.lengths.dtype == torch.int64
             assert reduced.kept is None or (reduced.kept.dtype, reduced.kept.shape) == (torch.bool, (5, 36))
+            assert reduced.centres is None or (reduced.centres.dtype, reduced.centres.shape) == (torch.bool, (5, 36))
             assert reduced.scores is None or (reduced.scores.dtype, reduced.scores.shape) == (torch.float32, (5, 36))
 
     def test_a_fixed_budget_is_kept_to(self, spec):
@@ -107,14 +108,22 @@ class TestContract:
         allowed = {reducer.budget.count(36), reducer.count_kept(36)}
         num_kept = [0] * 5 if reduced.kept is None else reduced.kept.sum(dim=1).tolist()
         for kept, length in zip(num_kept, reduced.lengths.tolist(), strict=True):
+            assert length <= reducer.most_tokens(36)
             selects = kept in allowed and length - kept <= 1  # at most one synthesised token on top
-            merges = kept < length <= max(allowed)  # synthesised tokens count towards the budget
+            merges = kept < length
             assert selects or merges
+
+    def test_the_reading_order_is_a_permutation_of_the_tokens(self, spec):
+        reduced = parse_reducer(spec)(make_tokens(spec))
+        if reduced.order is None:
+            return
+        for order, length in zip(reduced.order, reduced.lengths.tolist(), strict=True):
+            assert sorted(order[:length].tolist()) == list(range(length))
 
     def test_what_is_not_declared_is_not_read(self, spec):
         tokens, reducer = make_tokens(spec), parse_reducer(spec)
         generator = torch.Generator().manual_seed(1)
-        others = {Need(kind, layer) for kind in ("cls_attention", "keys", "attention") for layer in (-1, -2)}
+        others = {Need(kind, layer) for kind in Need.KINDS_OF_A_LAYER for layer in (-1, -2)}
         intermediates = {
             need: torch.rand(5, *need.shape(36, heads=3, width=4), generator=generator)
             for need in others | {Need("projected")}

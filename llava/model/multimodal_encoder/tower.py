@@ -258,9 +258,11 @@ class VisionTower(nn.Module, ABC):
             for number in range(1, last + 1):
                 layer = self.layers[number - 1]
                 wanted = [need for need in needs if need.layer is not None and self.number_of_layer(need) == number]
-                if wanted:
-                    intermediates |= self.look_at(layer, hidden, wanted)
+                inside = [need for need in wanted if need.kind != "cls"]
+                if inside:
+                    intermediates |= self.look_at(layer, hidden, inside)
                 hidden = self.run_layer(layer, hidden)
+                intermediates |= {need: hidden[:, 0] for need in wanted if need.kind == "cls"}
                 if number == selected:
                     features = hidden
         # 4. The CLS row leaves.
@@ -275,7 +277,12 @@ class VisionTower(nn.Module, ABC):
         scale = keys.shape[-1] ** -0.5
         products = queries.float() @ keys.float().transpose(-1, -2) * scale  # [I, H, num_queries, 1 + N]
         attention = products.softmax(dim=-1)
-        found = {"keys": keys, "attention": attention, "cls_attention": attention[:, :, 0, 1:]}
+        found = {
+            "keys": keys,
+            "cls_query": queries[:, :, 0],
+            "attention": attention,
+            "cls_attention": attention[:, :, 0, 1:],
+        }
         return {need: found[need.kind] for need in needs}
 
     def encode(self, images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ width of a head, `E` language model width.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -32,8 +32,10 @@ class Need:
     - `projected`: `[N, E]` patches behind the projector.
     - `cls_attention[layer]`: `float32[H, N]` attention of the CLS row to the patches: the softmax runs over all N + 1
       keys, then the CLS column is cut off, so rows sum to less than 1.
+    - `cls_query[layer]`: `[H, d]` the CLS row's query, unscaled, in the tower's dtype.
     - `keys[layer]`: `[H, N + 1, d]` keys, CLS first, unscaled, in the tower's dtype.
     - `attention[layer]`: `float32[H, N + 1, N + 1]` the whole attention map, CLS first.
+    - `cls[layer]`: `[D]` the CLS row of hidden state `layer`, in the tower's dtype.
 
     Attributes:
         kind: one of them.
@@ -44,7 +46,7 @@ class Need:
     kind: str
     layer: int | None = None
 
-    KINDS: ClassVar[tuple[str, ...]] = ("text", "projected", "cls_attention", "keys", "attention")
+    KINDS_OF_A_LAYER: ClassVar[tuple[str, ...]] = ("cls_attention", "cls_query", "keys", "attention", "cls")
 
     def __post_init__(self) -> None:
         """Check that the kind exists, and that it has a layer where it needs one.
@@ -53,8 +55,9 @@ class Need:
             ValueError: it does not (a programming error).
             InputError: layer 0.
         """
-        if self.kind not in self.KINDS or (self.layer is None) != (self.kind in ("text", "projected")):
-            raise ValueError(f"{self}: a need is text, projected, or cls_attention, keys or attention with a layer")
+        if self.kind not in (("text", "projected") if self.layer is None else self.KINDS_OF_A_LAYER):
+            kinds = ", ".join(self.KINDS_OF_A_LAYER)
+            raise ValueError(f"{self}: a need is text, projected, or one of {kinds} with a layer")
         if self.layer == 0:
             raise InputError(f"{self}: hidden state 0 is the embeddings; use a layer from 1, or from -1 backwards")
 
@@ -63,8 +66,8 @@ class Need:
         return self.kind if self.layer is None else f"{self.kind}[{self.layer}]"
 
     def num_queries(self, num_patches: int) -> int:
-        """Rows of a layer whose queries it takes: all for a whole map, else the CLS row at most."""
-        return num_patches + 1 if self.kind == "attention" else 1
+        """Rows of a layer whose queries it takes: all for a map, none for its output, else the CLS row at most."""
+        return {"attention": num_patches + 1, "cls": 0}.get(self.kind, 1)
 
     def shape(self, num_patches: int, *, heads: int = 1, width: int = 1) -> tuple[int, ...]:
         """The shape per image of anything but text.
@@ -72,13 +75,15 @@ class Need:
         Args:
             num_patches: N.
             heads: H.
-            width: d of keys, E of projected patches.
+            width: d of keys and queries, E of projected patches, D of the CLS row.
         """
         return {
             "projected": (num_patches, width),
             "cls_attention": (heads, num_patches),
+            "cls_query": (heads, width),
             "keys": (heads, num_patches + 1, width),
             "attention": (heads, num_patches + 1, num_patches + 1),
+            "cls": (width,),
         }[self.kind]
 
 
@@ -164,12 +169,19 @@ class ReducedTokens:
         kept: `bool[I, N]` patches copied verbatim, in raster order, at the start of each row of `features`;
             None where all tokens are synthesised.
         scores: `float32[I, N]` what the choice was made on, as probabilities or weights, or None.
+        centres: `bool[I, N]` patches that synthesised tokens are made around (cluster centres, merge targets), or None.
+        order: `int64[I, M]` the row of `features` that the language model reads at each place; None: as they lie.
+            Crops that are merged by place (`llava.model.crops`) stay in raster order.
+        num_blank: `int64[I]` how many of the last rows read are zero behind the projector too, on the CPU; None: none.
     """
 
     features: Tensor
     lengths: Tensor
     kept: Tensor | None = None
     scores: Tensor | None = None
+    centres: Tensor | None = None
+    order: Tensor | None = None
+    num_blank: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +274,17 @@ class TokenReducer(ABC):
     @abstractmethod
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Reduce each image's tokens on its own: no row may influence another."""
+
+    def at_budget(self, num_tokens: int) -> "TokenReducer":
+        """The same method at what its paper calls a setting of so many tokens: here, so many patches.
+
+        Methods that compose a setting of several parts redefine this.
+        """
+        return replace(self, budget=Budget(num_tokens))
+
+    def most_tokens(self, num_patches: int) -> int:
+        """Return how many tokens a fixed budget leaves of N patches at most: here, those kept and one for the rest."""
+        return min(self.count_kept(num_patches) + 1, num_patches)
 
     def count_kept(self, num_patches: int) -> int:
         """Return how many of N patches a fixed budget keeps: at least one, so that no image is left without a token."""
