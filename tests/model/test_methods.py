@@ -1,46 +1,38 @@
-"""Other authors' methods: the patches that their own code keeps (tests/golden/methods)."""
+"""Other authors' methods: the answers of their own code (tests/golden/methods)."""
 
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from llava.model.token_reduction import Need, VisualTokens, parse_reducer
+from tests.golden_methods import CHECKS, METHODS, count_agreements, read_cases
 
-METHODS = Path(__file__).parents[1] / "golden" / "methods"
-
-
-def read_cases(method: str) -> list[dict[str, np.ndarray]]:
-    """Each robust case of a method, its shared input included."""
-    with np.load(METHODS / f"{method}_a.npz") as file:
-        arrays = {tuple(key.split("/")): file[key] for key in file.files if key != "meta"}
-    cases = []
-    for name in sorted({group for group, _ in arrays if group.startswith("case")}):
-        shared = f"in{arrays[name, 'input']}"
-        case = {key: value for group in (shared, name) for (own, key), value in arrays.items() if own == group}
-        if case["robust"]:
-            cases.append(case | {"name": name})
-    return cases
+FILES = sorted(METHODS.glob("*.npz"))
 
 
-FASTERVLM = read_cases("fastervlm")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_method_gives_what_the_authors_code_gives(path):
+    agreed, missed = count_agreements(path)
+    assert agreed and not missed
 
 
-def test_all_recorded_cases_are_robust():
-    assert len(FASTERVLM) == 11
+def test_every_method_with_a_check_has_recorded_answers():
+    assert {path.stem.removesuffix("_a") for path in FILES} == set(CHECKS)
 
 
-@pytest.mark.parametrize("case", FASTERVLM, ids=lambda case: case["name"])
-def test_fastervlm_keeps_the_patches_that_the_authors_code_keeps(case):
-    attention = torch.tensor(case["cls_attn"])
-    attention = attention if attention.dim() == 3 else attention[None]  # [I, H, N]
-    num_images, _, num_patches = attention.shape
-    side = int(num_patches**0.5)
-    patches = torch.arange(num_patches, dtype=torch.float32).expand(num_images, -1)[..., None]
-    tokens = VisualTokens(patches, (side, side), intermediates={Need("cls_attention", -2): attention})
-    reduced = parse_reducer(f"FasterVLM:{case['budget']}")(tokens)
-    expected = torch.tensor(case["keep_idx"]).reshape(num_images, -1)
-    assert reduced.features[..., 0].long().tolist() == expected.tolist()
-    assert reduced.lengths.tolist() == [int(case["budget"])] * num_images
-    assert [row.nonzero().flatten().tolist() for row in reduced.kept] == expected.tolist()
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_wrong_answer_is_noticed(path):
+    case = next(case for _, case in read_cases(path) if case["robust"])
+    answer = next(key for key in ("keep_idx", "keep_idx_cls0", "order_idx") if key in case)
+    assert CHECKS[path.stem.removesuffix("_a")](case)
+    wrong = case[answer].copy()
+    wrong.flat[-1] = wrong.flat[-1] - 1 if wrong.flat[-1] else wrong.flat[-1] + 1
+    assert not CHECKS[path.stem.removesuffix("_a")](case | {answer: wrong})
+
+
+def test_the_command_prints_a_line_per_file_and_fails_on_an_empty_folder(tmp_path):
+    command = [sys.executable, "-m", "tests.golden_methods"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 1 and "holds no npz file" in done.stderr
