@@ -228,9 +228,9 @@ class CheckpointCheck:
 
     def check_text_tower(self) -> str:
         """Load the tower's text half, which text-guided token reductions read."""
-        from llava.model.token_reduction import CONFIG_KEY, TEXT, parse_reducer
+        from llava.model.token_reduction import CONFIG_KEY, TEXT, parse_reduction
 
-        reducer = parse_reducer(getattr(self._ground("_config"), CONFIG_KEY, None))
+        reducer = parse_reduction(getattr(self._ground("_config"), CONFIG_KEY, None)).before
         tower = self._ground("_tower")
         if not tower.is_loaded:
             raise NotChecked

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import KeywordsStoppingCriteria
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.splice import PromptEmbeds
 from llava.protocols import ImageTokens, Tokenizer, VisionLanguageModel
 from llava.sampling import Sampling
 
@@ -45,7 +46,8 @@ class Generator:
 
     def shares_images(self, image_tokens: Sequence[Sequence[ImageTokens]], sampling: Sampling) -> bool:
         """Whether prompts about the same image cost less in one batch (see `share_images`)."""
-        return self._decoder is not None and sampling.is_greedy and share_images(image_tokens)
+        reads_ahead = self._decoder is not None and self._model.layer_reducer is None
+        return reads_ahead and sampling.is_greedy and share_images(image_tokens)
 
     @torch.inference_mode()
     def answer(
@@ -107,6 +109,11 @@ class Generator:
             **sampling.as_arguments(),
             **options,
         )
+
+
+def _first_step(batch: PromptEmbeds, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+    """The arguments of the pass that reads the prompts."""
+    return {"inputs_embeds": batch.embeds, "attention_mask": attention_mask, "position_ids": position_ids}
 
 
 def longest(prompts: Sequence[Tensor], image_tokens: Sequence[Sequence[ImageTokens]]) -> int:
@@ -224,25 +231,25 @@ class GreedyDecoder:
         self, prompts: Sequence[Tensor], image_tokens: Sequence[Sequence[ImageTokens]]
     ) -> tuple[dict[str, Tensor], DynamicCache]:
         """Make the first pass's arguments, and the cache with what the prompts share."""
+        if self._model.layer_reducer is not None:
+            # Which tokens leave depends on the whole prompt: nothing can be read ahead.
+            batch = self._embed(prompts, [image for own in image_tokens for image in own])
+            return _first_step(batch, batch.attention_mask, batch.position_ids), self._model.make_cache(batch)
         prefix = self._read_images(prompts, image_tokens) or self._read_opening(prompts)
         rests = [prompt[prefix.num_ids :] for prompt in prompts]
         images = [image for own in image_tokens for image in own[prefix.num_images :]]
-        positions, mask, embeds = self._embed(rests, images)
+        batch = self._embed(rests, images)
         shared = [tuple(state.expand(len(prompts), -1, -1, -1) for state in layer) for layer in prefix.states]
-        step = {
-            "inputs_embeds": embeds,
-            "attention_mask": torch.nn.functional.pad(mask, (prefix.length, 0), value=True),
-            "position_ids": positions + prefix.length,
-        }
+        mask = torch.nn.functional.pad(batch.attention_mask, (prefix.length, 0), value=True)
+        step = _first_step(batch, mask, batch.position_ids + prefix.length)
         return step, DynamicCache(shared or None, config=self._model.config)
 
-    def _embed(self, prompts: Sequence[Tensor], images: list[ImageTokens]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return position ids int64[S, L], attention mask bool[S, L] and embeddings [S, L, E], padded on the left."""
+    def _embed(self, prompts: Sequence[Tensor], images: list[ImageTokens]) -> PromptEmbeds:
+        """Embed prompts, padded on the left."""
         input_ids, attention_mask = pad_left(prompts)
-        batch = self._model.embed_prompts(
+        return self._model.embed_prompts(
             input_ids, attention_mask=attention_mask, image_tokens=images, padding_side="left"
         )
-        return batch.position_ids, batch.attention_mask, batch.embeds
 
     def _read_images(self, prompts: Sequence[Tensor], image_tokens: Sequence[Sequence[ImageTokens]]) -> Prefix | None:
         """Read prompts up to their first image, each image once; None where that does not pay.
@@ -258,8 +265,8 @@ class GreedyDecoder:
             len(prompt) > num_ids and torch.equal(prompt[:num_ids], beginning) for prompt in prompts
         ):
             return None
-        positions, _, embeds = self._embed([beginning] * len(images), list(images.values()))
-        states = self._read(inputs_embeds=embeds, position_ids=positions)
+        batch = self._embed([beginning] * len(images), list(images.values()))
+        states = self._read(inputs_embeds=batch.embeds, position_ids=batch.position_ids)
         order = list(images)
         rows = torch.tensor([order.index(id(own[0])) for own in image_tokens])  # on the host, as in `decode`
         return Prefix(num_ids, 1, [tuple(state[rows] for state in layer) for layer in states])

@@ -310,9 +310,9 @@ def compare_reduction(drawn: str, run: ModelSpec | None) -> str:
     """
     # Only drawing needs what imports torch.
     from llava.model.builder import read_config
-    from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+    from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 
-    reducer = parse_reducer(drawn)
+    reduction = parse_reduction(drawn)
     if run is None:
         return f"drawn with {drawn}; the run's setting is not known"
     setting = run.reduce
@@ -321,7 +321,7 @@ def compare_reduction(drawn: str, run: ModelSpec | None) -> str:
             setting = getattr(read_config(run.path), CONFIG_KEY, None) or "none"
     if setting is None:
         return f"drawn with {drawn}; the run's setting is that of its checkpoint's config.json"
-    return "" if parse_reducer(setting) == reducer else f"drawn with {drawn}; the run's setting is {setting}"
+    return "" if parse_reduction(setting) == reduction else f"drawn with {drawn}; the run's setting is {setting}"
 
 
 def load_run(run: DrawnRun, can_choose: bool) -> LoadedModel:

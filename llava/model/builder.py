@@ -23,7 +23,7 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.stored_weights import NO_WEIGHTS, first_line, holds_weights, list_weight_files
-from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -188,9 +188,8 @@ def read_config(model_path: str, customized_config: str | None = None, reduce: s
         raise InputError(f"{file} names no mm_vision_tower: this is a language model without vision")
     config._name_or_path = model_path
     if reduce is not None:
-        reducer = parse_reducer(reduce)
-        setattr(config, CONFIG_KEY, reducer.spec() if reducer else None)
-    parse_reducer(getattr(config, CONFIG_KEY, None))
+        setattr(config, CONFIG_KEY, parse_reduction(reduce).spec())
+    parse_reduction(getattr(config, CONFIG_KEY, None))
     return config
 
 

@@ -29,7 +29,16 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_vision_projector
 from llava.model.splice import PromptEmbeds, assign_images, count_placeholders, pad_batch, splice_sample, strip_padding
-from llava.model.token_reduction import CONFIG_KEY, TEXT, Need, ReducedTokens, TokenReducer, parse_reducer
+from llava.model.token_reduction import (
+    CONFIG_KEY,
+    TEXT,
+    LayerReducer,
+    Need,
+    ReducedTokens,
+    Reduction,
+    TokenReducer,
+    parse_reduction,
+)
 from llava.prompt import recover_query
 from llava.protocols import Tokenizer, VisionArguments
 
@@ -50,7 +59,7 @@ class LlavaMetaModel:
             self._add_newline(config)
 
     def _build_tower(self, config: PreTrainedConfig) -> VisionTower:
-        reducer = parse_reducer(getattr(config, CONFIG_KEY, None))
+        reducer = parse_reduction(getattr(config, CONFIG_KEY, None)).before
         select_feature = getattr(config, "mm_vision_select_feature", "patch")
         if reducer is not None and select_feature != "patch":
             raise InputError(
@@ -116,6 +125,7 @@ class LlavaMetaForCausalLM(ABC):
     """What a causal LM needs to read images."""
 
     token_reducer: TokenReducer | None = None
+    layer_reducer: LayerReducer | None = None
     tokenizer: Tokenizer | None = (
         None  # set by the loader; lets `recover_queries` read prompts of clients without texts
     )
@@ -134,15 +144,25 @@ class LlavaMetaForCausalLM(ABC):
         Raises:
             InputError: for a spec that does not parse, or that needs what the tower does not have.
         """
-        reducer = parse_reducer(spec)
+        reduction = parse_reduction(spec)
         tower = self.get_vision_tower()
-        if reducer is not None and tower is not None:
+        if reduction.before is not None and tower is not None:
             if tower.select_feature != "patch":
                 raise InputError(f"token reduction works on patches: set mm_vision_select_feature to patch ({spec})")
-            tower.provide(reducer.needs)
-        self.token_reducer = reducer
-        setattr(self.config, CONFIG_KEY, reducer.spec() if reducer else None)
+            tower.provide(reduction.before.needs)
+        self.take_reduction(reduction)
+        setattr(self.config, CONFIG_KEY, reduction.spec())
         self.note_budget()
+
+    def take_reduction(self, reduction: Reduction) -> None:
+        """Reduce in this way from now on.
+
+        Raises:
+            InputError: the language model has no such layer.
+        """
+        if reduction.inside is not None:
+            reduction.inside.layers(self.config.num_hidden_layers)
+        self.token_reducer, self.layer_reducer = reduction.before, reduction.inside
 
     def note_budget(self) -> None:
         """Warn of a budget that this tower's images cannot meet as it is written."""
@@ -312,8 +332,8 @@ class LlavaMetaForCausalLM(ABC):
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
         rows = (field.split(num_real) for field in (real_ids, text_embeds, real_labels))
         spliced = [splice_sample(*row) for row in zip(*rows, features, strict=True)]
-        embeds, targets = ([row[:limit] for row in column] for column in zip(*spliced, strict=True))
-        batch = pad_batch(embeds, targets, side=side)
+        embeds, targets, image_of = ([row[:limit] for row in column] for column in zip(*spliced, strict=True))
+        batch = pad_batch(embeds, targets, image_of, side=side)
         return batch if labels is not None else replace(batch, labels=None)
 
     def prepare_inputs_labels_for_multimodal(

@@ -11,6 +11,9 @@ from torch import Tensor
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 
+TEXT = -1
+"""In `image_of`: a token that belongs to no image."""
+
 
 @dataclass(frozen=True)
 class PromptEmbeds:
@@ -20,12 +23,14 @@ class PromptEmbeds:
         embeds: `[S, L, E]`, zeros at padding.
         attention_mask: `bool[S, L]`, False at padding.
         position_ids: `int64[S, L]`, counted from each sample's first token; 0 at padding.
+        image_of: `int64[S, L]` which of its sample's images each token belongs to, -1 at text and padding; on the CPU.
         labels: `int64[S, L]`, IGNORE_INDEX at image tokens and padding; None where no labels were given.
     """
 
     embeds: Tensor
     attention_mask: Tensor
     position_ids: Tensor
+    image_of: Tensor
     labels: Tensor | None = None
 
 
@@ -68,7 +73,7 @@ def assign_images(num_placeholders: list[int], num_images: int, *, allow_dummies
 
 def splice_sample(
     input_ids: Tensor, token_embeds: Tensor, labels: Tensor, image_features: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Replace each image placeholder by its image's tokens.
 
     Args:
@@ -79,25 +84,31 @@ def splice_sample(
         image_features: one `[M, E]` per placeholder, in order; M may differ and may be 0.
 
     Returns:
-        `[L, E]` embeddings and `int64[L]` labels, IGNORE_INDEX at image tokens.
+        `[L, E]` embeddings, `int64[L]` labels, IGNORE_INDEX at image tokens, and `int64[L]` the image that each token
+        belongs to, -1 at text, on the CPU.
     """
-    embeds, targets, start = [], [], 0
+    embeds, targets, image_of, start = [], [], [], 0
     placeholders = (input_ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-    for place, features in zip(placeholders, image_features, strict=True):
+    for number, (place, features) in enumerate(zip(placeholders, image_features, strict=True)):
         features = features.to(token_embeds)
         # The text up to the placeholder, then the image; the placeholder itself is skipped.
         embeds += [token_embeds[start:place], features]
         targets += [labels[start:place], labels.new_full((features.shape[0],), IGNORE_INDEX)]
+        image_of += [torch.full((place - start,), TEXT), torch.full((features.shape[0],), number)]
         start = place + 1
-    return torch.cat([*embeds, token_embeds[start:]]), torch.cat([*targets, labels[start:]])
+    image_of.append(torch.full((len(input_ids) - start,), TEXT))
+    return torch.cat([*embeds, token_embeds[start:]]), torch.cat([*targets, labels[start:]]), torch.cat(image_of)
 
 
-def pad_batch(embeds: list[Tensor], labels: list[Tensor], *, side: str = "right") -> PromptEmbeds:
+def pad_batch(
+    embeds: list[Tensor], labels: list[Tensor], image_of: list[Tensor], *, side: str = "right"
+) -> PromptEmbeds:
     """Stack spliced samples of different lengths.
 
     Args:
         embeds: S times `[L_i, E]`.
         labels: S times `int64[L_i]`, on any device.
+        image_of: S times `int64[L_i]`, on the CPU.
         side: where the padding goes, "right" (training) or "left" (generation).
 
     Returns:
@@ -115,7 +126,8 @@ def pad_batch(embeds: list[Tensor], labels: list[Tensor], *, side: str = "right"
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
 
     batch_labels = stack(labels, IGNORE_INDEX).to(device)
-    return PromptEmbeds(stack(embeds, 0), mask.to(device), position_ids.to(device), batch_labels)
+    owners = stack(image_of, TEXT)
+    return PromptEmbeds(stack(embeds, 0), mask.to(device), position_ids.to(device), owners, batch_labels)
 
 
 def strip_padding(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:

@@ -12,7 +12,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from llava.errors import InputError
-from llava.model.token_reduction import parse_reducer
+from llava.model.token_reduction import parse_reduction
 from llava.train.flags import DataArguments, LlavaTrainingFlags, ModelArguments, OneLineParser, check_flags
 from llava.train.targets import choose_template
 
@@ -66,5 +66,5 @@ def parse_arguments(
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"training arguments: {error}") from None
     choose_template(model_args.version)
-    parse_reducer(model_args.mm_vision_token_reduce_func)
+    parse_reduction(model_args.mm_vision_token_reduce_func)
     return model_args, data_args, training_args

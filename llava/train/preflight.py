@@ -19,7 +19,7 @@ from llava.image import EmbeddedImage
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX
 from llava.model.multimodal_encoder.loading import resolve_name
-from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.train.dataset import TextFormat
 from llava.train.flags import DataArguments, ModelArguments
 from llava.train.records import SHOWN_FAULTS, Record, locate_image, report_faults
@@ -173,7 +173,7 @@ def count_image_tokens(model_args: ModelArguments, data_args: DataArguments) -> 
     except (OSError, ValueError):
         return None  # loading the tower says why
     num_patches = (vision.image_size // vision.patch_size) ** 2
-    reducer = parse_reducer(getattr(model_args, CONFIG_KEY))
+    reducer = parse_reduction(getattr(model_args, CONFIG_KEY)).before
     canvases = data_args.image_grid_pinpoints if data_args.image_aspect_ratio == "anyres" else None
     if reducer is None:
         return ImageTokens(num_patches, True, canvases, vision.image_size)

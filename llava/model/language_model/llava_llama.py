@@ -4,13 +4,23 @@ import os
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llava.errors import InputError
 from llava.model.image_tokens import ImageTokens
+from llava.model.language_model.layer_reduction import ReducedCache, read_on, read_prompts
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+from llava.model.splice import PromptEmbeds
+from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 
 TOWER_PREFIX = "model.vision_tower."
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
@@ -26,6 +36,34 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     """The decoder with a vision tower and a projector."""
 
     config_class = LlavaConfig
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As transformers' decoder; with a `ReducedCache` image tokens leave between layers; positions are its own."""
+        if not isinstance(past_key_values, ReducedCache):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise InputError("attention maps and hidden states have no common shape where tokens leave between layers")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values.stretches:
+            hidden = read_on(self, past_key_values, embeds)
+        else:
+            hidden = read_prompts(self, past_key_values, embeds, attention_mask)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
@@ -43,9 +81,9 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         Raises:
             InputError: for a config that does not hold together.
         """
-        token_reducer = parse_reducer(getattr(config, CONFIG_KEY, None))
+        reduction = parse_reduction(getattr(config, CONFIG_KEY, None))
         super(LlamaForCausalLM, self).__init__(config)
-        self.token_reducer = token_reducer
+        self.take_reduction(reduction)
         self.model = LlavaLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -81,9 +119,12 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         `logits_to_keep` is in the signature because `generate` looks for it there: it then asks for the logits of the
         last position alone (the others are 2 % of the FLOPs of a 7B prefill, and gigabytes at large batches).
 
+        With labels, and in training, the language model reads all image tokens, whatever would leave inside it.
+
         Returns:
             Loss (mean over labelled tokens, with labels) and logits `[S, L, V]` over the spliced positions, or over
-            the last `logits_to_keep` of them.
+            the last `logits_to_keep` of them. Where image tokens leave inside the language model, L counts those that
+            reach the last layer, padded on the left.
         """
         if inputs_embeds is None and past_key_values is None:
             batch = self.embed_prompts(
@@ -96,6 +137,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             )
             input_ids, inputs_embeds, labels = None, batch.embeds, batch.labels
             attention_mask, position_ids = batch.attention_mask, batch.position_ids
+            if self.layer_reducer is not None and labels is None and not self.training:
+                past_key_values = self.make_cache(batch)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -155,6 +198,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             pad_token_id=pad_token_id,
         )
         self._check_length(batch.embeds.shape[1])
+        if self.layer_reducer is not None:
+            kwargs["past_key_values"] = self.make_cache(batch)
         # 3. Settings that contradict each other, of which transformers would warn.
         if not kwargs.get("do_sample"):
             # LLaVA's callers pass temperature=0 with greedy decoding.
@@ -166,6 +211,12 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         return super().generate(
             inputs_embeds=batch.embeds, attention_mask=batch.attention_mask, pad_token_id=pad_token_id, **kwargs
         )
+
+    def make_cache(self, batch: PromptEmbeds) -> DynamicCache:
+        """Make the empty cache that these prompts are read with: here the reduction inside the language model hangs."""
+        if self.layer_reducer is None:
+            return DynamicCache(config=self.config)
+        return ReducedCache(self.config, self.layer_reducer, batch.image_of)
 
     def _check_length(self, num_positions: int) -> None:
         limit = self.config.max_position_embeddings

@@ -1,16 +1,28 @@
 """Token reduction: which of an image's tokens reach the projector and the language model."""
 
 from llava.model.token_reduction.base import TEXT, Budget, Need, ReducedTokens, TokenReducer, VisualTokens
-from llava.model.token_reduction.registry import CONFIG_KEY, REDUCERS, parse_reducer
+from llava.model.token_reduction.layers import LayerReducer
+from llava.model.token_reduction.registry import (
+    CONFIG_KEY,
+    LAYER_REDUCERS,
+    REDUCERS,
+    Reduction,
+    parse_reducer,
+    parse_reduction,
+)
 
 __all__ = [
     "CONFIG_KEY",
+    "LAYER_REDUCERS",
     "REDUCERS",
     "TEXT",
     "Budget",
+    "LayerReducer",
     "Need",
     "ReducedTokens",
+    "Reduction",
     "TokenReducer",
     "VisualTokens",
     "parse_reducer",
+    "parse_reduction",
 ]

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -235,35 +235,29 @@ OPTION_TYPES = (int, float, bool, str)  # what a spec string can write, and read
 
 
 @dataclass(frozen=True)
-class TokenReducer(ABC):
-    """Base of all reducers. Subclasses are frozen dataclasses; their fields are the options of the spec string.
+class Method(ABC):
+    """What a spec string names: a frozen dataclass whose fields are its options.
 
-    An option is an int, a float, a bool or a str. A fixed budget of n keeps n patches, with at most one synthesised
-    token on top; methods that merge patches return at most n tokens instead.
+    An option is an int, a float, a bool or a str.
 
     Attributes:
-        budget: how many patches to keep.
+        budget: how many patches or tokens to keep.
         spec_name: the method's name in spec strings.
-        needs: what the method looks at besides the patches; a property where that depends on its options.
         has_automatic_budget: whether the method has a rule of its own for how many patches an image keeps.
     """
 
     budget: Budget = DEFAULT_BUDGET
 
     spec_name: ClassVar[str]
-    needs: ClassVar[frozenset[Need]] = frozenset()
     has_automatic_budget: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the options; subclasses with options to check extend this.
 
         Raises:
-            InputError: an automatic budget for a method that has no rule for one, or a layer that cannot be looked at.
-            TypeError: needs that are not a frozenset, or an option that a spec string cannot write (a programming
-                error).
+            InputError: an automatic budget for a method that has no rule for one.
+            TypeError: an option that a spec string cannot write (a programming error).
         """
-        if not isinstance(self.needs, frozenset):
-            raise TypeError(f"{type(self).__name__}.needs is not a frozenset")
         for option in fields(self):
             if option.name != "budget" and option.type not in OPTION_TYPES:
                 raise TypeError(f"{type(self).__name__}.{option.name}: an option is an int, a float, a bool or a str")
@@ -271,33 +265,58 @@ class TokenReducer(ABC):
             name = self.spec_name
             raise InputError(f"{name} has no automatic budget: give a fraction in (0, 1] or a count, as in {name}:0.2")
 
-    @abstractmethod
-    def __call__(self, tokens: VisualTokens) -> ReducedTokens:
-        """Reduce each image's tokens on its own: no row may influence another."""
-
-    def at_budget(self, num_tokens: int) -> "TokenReducer":
-        """The same method at what its paper calls a setting of so many tokens: here, so many patches.
+    def at_budget(self, num_tokens: int) -> Self:
+        """The same method at what its paper calls a setting of so many tokens: here, a budget of so many.
 
         Methods that compose a setting of several parts redefine this.
         """
         return replace(self, budget=Budget(num_tokens))
 
-    def most_tokens(self, num_patches: int) -> int:
-        """Return how many tokens a fixed budget leaves of N patches at most: here, those kept and one for the rest."""
-        return min(self.count_kept(num_patches) + 1, num_patches)
-
-    def count_kept(self, num_patches: int) -> int:
-        """Return how many of N patches a fixed budget keeps: at least one, so that no image is left without a token."""
-        return max(1, self.budget.count(num_patches))
-
     def spec(self) -> str:
-        """The spec string of this reducer: `parse_reducer(r.spec()) == r`; options at their default are left out."""
+        """The spec string of this method: parsing it gives an equal one; options at their default are left out."""
         text = f"{self.spec_name}:{self.budget}"
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name != "budget" and value != option.default:
                 text += f",{option.name}={str(value).lower() if isinstance(value, bool) else value}"
         return text
+
+
+@dataclass(frozen=True)
+class TokenReducer(Method):
+    """Base of all reducers before the language model.
+
+    A fixed budget of n keeps n patches, with at most one synthesised token on top; methods that merge patches return at
+    most n tokens instead.
+
+    Attributes:
+        needs: what the method looks at besides the patches; a property where that depends on its options.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Check the options; subclasses with options to check extend this.
+
+        Raises:
+            InputError: as `Method`, and for a layer that cannot be looked at.
+            TypeError: as `Method`, and for needs that are not a frozenset (a programming error).
+        """
+        if not isinstance(self.needs, frozenset):
+            raise TypeError(f"{type(self).__name__}.needs is not a frozenset")
+        super().__post_init__()
+
+    @abstractmethod
+    def __call__(self, tokens: VisualTokens) -> ReducedTokens:
+        """Reduce each image's tokens on its own: no row may influence another."""
+
+    def count_kept(self, num_patches: int) -> int:
+        """Return how many of N patches a fixed budget keeps: at least one, so that no image is left without a token."""
+        return max(1, self.budget.count(num_patches))
+
+    def most_tokens(self, num_patches: int) -> int:
+        """Return how many tokens a fixed budget leaves of N patches at most: here, those kept and one for the rest."""
+        return min(self.count_kept(num_patches) + 1, num_patches)
 
 
 def select_top(scores: Tensor, counts: Tensor | int) -> Tensor:

@@ -1,16 +1,23 @@
 """From the config string to a reducer: the table of names and the parser.
 
-Spec: `name[:budget][,option=value]...`, for example `TRIM:-1`, `TextSim+:0.25`, `TRIM:-1,similarity=direct`.
+Spec: `name[:budget][,option=value]...`, for example `TRIM:-1`, `TextSim+:0.25`, `TRIM:-1,similarity=direct`. A method
+inside the language model is written in the same way, and may stand behind one that works before it, as in
+`TRIM:-1|FastV:0.5,layer=2`.
 """
 
 import difflib
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 
 from llava.errors import InputError
-from llava.model.token_reduction.base import BUDGET_RULE, Budget, TokenReducer
+from llava.model.token_reduction.base import BUDGET_RULE, Budget, Method, TokenReducer
 from llava.model.token_reduction.baselines import Pool, RandomChoice
+from llava.model.token_reduction.dart import DART
+from llava.model.token_reduction.fast_v import FastV
 from llava.model.token_reduction.faster_vlm import FasterVLM
+from llava.model.token_reduction.layers import LayerReducer
+from llava.model.token_reduction.pyramid_drop import PyramidDrop
+from llava.model.token_reduction.sparse_vlm import SparseVLM, SparseVLMPlus
 from llava.model.token_reduction.trim import TextSim, TextSimPlus, Trim
 
 CONFIG_KEY = "mm_vision_token_reduce_func"
@@ -21,28 +28,80 @@ REDUCERS: dict[str, type[TokenReducer]] = {
 }
 
 
-def parse_reducer(spec: str | None) -> TokenReducer | None:
-    """Build the reducer that a spec string names.
+LAYER_REDUCERS: dict[str, type[LayerReducer]] = {
+    reducer.spec_name: reducer for reducer in (FastV, PyramidDrop, SparseVLM, SparseVLMPlus, DART)
+}
+"""The methods inside the language model."""
+
+SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a spec string asks for.
+
+    Attributes:
+        before: the method before the language model, or None.
+        inside: the method inside the language model, or None.
+    """
+
+    before: TokenReducer | None = None
+    inside: LayerReducer | None = None
+
+    def spec(self) -> str | None:
+        """The spec string that parses back to the same reduction; None for none."""
+        return SEPARATOR.join(part.spec() for part in (self.before, self.inside) if part is not None) or None
+
+
+def parse_reduction(spec: str | None) -> Reduction:
+    """Read a spec string.
 
     Args:
-        spec: `name[:budget][,option=value]...`; None, "" and "none" mean no reduction. Names are case-sensitive.
-
-    Returns:
-        The reducer, or None for no reduction.
+        spec: one method before the language model, one inside it, or one of each with "|" between, in this order; each
+            `name[:budget][,option=value]...`. None, "" and "none" mean no reduction. Names are case-sensitive.
 
     Raises:
         InputError: for an unknown name, option or value; the line names what is known and the closest match.
     """
     if spec is None or (isinstance(spec, str) and spec.strip().lower() in ("", "none")):
-        return None
+        return Reduction()
     if not isinstance(spec, str):
         raise InputError(f'{CONFIG_KEY}: {spec!r} is not a string; use for example "TRIM:-1", or null for no reduction')
-    head, *settings = [part.strip() for part in spec.split(",")]
+    methods = [_parse_method(part, spec) for part in spec.split(SEPARATOR)]
+    before = [method for method in methods if isinstance(method, TokenReducer)]
+    inside = [method for method in methods if isinstance(method, LayerReducer)]
+    if len(before) > 1 or len(inside) > 1 or methods != before + inside:
+        raise InputError(
+            f'{CONFIG_KEY}: "{spec}": use at most one method before the language model ({", ".join(REDUCERS)}), then '
+            f"at most one inside it ({', '.join(LAYER_REDUCERS)})"
+        )
+    return Reduction(*(before or [None]), *(inside or [None]))
+
+
+def parse_reducer(spec: str | None) -> TokenReducer | None:
+    """Read a spec string that names no method inside the language model.
+
+    Returns:
+        The method, or None for no reduction.
+
+    Raises:
+        InputError: as `parse_reduction`, and for a method inside the language model.
+    """
+    reduction = parse_reduction(spec)
+    if reduction.inside is not None:
+        raise InputError(f'{CONFIG_KEY}: "{spec}": {reduction.inside.spec_name} works inside the language model')
+    return reduction.before
+
+
+def _parse_method(text: str, spec: str) -> Method:
+    """Build one method; `spec` is the whole string, for messages."""
+    head, *settings = [part.strip() for part in text.split(",")]
     name, colon, budget_text = (part.strip() for part in head.partition(":"))
-    if name not in REDUCERS:
-        raise InputError(f'{CONFIG_KEY}: unknown token reducer "{name}" in "{spec}"{_suggest(name, list(REDUCERS))}')
+    table: dict[str, type[Method]] = REDUCERS | LAYER_REDUCERS
+    if name not in table:
+        raise InputError(f'{CONFIG_KEY}: unknown token reducer "{name}" in "{spec}"{_suggest(name, list(table))}')
     options: dict[str, object] = {}
-    known = {option.name: option for option in fields(REDUCERS[name]) if option.name != "budget"}
+    known = {option.name: option for option in fields(table[name]) if option.name != "budget"}
     for setting in settings:
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or key not in known:
@@ -53,7 +112,7 @@ def parse_reducer(spec: str | None) -> TokenReducer | None:
     try:
         if colon:
             options["budget"] = Budget(_to_number(budget_text))
-        return REDUCERS[name](**options)
+        return table[name](**options)
     except InputError as error:
         raise InputError(f'{CONFIG_KEY}: "{spec}": {error}') from None
 
