@@ -18,7 +18,7 @@
 #   DRY_RUN=1              print the commands instead of running them
 #
 # A benchmark that fails does not stop the others; the failed ones are named at the end, and the exit code is 1. Ctrl-C
-# and SIGTERM end everything within seconds; the same command goes on from there.
+# and SIGTERM end everything within seconds, and a kill of this script does; the same command goes on from there.
 
 MODELS=(
     "llava-v1.5-7b=liuhaotian/llava-v1.5-7b --reduce none"
@@ -129,7 +129,7 @@ run_all() {
             # A number of an earlier run must not pass for this one's.
             run rm -f "$json"
             # In the background: only while it waits does the shell heed a signal at once.
-            LLAVA_EVAL_JSON=$json run_benchmark "$benchmark" "$index" &
+            LLAVA_EVAL_JSON=$json LLAVA_SCRIPT_PID=$$ run_benchmark "$benchmark" "$index" &
             if ! wait $!; then
                 FAILED+=("$benchmark of ${NAMES[index]}")
             elif [[ ! -e $json && ${DRY_RUN:-0} != 1 ]]; then

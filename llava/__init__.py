@@ -7,7 +7,7 @@ they are first used.
 import sys
 from importlib import import_module
 
-from llava.packages import explain_missing_packages
+from llava.packages import start_command
 
 __version__ = "1.1.0"
 
@@ -18,7 +18,7 @@ _EXPORTS = {
 }
 
 if sys.argv[:1] == ["-m"]:  # `python -m llava...` is looking for its module: a command starts
-    explain_missing_packages()
+    start_command()
 
 __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "__version__", "load_pretrained_model"]
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llava.conversation import conversation_name_for, get_model_name_from_path
 from llava.errors import InputError
+from llava.files import FileError, read_text
 from llava.protocols import ImageProcessor, Tokenizer, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ DTYPES = ("float16", "bfloat16", "float32")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE_SECONDS = 2.0
 """How long a command that was told to end may clean up."""
-PARENT_VARIABLE = "LLAVA_PARENT_PIPE"
-"""Number of a file descriptor that is closed when the command that started this one is gone, however it ended."""
+PARENT_VARIABLE = "LLAVA_SCRIPT_PID"
+"""Names the process that started this one as its worker: when that is gone, however it ended, this one ends too."""
+WATCH_SECONDS = 1.0
 
 
 # ------------------------------------------------------------------------------------------------------ types of values
@@ -333,11 +335,23 @@ def _end_after_signal(reading: int, numbers: Sequence[int], grace_seconds: float
     os.close(reading)
 
 
-def _end_with_parent(descriptor: int) -> None:
-    """Wait until the starting process is gone, which closes its end of the pipe."""
-    try:
-        while os.read(descriptor, 1):
-            pass
-    except OSError:
-        return  # no such descriptor: somebody else set the variable
+def _end_with_parent(parent: int) -> None:
+    """Wait until the process that this one works for is gone; it cannot pass SIGKILL on."""
+    while is_alive(parent):
+        time.sleep(WATCH_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not. Always on Windows: it cannot tell."""
+    if os.name != "posix":
+        return True  # signal 0 would end it there
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with suppress(FileError):  # there is no /proc on macOS
+        return read_text(Path(f"/proc/{process}/stat")).rpartition(")")[2].split()[:1] != ["Z"]
+    return True

@@ -83,7 +83,7 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
         missing = f"error: this needs the package {package}, which is not installed: pip install {package}"
         return (2, missing) if package else None
     if isinstance(error, TerminatedError):
-        return 143, "terminated"
+        return 143, "stopped by SIGTERM"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, BrokenPipeError):

@@ -36,11 +36,11 @@ NEEDED_BY_SOME = {
 """What one command or one option needs."""
 
 
-def explain_missing_packages():
-    """Make this command end in one line, with code 2, if a package of ours is missing or Python is too old.
+def start_command():
+    """Make this command end in one line if a package of ours is missing, Python is too old, or Ctrl-C comes early.
 
     Nothing else changes: a missing part of an installed package, or a package of somebody else, is an error of the
-    installation or of a program, and keeps its traceback.
+    installation or of a program, and keeps its traceback. Once a command runs, `errors.run_command` sees to Ctrl-C.
     """
     refuse_old_python()
     usual = sys.excepthook
@@ -50,6 +50,9 @@ def explain_missing_packages():
             refuse_missing(list_missing())
         if kind is ModuleNotFoundError and error.name in NEEDED_BY_SOME:
             refuse_missing([error.name])
+        if kind is KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            return  # Python ends by the signal
         usual(kind, error, trace)
 
     sys.excepthook = explain

@@ -10,6 +10,7 @@ use_environment
 "$PYTHON" -m ruff format --check .
 shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
 git ls-files -z '*.sh' .ci/run | xargs -0 "$shellcheck" -x
-# UTF-8 whatever the locale is: the tests' own files are.
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUTF8=1
-"$PYTHON" -m pytest "$@"
+# UTF-8 whatever the locale is: the tests' own files are. Two processes, a file of tests each at a time, with one thread
+# each where nothing else is asked for.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUTF8=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+"$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"

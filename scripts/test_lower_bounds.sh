@@ -13,8 +13,7 @@ fi
 venv="$1"
 shift
 if ! cmp -s scripts/lower_bounds.txt "$venv/.installed"; then
-    find_python
-    [[ -x "$venv/bin/python" ]] || "$BASE_PYTHON" -m venv "$venv"
+    [[ -x "$venv/bin/python" ]] || "$(find_base_python)" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r scripts/lower_bounds.txt
     cp scripts/lower_bounds.txt "$venv/.installed"
 fi

@@ -143,7 +143,7 @@ WAIT = """try:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "line"), [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGINT, 130, "interrupted\n")]
+    ("number", "code", "line"), [(signal.SIGTERM, 143, "stopped by SIGTERM\n"), (signal.SIGINT, 130, "interrupted\n")]
 )
 def test_a_signal_is_a_clean_end(number, code, line):
     with subprocess.Popen(

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, STOP_SIGNALS, Stopped, ending_on_signals
@@ -286,25 +285,14 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path | No
     It ends when this process is gone, even killed.
     """
     repository = find_repository()
-    pipes = [open_parent_pipe()] if os.name == "posix" else []  # Windows cannot hand them on
-    settings = {**os.environ, **environment}
-    if pipes:
-        settings[PARENT_VARIABLE] = str(pipes[0])
+    settings = {**os.environ, **environment, PARENT_VARIABLE: str(os.getpid())}
     if repository:
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
     if log is None:
-        return subprocess.Popen(command, cwd=repository, env=settings, pass_fds=pipes)
+        return subprocess.Popen(command, cwd=repository, env=settings)
     make_folder(log.parent)
     with explain_errors("write", log), log.open("wb") as file:
-        return subprocess.Popen(
-            command, cwd=repository, env=settings, pass_fds=pipes, stdout=file, stderr=subprocess.STDOUT
-        )
-
-
-@cache
-def open_parent_pipe() -> int:
-    """Return the reading end of a pipe whose other end this process alone holds, for `llava.cli.ending_on_signals`."""
-    return os.pipe()[0]
+        return subprocess.Popen(command, cwd=repository, env=settings, stdout=file, stderr=subprocess.STDOUT)
 
 
 def execute(command: Sequence[str]) -> int:

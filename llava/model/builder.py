@@ -6,6 +6,7 @@ Full checkpoints, and with a base model LoRA and projector-only ones.
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 
@@ -27,6 +28,7 @@ from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CPU_BLOCK = 32  # of bitsandbytes' 4-bit product on CPUs with AVX512-BF16
 UNQUANTISED = ("model.mm_projector", "model.vision_tower", "lm_head")
 DEFAULT_CONTEXT_LENGTH = 2048  # what LLaVA's loader reports for configs without max_sequence_length
 
@@ -96,6 +98,8 @@ def load_pretrained_model(
         model = load_on_base(part, model_base, config, settings, merge=not (load_8bit or load_4bit))
     if "device_map" not in settings:
         model.to(device)
+    if load_4bit and torch.device(device).type == "cpu":
+        _check_packing(model)
     model.tokenizer = tokenizer
     _clean_generation_config(model)
     # 3. The towers.
@@ -264,3 +268,18 @@ def _loading_settings(
             llm_int8_skip_modules=list(UNQUANTISED),
         )
     return settings
+
+
+def _check_packing(model: nn.Module) -> None:
+    """Check that bitsandbytes can pack 4-bit layers for this CPU; it asserts so at the first question.
+
+    Raises:
+        InputError: a layer's width is no multiple of a block, where the CPU's own 4-bit product is used.
+    """
+    for name, layer in model.named_modules():
+        packs = getattr(layer, "support_avx512bf16_for_cpu", False)
+        if packs and layer.out_features % CPU_BLOCK:
+            raise InputError(
+                f"load_4bit: {name} is {layer.out_features} wide; on this CPU 4-bit layers must be multiples of "
+                f"{CPU_BLOCK} wide: use load_8bit, or leave quantisation out"
+            )

@@ -12,14 +12,11 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 
-from llava.files import FileError, read_text
+from llava.cli import PARENT_VARIABLE, WATCH_SECONDS, is_alive
 
 SECONDS_VARIABLE, DEFAULT_SECONDS = "STOP_SECONDS", 60.0
-SCRIPT_VARIABLE = "LLAVA_SCRIPT_PID"  # the script that started the launcher; ranks end when it is gone
-WATCH_SECONDS = 1.0
 SIGNAL_CODE = 128  # of the shell: 128 + the signal's number
 
 
@@ -45,7 +42,7 @@ def install() -> None:
         # What was ignored stays so (a background job's Ctrl-C); launchers ignore SIGUSR1, which is meant for ranks.
         if number is not None and (name == "SIGUSR1" or signal.getsignal(number) is not signal.SIG_IGN):
             signal.signal(number, _answer)
-    if "LOCAL_RANK" in os.environ or SCRIPT_VARIABLE in os.environ:
+    if "LOCAL_RANK" in os.environ or PARENT_VARIABLE in os.environ:
         threading.Thread(target=_watch_parents, daemon=True).start()
 
 
@@ -110,24 +107,11 @@ def _say(line: str) -> None:
 
 def _watch_parents() -> None:
     """Ask for a stop when the launcher or the script that started it is gone; they cannot forward SIGKILL."""
-    script, parent = os.environ.get(SCRIPT_VARIABLE, ""), os.getppid()
+    script, parent = os.environ.get(PARENT_VARIABLE, ""), os.getppid()
     watched = int(script) if script.isdecimal() else None
     while True:
         time.sleep(WATCH_SECONDS)
         is_orphan = "LOCAL_RANK" in os.environ and os.getppid() != parent
-        if is_orphan or (watched is not None and not _is_alive(watched)):
+        if is_orphan or (watched is not None and not is_alive(watched)):
             os.kill(os.getpid(), getattr(signal, "SIGUSR1", signal.SIGTERM))
             return
-
-
-def _is_alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    with suppress(FileError):  # there is no /proc on macOS
-        return read_text(Path(f"/proc/{process}/stat")).rpartition(")")[2].split()[:1] != ["Z"]
-    return True

@@ -177,6 +177,35 @@ def test_the_workers_of_a_run_that_was_killed_end_themselves(repository: Path, h
     end_soon(script.list_pids())
 
 
+def test_the_benchmark_under_way_ends_when_the_script_of_all_is_killed(repository: Path, here: Path) -> None:
+    waiting = here / "wait.py"
+    waiting.write_text(WAIT)
+    body = f"exec {sys.executable} {waiting} in_thread"
+    script = start_script(repository, here, body, *ALL, PYTHONPATH=str(repository))
+    others = list_children(script.process.pid)
+    time.sleep(0.5)
+    script.process.send_signal(signal.SIGKILL)
+    script.process.wait()
+    end_soon([*others, *script.list_pids()])
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "filelock.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llava.eval", "list"],
+        cwd=repository,
+        env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    code, seconds, error = stop(process, "SIGINT")
+    assert code == -signal.SIGINT  # 130 for a shell
+    assert seconds < LIMIT_SECONDS
+    assert error == "interrupted\n"
+
+
 # ------------------------------------------------------------------------------------------------------- real commands
 def start_answer(repository: Path, *arguments: object, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
