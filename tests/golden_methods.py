@@ -17,10 +17,15 @@ from transformers import LlamaConfig, LlamaModel
 
 from llava.model.language_model.layer_reduction import SampleView
 from llava.model.token_reduction import Need, ReducedTokens, VisualTokens, parse_reducer, parse_reduction
+from llava.model.token_reduction.base import PROJECTED, cosines
+from llava.model.token_reduction.cd_pruner import SMALLEST_RELEVANCE, find_relevance, pick_by_determinant
 from llava.model.token_reduction.dart import find_pivots, take_least_similar
+from llava.model.token_reduction.div_prune import pick_diverse
 from llava.model.token_reduction.fast_v import keep_attended
 from llava.model.token_reduction.layers import keep_top
+from llava.model.token_reduction.prumerge import attend_as_one_head, find_dropped
 from llava.model.token_reduction.pyramid_drop import rank_by_last_query
+from llava.model.token_reduction.scope import pick_by_coverage
 from llava.model.token_reduction.sparse_vlm import (
     PLUS_TARGETS,
     TARGETS,
@@ -31,6 +36,7 @@ from llava.model.token_reduction.sparse_vlm import (
     recycle,
     rotary_weights,
 )
+from llava.model.token_reduction.vis_pruner import choose_survivors
 
 Case = dict[str, np.ndarray]
 METHODS = Path(__file__).parent / "golden" / "methods"
@@ -77,6 +83,128 @@ def check_fastervlm(case: Case) -> bool:
     reduced = parse_reducer(f"FasterVLM:{case['budget']}")(tokens)
     expected = expected_indices(case, num_images)
     return reduced.features[..., 0].long().tolist() == expected and kept_indices(reduced) == expected
+
+
+def check_visionzip(case: Case) -> bool:
+    hidden, keys, attention = batched(case["hidden"], 3), batched(case["keys"], 4), batched(case["cls_attn"], 3)
+    num_images, num_patches = hidden.shape[0], hidden.shape[1] - 1
+    needs = {Need("cls_attention", -2): attention, Need("cls", -2): hidden[:, 0], Need("keys", -2): keys}
+    tokens = VisualTokens(hidden[:, 1:], square(num_patches), intermediates=needs)
+    reduced = parse_reducer(f"VisionZip:{case['dominant']},contextual={case['contextual']}")(tokens)
+    found = torch.stack([row[order] for row, order in zip(reduced.features, reduced.order, strict=True)])
+    expected = case["keep_idx_cls0"].reshape(num_images, -1)
+    same_patches = [[0, *(place + 1 for place in row)] for row in kept_indices(reduced)] == np.sort(expected).tolist()
+    return same_patches and is_close(found, batched(case["tokens"], 3), 1e-5)
+
+
+def check_divprune(case: Case) -> bool:
+    projected = batched(case["projected"], 3)
+    num_images, num_patches, _ = projected.shape
+    tokens = VisualTokens(
+        numbered_patches(num_images, num_patches), square(num_patches), intermediates={PROJECTED: projected}
+    )
+    reducer = parse_reducer(f"DivPrune:{float(case['subset_ratio'])!r}")
+    picks = pick_diverse(projected, reducer.count_kept(num_patches))
+    return picks.tolist() == case["selection_order"].reshape(num_images, -1).tolist() and kept_indices(
+        reducer(tokens)
+    ) == expected_indices(case, num_images)
+
+
+def check_cdpruner(case: Case) -> bool:
+    projected, joint = batched(case["projected"], 3), batched(case["joint"], 3)
+    num_images, num_patches, _ = projected.shape
+    text = torch.tensor(case["text"]).expand(num_images, -1, -1)  # [I, rows, P]
+    count, expected = int(case["budget"]), case["selection_order"].reshape(num_images, -1).tolist()
+    relevance = find_relevance(joint, text)
+    # The code scales over the whole batch; a batch of one is scaled as an image is.
+    low, high = relevance.min(), relevance.max()
+    picks = pick_by_determinant(cosines(projected), (relevance - low + SMALLEST_RELEVANCE) / (high - low), count)
+    if num_images > 1:
+        return picks.tolist() == expected
+    tokens = VisualTokens(projected, square(num_patches), joint, text, {PROJECTED: projected})
+    kept = kept_indices(parse_reducer(f"CDPruner:{count}")(tokens))
+    return picks.tolist() == expected and kept == expected_indices(case, num_images)
+
+
+def check_scope(case: Case) -> bool:
+    patches, attention = batched(case["patches"], 3), batched(case["cls_attn"], 3)
+    num_images, num_patches, _ = patches.shape
+    # The code divides the budget by the number of images.
+    count, alpha, combine = int(case["budget"]) // num_images, float(case["alpha"]), str(case["combine"])
+    saliency = attention.sum(dim=1) ** alpha
+    picks = pick_by_coverage(cosines(patches), saliency, count, adds=combine == "add")
+    tokens = VisualTokens(patches, square(num_patches), intermediates={Need("cls_attention", -2): attention})
+    kept = kept_indices(parse_reducer(f"SCOPE:{count},alpha={alpha!r},combine={combine}")(tokens))
+    expected = case["selection_order"].reshape(num_images, -1).tolist()
+    return picks.tolist() == expected and kept == expected_indices(case, num_images)
+
+
+def check_vispruner(case: Case) -> bool:
+    patches, attention = batched(case["patches"], 3), batched(case["cls_attn"], 3)
+    num_images, num_patches, _ = patches.shape
+    tokens = VisualTokens(patches, square(num_patches), intermediates={Need("cls_attention", -2): attention})
+    ratio, count = float(case["important_ratio"]), int(case["budget"])
+    kept = kept_indices(parse_reducer(f"VisPruner:{count},important_ratio={ratio!r}")(tokens))
+    is_same = kept == expected_indices(case, num_images)
+    if "selection_order" in case:
+        order = attention.mean(dim=1).argsort(dim=1, descending=True, stable=True)
+        important = int(count * ratio)
+        survivors = choose_survivors(patches, order[:, important:], count - important)
+        found = torch.cat([order[:, :important], survivors], dim=1)
+        is_same &= found.tolist() == case["selection_order"].reshape(num_images, -1).tolist()
+    return is_same
+
+
+def check_prumerge(case: Case, name: str = "PruMerge") -> bool:
+    patches, keys, query = batched(case["patches"], 3), batched(case["keys"], 3), batched(case["query_cls"], 2)
+    num_images, num_patches, _ = patches.shape
+    needs = {Need("keys", -1): keys[:, None], Need("cls_query", -1): query[:, None]}
+    attention = attend_as_one_head(query[:, None], keys[:, None])
+    # The code takes one ratio for a batch: for more than one image its count is a fixed budget.
+    is_adaptive = bool(case["adaptive"]) and num_images == 1
+    budget = "-1" if is_adaptive else repr(float(case["reduction_ratio"]))
+    reducer = parse_reducer(f"{name}:{budget}")
+    reduced = reducer(VisualTokens(patches, square(num_patches), intermediates=needs))
+    count = int(num_patches * float(case["reduction_ratio"]) + 1e-9)
+    orders = attention.argsort(dim=1, descending=True, stable=True)
+    kept = [reducer.choose(order, count) for order in orders]
+    dropped = [find_dropped(own, num_patches).tolist() for own in kept]
+    return (
+        [own.tolist() for own in kept] == case["keep_idx"].reshape(num_images, -1).tolist()
+        and dropped == case["complement_idx"].reshape(num_images, -1).tolist()
+        and reduced.lengths.tolist() == [len(kept[0]) + 1] * num_images
+        and is_close(attention, batched(case["cls_attn"], 2), 1e-5)
+        and is_close(reduced.features, batched(case["tokens"], 3), 1e-5)
+    )
+
+
+def check_prumergeplus(case: Case) -> bool:
+    return check_prumerge(case, "PruMerge+")
+
+
+def check_hiprune(case: Case) -> bool:
+    # The maps from recorded queries and keys: the middle layer, then the deep one.
+    queries, keys = batched(case["q"], 5), batched(case["k"], 5)  # [I, 2, H, N + 1, d]
+    num_images, num_patches = queries.shape[0], queries.shape[3] - 1
+    maps = (queries @ keys.transpose(-1, -2)).softmax(dim=-1)
+    middle = int(case["object_layer"])
+    needs = {Need("attention", middle): maps[:, 0], Need("attention", -2): maps[:, 1]}
+    tokens = VisualTokens(numbered_patches(num_images, num_patches), square(num_patches), intermediates=needs)
+    # The code divides the budget by the number of images.
+    count = int(case["budget"]) // num_images
+    spec = f"HiPrune:{count},alpha={float(case['alpha'])!r},object_layer={middle}"
+    return kept_indices(parse_reducer(spec)(tokens)) == expected_indices(case, num_images)
+
+
+def check_holov(case: Case) -> bool:
+    projected, attention = batched(case["projected"], 3), batched(case["cls_attn"], 3)
+    num_images, num_patches, _ = projected.shape
+    needs = {PROJECTED: projected, Need("cls_attention", -2): attention}
+    tokens = VisualTokens(numbered_patches(num_images, num_patches) + 1, square(num_patches), intermediates=needs)
+    reduced = parse_reducer(f"HoloV:{case['budget']},crops={case['num_crops']}")(tokens)
+    found = torch.stack([row[order] for row, order in zip(reduced.features[..., 0], reduced.order, strict=True)]) - 1
+    blanks = (found < 0).sum(dim=1)
+    return found.tolist() == batched(case["order_idx"], 2).tolist() and blanks.tolist() == reduced.num_blank.tolist()
 
 
 # Inside the language model ------------------------------------------------------------------------------------------
@@ -208,11 +336,20 @@ def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 CHECKS: dict[str, Callable[[Case], bool]] = {
+    "cdpruner": check_cdpruner,
     "dart": check_dart,
+    "divprune": check_divprune,
     "fastervlm": check_fastervlm,
     "fastv": check_fastv,
+    "hiprune": check_hiprune,
+    "holov": check_holov,
+    "prumerge": check_prumerge,
+    "prumergeplus": check_prumergeplus,
     "pyramiddrop": check_pyramiddrop,
+    "scope": check_scope,
     "sparsevlm": check_sparsevlm,
+    "visionzip": check_visionzip,
+    "vispruner": check_vispruner,
 }
 """By the method's name in the files' names: whether ours gives the recorded answer to a case."""
 

@@ -15,6 +15,7 @@ import torch
 
 from llava.errors import InputError
 from llava.model.token_reduction import (
+    LAYER_REDUCERS,
     REDUCERS,
     TEXT,
     Budget,
@@ -23,6 +24,7 @@ from llava.model.token_reduction import (
     TokenReducer,
     VisualTokens,
     parse_reducer,
+    parse_reduction,
 )
 from llava.model.token_reduction.base import gather_kept, select_top
 from llava.model.token_reduction.trim import count_upper_outliers
@@ -38,6 +40,18 @@ EXTRA_SPECS = [
     "TextSim:0.001,min_keep=0",
     "FasterVLM:9,layer=-1",
     "Random:9,seed=3,mean=true",
+    "VisionZip:9,contextual=0",
+    "VisionZip:20,contextual=30",
+    "VisPruner:9,important_ratio=0.0",
+    "VisPruner:10,important_ratio=1.0",
+    "VisPruner:11,important_ratio=0.3",
+    "SCOPE:9,alpha=0.0",
+    "SCOPE:9,alpha=2.0,combine=add",
+    "HiPrune:9,alpha=1.0,object_layer=1,layer=-1",
+    "HiPrune:9,alpha=0.0",
+    "HoloV:9,crops=5",
+    "HoloV:30,crops=40,faithful=false",
+    "PruMerge:3",
 ]
 
 
@@ -59,12 +73,17 @@ def make_tokens(
     joint = torch.randn(num_images, side * side, 8, generator=generator) * 1.5
     text = torch.randn(num_images, 8, generator=generator)
     intermediates = {
-        need: torch.randn(num_images, *need.shape(side * side, heads=3, width=4), generator=generator).softmax(dim=-1)
+        need: torch.randn(num_images, *shape_of(need, side * side), generator=generator).softmax(dim=-1)
         for need in needs - {TEXT}
     }
     if TEXT not in needs:
         joint = text = None
     return VisualTokens(patches.to(dtype), (side, side), joint, text, intermediates)
+
+
+def shape_of(need: Need, num_patches: int) -> tuple[int, ...]:
+    """With three heads; the CLS row is as wide as the patches, which are 16 wide."""
+    return need.shape(num_patches, heads=3, width=16 if need.kind == "cls" else 4)
 
 
 def map_tokens(tokens: VisualTokens, change: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
@@ -125,8 +144,7 @@ class TestContract:
         generator = torch.Generator().manual_seed(1)
         others = {Need(kind, layer) for kind in Need.KINDS_OF_A_LAYER for layer in (-1, -2)}
         intermediates = {
-            need: torch.rand(5, *need.shape(36, heads=3, width=4), generator=generator)
-            for need in others | {Need("projected")}
+            need: torch.rand(5, *shape_of(need, 36), generator=generator) for need in others | {Need("projected")}
         }
         joint = torch.randn(5, 36, 8, generator=generator) if tokens.joint is None else tokens.joint
         text = torch.randn(5, 8, generator=generator) if tokens.text is None else tokens.text
@@ -185,7 +203,7 @@ class TestContract:
         assert torch.equal(reducer(rows_of(tokens, order)).lengths, lengths[order])
 
 
-@pytest.mark.parametrize("name", ["TRIM", "TextSim", "TextSim+", "FasterVLM", "Random"])
+@pytest.mark.parametrize("name", [name for name in REDUCERS if name not in ("Pool", "PruMerge", "PruMerge+")])
 def test_methods_that_select_patches_report_them(name):
     assert parse_reducer(name)(make_tokens(name)).kept.shape == (5, 36)
 
@@ -464,7 +482,7 @@ def test_no_spec_means_no_reduction(spec):
     [
         ("TRIMM:-1", 'did you mean "TRIM"?'),
         ("trim:-1", 'did you mean "TRIM"?'),
-        ("PRUNE:0.5", f"known: {', '.join(REDUCERS)}"),
+        ("PRUNE:0.5", f"known: {', '.join([*REDUCERS, *LAYER_REDUCERS])}"),
         ("TRIM:abc", '"abc" is not a budget'),
         ("TRIM:25%", '"25%" is not a budget'),
         ("TRIM:", '"" is not a budget'),
@@ -486,6 +504,23 @@ def test_no_spec_means_no_reduction(spec):
         ("Random:0.5,mean=perhaps", "mean must be true or false"),
         ("Pool:-1", "no automatic budget"),
         ("FasterVLM:-1", "no automatic budget"),
+        ("VisionZip:54,contextual=-1", "contextual=-1 must be 0 or more"),
+        ("VisPruner:64,important_ratio=2", "important_ratio=2 must be between 0 and 1"),
+        ("SCOPE:64,combine=max", "combine=max is unknown: use multi or add"),
+        ("SCOPE:64,alpha=-1", "alpha=-1 must be 0 or more"),
+        ("SCOPE:64,alpha=nan", "alpha=nan must be 0 or more"),
+        ("HiPrune:64,alpha=1.5", "alpha=1.5 must be between 0 and 1"),
+        ("HoloV:64,crops=0", "crops=0 must be 1 or more"),
+        ("TRIM:-1|VisionZip:54", "at most one method before the language model"),
+        ("FastV:0.5|TRIM:-1", "at most one method before the language model"),
+        ("FastV:0.5|DART:64", "at most one inside it"),
+        ("TRIM:-1|", 'unknown token reducer ""'),
+        ("FastV:-1", "no automatic budget"),
+        ("FastV:0.5,position_ids=new", "position_ids=new is unknown: use original or packed"),
+        ("PyramidDrop:0.5,stages=8-16", "rising layer numbers with slashes between"),
+        ("PyramidDrop:0.5,stages=16/8", "rising layer numbers with slashes between"),
+        ("SparseVLM:64,position_ids=original", "merged tokens have no position of their own"),
+        ("DART:64,pivot_image=0", "use >= 1 and >= 0"),
         ("FasterVLM:64,layer=0", "cls_attention[0]: hidden state 0 is the embeddings"),
         ("FasterVLM:64,layer=x", "layer must be a whole number"),
         (0.25, "is not a string"),
@@ -493,7 +528,7 @@ def test_no_spec_means_no_reduction(spec):
 )
 def test_wrong_spec_ends_in_one_line_that_says_what_is_right(spec, says):
     with pytest.raises(InputError) as caught:
-        parse_reducer(spec)
+        parse_reduction(spec)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "mm_vision_token_reduce_func" in str(caught.value)

@@ -319,6 +319,54 @@ class TokenReducer(Method):
         return min(self.count_kept(num_patches) + 1, num_patches)
 
 
+@dataclass(frozen=True)
+class ClsAttentionReducer(TokenReducer):
+    """Base of the methods that look at the CLS row of one layer's attention.
+
+    Attributes:
+        layer: counted as `mm_vision_select_layer`; -2 as in the released code of the methods here.
+    """
+
+    layer: int = -2
+
+    @property
+    def cls_attention(self) -> Need:
+        return Need("cls_attention", self.layer)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({self.cls_attention})
+
+    def mean_attention(self, tokens: VisualTokens) -> Tensor:
+        """Average the heads: `float32[I, N]`."""
+        return tokens.require(self.cls_attention).mean(dim=1)
+
+
+def keep_patches(patches: Tensor, kept: Tensor, num_kept: int, scores: Tensor | None = None) -> ReducedTokens:
+    """Keep the same number of each image's patches, in raster order, and nothing else.
+
+    Args:
+        patches: `[I, N, D]`.
+        kept: `bool[I, N]`.
+        num_kept: of each image.
+        scores: `float32[I, N]` what the choice was made on.
+    """
+    features, lengths = gather_kept(patches, kept, num_kept)
+    return ReducedTokens(features=features, lengths=lengths, kept=kept, scores=scores)
+
+
+def mark(chosen: Tensor, num_patches: int) -> Tensor:
+    """Turn the chosen patches' numbers `int64[I, K]` into `bool[I, N]`."""
+    marks = torch.zeros(chosen.shape[0], num_patches, dtype=torch.bool, device=chosen.device)
+    return marks.scatter(1, chosen, True)
+
+
+def cosines(vectors: Tensor, others: Tensor | None = None) -> Tensor:
+    """Cosine of each vector with each other: `[I, N, D]` and `[I, M, D]` (default: the same) to `float32[I, N, M]`."""
+    directions = F.normalize(vectors.float(), dim=-1)
+    return directions @ (directions if others is None else F.normalize(others.float(), dim=-1)).transpose(-1, -2)
+
+
 def select_top(scores: Tensor, counts: Tensor | int) -> Tensor:
     """Select each image's patches with the highest scores.
 

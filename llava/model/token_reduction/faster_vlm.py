@@ -11,35 +11,22 @@ nothing is added to them: the paper's 64-token setting for LLaVA-1.5 is `FasterV
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.model.token_reduction.base import Need, ReducedTokens, TokenReducer, VisualTokens, gather_kept, select_top
+from llava.model.token_reduction.base import ClsAttentionReducer, ReducedTokens, VisualTokens, keep_patches, select_top
 
 
 @dataclass(frozen=True)
-class FasterVLM(TokenReducer):
+class FasterVLM(ClsAttentionReducer):
     """The patches with the highest CLS attention, in raster order.
 
     Attributes:
         budget: a fraction or a count of patches.
-        layer: whose attention is read, counted as `mm_vision_select_layer`; -2 as in the released code.
+        layer: as in `ClsAttentionReducer`.
     """
-
-    layer: int = -2
 
     spec_name: ClassVar[str] = "FasterVLM"
 
-    @property
-    def cls_attention(self) -> Need:
-        return Need("cls_attention", self.layer)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({self.cls_attention})
-
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Keep the top patches of each image."""
-        attention = tokens.require(self.cls_attention)  # [I, H, N]
-        scores = attention.mean(dim=1)  # [I, N]
+        scores = self.mean_attention(tokens)  # [I, N]
         num_kept = self.count_kept(scores.shape[1])
-        kept = select_top(scores, num_kept)
-        features, lengths = gather_kept(tokens.patches, kept, num_kept)  # [I, K, D], [I]
-        return ReducedTokens(features=features, lengths=lengths, kept=kept, scores=scores)
+        return keep_patches(tokens.patches, select_top(scores, num_kept), num_kept, scores)

@@ -12,19 +12,31 @@ from dataclasses import Field, dataclass, fields
 from llava.errors import InputError
 from llava.model.token_reduction.base import BUDGET_RULE, Budget, Method, TokenReducer
 from llava.model.token_reduction.baselines import Pool, RandomChoice
+from llava.model.token_reduction.cd_pruner import CDPruner
 from llava.model.token_reduction.dart import DART
+from llava.model.token_reduction.div_prune import DivPrune
 from llava.model.token_reduction.fast_v import FastV
 from llava.model.token_reduction.faster_vlm import FasterVLM
+from llava.model.token_reduction.hi_prune import HiPrune
+from llava.model.token_reduction.holo_v import HoloV
 from llava.model.token_reduction.layers import LayerReducer
+from llava.model.token_reduction.prumerge import PruMerge, PruMergePlus
 from llava.model.token_reduction.pyramid_drop import PyramidDrop
+from llava.model.token_reduction.scope import SCOPE
 from llava.model.token_reduction.sparse_vlm import SparseVLM, SparseVLMPlus
 from llava.model.token_reduction.trim import TextSim, TextSimPlus, Trim
+from llava.model.token_reduction.vis_pruner import VisPruner
+from llava.model.token_reduction.vision_zip import VisionZip
 
 CONFIG_KEY = "mm_vision_token_reduce_func"
 
 # Every entry point, the parser's messages and the contract test take the methods from this table.
 REDUCERS: dict[str, type[TokenReducer]] = {
-    reducer.spec_name: reducer for reducer in (Trim, TextSim, TextSimPlus, FasterVLM, RandomChoice, Pool)
+    reducer.spec_name: reducer
+    for reducer in (
+        *(Trim, TextSim, TextSimPlus, VisionZip, FasterVLM, VisPruner, DivPrune, CDPruner, SCOPE, HiPrune, HoloV),
+        *(PruMerge, PruMergePlus, RandomChoice, Pool),
+    )
 }
 
 
