@@ -52,9 +52,8 @@ def mark_anchors(middle: Tensor, count: int, columns: int) -> Tensor:
         `bool[I, N]`.
     """
     anchors = middle.argsort(dim=1, descending=True, stable=True)[:, :count]  # [I, count]
-    steps = torch.tensor([0, -1, 1, -columns, columns], device=middle.device)
-    area = (anchors[..., None] + steps).clamp(0, middle.shape[1] - 1)
-    return mark(area.flatten(1), middle.shape[1])
+    area = torch.cat([anchors + step for step in (0, -1, 1, -columns, columns)], dim=1)
+    return mark(area.clamp(0, middle.shape[1] - 1), middle.shape[1])
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,22 @@ ATTENTION_SCALE = 1000
 VARIANCE_WEIGHT = 0.09
 
 
-def lay_out_runs(num_patches: int, num_runs: int) -> Tensor:
-    """Cut a sequence into runs, longer ones first: `int64[runs, longest]` numbers, -1 behind shorter runs."""
-    parts = torch.arange(num_patches).tensor_split(min(num_runs, num_patches))
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
+def lay_out_runs(num_patches: int, num_runs: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a sequence into runs, longer ones first.
+
+    Returns:
+        `int64[runs, longest]` the patches of each run, -1 behind shorter runs; `int64[N]` each patch's run, and its
+        place there.
+    """
+    num_runs = min(num_runs, num_patches)
+    length, num_longer = divmod(num_patches, num_runs)
+    run = torch.arange(num_runs, device=device)[:, None]
+    place = torch.arange(length + (num_longer > 0), device=device)[None, :]
+    number = run * length + run.clamp(max=num_longer) + place
+    runs = torch.where(place < length + (run < num_longer), number, -1)
+    patch, in_longer = torch.arange(num_patches, device=device), num_longer * (length + 1)
+    run_of = torch.where(patch < in_longer, patch // (length + 1), num_longer + (patch - in_longer) // length)
+    return runs, run_of, patch - run_of * length - run_of.clamp(max=num_longer)
 
 
 def score_runs(features: Tensor, attention: Tensor, runs: Tensor) -> Tensor:
@@ -49,7 +61,7 @@ def score_runs(features: Tensor, attention: Tensor, runs: Tensor) -> Tensor:
     Args:
         features: `[I, N, E]` projected patches.
         attention: `float32[I, N]`.
-        runs: from `lay_out_runs`.
+        runs: `int64[runs, longest]` from `lay_out_runs`.
 
     Returns:
         `float32[I, runs]`.
@@ -122,22 +134,19 @@ class HoloV(ClsAttentionReducer):
         num_patches = attention.shape[1]
         budget = self.count_kept(num_patches)
         # 1. Shares.
-        runs = lay_out_runs(num_patches, self.crops).to(attention.device)
+        runs, run_of, place = lay_out_runs(num_patches, self.crops, attention.device)
         scores = score_runs(tokens.require(PROJECTED).float(), attention, runs)
         shares = share_budget(scores, budget)  # [I, runs]
         # 2. The rank of each patch in its run.
         inside = torch.where(runs >= 0, attention[:, runs.clamp(min=0)], float("-inf"))
         rank = inside.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # [I, runs, longest]
-        is_there = runs >= 0
-        run_of = torch.arange(len(runs), device=runs.device)[:, None].expand_as(runs)[is_there]  # [N]
-        rank = rank[:, is_there]  # [I, N]
+        rank = rank.flatten(1)[:, run_of * runs.shape[1] + place]  # [I, N]
         share = shares[:, run_of]
         kept = rank < share
         if not self.faithful or budget == num_patches:
             kept = select_top(attention + 2.0 * kept, budget)
         # 3. Reading order: run by run, by rank; a run that is kept whole in raster order.
-        length = is_there.sum(dim=1)[run_of]
-        place = torch.arange(runs.shape[1], device=runs.device).expand_as(runs)[is_there]  # [N] in its run
+        length = (runs >= 0).sum(dim=1)[run_of]
         key = run_of * num_patches + torch.where(share >= length, place, rank)
         features, counts = gather_kept(tokens.patches, kept)
         order = self._reading_order(kept, key, features.shape[1])

@@ -61,8 +61,7 @@ def find_dropped(kept: Tensor, num_patches: int) -> Tensor:
 
     Where a patch is kept twice, the dropped patch with the smallest number is missing for each such double.
     """
-    numbers = torch.arange(num_patches, device=kept.device)
-    numbers[kept] = 0
+    numbers = torch.arange(num_patches, device=kept.device).index_fill(0, kept, 0)
     return numbers.sort().values[len(kept) :]
 
 
@@ -123,7 +122,7 @@ class PruMerge(TokenReducer):
         num_images, num_patches, _ = patches.shape
         attention = attend_as_one_head(tokens.require(Need("cls_query", LAST_LAYER)), keys)  # [I, N]
         if self.budget.is_automatic:
-            counts = count_upper_outliers(attention).tolist()  # waits for the device
+            counts = count_upper_outliers(attention).cpu().tolist()  # waits for the device
         else:
             counts = [self.count_kept(num_patches)] * num_images
         orders = attention.argsort(dim=1, descending=True, stable=True)
@@ -132,7 +131,7 @@ class PruMerge(TokenReducer):
         rows = []
         for image, count in enumerate(counts):
             kept = self.choose(orders[image], count)
-            centres[image, kept] = True
+            centres[image].index_fill_(0, kept, True)
             rows.append(merge_neighbours(patches[image], flat_keys[image], attention[image], kept))
         features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])

@@ -39,9 +39,9 @@ CONTEXTUAL_SHARE = 5 / 32
 """Of a setting: 10 of 64, 20 of 128, 30 of 192, 5 of 32."""
 
 
-def choose_targets(num_rest: int, contextual: int) -> Tensor:
+def choose_targets(num_rest: int, contextual: int, device: torch.device | None = None) -> Tensor:
     """Choose every so-many-th of the patches that are left: `int64[contextual]` places among them."""
-    return torch.arange(contextual) * max(1, num_rest // contextual)
+    return torch.arange(contextual, device=device) * max(1, num_rest // contextual)
 
 
 def merge_into_targets(patches: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def merge_into_targets(patches: Tensor, keys: Tensor, targets: Tensor) -> Tensor
     """
     nearest = cosines(keys, keys[:, targets]).argmax(dim=2)  # [I, R]
     joins = F.one_hot(nearest, len(targets)).float()  # [I, R, T]
-    joins[:, targets] = 0  # targets themselves join nobody
+    joins = joins.index_fill(1, targets, 0)  # targets themselves join nobody
     total = joins.transpose(1, 2) @ patches.float()
     mean = total / joins.sum(dim=1).clamp(min=1)[..., None]
     return (patches[:, targets].float() + mean).to(patches.dtype)
@@ -119,7 +119,7 @@ class VisionZip(ClsAttentionReducer):
         if contextual:
             place = (~kept).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_rest]  # [I, R]
             keys = tokens.require(Need("keys", self.layer)).float().mean(dim=1)[:, 1:]  # [I, N, d]
-            targets = choose_targets(num_rest, contextual).to(place.device)
+            targets = choose_targets(num_rest, contextual, place.device)
             rest, rest_keys = (
                 each.gather(1, place[..., None].expand(-1, -1, each.shape[-1])) for each in (patches, keys)
             )
