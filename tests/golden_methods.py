@@ -213,19 +213,15 @@ def image_of(case: Case) -> slice:
     return slice(start, start + int(case["image_len"]))
 
 
-def places(kept: Tensor) -> list[int]:
-    return kept.nonzero().flatten().tolist()
-
-
 def check_fastv(case: Case) -> bool:
     attention, image = torch.tensor(case["attn_last"]), image_of(case)
     num_tokens = int(case["image_len"])
     method = parse_reduction(f"FastV:{1 - float(case['ratio'])!r},layer={case['K']}").inside
     kept = keep_attended(attention[:, image], method.counts(num_tokens, 32)[0])
     before, after = list(range(image.start)), list(range(image.stop, int(case["seq_len"])))
-    positions = before + [image.start + place for place in places(kept)] + after
+    positions = before + [image.start + place for place in kept.tolist()] + after
     return (
-        places(kept) == case["keep_idx"].tolist()
+        kept.tolist() == case["keep_idx"].tolist()
         and positions == case["keep_positions"].tolist()
         and (positions == case["position_ids"].tolist()) == (method.position_ids == "original")
     )
@@ -249,8 +245,9 @@ def check_pyramiddrop(case: Case) -> bool:
         view = SampleView(model, None, 0, 0, hidden, hidden[:length], rows, rows, image, [], hidden, image, [])
         found = rank_by_last_query(view.next_attention([length - 1])[:, 0, image])
         top = keep_top(found, int(int(case["image_len_original"]) * ratio))
-        is_same &= is_close(found, scores, 1e-5) and places(top) == kept
-        is_same &= positions[: length - int((~top).sum())] == list(range(length - int((~top).sum())))
+        is_same &= is_close(found, scores, 1e-5) and top.tolist() == kept
+        num_left = length - (len(found) - len(top))
+        is_same &= positions[:num_left] == list(range(num_left))
     return is_same and parse_reduction("PyramidDrop").inside.position_ids == "packed"
 
 
@@ -279,7 +276,7 @@ def check_sparsevlm(case: Case) -> bool:
     visual, text = torch.tensor(case["embeds_visual"]), torch.tensor(case["embeds_text"])
     image, num_tokens = image_of(case), int(case["image_len"])
     # 1. Raters.
-    raters = places(find_raters(visual, text))
+    raters = find_raters(visual, text).nonzero().flatten().tolist()
     # 2. Scores.
     attention = torch.tensor(case["attn_text_rows"])[:, raters]
     if attention.shape[-1] != num_tokens:
@@ -296,16 +293,17 @@ def check_sparsevlm(case: Case) -> bool:
     is_same = (
         raters == case["rater_text_idx"].tolist()
         and is_close(scores, torch.tensor(case["scores"]), 2e-3 if is_plus else 1e-5)
-        and places(kept) == case["keep_idx"].tolist()
+        and kept.tolist() == case["keep_idx"].tolist()
     )
-    num_left = int(case["seq_len"]) - int((~kept).sum())
+    dropped = torch.tensor([place for place in range(num_tokens) if place not in kept.tolist()])
+    num_left = int(case["seq_len"]) - len(dropped)
     if is_plus:
-        expected = [*range(image.start), *(image.start + place for place in places(kept))]
+        expected = [*range(image.start), *(image.start + place for place in kept.tolist())]
         return is_same and case["position_ids"].tolist()[: len(expected)] == expected
-    merged = recycle(torch.tensor(case["hidden"])[image][~kept], scores[~kept], torch.tensor(case["density_noise"]))
+    merged = recycle(torch.tensor(case["hidden"])[image][dropped], scores[dropped], torch.tensor(case["density_noise"]))
     return (
         is_same
-        and len(merged) == int(case["num_merged"]) == count_recycled(int((~kept).sum()))[1]
+        and len(merged) == int(case["num_merged"]) == count_recycled(len(dropped))[1]
         and is_close(merged, torch.tensor(case["merged"]), 1e-5)
         and case["position_ids"].tolist() == list(range(num_left + len(merged)))
     )
@@ -325,8 +323,8 @@ def check_dart(case: Case) -> bool:
     return (
         found == (case["image_pivots"].tolist(), case["text_pivots"].tolist())
         and visits == case["pivot_visit_order"].tolist()
-        and places(kept) == case["keep_idx"].tolist()
-        and int(kept.sum()) == method.counts(num_tokens, 32)[0]
+        and kept.tolist() == case["keep_idx"].tolist()
+        and len(kept) == method.counts(num_tokens, 32)[0]
     )
 
 

@@ -126,6 +126,7 @@ def place() -> str:
 
 OPTIONS = {"HiPrune": ",object_layer=2"}  # the tower has 4 layers
 SPECS = [f"{name}:0.3{OPTIONS.get(name, '')}" for name in REDUCERS] + ["TRIM:-1", "PruMerge:-1", "Random:0.3,mean=true"]
+LAYER_SPECS = ["FastV:0.3,layer=1", "PyramidDrop:0.5", "SparseVLM:0.3", "SparseVLM+:0.3", "TRIM:-1|DART:16,layer=1"]
 COUNTED = ("TRIM", "TextSim", "HoloV", "Random", "PruMerge:-1")
 """How many tokens these keep, or which, the host does not know before."""
 QUERIES = ["What color is the circle?", "Is there a dog?", "How many?"]
@@ -254,7 +255,9 @@ def test_greedy_decoding_waits_once_per_token(model, device, shared, ends):
     assert len(device.waits) == num_steps, device.waits
 
 
-def test_generate_finds_everything_on_the_device(model, device):
+@pytest.mark.parametrize("spec", ["TRIM:-1", *LAYER_SPECS])
+def test_generate_finds_everything_on_the_device(model, device, spec):
+    model.set_token_reduction(spec)
     ids = torch.stack([prompt[:10] for prompt in draw_prompts(model)])
     answer = model.generate(ids, images=torch.randn(3, 3, 84, 84), texts=QUERIES, max_new_tokens=2, do_sample=False)
     assert answer.device == DEVICE

@@ -130,7 +130,8 @@ def read_masked(model, method, sample, answer: Tensor) -> Tensor:
                 left = method.reduce(view)
                 assert left.merged is None
                 places = torch.arange(image.start, image.stop)[before[image]]
-                alive[places[~left.kept]] = False
+                alive[places] = False
+                alive[places[left.kept]] = True
         # A dropped token still sees itself: its row needs something to attend to, and nobody reads the row.
         allowed = causal & (alive[None, :] | torch.eye(length, dtype=torch.bool))
         hidden, weights = attend_slowly(layer, hidden, cos, sin, allowed)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llava.errors import InputError
 from llava.model.token_reduction.base import Budget
-from llava.model.token_reduction.layers import LayerReducer, LayerView, Left, check_layer
+from llava.model.token_reduction.layers import LayerReducer, LayerView, Left, check_layer, find_marked
 
 PUBLISHED_BUDGET = Budget(128)
 
@@ -61,19 +61,20 @@ def take_least_similar(states: Tensor, image: slice, image_pivots: list[int], vi
         quota: how many each takes.
 
     Returns:
-        `bool[M]` image tokens that are taken, pivots included.
+        `int64[K]` image tokens that are taken, pivots included, rising.
     """
     directions = F.normalize(states.float(), dim=-1)
     similarity = directions[visits] @ directions[image].T  # [pivots, M]
     taken = torch.zeros(image.stop - image.start, dtype=torch.bool, device=states.device)
-    taken[[place - image.start for place in image_pivots]] = True
+    for place in image_pivots:
+        taken[place - image.start] = True
     left = len(taken) - len(image_pivots)
     for row in similarity:
         number = min(quota, left)
         order = row.masked_fill(taken, float("inf")).argsort(stable=True)
-        taken[order[:number]] = True
+        taken = taken.index_fill(0, order[:number], True)
         left -= number
-    return taken
+    return find_marked(taken, len(taken) - left)
 
 
 @dataclass(frozen=True)

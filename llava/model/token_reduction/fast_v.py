@@ -25,7 +25,7 @@ PUBLISHED_BUDGET = Budget(0.5)
 
 
 def keep_attended(attention: Tensor, count: int) -> Tensor:
-    """Mark the most attended tokens: `float32[H, M]`, one query's attention per head, to `bool[M]`."""
+    """Find the most attended tokens: `float32[H, M]`, one query's attention per head, to `int64[count]`, rising."""
     return keep_top(attention.mean(dim=0), count)
 
 

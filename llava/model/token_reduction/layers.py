@@ -74,7 +74,7 @@ class Left:
     """What a method leaves of one image.
 
     Attributes:
-        kept: `bool[M]` tokens that go on as they are.
+        kept: `int64[K]` places among the M of the tokens that go on as they are, rising.
         merged: `[m, E]` tokens that are added behind them, or None.
     """
 
@@ -150,7 +150,10 @@ def same_depth(published: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
-    """Mark the highest scores: `float32[M]` to `bool[M]`; among equal ones the earlier wins."""
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[scores.argsort(descending=True, stable=True)[:count]] = True
-    return kept
+    """Find the highest scores: `float32[M]` to `int64[count]`, rising places; among equal ones the earlier wins."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def find_marked(marks: Tensor, count: int) -> Tensor:
+    """List the marked tokens, `bool[M]` to `int64[count]`, where the host knows how many: it does not wait."""
+    return marks.to(torch.uint8).argsort(descending=True, stable=True)[:count]

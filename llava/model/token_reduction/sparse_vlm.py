@@ -30,7 +30,7 @@ from torch import Tensor
 
 from llava.errors import InputError
 from llava.model.token_reduction.base import Budget
-from llava.model.token_reduction.layers import LayerReducer, LayerView, Left, keep_top, same_depth
+from llava.model.token_reduction.layers import LayerReducer, LayerView, Left, find_marked, keep_top, same_depth
 
 STAGES = (3, 7, 16)
 PUBLISHED_TOKENS = 576
@@ -191,7 +191,7 @@ class SparseVLM(LayerReducer):
         """Keep what the raters look at most, and merge some of the others."""
         # 1. Who rates.
         raters = find_raters(view.inputs[view.input_image], view.inputs[view.input_text])
-        rows = [view.text[number] for number in raters.nonzero().flatten().tolist()]  # waits for the device
+        rows = [view.text[number] for number in raters.cpu().nonzero().flatten().tolist()]  # waits for the device
         # 2. Scores.
         attention = view.past_attention(rows)[:, :, view.image]  # [H, R, M]
         scores = self._score(attention, view.positions[rows], view.positions[view.image], view.frequencies)
@@ -199,8 +199,12 @@ class SparseVLM(LayerReducer):
         layers = self.layers(view.num_layers)
         target = self.targets(view.num_original)[-len(layers) :][layers.index(view.layer)]
         kept = keep_top(scores, self._num_kept(target, len(scores)))
-        dropped = view.hidden[view.image][~kept]
-        return Left(kept, recycle(dropped, scores[~kept]) if self.merges and len(dropped) else None)
+        num_dropped = len(scores) - len(kept)
+        if not self.merges or not num_dropped:
+            return Left(kept)
+        is_dropped = torch.ones_like(scores, dtype=torch.bool).index_fill(0, kept, False)
+        dropped = find_marked(is_dropped, num_dropped)
+        return Left(kept, recycle(view.hidden[view.image][dropped], scores[dropped]))
 
     def _score(self, attention: Tensor, rows: Tensor, columns: Tensor, frequencies: Tensor) -> Tensor:
         """Rate image tokens `float32[M]` by the raters' attention `float32[H, R, M]`, given both sides' positions."""
