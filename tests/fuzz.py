@@ -7,6 +7,7 @@ seconds. Failures are printed with the number that repeats them: `--only N`.
 
 import argparse
 import contextlib
+import copy
 import faulthandler
 import io
 import json
@@ -77,19 +78,22 @@ class Report:
 def mutate_json(data: object, rng: random.Random) -> object:
     """Change, drop or add one thing somewhere in JSON data, in place where that is possible; return the data."""
     if rng.random() < 0.03 or not isinstance(data, dict | list) or not data:
-        return rng.choice(ODD_VALUES)
+        return odd_value(rng)
     key = rng.choice(list(data) if isinstance(data, dict) else range(len(data)))
     if isinstance(data[key], dict | list) and data[key] and rng.random() < 0.6:
         data[key] = mutate_json(data[key], rng)
     elif rng.random() < 0.2:
         del data[key]
     elif isinstance(data, dict) and rng.random() < 0.1:
-        data[rng.choice(("", "load_in_4bit", "quantization_config", "auto_map", str(key) + "s"))] = rng.choice(
-            ODD_VALUES
-        )
+        data[rng.choice(("", "load_in_4bit", "quantization_config", "auto_map", str(key) + "s"))] = odd_value(rng)
     else:
-        data[key] = rng.choice(ODD_VALUES)
+        data[key] = odd_value(rng)
     return data
+
+
+def odd_value(rng: random.Random) -> object:
+    """Choose a value of its own: a shared list could end up inside itself."""
+    return copy.deepcopy(rng.choice(ODD_VALUES))
 
 
 def mutate_bytes(content: bytes, rng: random.Random) -> bytes:

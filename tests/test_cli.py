@@ -258,6 +258,7 @@ def test_visualize_refuses_a_question_that_no_tokenizer_takes(command, tmp_path,
 
 
 def test_visualize_writes_an_image(command, tmp_path):
+    pytest.importorskip("matplotlib")
     out = tmp_path / "new folder" / "kept.png"
     code, _, err = command(
         visualize_main, "--model-path", TRIM, "--image-file", TALL, "--query", f"{BUS} 这张", "--out", out
@@ -267,6 +268,7 @@ def test_visualize_writes_an_image(command, tmp_path):
 
 
 def test_visualize_refuses_a_checkpoint_that_keeps_everything(command, tmp_path):
+    pytest.importorskip("matplotlib")
     arguments = ("--model-path", PLAIN, "--image-file", TALL, "--query", BUS, "--out", tmp_path / "a.png")
     code, _, err = command(visualize_main, *arguments)
     assert code == 2 and "--reduce" in err and not (tmp_path / "a.png").exists()

@@ -78,6 +78,7 @@ def test_a_users_text_becomes_the_query(loaded, checkpoints, read, name, ask, te
 
 
 def test_visualize_reads_its_query(loaded, checkpoints, read) -> None:
+    pytest.importorskip("matplotlib")
     visualize(loaded[1], loaded[2], load_image(IMAGE), "What is <image>?")
     assert read == ["What is  ?"]
 

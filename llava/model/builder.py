@@ -101,7 +101,6 @@ def load_pretrained_model(
     if load_4bit and torch.device(device).type == "cpu":
         _check_packing(model)
     model.tokenizer = tokenizer
-    _clean_generation_config(model)
     # 3. The towers.
     tower = model.get_vision_tower()
     check_tower_fits(config, tower, model_path)
@@ -227,19 +226,6 @@ def check_tower_fits(config: LlavaConfig, tower: VisionTower, model_path: str) -
         refuse(file, "mm_hidden_size", config.mm_hidden_size, f"{tower.hidden_size}, the width of {tower.name}")
     if getattr(config, "image_aspect_ratio", None) == "anyres":
         check_pinpoints(config.image_grid_pinpoints, file, tower.image_size)
-
-
-def _clean_generation_config(model: LlavaLlamaForCausalLM) -> None:
-    """Mend settings of released checkpoints: sampling values without sampling, whole numbers where transformers wants
-    others.
-    """
-    settings = model.generation_config
-    if not settings.do_sample:
-        settings.temperature = settings.top_p = settings.top_k = None
-    for key in ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty", "length_penalty"):
-        value = getattr(settings, key, None)
-        if value is not None:
-            setattr(settings, key, float(value))
 
 
 def _loading_settings(

@@ -133,6 +133,7 @@ def test_adapters_and_their_base_count(checkpoint: Path, golden: Path, tmp_path:
 
 
 def test_an_open_clip_tower_counts_with_its_weights(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"weights")
     tower = f"open_clip:ViT-B-32-quickgelu,pretrained={weights}"

@@ -45,6 +45,7 @@ def test_the_example_passes_the_repositorys_lint(example: Path) -> None:
 def test_a_thirteenth_benchmark_runs_through_every_command(
     example: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("matplotlib")
     answers, scores = tmp_path / "answers.jsonl", tmp_path / "scores.json"
     task = [example, "--root", tmp_path / "data" / "colors", "--answers", answers]
     answered = run("answer", *task, "--model-path", tiny_checkpoint, "--max-new-tokens", 4)

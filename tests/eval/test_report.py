@@ -238,6 +238,7 @@ def unscored(task: str, kept: float) -> Result:
 
 @pytest.mark.parametrize("missing", ["plain", "trim", "both"])
 def test_a_benchmark_without_a_score_keeps_its_row(tmp_path: Path, missing: str) -> None:
+    pytest.importorskip("matplotlib")
     runs = two_models()
     for model, kept in (("plain", 64.0), ("trim", 12.0)):
         runs.append((model, unscored("mmvet", kept) if missing in (model, "both") else result("mmvet", 30.0, kept)))
@@ -256,6 +257,7 @@ def test_a_benchmark_without_a_score_keeps_its_row(tmp_path: Path, missing: str)
 
 
 def test_runs_without_a_score_are_put_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     runs = [("plain", unscored("mmvet", 64.0)), ("trim", unscored("mmvet", 12.0))]
     report = make_report(runs)
     (rows,) = report.tables.values()

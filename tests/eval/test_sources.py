@@ -41,6 +41,7 @@ def test_several_images_and_none_are_read(tmp_path: Path) -> None:
         ({"image": "a.jpg", "text": "x"}, "questions.jsonl line 2", '"question_id" must be'),
         (GOOD | {"question_id": True}, "questions.jsonl line 2", '"question_id" must be'),
         (GOOD | {"text": None}, 7, '"text" must be a string'),
+        (GOOD | {"text": None, "category": {}}, 7, '"category" must be a string'),
         (GOOD | {"image": 3}, 7, '"image" must be a file name'),
         (GOOD | {"image": ""}, 7, '"image" must be a file name'),
     ],

@@ -244,6 +244,7 @@ def silent_server() -> Iterator[ThreadingHTTPServer]:
 def test_scoring_ends_while_the_judge_is_silent(
     repository: Path, golden: Path, tmp_path: Path, silent_server: ThreadingHTTPServer, name: str
 ) -> None:
+    pytest.importorskip("openai")
     folder = golden / "oracle" / "mm_vet"
     address = {"OPENAI_BASE_URL": f"http://127.0.0.1:{silent_server.server_port}/v1", "NO_PROXY": "127.0.0.1"}
     cache = ["--judge-cache", tmp_path / "replies.jsonl"]

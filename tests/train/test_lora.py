@@ -156,8 +156,10 @@ def test_a_lora_run_with_added_tokens_resumes_identically(run_training: Callable
 @pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is an extra")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_trains_on_a_quantised_model_and_loads_on_the_whole_one(
-    bits: int, run_training: Callable, tmp_path: Path
+    bits: int, run_training: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    # The product that some CPUs have of their own wants wider layers than these.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     trainer = run_training(bits=bits, max_steps=3, learning_rate=1e-2, **LORA)
     kinds = {type(module).__name__ for module in trainer.model.modules()}
     assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in kinds
@@ -167,8 +169,7 @@ def test_qlora_trains_on_a_quantised_model_and_loads_on_the_whole_one(
     on_quantised = {"load_4bit": bits == 4, "load_8bit": bits == 8}
     tokenizer, quantised, _, _ = load_pretrained_model(str(tmp_path / "run"), BASE, device="cpu", **on_quantised)
     assert any("lora" in name for name, _ in quantised.named_modules())  # beside the weights, which cannot take it
-    if bits == 8:  # the 4-bit kernels of the CPU want wider layers than these
-        assert torch.isfinite(logits(quantised, tokenizer)).all()
+    assert torch.isfinite(logits(quantised, tokenizer)).all()
 
 
 def test_extracting_from_shards_gives_the_checkpoints_projector(checkpoints: Path, tmp_path: Path):

@@ -54,10 +54,10 @@ def _make_question(record: Mapping[str, Any], where: str, image_folder: Path) ->
     if isinstance(identity, bool) or not isinstance(identity, int | str):
         return Question(id=where, fault='"question_id" must be a number or a string')
     text = record.get("text")
-    if not isinstance(text, str):
-        return Question(id=identity, category=category, fault=f'{where}: "text" must be a string')
     if not isinstance(category, str | int | None):
         return Question(id=identity, fault=f'{where}: "category" must be a string')
+    if not isinstance(text, str):
+        return Question(id=identity, category=category, fault=f'{where}: "text" must be a string')
     names = record.get("image")
     names = [] if names is None else names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) and name for name in names):

@@ -105,7 +105,23 @@ def load_quietly(
             refuse_shape(weight, stored_shape, shape, subject)
     refuse_unknown({key for key in report["unexpected_keys"] if not is_ignored(key, ignored)}, subject)
     check_finite(loaded.named_parameters(), subject)
+    clean_generation_config(loaded)
     return loaded.eval(), set(report["missing_keys"])
+
+
+def clean_generation_config(model: PreTrainedModel) -> None:
+    """Mend settings of released checkpoints: sampling values without sampling, whole numbers where transformers wants
+    others.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:  # a tower
+        return
+    if not settings.do_sample:
+        settings.temperature = settings.top_p = settings.top_k = None
+    for key in ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty", "length_penalty"):
+        value = getattr(settings, key, None)
+        if value is not None:
+            setattr(settings, key, float(value))
 
 
 def check_headers(
