@@ -124,11 +124,10 @@ def choose_specs(args: argparse.Namespace, source: ModelSource) -> list[str]:
     Raises:
         InputError: for a spec that does not parse, or the same one twice.
     """
-    from llava.model.token_reduction import parse_reducer
+    from llava.model.token_reduction import parse_reduction
 
     given = args.reduce if args.reduce is not None else source.config.get(CONFIG_KEY)
-    reducers = [parse_reducer(spec) for spec in (given, args.against)]
-    specs = ["none" if reducer is None else reducer.spec() for reducer in reducers]
+    specs = [parse_reduction(spec).spec() or "none" for spec in (given, args.against)]
     if args.against is None:
         return specs[:1]
     if specs[0] == specs[1]:

@@ -69,12 +69,25 @@ class Reduction:
         num_tokens: tokens that the language model reads, a mean token included.
         reads_text: whether patches are scored against the query.
         looks: what it looks at in the vision tower besides the patches.
+        drops: where tokens leave inside the language model: (layer, tokens that are left from it on), rising layers.
     """
 
     num_kept: int
     num_tokens: int
     reads_text: bool
     looks: tuple[Look, ...] = ()
+    drops: tuple[tuple[int, int], ...] = ()
+
+    def tokens_per_layer(self, num_layers: int) -> list[int]:
+        """Image tokens that each layer of the language model reads."""
+        counts = [self.num_tokens] * num_layers
+        for layer, num_tokens in self.drops:
+            counts[layer:] = [num_tokens] * (num_layers - layer)
+        return counts
+
+    def mean_tokens(self, num_layers: int) -> float:
+        """Image tokens on average over the layers."""
+        return sum(self.tokens_per_layer(num_layers)) / num_layers
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,16 @@ def decoder_weights(shape: LanguageShape) -> int:
     return attention + 3 * shape.width * shape.inner
 
 
-def prefill_flops(shape: LanguageShape, num_tokens: int, num_logits: int | None = None) -> int:
+Positions = int | Sequence[int]
+"""Positions that the layers read: one number, or one for each layer."""
+
+
+def per_layer(shape: LanguageShape, positions: Positions) -> Sequence[int]:
+    """Positions of each layer."""
+    return [positions] * shape.layers if isinstance(positions, int) else positions
+
+
+def prefill_flops(shape: LanguageShape, num_tokens: Positions, num_logits: int | None = None) -> int:
     """FLOPs of reading one prompt.
 
     Args:
@@ -146,20 +168,22 @@ def prefill_flops(shape: LanguageShape, num_tokens: int, num_logits: int | None 
         num_tokens: positions of the prompt, image tokens included.
         num_logits: positions for which logits are made; None: all, as in the published figures. `generate` makes 1.
     """
-    layer = 2 * num_tokens * decoder_weights(shape) + 4 * num_tokens**2 * shape.query_width
-    num_logits = num_tokens if num_logits is None else num_logits
-    return shape.layers * layer + 2 * num_logits * shape.width * shape.vocabulary
+    lengths = per_layer(shape, num_tokens)
+    layers = sum(2 * length * decoder_weights(shape) + 4 * length**2 * shape.query_width for length in lengths)
+    num_logits = lengths[-1] if num_logits is None else num_logits
+    return layers + 2 * num_logits * shape.width * shape.vocabulary
 
 
-def decode_flops(shape: LanguageShape, num_tokens: int) -> int:
+def decode_flops(shape: LanguageShape, num_tokens: Positions) -> int:
     """FLOPs of one decoding step of one answer, with `num_tokens` positions in the cache after it."""
-    layer = 2 * decoder_weights(shape) + 4 * num_tokens * shape.query_width
-    return shape.layers * layer + 2 * shape.width * shape.vocabulary
+    lengths = per_layer(shape, num_tokens)
+    layers = sum(2 * decoder_weights(shape) + 4 * length * shape.query_width for length in lengths)
+    return layers + 2 * shape.width * shape.vocabulary
 
 
-def cache_bytes(shape: LanguageShape, num_tokens: int, bytes_per_number: int) -> int:
+def cache_bytes(shape: LanguageShape, num_tokens: Positions, bytes_per_number: int) -> int:
     """Bytes of the keys and values of one sequence."""
-    return 2 * shape.layers * shape.cache_width * num_tokens * bytes_per_number
+    return 2 * shape.cache_width * sum(per_layer(shape, num_tokens)) * bytes_per_number
 
 
 def encoder_parameters(shape: TransformerShape) -> int:
@@ -230,6 +254,11 @@ def stage_costs(shape: ModelShape, reduction: Reduction, work: Workload, precisi
     return costs | _language_costs(language, reduction, work, precision)
 
 
+def prompt_lengths(language: LanguageShape, reduction: Reduction, work: Workload) -> list[int]:
+    """Positions of a prompt in each layer, image tokens included."""
+    return [work.prompt_tokens + count for count in reduction.tokens_per_layer(language.layers)]
+
+
 def _text_bytes(tower: TowerShape, work: Workload, precision: Precision) -> int:
     rows = work.batch_size * work.query_tokens * tower.text.width
     matrices = encoder_parameters(tower.text) + tower.text.width * tower.joint_width
@@ -240,15 +269,15 @@ def _language_costs(
     language: LanguageShape, reduction: Reduction, work: Workload, precision: Precision
 ) -> dict[str, Cost]:
     size, bytes_each = work.batch_size, precision.language
-    length = work.prompt_tokens + reduction.num_tokens
+    lengths = prompt_lengths(language, reduction, work)
     matrices = (language.layers * decoder_weights(language) + language.width * language.vocabulary) * bytes_each
-    embedded = size * length * language.width * bytes_each
+    embedded = size * lengths[0] * language.width * bytes_each
     logits = size * language.vocabulary * bytes_each
-    middle = length + max(1, work.new_tokens // 2)
+    middle = [length + max(1, work.new_tokens // 2) for length in lengths]
     return {
         "prefill": Cost(
-            size * prefill_flops(language, length, num_logits=1),
-            matrices + embedded + size * cache_bytes(language, length, bytes_each) + logits,
+            size * prefill_flops(language, lengths, num_logits=1),
+            matrices + embedded + size * cache_bytes(language, lengths, bytes_each) + logits,
         ),
         "decode": Cost(
             size * decode_flops(language, middle),

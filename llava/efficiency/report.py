@@ -67,19 +67,21 @@ def describe(setting: Setting, runs: Sequence[Run]) -> dict[str, Any]:
 def describe_run(setting: Setting, run: Run) -> dict[str, Any]:
     """Put one run into plain data."""
     shape, work, precision = setting.shape, setting.work, setting.precision
-    length = work.prompt_tokens + run.reduction.num_tokens
+    lengths = cost.prompt_lengths(shape.language, run.reduction, work)
     costs = cost.stage_costs(shape, run.reduction, work, precision)
     weights = cost.weight_bytes(shape, precision, with_text=run.reduction.reads_text)
-    cache = cost.cache_bytes(shape.language, length + work.new_tokens, precision.language)
+    answered = [length + work.new_tokens for length in lengths]
+    cache = cost.cache_bytes(shape.language, answered, precision.language)
     return {
         "reduce": run.label,
         "kept_patches": run.reduction.num_kept,
         "kept_source": run.kept_source,
         "num_patches": shape.tower.num_patches,
         "image_tokens": run.reduction.num_tokens,
-        "prompt_length": length,
-        "prefill_flops_per_prompt": cost.prefill_flops(shape.language, length),
-        "prefill_flops_per_prompt_last_logits": cost.prefill_flops(shape.language, length, num_logits=1),
+        "image_tokens_mean_over_layers": run.reduction.mean_tokens(shape.language.layers),
+        "prompt_length": lengths[0],
+        "prefill_flops_per_prompt": cost.prefill_flops(shape.language, lengths),
+        "prefill_flops_per_prompt_last_logits": cost.prefill_flops(shape.language, lengths, num_logits=1),
         "weight_bytes": weights | {"all": sum(weights.values())},
         "kv_cache_bytes": work.batch_size * cache,
         "total_flops": total_flops(costs, work),

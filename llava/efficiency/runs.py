@@ -12,7 +12,7 @@ from llava.efficiency.estimate import PUBLISHED_KEPT_RATIO, count_left, fix_kept
 from llava.efficiency.report import Run
 from llava.efficiency.shapes import ModelSource
 from llava.errors import InputError
-from llava.model.token_reduction import CONFIG_KEY, parse_reducer
+from llava.model.token_reduction import CONFIG_KEY, Reduction, parse_reduction
 
 ACTIVATION_FACTOR = 3  # live activations of a prefill, in units of the MLP's inner width
 
@@ -21,7 +21,8 @@ def count_run(spec: str, source: ModelSource, kept_ratio: float | None) -> Any:
     """Count what a reduction leaves, without a model."""
     tower = source.shape.tower
     side = tower.image_size // tower.patch_size
-    reducer = parse_reducer(spec)
+    reduction = parse_reduction(spec)
+    reducer, inside = reduction.before, reduction.inside
     note = ""
     if reducer is not None and reducer.budget.is_automatic:
         note = f"given, --kept {kept_ratio}"
@@ -29,7 +30,12 @@ def count_run(spec: str, source: ModelSource, kept_ratio: float | None) -> Any:
             kept_ratio = PUBLISHED_KEPT_RATIO
             note = f"assumed, {PUBLISHED_KEPT_RATIO} of the patches (the published mean)"
         reducer = fix_kept(reducer, tower.num_patches, kept_ratio)
-    return Run(spec, count_left(reducer, (side, side)), note)
+    left = count_left(reducer, (side, side))
+    if inside is not None:
+        num_layers = source.shape.language.layers
+        counts = inside.counts(left.num_tokens, num_layers)
+        left = replace(left, drops=tuple(zip(inside.layers(num_layers), counts, strict=True)))
+    return Run(spec, left, note)
 
 
 def measure_runs(
@@ -46,11 +52,17 @@ def measure_runs(
     runner = Runner(*load(args, source, specs, work, precision), compile_decode=args.compile)
     picture = EmbeddedImage(args.image_file, read_bytes(args.image_file)) if args.image_file else None
     own_choice = picture is not None and args.query and args.kept is None
-    reducers = {spec: parse_reducer(spec) for spec in specs}
+    reductions = {spec: parse_reduction(spec) for spec in specs}
+    if args.compile and any(each.inside for each in reductions.values()):
+        raise InputError(
+            "--compile: its cache has one length for all layers, and tokens leave between them; leave it out"
+        )
     if not own_choice:
         patches = source.shape.tower.num_patches
         share = args.kept or PUBLISHED_KEPT_RATIO
-        reducers = {spec: fix_kept(reducer, patches, share) for spec, reducer in reducers.items()}
+        reductions = {
+            spec: Reduction(fix_kept(each.before, patches, share), each.inside) for spec, each in reductions.items()
+        }
     batch = make_batch(
         work.batch_size,
         work.prompt_tokens,
@@ -60,7 +72,7 @@ def measure_runs(
         image=picture,
         query=args.query,
     )
-    measured = measure_reductions(runner, batch, reducers, repeats=args.repeats, warmup=args.warmup)
+    measured = measure_reductions(runner, batch, reductions, repeats=args.repeats, warmup=args.warmup)
     runs = []
     for spec in specs:
         counted, found = count_run(spec, source, args.kept), measured[spec]
@@ -93,7 +105,7 @@ def load(
         return model, image_processor
     from llava.efficiency.random_model import build_random_model, check_memory
 
-    needs = {need for spec in specs for need in getattr(parse_reducer(spec), "needs", ())}
+    needs = {need for spec in specs for need in getattr(parse_reduction(spec).before, "needs", ())}
     check_memory(source, precision, torch.device(device), work_bytes(source, work, precision))
     return build_random_model(
         {**source.config, CONFIG_KEY: None},

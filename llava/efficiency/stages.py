@@ -17,6 +17,7 @@ from llava.efficiency.memory import measure_peak
 from llava.efficiency.timing import Spread, StageClock
 from llava.image import EmbeddedImage, load_image
 from llava.mm_utils import process_images
+from llava.model.token_reduction import Reduction
 
 FIRST_PLAIN_ID = 3  # below are the special tokens of Llama's vocabulary
 END_TO_END = "end to end"
@@ -167,6 +168,8 @@ class Runner:
         if self.compile_decode:
             mask = torch.nn.functional.pad(mask, (0, batch.new_tokens), value=True)
             cache = self._static_cache(*mask.shape)
+        elif model.layer_reducer is not None:
+            cache = model.make_cache(prompts)
         output = model(
             inputs_embeds=prompts.embeds,
             attention_mask=mask,
@@ -211,14 +214,14 @@ class Runner:
 
 
 def measure_reductions(
-    runner: Runner, batch: Batch, reducers: dict[str, Any], *, repeats: int, warmup: int
+    runner: Runner, batch: Batch, reductions: dict[str, Reduction], *, repeats: int, warmup: int
 ) -> dict[str, Measurement]:
     """Measure several token reductions on one model, in turns.
 
     Args:
         runner: the model.
         batch: the questions.
-        reducers: token reducer or None, by label.
+        reductions: by label.
         repeats: measured rounds.
         warmup: rounds before that are not counted.
 
@@ -226,11 +229,11 @@ def measure_reductions(
         One measurement per label.
     """
     device = runner.model.device
-    stages: dict[str, list[dict[str, float]]] = {label: [] for label in reducers}
+    stages: dict[str, list[dict[str, float]]] = {label: [] for label in reductions}
     tokens: dict[str, list[Any]] = {}
     for number in range(warmup + repeats):
-        for label, reducer in reducers.items():
-            runner.model.token_reducer = reducer
+        for label, reduction in reductions.items():
+            runner.model.take_reduction(reduction)
             clock = StageClock(device)
             _, tokens[label] = runner.run(batch, clock)
             with clock.stage(END_TO_END):
@@ -239,8 +242,8 @@ def measure_reductions(
             if number >= warmup:
                 stages[label].append(clock.seconds)
     measurements = {}
-    for label, reducer in reducers.items():
-        runner.model.token_reducer = reducer
+    for label, reduction in reductions.items():
+        runner.model.take_reduction(reduction)
         peak = measure_peak(lambda: runner.answer(batch), device)
         measurements[label] = summarise(stages[label], tokens[label], peak)
     return measurements

@@ -12,7 +12,7 @@ from llava.efficiency.estimate import count_left, fix_kept
 from llava.efficiency.shapes import read_shape
 from llava.efficiency.stages import Runner, make_batch, measure_reductions
 from llava.errors import run_command
-from llava.model.token_reduction import parse_reducer
+from llava.model.token_reduction import Reduction, parse_reducer
 from scripts.bench import side_by_side
 
 NONE = "none"
@@ -36,7 +36,8 @@ def main() -> None:
         work.batch_size, work.prompt_tokens, work.new_tokens,
         vocab_size=shape.language.vocabulary, image_size=(640, 480),
     )  # fmt: skip
-    measured = measure_reductions(Runner(model, image_processor), batch, reducers, repeats=args.rounds, warmup=1)
+    reductions = {label: Reduction(reducer) for label, reducer in reducers.items()}
+    measured = measure_reductions(Runner(model, image_processor), batch, reductions, repeats=args.rounds, warmup=1)
     runs = [
         report.Run(label, count_left(reducer, grid), f"--kept {args.kept}" if reducer else "", measured[label])
         for label, reducer in reducers.items()

@@ -14,7 +14,7 @@ from llava.efficiency.cost import Precision, Workload
 from llava.efficiency.estimate import PUBLISHED_KEPT_RATIO, count_left, fix_kept
 from llava.efficiency.stages import Runner, make_batch, measure_reductions
 from llava.model.builder import DTYPES
-from llava.model.token_reduction import parse_reducer
+from llava.model.token_reduction import Reduction, parse_reducer
 from scripts.gpu.parts import REDUCTIONS, Figures, Scale, Skip, Steps
 
 SDPA, FLASH = "sdpa", "flash_attention_2"
@@ -76,7 +76,8 @@ def measure(
     rounds = {"repeats": 1, "warmup": 1} if scale.is_rehearsal else {"repeats": 5, "warmup": 2}
     # A rehearsal compiles nothing: that takes minutes on the CPU.
     with torch.compiler.set_stance("force_eager" if scale.is_rehearsal else "default"):
-        measured = measure_reductions(runner, batch, reducers, **rounds)
+        reductions = {spec: Reduction(reducer) for spec, reducer in reducers.items()}
+        measured = measure_reductions(runner, batch, reductions, **rounds)
     side = shape.tower.image_size // shape.tower.patch_size
     runs = []
     for spec, found in measured.items():

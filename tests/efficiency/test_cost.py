@@ -1,6 +1,8 @@
 """FLOPs, bytes and parameters from shapes: the published figures, and what torch counts on the meta device."""
 
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from llava.efficiency import cost
 from llava.efficiency.cost import Cost, Look, Precision, Reduction, Workload
 from llava.efficiency.estimate import count_left
 from llava.efficiency.random_model import build_random_model
+from llava.efficiency.runs import count_run
 from llava.efficiency.shapes import PUBLISHED_MODELS, PUBLISHED_TOWERS, read_shape, read_source
 from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -202,3 +205,23 @@ def test_without_reduction_there_is_no_text_tower_and_no_selection(configs):
 
 def test_intensity_of_nothing_is_zero():
     assert Cost(0, 0).intensity == 0
+
+
+@pytest.mark.parametrize("spec", ["FastV:9,layer=1", "PyramidDrop:0.5", "TRIM:12|SparseVLM:0.3"])
+def test_where_tokens_leave_between_layers_each_layer_is_counted_with_its_own(configs, spec):
+    left = count_run(spec, SimpleNamespace(shape=configs.shape), None).reduction
+    work, language = Workload(prompt_tokens=20, new_tokens=1), configs.shape.language
+    lengths = cost.prompt_lengths(language, left, work)
+    assert len(lengths) == language.layers and lengths[0] == 20 + left.num_tokens and lengths[-1] < lengths[0]
+    assert left.mean_tokens(language.layers) == pytest.approx(sum(lengths) / language.layers - 20)
+    layers = [cost.prefill_flops(replace(language, layers=1), length, 0) for length in lengths]
+    assert cost.prefill_flops(language, lengths, 0) == sum(layers)
+    whole = cost.stage_costs(configs.shape, replace(left, drops=()), work, Precision())
+    parts = cost.stage_costs(configs.shape, left, work, Precision())
+    for stage in ("prefill", "decode"):
+        assert parts[stage].flops < whole[stage].flops and parts[stage].bytes < whole[stage].bytes
+
+
+def test_fastv_with_64_tokens_is_96_on_average_over_32_layers():
+    left = count_run("FastV:64", read_source("llava-v1.5-7b"), None).reduction
+    assert left.num_tokens == 576 and left.mean_tokens(32) == 96

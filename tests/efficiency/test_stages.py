@@ -7,7 +7,7 @@ from llava.efficiency.estimate import count_left, fix_kept
 from llava.efficiency.memory import measure_peak, release_memory
 from llava.efficiency.stages import Runner, make_batch, measure_reductions
 from llava.efficiency.timing import Spread, StageClock, ratio_by_round, time_in_turns
-from llava.model.token_reduction import parse_reducer
+from llava.model.token_reduction import Reduction, parse_reducer
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,8 @@ def test_a_static_cache_gives_the_same_ids(random_parts, spec, monkeypatch):
 
 def test_reductions_are_measured_side_by_side(random_parts):
     reducers = {"TRIM:0.25": parse_reducer("TRIM:0.25"), "none": None}
-    measured = measure_reductions(Runner(*random_parts), make_questions(), reducers, repeats=3, warmup=1)
+    reductions = {label: Reduction(reducer) for label, reducer in reducers.items()}
+    measured = measure_reductions(Runner(*random_parts), make_questions(), reductions, repeats=3, warmup=1)
     trim, none = measured["TRIM:0.25"], measured["none"]
     assert (trim.num_kept, trim.num_tokens) == (9, 10)
     assert (none.num_kept, none.num_tokens) == (36, 36)
