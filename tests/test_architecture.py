@@ -63,6 +63,7 @@ LAYERS = [
     ("llava.eval.results", 6),
     ("llava.eval.run", 9),
     ("llava.eval.report", 7),
+    ("llava.eval.samples", 4),
     ("llava.eval.features", 8),
     ("llava.eval.predict", 9),
     ("llava.eval.wrong", 10),

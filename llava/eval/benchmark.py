@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from llava.errors import InputError
 from llava.eval.hub import HubForm
+from llava.eval.metrics.means import COUNT, POINTS, collect
 from llava.image import EmbeddedImage
 
 Item = TypeVar("Item")
@@ -210,6 +211,7 @@ class Benchmark(ABC):
         uses_judge: a language model scores the answers: "never", "optional" (it settles what a rule cannot read) or
             "always" (there is no score without one).
         judge_model: the judge of the paper.
+        full_marks: the headline of a run without a mistake.
         hub: its datasets on the Hugging Face hub by split, the default one first; empty where there are none.
     """
 
@@ -223,6 +225,7 @@ class Benchmark(ABC):
     server: ClassVar[str | None] = None
     uses_judge: ClassVar[Literal["never", "optional", "always"]] = "never"
     judge_model: ClassVar[str] = "gpt-4-0613"
+    full_marks: ClassVar[float] = 100.0
     hub: ClassVar[Mapping[str, HubForm]] = {}
 
     # Which questions -------------------------------------------------------------------------------------------
@@ -277,11 +280,39 @@ class Benchmark(ABC):
             None where only a server can score this split; `export` writes what it wants.
         """
 
+    def tally(self, verdict: Verdict) -> Mapping[str, float]:
+        """Return what a verdict adds to the sums that the headline is computed from, by name.
+
+        Nothing for a verdict that has no part in it. Of questions that count towards the same part of the headline the
+        names are the same, whatever the answer.
+        """
+        return {POINTS: verdict.points, COUNT: 1}
+
+    def combine(self, sums: Mapping[str, float]) -> float:
+        """Compute the headline from sums of tallies; by default the mean of the points, in percent.
+
+        The sums may be weighted: an image that is drawn twice counts twice.
+        """
+        return 100 * sums[POINTS] / sums[COUNT]
+
     def headline(self, verdicts: Sequence[Verdict]) -> float:
-        """Compute the headline from verdicts alone, at least one; by default the mean of their points, in percent."""
-        if not verdicts:
+        """Compute the headline from verdicts alone, at least one that has a part in it."""
+        amounts = collect(item for verdict in verdicts for item in self.tally(verdict).items())
+        if not amounts:
             raise InputError(f"{self.name}: none of the questions has an answer")
-        return 100 * sum(verdict.points for verdict in verdicts) / len(verdicts)
+        return self.combine({name: sum(each) for name, each in amounts.items()})
+
+    def tally_images(self, verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+        """Sum up the tallies of each image, for `llava.eval.metrics.evidence`: by name of the image, then of the sum.
+
+        A question without image stands for itself; images that have no part in the headline are left out.
+        """
+        images: dict[str, dict[str, float]] = {}
+        for verdict in verdicts:
+            for name, amount in self.tally(verdict).items():
+                sums = images.setdefault(verdict.image or verdict.key, {})
+                sums[name] = sums.get(name, 0.0) + float(amount)
+        return images
 
     def sum_up(self, verdicts: Sequence[Verdict], scores: Mapping[str, Any], columns: Mapping[str, float]) -> Scores:
         """Return the scores of verdicts, at least one; their headline follows from them."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from llava.cli import LoadedModel, ModelSpec, user_path
 from llava.errors import InputError
 from llava.eval.benchmark import ImageSource, Question, Verdict
+from llava.eval.metrics.flips import count_flips
 from llava.eval.report import clean
 from llava.eval.results import Result, base_key, format_line
 from llava.files import FileError, explain_errors, make_folder, read_json, read_text, write_text
@@ -122,7 +123,7 @@ def list_flips(
     both = [(verdict, there[key]) for key, verdict in here.items() if key in there]
     if not both:
         raise InputError(f"{names[0]} and {names[1]} have no answered question in common")
-    counts = Counter((mine.correct, other.correct) for mine, other in both)
+    flips = count_flips((mine.correct, other.correct) for mine, other in both)
     sections = []
     for right_here in (True, False):
         flipped = [
@@ -132,12 +133,11 @@ def list_flips(
         ]
         title = "right in {}, wrong in {}".format(*(names if right_here else reversed(names)))
         sections.append(Section(title, len(flipped), flipped[:limit]))
-    same = counts[True, True] + counts[False, False]
     summary = [
         *(f"{name}: {format_line(each)}".replace("\t", " ") for name, each in zip(names, results, strict=True)),
         *(f"{section.title}: {section.count}" for section in sections),
-        f"both right {counts[True, True]}, both wrong {counts[False, False]}; "
-        f"agreement {100 * same / len(both):.1f} % of {len(both)}",
+        f"both right {flips.both_right}, both wrong {flips.both_wrong}; "
+        f"agreement {flips.agreement:.1f} % of {flips.count}",
     ]
     if len(both) < max(len(here), len(there)):
         summary.append(f"compared are the {len(both)} that both answered, of {len(here)} and {len(there)}")

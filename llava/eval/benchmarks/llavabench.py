@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ from llava.eval.hub import (
     question_line,
     safe_name,
 )
-from llava.eval.metrics.means import collect
+from llava.eval.metrics.means import COUNT, collect
 from llava.eval.metrics.overlap import overlap_f1
 
 QUESTION_FILE = "questions.jsonl"
@@ -140,8 +141,18 @@ class LlavaBench(Benchmark):
         columns = {name.removeprefix(CATEGORY_PREFIX): each["relative"] for name, each in summary.items()}
         return self.sum_up(verdicts, scores, columns)
 
-    def headline(self, verdicts: Sequence[Verdict]) -> float:
-        return average_summaries(summarize_runs(verdicts))["all"]["relative"]
+    def tally(self, verdict: Verdict) -> Mapping[str, float]:
+        """Return the ratings of the reference and of the answer in each run of the judge."""
+        # Exact numbers: `fmean`, which the other scores come from, adds without rounding.
+        sums: dict[str, Fraction | int] = {COUNT: 1}
+        for run, (reference, answer) in enumerate(verdict.details["ratings"]):
+            sums |= {f"reference {run}": Fraction(reference), f"answer {run}": Fraction(answer)}
+        return sums
+
+    def combine(self, sums: Mapping[str, float]) -> float:
+        means = {name: float(total) / sums[COUNT] for name, total in sums.items()}
+        runs = range(len(means) // 2)
+        return fmean(relate(means[f"reference {run}"], means[f"answer {run}"])["relative"] for run in runs)
 
 
 # ------------------------------------------------------------------------------------------------ what the judge sees
@@ -315,10 +326,15 @@ def summarize_ratings(categories: Sequence[str | None], ratings: Sequence[Sequen
     groups = {"all": list(ratings), **{name: pairs for name, pairs in named.items() if name is not None}}
     summary = {}
     for name, pairs in groups.items():
-        first, second = (round(fmean(column), 3) for column in zip(*pairs, strict=True))
-        relative = round(second / first * 100, 1) if first else 0.0
-        summary[name] = {"relative": relative, "gpt4": round(first * 10, 1), "model": round(second * 10, 1)}
+        summary[name] = relate(*map(fmean, zip(*pairs, strict=True)))
     return summary
+
+
+def relate(reference: float, answer: float) -> dict[str, float]:
+    """Put the mean ratings of references and answers in relation, rounded as in LLaVA."""
+    first, second = round(reference, 3), round(answer, 3)
+    relative = round(second / first * 100, 1) if first else 0.0
+    return {"relative": relative, "gpt4": round(first * 10, 1), "model": round(second * 10, 1)}
 
 
 def average_summaries(summaries: Sequence[Summary]) -> Summary:

@@ -16,7 +16,7 @@ from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
 from llava.eval.benchmarks._files import DOWNLOAD_HINT, load_question_file
 from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubTable, Layout, ReadTable, question_line, safe_name
-from llava.eval.metrics.means import collect
+from llava.eval.metrics.means import COUNT, POINTS, collect
 from llava.files import read_lines, write_text
 
 QUESTION_FILE = "llava_mme.jsonl"
@@ -81,6 +81,7 @@ class Mme(Benchmark):
     upload_folder = "eval_tool/answers/{run}"
     hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
     key_fields = ("question_id", "prompt")
+    full_marks = 2000.0
 
     def load(self, root: Path) -> list[Question]:
         return load_question_file(root / QUESTION_FILE, root / DATA_FOLDER, needs_image=True)
@@ -99,9 +100,20 @@ class Mme(Benchmark):
         scores = {"perception": perception, "cognition": cognition, "subtasks": subtasks}
         return self.sum_up(verdicts, scores, {"Perception": perception, "Cognition": cognition})
 
-    def headline(self, verdicts: Sequence[Verdict]) -> float:
+    def tally(self, verdict: Verdict) -> Mapping[str, float]:
+        """The headline is about the perception subtasks; of each, right and all questions, right and all images."""
+        if verdict.category not in PERCEPTION:
+            return {}
+        return {f"{verdict.category} {verdict.unit} {name}": amount for name, amount in super().tally(verdict).items()}
+
+    def combine(self, sums: Mapping[str, float]) -> float:
         """Sum over the perception subtasks: 100 points each for all questions and for all images right."""
-        return sum_points(score_subtasks(verdicts), PERCEPTION)
+
+        def average(subtask: str, unit: str) -> float:
+            return sums[f"{subtask} {unit} {POINTS}"] / sums[f"{subtask} {unit} {COUNT}"]
+
+        there = [subtask for subtask in PERCEPTION if f"{subtask} pair {COUNT}" in sums]
+        return sum(100 * (average(subtask, "question") + average(subtask, "pair")) for subtask in there)
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write `<subtask>.txt` files as `eval_tool/calculation.py --results_dir` reads them."""

@@ -10,6 +10,7 @@ imange" is spelt right. Ids are LLaVA's: the category's first id plus the questi
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -79,8 +80,18 @@ class Pope(Benchmark):
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
         return score_pope(self.load(root), answers, root / LABEL_FOLDER)
 
-    def headline(self, verdicts: Sequence[Verdict]) -> float:
-        return mean_percent(each.f1 for each in count_by_category(verdicts).values())
+    def tally(self, verdict: Verdict) -> Mapping[str, float]:
+        """Return true and false yes and no, under the names `<category> <field of YesNoCounts>`."""
+        counts = count_yes_no([(str(verdict.parsed), str(verdict.reference))])
+        return {f"{verdict.category} {name}": number for name, number in asdict(counts).items()}
+
+    def combine(self, sums: Mapping[str, float]) -> float:
+        categories = collect(name.rpartition(" ")[::2] for name in sums)
+        counts = (
+            YesNoCounts(**{name: sums[f"{category} {name}"] for name in names})
+            for category, names in categories.items()
+        )
+        return mean_percent(each.f1 for each in counts)
 
 
 def score_pope(questions: Sequence[Question], answers: Mapping[str, Row], label_folder: Path) -> Scores:

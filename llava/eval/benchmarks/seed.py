@@ -139,16 +139,21 @@ class Seed(Benchmark):
         # A broken question may have lost its id; with one it counts.
         ids = [each.id for each in self._choose_questions(root)[0] if not each.fault or str(each.id) in options]
         verdicts = judge_answers(options, ids, list_texts(answers.values()))
-        kind = VIDEO if self.split == VIDEO else IMAGE
-        if not choose_kind(verdicts, kind):
-            raise InputError(f"{root / QUESTION_FILE} has no question for the headline, which is about {kind}s")
+        if not choose_kind(verdicts, self.headline_kind):
+            raise InputError(
+                f"{root / QUESTION_FILE} has no question for the headline, which is about {self.headline_kind}s"
+            )
         scores = summarize(verdicts)
         titles = {"image_accuracy": "Image", "video_accuracy": "Video", "total_accuracy": "All"}
         return self.sum_up(verdicts, scores, {title: scores[name] for name, title in titles.items() if name in scores})
 
-    def headline(self, verdicts: Sequence[Verdict]) -> float:
-        """Compute the accuracy on images; of the split `video`, on videos."""
-        return mean_percent(each.points for each in choose_kind(verdicts, VIDEO if self.split == VIDEO else IMAGE))
+    def tally(self, verdict: Verdict) -> Mapping[str, float]:
+        """The headline is about images; that of the split `video` is about videos."""
+        return super().tally(verdict) if verdict.details["kind"] == self.headline_kind else {}
+
+    @property
+    def headline_kind(self) -> str:
+        return VIDEO if self.split == VIDEO else IMAGE
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write the leaderboard's file: all questions in its order, an empty prediction where there is no answer."""

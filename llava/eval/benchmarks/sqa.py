@@ -7,7 +7,7 @@ On the hub: ScienceQA-IMG, the 2,017 test problems with an image. It has no prob
 The problems of text alone are not in it, so the accuracy over all problems is the one over those with an image.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar
@@ -126,8 +126,8 @@ class Sqa(Benchmark):
         }
         return self.sum_up(list(verdicts.values()), scores, {"IMG": headline, "All": accuracy})
 
-    def headline(self, verdicts: Sequence[Verdict]) -> float:
-        return average_points(choose_with_image(verdicts))
+    def tally(self, verdict: Verdict) -> Mapping[str, float]:
+        return super().tally(verdict) if has_image(verdict) else {}
 
 
 # --------------------------------------------------------------------------------------------------------- questions
@@ -217,9 +217,13 @@ def find_option(letter: str | None, problem: Problem) -> int:
     return letters.index(letter) if letter in letters else NO_OPTION
 
 
+def has_image(verdict: Verdict) -> bool:
+    """Whether a verdict is one of the headline: on a question with an image that was answered."""
+    return verdict.category == IMAGE and verdict.details.get("answered", True)
+
+
 def choose_with_image(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Return the verdicts of the headline: on questions with an image that were answered."""
-    return [each for each in verdicts if each.category == IMAGE and each.details.get("answered", True)]
+    return list(filter(has_image, verdicts))
 
 
 def count_correct(verdicts: Iterable[Verdict]) -> int:

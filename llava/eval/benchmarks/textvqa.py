@@ -10,7 +10,7 @@ tokens of the same OCR system; a few of its lines are in another order, which th
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import load_question_file, read_document, take, take_strings
 from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubTable, Layout, ReadTable, question_line, safe_name
+from llava.eval.metrics.means import COUNT, POINTS
 from llava.eval.metrics.vqa_accuracy import grade_textvqa, rank_references, round_half_even
 from llava.eval.metrics.vqa_text import normalize_m4c
 
@@ -74,9 +75,9 @@ class TextVqa(Benchmark):
     def score(self, answers: Mapping[str, Row], root: Path, judge: Judge | None = None) -> Scores:
         return score_textvqa(answers.values(), root / ANNOTATION_FILE)
 
-    def headline(self, verdicts: Sequence[Verdict]) -> float:
+    def combine(self, sums: Mapping[str, float]) -> float:
         """Average the points, in percent, in the order of operations of the official script."""
-        return 100 * (sum(verdict.points for verdict in verdicts) / len(verdicts))
+        return 100 * (sums[POINTS] / sums[COUNT])
 
 
 def score_textvqa(rows: Iterable[Row], annotation_file: Path) -> Scores:

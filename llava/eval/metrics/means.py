@@ -6,6 +6,9 @@ from typing import TypeVar
 Group = TypeVar("Group", bound=Hashable)
 Member = TypeVar("Member")
 
+POINTS, COUNT = "points", "count"
+"""Names of the two sums that a mean of points is computed from; sums of these names alone are those of a mean."""
+
 
 def mean_percent(points: Iterable[float]) -> float:
     """Return the mean of points in [0, 1] (or of true and false) as a percentage; 0 of none."""
