@@ -1,4 +1,4 @@
-"""`python -m llava.eval {list,run,answer,score,wrong,export,report}`: the commands of the benchmarks."""
+"""`python -m llava.eval {list,run,answer,score,wrong,export,report,compare}`: the commands of the benchmarks."""
 
 # ruff: noqa: T201 (a command prints)
 import argparse
@@ -42,7 +42,7 @@ from llava.eval.wrong import (
     name_runs,
     read_run,
 )
-from llava.files import write_json, write_text
+from llava.files import make_folder, write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE, find_template
 from llava.sampling import Sampling
 
@@ -59,7 +59,7 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval", description="Benchmarks of LLaVA with TRIM.")
-    commands = parser.add_subparsers(required=True, metavar="{list,run,answer,score,wrong,export,report}")
+    commands = parser.add_subparsers(required=True, metavar="{list,run,answer,score,wrong,export,report,compare}")
 
     listing = commands.add_parser("list", help="name the benchmarks")
     listing.set_defaults(command=list_tasks)
@@ -124,7 +124,34 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("--latex", type=user_path, metavar="OUT", help="write every number as LaTeX (booktabs), too")
     report.add_argument("--png", type=user_path, metavar="OUT", help="plot the scores, too")
     report.set_defaults(command=report_results)
+
+    add_compare_command(
+        commands.add_parser("compare", help="run methods side by side and say what the differences are")
+    )
     return parser
+
+
+def add_compare_command(compare: argparse.ArgumentParser) -> None:
+    """Describe `compare`."""
+    add_model_options(compare)
+    compare.add_argument(
+        "--methods", nargs="+", required=True, metavar="SPEC",
+        help="names (FasterVLM), with options if need be (HiPrune,object_layer=3), or specs with a budget (TRIM:-1)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--budgets", nargs="+", type=positive, default=[192, 128, 64, 32], metavar="N", help="tokens (192 128 64 32)"
+    )
+    compare.add_argument("--matched-to", metavar="SPEC", help="take this run's mean tokens as budget, per benchmark")
+    compare.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of `list`, or all")
+    compare.add_argument("--out", required=True, type=user_path, metavar="DIR", help="runs, tables, plots, report.html")
+    compare.add_argument("--limit", type=positive, metavar="N", help="ask only the first N questions of each benchmark")
+    add_prompt_options(compare, conv_mode=DEFAULT_CONV_MODE, temperature=0.0)
+    compare.add_argument("--batch-size", type=positive_or_auto, metavar="N", help="questions at once (auto)")
+    compare.add_argument(
+        "--cache-gib", type=positive, default=20, metavar="N", help="room for encoded images under DIR (20 GiB)"
+    )
+    add_judge_options(compare)
+    compare.set_defaults(command=compare_task)
 
 
 def add_task_options(parser: argparse.ArgumentParser, *, answers_help: str) -> None:
@@ -355,6 +382,45 @@ def report_results(arguments: argparse.Namespace) -> None:
     if arguments.png:
         write_plot(arguments.png, report)
     print(format_terminal(report))
+
+
+def compare_task(arguments: argparse.Namespace) -> None:
+    """Run methods side by side; write tables, plots and the report, and print the tables."""
+    if arguments.reduce is not None:
+        raise InputError("--reduce: name what is compared with --methods")
+    if arguments.temperature:
+        raise InputError("--temperature: methods are compared on the likeliest answers; leave it out")
+    names = list(BENCHMARKS) if arguments.tasks == ["all"] else arguments.tasks
+    tasks = [(task, task.find_root(find_data_root())) for task in map(find_benchmark, names)]
+    spec = ModelSpec.from_options(arguments)
+    find_template(arguments.conv_mode)
+    place_options = {"limit": arguments.limit, "conv_mode": arguments.conv_mode, "batch_size": arguments.batch_size}
+    # What needs torch: only `answer` and this.
+    from llava.eval.compare import Place, Runner, run_all
+    from llava.eval.comparison import make_cells, write_plots, write_tables
+    from llava.eval.comparison_page import write_page
+
+    place = Place(make_folder(arguments.out), spec, max_cache_bytes=arguments.cache_gib * 2**30, **place_options)
+    matched = [arguments.matched_to] if arguments.matched_to else []
+    budgets = [] if matched else arguments.budgets
+    runner = Runner(place, arguments.methods, budgets, matched, _tell)
+    runs = run_all(
+        runner, tasks, arguments.methods, budgets, arguments.matched_to,
+        lambda task: find_judge(arguments, task, place.folder / "runs" / task.name / "judge.jsonl"),
+    )  # fmt: skip
+    num_layers = runner.loaded.model.config.num_hidden_layers
+    cells = [cell for own in runs for cell in make_cells(own, num_layers)]
+    if not cells:
+        raise InputError(
+            "no benchmark could be scored: " + "; ".join(f"{own.task.name}: {own.missing}" for own in runs)
+        )
+    first = next(own for own in runs if not own.missing)
+    times = runner.time(list(first.results), first.task.load(first.root))
+    text = write_tables(place.folder, runs, cells, times)
+    write_plots(place.folder, cells)
+    page = write_page(place.folder, runner, runs, cells, times)
+    print(text)
+    _tell(f"written: {page}, and table.md, .tex, .csv, .json and pareto.svg, .pdf, .png beside it")
 
 
 def _tell(line: str) -> None:

@@ -7,19 +7,28 @@ Images are decoded and resized by threads (Pillow does it without Python's lock)
 an image that cannot be read fails where it is asked for, not where it was read.
 """
 
+import hashlib
+import json
 import os
+import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from llava.eval.benchmark import ImageSource
+from llava.files import atomic_write
 from llava.image import load_image
 from llava.mm_utils import process_images
+from llava.model.identity import fingerprint, hash_files
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.multimodal_encoder.tower import ImageFeatures
+from llava.model.token_reduction import Need
 from llava.protocols import ImageProcessor, ImageSettings, VisionLanguageModel
 
 Item = TypeVar("Item")
@@ -52,15 +61,23 @@ class EncodedImage:
 class FeatureCache:
     """The last images that were asked for, encoded, and the next ones, being read."""
 
-    def __init__(self, model: VisionLanguageModel, image_processor: ImageProcessor, capacity: int):
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        image_processor: ImageProcessor,
+        capacity: int,
+        store: "FeatureStore | None" = None,
+    ):
         """Start empty.
 
         Args:
             model: its `config` and `encode_patches` are used.
             image_processor: of the vision tower.
             capacity: number of images to keep between calls; one call may hold more.
+            store: a folder of images encoded for several reductions; it is asked before an image is encoded.
         """
         self._model = model
+        self._store = store
         self._reader = ImageReader(image_processor, model.config)
         self._kept: RecentlyUsed[ImageSource, EncodedImage] = RecentlyUsed(capacity)
 
@@ -68,7 +85,8 @@ class FeatureCache:
         """Tell which images `encode` will be called with next, so that they are read meanwhile."""
         wanted = list(dict.fromkeys(images))
         kept = self._kept.find(wanted)
-        self._reader.announce(image for image in wanted if image not in kept)
+        stored = self._store or ()
+        self._reader.announce(image for image in wanted if image not in kept and image not in stored)
 
     def encode(self, images: Iterable[ImageSource]) -> tuple[dict[ImageSource, EncodedImage], dict[ImageSource, str]]:
         """Encode images, those in the cache excepted.
@@ -81,6 +99,8 @@ class FeatureCache:
         """
         wanted = list(dict.fromkeys(images))
         found = self._kept.find(wanted)
+        if self._store is not None:
+            found |= self._store.find(image for image in wanted if image not in found)
         self._reader.forget(found)
         absent = [image for image in wanted if image not in found]
         self._reader.announce(absent)
@@ -93,15 +113,94 @@ class FeatureCache:
                 except (ValueError, OSError) as error:
                     # InputError is a ValueError; so is what image processors raise for images of impossible shapes.
                     faults[image] = str(error)
-            encoded = apply_in_parts(self._model.encode_patches, [values for values, _ in pixels.values()], TOWER_BATCH)
+            encode = self._model.encode_patches if self._store is None else self._store.encode
+            encoded = apply_in_parts(encode, [values for values, _ in pixels.values()], TOWER_BATCH)
             for (image, (_, size)), features in zip(pixels.items(), encoded, strict=True):
                 found[image] = EncodedImage(features, size)
+                if self._store is not None:
+                    self._store.keep(image, found[image])
         self._kept.use(found)
         return found, faults
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._reader.close()
+
+
+class FeatureStore:
+    """Images encoded once for several reductions: a file each, mapped into memory, found by content.
+
+    A file is named by the image's hash in a folder named by the tower, its preprocessor and what is in it, so that
+    nothing stale is found. It appears whole or not at all; one that cannot be read is made anew.
+    """
+
+    def __init__(
+        self, folder: Path, model: LlavaMetaForCausalLM, needs: Collection[Need], identity: str, max_bytes: int
+    ):
+        """Name the folder; nothing is read yet.
+
+        Args:
+            folder: where files go, in a folder of their own.
+            model: encodes.
+            needs: of all reductions; the tower is ready for them.
+            identity: of the checkpoint with its tower and preprocessor.
+            max_bytes: no more files once there are so many bytes: further images are encoded whenever they are met.
+        """
+        names = sorted(str(need) for need in needs if need.layer is not None)
+        self._folder = folder / fingerprint(json.dumps([identity, names]))[:16]
+        self._model = model
+        self._needs = frozenset(needs)
+        self._max_bytes = max_bytes
+        self._hashes: dict[ImageSource, str | None] = {}
+        self._bytes = sum(file.stat().st_size for file in self._folder.glob("*.pt")) if self._folder.is_dir() else 0
+
+    def __contains__(self, image: ImageSource) -> bool:
+        file = self._place(image)
+        return file is not None and file.exists()
+
+    def encode(self, pixels: Sequence[Tensor]) -> list[object]:
+        """Run the vision tower for all reductions at once."""
+        return self._model.encode_patches(list(pixels), self._needs)
+
+    def find(self, images: Iterable[ImageSource]) -> dict[ImageSource, EncodedImage]:
+        """Return the images that are there."""
+        found: dict[ImageSource, EncodedImage] = {}
+        for image in images:
+            file = self._place(image)
+            if file is None or not file.exists():
+                continue
+            try:
+                data = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                needs = {Need(kind, layer): values for kind, layer, values in data["needs"]}
+                features = ImageFeatures(data["patches"].to(self._model.device), self._move(needs))
+                found[image] = EncodedImage(features, tuple(data["size"]))
+            except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError):
+                continue  # torn, or of another version: encoded and written anew
+        return found
+
+    def keep(self, image: ImageSource, encoded: EncodedImage) -> None:
+        """Write an image, unless there is no room."""
+        file, features = self._place(image), encoded.features
+        size = sum(values.nbytes for values in (features.patches, *features.intermediates.values()))
+        if file is None or self._bytes + size > self._max_bytes:
+            return
+        needs = [(need.kind, need.layer, values.cpu().clone()) for need, values in features.intermediates.items()]
+        with atomic_write(file) as partial:
+            torch.save({"patches": features.patches.cpu().clone(), "size": encoded.size, "needs": needs}, partial)
+        self._bytes += size
+
+    def _move(self, needs: dict[Need, Tensor]) -> dict[Need, Tensor]:
+        return {need: values.to(self._model.device) for need, values in needs.items()}
+
+    def _place(self, image: ImageSource) -> Path | None:
+        if image not in self._hashes:
+            self._hashes[image] = (
+                hash_files([image], "images")[image]
+                if isinstance(image, Path)
+                else hashlib.sha256(image.content).hexdigest()
+            )
+        content = self._hashes[image]
+        return None if content is None else self._folder / f"{content}.pt"
 
 
 class QueryCache:

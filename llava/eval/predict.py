@@ -28,7 +28,7 @@ from tqdm import tqdm
 from llava.cli import LoadedModel, ModelSpec
 from llava.errors import InputError
 from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, ImageSource, Question, Row, index_questions, row_key
-from llava.eval.features import EncodedImage, FeatureCache, QueryCache, apply_in_parts
+from llava.eval.features import EncodedImage, FeatureCache, FeatureStore, QueryCache, apply_in_parts
 from llava.eval.identity import identify_images, identify_model
 from llava.eval.predictions import PredictionStore, check_workers, make_row, name_questions
 from llava.files import explain_errors
@@ -115,6 +115,7 @@ def answer_questions(
     questions: Sequence[Question],
     sink: Sink,
     settings: Settings,
+    store: FeatureStore | None = None,
 ) -> list[Fault]:
     """Ask every question that has no answer yet. On the CPU the process keeps freed memory from then on.
 
@@ -125,6 +126,7 @@ def answer_questions(
         questions: all of them, answered or not: all workers plan from the same list.
         sink: takes the answers batch by batch.
         settings: how to ask.
+        store: images that are encoded already, for several reductions.
 
     Returns:
         The questions that this call could not answer.
@@ -138,7 +140,7 @@ def answer_questions(
         keep_freed_memory()
     with (
         torch.inference_mode(),
-        closing(Predictor(model, tokenizer, image_processor, settings)) as predictor,
+        closing(Predictor(model, tokenizer, image_processor, settings, store)) as predictor,
         tqdm(total=len(questions), desc=settings.model_id, unit="q", smoothing=0.05) as progress,
     ):
         # 2. Take the units that no other worker has; threads read the images of the next one meanwhile.
@@ -225,11 +227,12 @@ class Predictor:
         tokenizer: Tokenizer,
         image_processor: ImageProcessor,
         settings: Settings,
+        store: FeatureStore | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
-        self.features = FeatureCache(model, image_processor, settings.cached_images)
+        self.features = FeatureCache(model, image_processor, settings.cached_images, store)
         self.queries = QueryCache(model)
         self.generator = Generator(model, tokenizer)
         self.limits = choose_limits(model, settings.batch_size)
@@ -509,6 +512,8 @@ def make_answers(
     limit: int | None = None,
     worker: int = 0,
     notify: Callable[[str], None],
+    load: Callable[[], LoadedModel] | None = None,
+    store: FeatureStore | None = None,
 ) -> Outcome:
     """Answer questions into a file.
 
@@ -521,11 +526,14 @@ def make_answers(
         limit: answer only this number of questions, from the start.
         worker: number of this worker, where several processes share the questions.
         notify: is given, in one line each, what a person should know while the run goes on.
+        load: gives the model that `spec` describes, loaded already; None: it is loaded if something is left to ask.
+        store: images that are encoded already, for several reductions.
 
     Raises:
         InputError: two questions cannot be told apart, the model cannot be loaded, or the file cannot be written or
             is in use by another worker of this number.
     """
+    load = load or spec.load
     check_workers(settings.num_workers)
     index_questions(questions, key_fields)
     asked = list(questions[:limit])
@@ -535,23 +543,23 @@ def make_answers(
     # once its model is loaded.
     run = describe_run(spec, questions, settings, key_fields)
     images = identify_images(asked, key_fields)
-    store = PredictionStore(answers_file, key_fields, worker)
-    loaded: LoadedModel | None = None if store.holds(run, images) else spec.load()
-    moved = store.open(run, images)
+    answers = PredictionStore(answers_file, key_fields, worker)
+    loaded: LoadedModel | None = None if answers.holds(run, images) else load()
+    moved = answers.open(run, images)
     if moved:
-        others = f" ({', '.join(store.changes)})" if store.changes else ""
+        others = f" ({', '.join(answers.changes)})" if answers.changes else ""
         notify(f"{answers_file} held answers of a run with other settings; they are now {moved}{others}")
-    settings = replace(settings, model_id=str(store.run["model_id"]))
+    settings = replace(settings, model_id=str(answers.run["model_id"]))
     # 2. What is left.
-    unanswered = [question for question in asked if row_key(question.head(), key_fields) not in store.done]
+    unanswered = [question for question in asked if row_key(question.head(), key_fields) not in answers.done]
     if len(unanswered) < len(asked):
         notify(f"{len(asked) - len(unanswered)} of {len(asked)} questions are answered already")
     faults = [Fault(question, question.fault) for question in unanswered if question.fault]
     # 3. Ask, and put the parts of all workers together if this is the last one.
     if len(faults) < len(unanswered):
-        tokenizer, model, image_processor = loaded or spec.load()
-        faults = answer_questions(model, tokenizer, image_processor, asked, store, settings)
-    return Outcome(faults, store.finish(questions, asked))
+        tokenizer, model, image_processor = loaded or load()
+        faults = answer_questions(model, tokenizer, image_processor, asked, answers, settings, store)
+    return Outcome(faults, answers.finish(questions, asked))
 
 
 def describe_run(

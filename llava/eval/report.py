@@ -312,11 +312,12 @@ def escape_markdown(text: str) -> str:
 
 def format_latex(report: Report) -> str:
     r"""Write a report as LaTeX tables, for a document that has `\usepackage{booktabs}`."""
-    parts = [_format_tabular(title, rows) for title, rows in report.tables.items()]
+    parts = [format_latex_table(title, rows) for title, rows in report.tables.items()]
     return "\n\n".join([*parts, *(f"% {clean(note)}" for note in report.notes)]) + "\n"
 
 
-def _format_tabular(title: str, rows: Sequence[TableRow]) -> str:
+def format_latex_table(title: str, rows: Sequence[TableRow]) -> str:
+    """Write rows, at least one, as a `tabular`, with the title in a comment."""
     titles = list(rows[0])
     bodies = [_format_latex_row([format_cell(row.get(name)) for name in titles]) for row in rows]
     if rows[-1][titles[0]] == AVERAGE_LABEL:

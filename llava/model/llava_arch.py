@@ -7,6 +7,7 @@ and `query`; this file only puts it in order. Shape letters: see docs/architectu
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -180,11 +181,14 @@ class LlavaMetaForCausalLM(ABC):
     def _needs(self) -> frozenset[Need]:
         return self.token_reducer.needs if self.token_reducer else frozenset()
 
-    def encode_patches(self, images: Tensor | list[Tensor]) -> list[ImageFeatures]:
+    def encode_patches(
+        self, images: Tensor | list[Tensor], needs: Collection[Need] | None = None
+    ) -> list[ImageFeatures]:
         """Run the vision tower over a batch of images; the result depends on the images alone.
 
         Args:
             images: `[I, 3, S, S]`, `[I, C, 3, S, S]`, or a list of `[3, S, S]` and `[C, 3, S, S]`.
+            needs: what to take of the tower besides the patches; None: what the token reduction needs.
 
         Returns:
             One record per image: patches `[C, N, D]` (C = 1 for single-crop models) in the tower's dtype, and what else
@@ -193,7 +197,7 @@ class LlavaMetaForCausalLM(ABC):
         crops = [image[None] if image.dim() == 3 else image for image in images]
         if not crops:
             return []
-        features = self.get_vision_tower().extract(torch.cat(crops), self._needs)
+        features = self.get_vision_tower().extract(torch.cat(crops), self._needs if needs is None else needs)
         return features.split([image.shape[0] for image in crops])
 
     def embed_queries(self, texts: list[str]) -> Tensor | None:

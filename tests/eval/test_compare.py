@@ -1,0 +1,112 @@
+"""`python -m llava.eval compare`: what is run, what is kept, what the tables say."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llava.errors import InputError
+from llava.eval.compare import NUM_SEEDS, RANDOM, plan_entries
+from tests.eval.test_scripts import ENVIRONMENT, NO_GPU
+
+METHODS = ["TRIM", "FasterVLM", "TRIM:-1", "VisionZip", "FastV,layer=1"]
+
+
+def test_the_full_model_trim_pool_and_five_seeds_of_random_are_always_run():
+    entries = plan_entries(["FasterVLM"], [16, 8], 64)
+    assert entries[0].is_full
+    specs = [entry.spec for entry in entries]
+    assert {"TRIM:16", "TRIM:8", "Pool:16", "Pool:8", "FasterVLM:16", "FasterVLM:8"} < set(specs)
+    for budget in (16, 8):
+        seeds = [entry for entry in entries if entry.method == RANDOM and entry.budget == budget]
+        assert len({entry.spec for entry in seeds}) == NUM_SEEDS >= 5
+
+
+def test_a_setting_is_composed_as_the_method_says_and_a_spec_with_a_budget_stays():
+    specs = [entry.spec for entry in plan_entries(["VisionZip", "TRIM:-1", "TRIM|FastV"], [64], 576)]
+    assert "VisionZip:54" in specs and "TRIM:-1" in specs and "TRIM:64|FastV:0.5" in specs
+
+
+@pytest.mark.parametrize(
+    ("methods", "budgets", "says"),
+    [
+        (["FasterVLM"], [577], "--budgets 577: an image has 576 patches; use 2 to 576"),
+        (["FasterVLM"], [1], "--budgets 1: an image has 576 patches"),
+        (["FasterVLMM"], [64], 'did you mean "FasterVLM"'),
+        (["FasterVLM", "FasterVLM"], [64], "names the same method twice"),
+    ],
+)
+def test_mistakes_end_in_one_line(methods: list[str], budgets: list[int], says: str):
+    with pytest.raises(InputError, match=says):
+        plan_entries(methods, budgets, 576)
+
+
+def start(repository: Path, checkpoint: Path, root: Path, out: Path, *options: str) -> subprocess.Popen:
+    command = ["compare", "--model-path", checkpoint, "--methods", *METHODS, "--budgets", "12", "7", "--tasks", "pope"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "llava.eval", *map(str, command), "--out", str(out), *options],
+        cwd=repository,
+        env={**ENVIRONMENT, **NO_GPU, "LLAVA_EVAL_ROOT": str(root.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_and_gives_the_same_tables_twice(
+    repository: Path, tmp_path: Path, make_pope: Callable[..., Path], tiny_checkpoint: Path
+):
+    pytest.importorskip("matplotlib")
+    root, out = make_pope(4), tmp_path / "out"
+    process = start(repository, tiny_checkpoint, root, out)
+    while len(list(out.glob("runs/pope/*.scores.json"))) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = {file.name: file.stat().st_mtime_ns for file in out.glob("runs/pope/*.jsonl")}
+    # A file that was torn is made anew.
+    next(iter(out.glob("features/*/*.pt"))).write_bytes(b"PK")
+    texts = []
+    for _ in range(2):
+        process = start(repository, tiny_checkpoint, root, out)
+        text, error = process.communicate(timeout=600)
+        assert process.returncode == 0, error
+        names = ("table.md", "table.tex", "table.csv", "table.json", "report.html", "pareto.svg", "pareto.png")
+        texts.append([text, *((out / name).read_bytes() for name in names)])
+    assert texts[0] == texts[1]
+    for name, stamp in list(done.items())[:3]:
+        assert (out / "runs" / "pope" / name).stat().st_mtime_ns == stamp, "answered again"
+    check_tables(out, text)
+
+
+def check_tables(out: Path, text: str) -> None:
+    cells = json.loads((out / "table.json").read_text())["cells"]
+    labels = [(cell["method"], cell["budget"]) for cell in cells]
+    assert (
+        len(labels) == len(set(labels)) == 1 + 5 * 2 + 1 + 2
+    )  # full, methods and Pool at two budgets, TRIM:-1, Random
+    assert labels[0] == ("none", None) and cells[0]["retained"] == 100
+    for cell in cells[1:]:
+        against = cell["against_reference"]
+        assert (against is None) == (cell["method"] in ("TRIM", "TRIM:-1"))
+        assert cell["interval"]["low"] <= cell["headline"] <= cell["interval"]["high"]
+        if against is not None and cell["method"] not in ("Pool", "Random"):
+            assert against["corrected_p"] >= against["difference"]["p_value"]
+    fast = next(cell for cell in cells if cell["method"] == "FastV")
+    assert fast["mean_tokens"] == pytest.approx((36 + 2 * 12) / 3)
+    assert "FasterVLM @12" in text
+    page = (out / "report.html").read_text()
+    data = json.loads(re.search(r"<script type=application/json id=data>(.*?)</script>", page, re.DOTALL)[1])
+    question = data["pope"]["questions"][0]
+    assert question["image"].startswith("data:image/jpeg;base64,")
+    kept = [answer["kept"].count("1") for answer in question["answers"] if answer and answer["kept"]]
+    assert 12 in kept and 7 in kept
+    assert not re.search(r"(src|href)=.?https?:", page)
