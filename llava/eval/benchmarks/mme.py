@@ -82,6 +82,7 @@ class Mme(Benchmark):
     hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
     key_fields = ("question_id", "prompt")
     full_marks = 2000.0
+    headline_name = "perception"
 
     def load(self, root: Path) -> list[Question]:
         return load_question_file(root / QUESTION_FILE, root / DATA_FOLDER, needs_image=True)
