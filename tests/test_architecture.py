@@ -60,6 +60,7 @@ LAYERS = [
     ("llava.eval.predictions", 4),
     ("llava.eval.identity", 8),
     ("llava.eval.judge", 5),
+    ("llava.eval.protocol", 5),
     ("llava.eval.results", 6),
     ("llava.eval.run", 9),
     ("llava.eval.report", 7),

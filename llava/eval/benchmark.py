@@ -212,6 +212,8 @@ class Benchmark(ABC):
             "always" (there is no score without one).
         judge_model: the judge of the paper.
         full_marks: the headline of a run without a mistake.
+        headline_name: which of its numbers the headline is.
+        scorer_version: of its scoring rules; a change that can change a score raises it.
         hub: its datasets on the Hugging Face hub by split, the default one first; empty where there are none.
     """
 
@@ -226,6 +228,8 @@ class Benchmark(ABC):
     uses_judge: ClassVar[Literal["never", "optional", "always"]] = "never"
     judge_model: ClassVar[str] = "gpt-4-0613"
     full_marks: ClassVar[float] = 100.0
+    headline_name: ClassVar[str] = "accuracy"
+    scorer_version: ClassVar[int] = 1
     hub: ClassVar[Mapping[str, HubForm]] = {}
 
     # Which questions -------------------------------------------------------------------------------------------
@@ -236,6 +240,14 @@ class Benchmark(ABC):
             InputError: there is no such split; lists those there are.
         """
         raise InputError(f"{self.name} has one split only: leave out --split {split}")
+
+    def split_in(self, root: Path) -> str:
+        """Name the split, where it is not named chosen by what is in a folder."""
+        return next(iter(self.hub), "all")
+
+    def has_ocr_hint(self, questions: Sequence[Question]) -> bool | None:
+        """Whether the prompts hold recognised text; None for a benchmark that never has any."""
+        return None
 
     @abstractmethod
     def load(self, root: Path) -> list[Question]:

@@ -56,6 +56,11 @@ IMAGES = "images"
 
 
 # ----------------------------------------------------------------------------------------------------- the answers file
+def find_run_file(answers_file: Path) -> Path:
+    """Return the file beside an answers file that describes its run."""
+    return answers_file.with_name(f"{answers_file.name}.run.json")
+
+
 def make_row(question: Question, text: str, model_id: str, metadata: Mapping[str, object]) -> Row:
     """Make the line of one answer.
 
@@ -241,7 +246,7 @@ class PredictionStore:
         self.changes: list[str] = []
         self._worker = worker
         self._parts = self.path.with_name(f"{self.path.name}.parts")
-        self._run = self.path.with_name(f"{self.path.name}.run.json")
+        self._run = find_run_file(self.path)
         self._own: BinaryIO
         self._claims: BinaryIO
         self._let_others_in: Callable[[], object] = lambda: None  # see `_hold_alone`

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
 from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.metrics.means import collect
+from llava.eval.protocol import require_one_protocol
 from llava.eval.results import Result
 from llava.files import write_bytes
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 AVERAGE_LABEL = "Average"
 NOTE_SIGN = "*"
 """Beside the label of a row that has a note of its own."""
+UNKNOWN = "protocol unknown"
 TERMINAL_WIDTH = 100
 LATEX_ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -49,6 +52,7 @@ class ModelScore:
     """What one model scored on one benchmark; see `Result`.
 
     `retained_percent` is of the first model's headline; None where either is unknown, or the first not positive.
+    `protocol` is the hash of the protocol; None where it is unknown.
     """
 
     headline: float | None
@@ -60,6 +64,7 @@ class ModelScore:
     judge: str | None
     offline_judge: bool
     unscored: str | None
+    protocol: str | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,12 @@ def make_report(runs: Sequence[Run], overview: bool | None = None) -> Report:
 
     `overview`: a row per benchmark; False: a table per benchmark with a row per run; None: whichever fits. In an
     overview a model cannot have two results of one benchmark.
+
+    Raises:
+        InputError: results of one benchmark were measured by different protocols, or a model has two of one benchmark.
     """
+    for label, group in collect((result.label, (name, result.protocol)) for name, result in runs).items():
+        require_one_protocol(label, group)
     if overview is None:
         overview = len({result.task for _, result in runs}) > 1
     if not overview:
@@ -136,7 +146,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, list[TableRow]]:
         tokens = result.tokens
         tables.setdefault(label, []).append(
             {
-                "Run": name + (f" ({result.missing} answers missing)" if result.missing else ""),
+                "Run": f"{name}{describe_doubts(result)}",
                 **({"Score": result.unscored} if result.unscored else result.columns),
                 "Tokens": tokens.mean_tokens if tokens else None,
                 "% of tokens": 100 * tokens.mean_tokens / tokens.mean_patches if tokens else None,
@@ -144,6 +154,12 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, list[TableRow]]:
             }
         )
     return tables
+
+
+def describe_doubts(result: Result) -> str:
+    """Say what stands behind the name of a run: answers that are missing, a protocol that nobody knows."""
+    doubts = [f"{result.missing} answers missing"] * bool(result.missing) + [UNKNOWN] * (result.protocol is None)
+    return f" ({', '.join(doubts)})" if doubts else ""
 
 
 def group_by_benchmark(runs: Sequence[Run]) -> list[BenchmarkScores]:
@@ -166,6 +182,7 @@ def group_by_benchmark(runs: Sequence[Run]) -> list[BenchmarkScores]:
             judge=result.judge,
             offline_judge=result.offline_judge and result.headline_judged,
             unscored=result.unscored,
+            protocol=result.protocol.hash if result.protocol else None,
         )
     order = list(BENCHMARKS)
     return sorted(groups.values(), key=lambda group: order.index(group.task) if group.task in order else len(order))
@@ -211,6 +228,10 @@ def explain_columns(
         for group, model, run in scores
         if run.missing
     ]
+    unknown = collect((model, group.label) for group, model, run in scores if run.protocol is None)
+    if unknown:
+        named = "; ".join(f"{model}: {', '.join(labels)}" for model, labels in unknown.items())
+        notes.append(f"{UNKNOWN.capitalize()}, from files that do not say how they were measured: {named}.")
     if len(models) > 1:
         counts = sorted({average[model].num_benchmarks for model in models[1:]})
         over = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))

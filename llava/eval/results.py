@@ -18,6 +18,7 @@ from filelock import FileLock
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, ImageSource, Judge, Question, Row, Verdict, index_questions, row_key
 from llava.eval.predictions import name_questions, pair_answers, read_answers
+from llava.eval.protocol import ProtocolRecord, describe_protocol
 from llava.files import (
     FileError,
     explain_errors,
@@ -76,6 +77,7 @@ class Result:
         answers: the answers file.
         verdicts: one per question (or group) that was scored.
         unscored: why there is no headline, in a few words for a cell of a table; None where there is one.
+        protocol: how the headline came about; None in files of versions that did not say.
     """
 
     task: str
@@ -93,6 +95,7 @@ class Result:
     answers: str | None = None
     verdicts: Sequence[Verdict] = ()
     unscored: str | None = None
+    protocol: ProtocolRecord | None = None
 
     @property
     def judge_label(self) -> str:
@@ -112,8 +115,10 @@ class Result:
         data["scores"], data["columns"] = dict(self.scores), dict(self.columns)
         data["tokens"] = asdict(self.tokens) if self.tokens else None
         data["verdicts"] = [dump_verdict(verdict) for verdict in self.verdicts]
-        if self.unscored is None:
-            del data["unscored"]
+        data["protocol"] = self.protocol.to_json() if self.protocol else None
+        for name in ("unscored", "protocol"):
+            if data[name] is None:
+                del data[name]
         return {"schema": SCHEMA, **data}
 
     @classmethod
@@ -139,9 +144,11 @@ class Result:
                 continue
             if not isinstance(data[name], kind) or isinstance(data[name], bool):
                 raise InputError(f'{where}: "{name}" must be {kind_name}')
+        protocol = ProtocolRecord.from_json(data["protocol"], where) if data.get("protocol") is not None else None
         try:
             known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
             known["tokens"] = TokenMeans(**data["tokens"]) if data.get("tokens") else None
+            known["protocol"] = protocol
             known["verdicts"] = tuple(map(parse_verdict, data.get("verdicts", ())))
             return cls(**known)
         except (TypeError, AttributeError, KeyError) as error:
@@ -300,6 +307,7 @@ def score_answers(
         tokens=average_tokens(answers.values()),
         answers=str(answers_file),
         verdicts=complete_verdicts(scores.verdicts, index_questions(questions, task.key_fields), answers, root),
+        protocol=describe_protocol(task, questions, root, answers_file),
     )
 
 
@@ -325,6 +333,7 @@ def describe_unscored(task: Benchmark, answers_file: Path, root: Path, reason: s
         tokens=average_tokens(answers.values()),
         answers=str(answers_file),
         unscored=reason,
+        protocol=describe_protocol(task, questions, root, answers_file),
     )
 
 

@@ -20,6 +20,8 @@ from llava.cli import LoadedModel, ModelSpec, user_path
 from llava.errors import InputError
 from llava.eval.benchmark import ImageSource, Question, Verdict
 from llava.eval.metrics.flips import count_flips
+from llava.eval.predictions import find_run_file
+from llava.eval.protocol import require_one_protocol
 from llava.eval.report import clean
 from llava.eval.results import Result, base_key, format_line
 from llava.files import FileError, explain_errors, make_folder, read_json, read_text, write_text
@@ -117,8 +119,9 @@ def list_flips(
         limit: list only the first N of each way.
 
     Raises:
-        InputError: the runs have no question in common.
+        InputError: the runs have no question in common, or were measured by different protocols.
     """
+    require_one_protocol(results[0].label, [(name, each.protocol) for name, each in zip(names, results, strict=True)])
     here, there = ({verdict.key: verdict for verdict in each.verdicts if verdict.unit != "pair"} for each in results)
     both = [(verdict, there[key]) for key, verdict in here.items() if key in there]
     if not both:
@@ -260,7 +263,7 @@ def read_run(answers_file: Path) -> DrawnRun | None:
     Raises:
         InputError: the file is something else.
     """
-    file = answers_file.with_name(f"{answers_file.name}.run.json")
+    file = find_run_file(answers_file)
     if not file.is_file():
         return None
     run = read_json(file)

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from llava.errors import InputError
+from llava.eval.protocol import ProtocolRecord
 from llava.eval.report import (
     TERMINAL_WIDTH,
     escape_latex,
@@ -31,6 +32,7 @@ def result(task: str, headline: float, kept: float | None = 16.0, **changes: obj
         count=10,
         model_id="llava",
         tokens=None if kept is None else TokenMeans(kept, 64.0),
+        protocol=ProtocolRecord(task),
     )
     return dataclasses.replace(scored, **changes)
 

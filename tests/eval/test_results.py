@@ -230,7 +230,7 @@ def test_runs_are_compared_with_the_first_of_their_benchmark() -> None:
 
 def test_a_run_without_all_answers_is_marked_in_the_table() -> None:
     (row,) = compare_runs([("plain", result(80.0, missing=3))])["POPE (Avg. F1)"]
-    assert row["Run"] == "plain (3 answers missing)"
+    assert row["Run"] == "plain (3 answers missing, protocol unknown)"
 
 
 def test_a_first_run_of_zero_gives_no_percentage() -> None:

@@ -107,6 +107,7 @@ class LlavaBench(Benchmark):
     hub: ClassVar[Mapping[str, HubForm]] = {"wild": WILD}
     max_new_tokens = 1024
     uses_judge = "always"
+    headline_name = "rating in percent of the reference's"
 
     def offline_reply(self, case: Case) -> str:
         """Rate the reference 10, and the answer 1 to 10 by the words it shares with the reference."""

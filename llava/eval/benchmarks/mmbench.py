@@ -115,6 +115,7 @@ class MmBench(Benchmark):
     server = "https://mmbench.opencompass.org.cn/mmbench-submission"
     tables: ClassVar[tuple[str, ...]] = ("mmbench_dev_20230712", "mmbench_dev_en_20231003")
     letter_line: ClassVar[str] = LETTER_LINE
+    headline_name = "accuracy, right in every order"
 
     def __init__(self, table: str | None = None, all_rounds: bool = False):
         """Choose the questions.
@@ -145,6 +146,9 @@ class MmBench(Benchmark):
         if path.is_file():
             return path
         raise InputError(f"no {' or '.join(f'{name}.tsv' for name in self.tables)} in {root}; {DOWNLOAD_HINT}")
+
+    def split_in(self, root: Path) -> str:
+        return self.find_table(root).stem + f":{ALL_ROUNDS}" * self.all_rounds
 
     def place_answers(self, root: Path, run: str) -> Path:
         return root / "answers" / self._name_folder(root) / run / "merge.jsonl"

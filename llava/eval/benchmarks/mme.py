@@ -25,6 +25,12 @@ IMAGE_SUBFOLDER, LABEL_SUBFOLDER = "images", "questions_answers_YN"
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
+PARTS = tuple(
+    tuple(f"{subtask} {unit} {name}" for unit in ("question", "pair") for name in (POINTS, COUNT))
+    for subtask in PERCEPTION
+)
+"""Of each perception subtask the sums that the headline comes from."""
+
 LABEL_ENDING = "Please answer yes or no."
 LABEL_SUFFIXES = (f" {LABEL_ENDING}", f"  {LABEL_ENDING}")
 """How the questions of the label files end; seven real ones have two spaces."""
@@ -82,6 +88,7 @@ class Mme(Benchmark):
     hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
     key_fields = ("question_id", "prompt")
     full_marks = 2000.0
+    headline_name = "perception"
 
     def load(self, root: Path) -> list[Question]:
         return load_question_file(root / QUESTION_FILE, root / DATA_FOLDER, needs_image=True)
@@ -108,12 +115,11 @@ class Mme(Benchmark):
 
     def combine(self, sums: Mapping[str, float]) -> float:
         """Sum over the perception subtasks: 100 points each for all questions and for all images right."""
-
-        def average(subtask: str, unit: str) -> float:
-            return sums[f"{subtask} {unit} {POINTS}"] / sums[f"{subtask} {unit} {COUNT}"]
-
-        there = [subtask for subtask in PERCEPTION if f"{subtask} pair {COUNT}" in sums]
-        return sum(100 * (average(subtask, "question") + average(subtask, "pair")) for subtask in there)
+        return sum(
+            100 * (sums[right] / sums[count] + sums[both_right] / sums[pair_count])
+            for right, count, both_right, pair_count in PARTS
+            if count in sums
+        )
 
     def export(self, answers: Mapping[str, Row], root: Path, destination: Path) -> list[Path]:
         """Write `<subtask>.txt` files as `eval_tool/calculation.py --results_dir` reads them."""

@@ -104,6 +104,7 @@ class MmVet(Benchmark):
     hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
     max_new_tokens = 1024
     uses_judge = "always"
+    headline_name = "mean grade"
 
     def offline_reply(self, case: Case) -> str:
         """Grade by the share of the `<AND>` elements that occur in the answer, of `<OR>` any, in tenths."""

@@ -69,6 +69,7 @@ class Pope(Benchmark):
     row = "POPE (Avg. F1)"
     folders = ("pope",)
     hub: ClassVar[Mapping[str, HubForm]] = {"coco": FULL}
+    headline_name = "mean F1 of the categories"
 
     def load(self, root: Path) -> list[Question]:
         """Read the questions; where the label files are there, check at once that they fit."""

@@ -125,11 +125,14 @@ class Seed(Benchmark):
             )
         return questions
 
+    def split_in(self, root: Path) -> str:
+        images_only = (root / IMAGE_FOLDER).is_dir() and not (root / FRAME_FOLDER).is_dir()
+        return self.split or (IMAGE if images_only else ALL)
+
     def _choose_questions(self, root: Path) -> tuple[list[Question], int]:
         """Return the questions of the split, and how many others there are; broken records are in every split."""
         questions = load_question_file(root / QUESTION_FILE, root, needs_image=True)
-        images_only = (root / IMAGE_FOLDER).is_dir() and not (root / FRAME_FOLDER).is_dir()
-        split = self.split or (IMAGE if images_only else ALL)
+        split = self.split_in(root)
         chosen = [each for each in questions if split == ALL or each.fault or is_video(each) == (split == VIDEO)]
         return chosen, len(questions) - len(chosen)
 

@@ -10,7 +10,7 @@ tokens of the same OCR system; a few of its lines are in another order, which th
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,6 +68,9 @@ class TextVqa(Benchmark):
     folders = ("textvqa",)
     hub: ClassVar[Mapping[str, HubForm]] = {"val": VAL_FORM}
     key_fields = ("question_id", "prompt")
+
+    def has_ocr_hint(self, questions: Sequence[Question]) -> bool:
+        return any(OCR_LINE_START in each.prompt or each.prompt.startswith(OLD_PROMPT_START) for each in questions)
 
     def load(self, root: Path) -> list[Question]:
         return load_question_file(root / QUESTION_FILE, root / IMAGE_FOLDER, needs_image=True)

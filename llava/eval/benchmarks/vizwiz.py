@@ -150,7 +150,6 @@ class VizWiz(Benchmark):
         return [write_upload(destination / f"vizwiz_{self.split_in(root)}.json", upload)]
 
     def split_in(self, root: Path) -> str:
-        """Return the split, chosen by what is in a folder where none was named."""
         return self.split or (VAL if any(map(Path.is_file, official_places(root, VAL))) else TEST)
 
 

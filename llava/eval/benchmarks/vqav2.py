@@ -162,7 +162,6 @@ class Vqav2(Benchmark):
         return [write_upload(destination / f"vqav2_{split}.json", upload)]
 
     def split_in(self, root: Path) -> str:
-        """Return the split, chosen by what is in a folder where none was named."""
         return self.split or (VAL if (root / VAL_ANNOTATIONS).is_file() else TEST_DEV)
 
 

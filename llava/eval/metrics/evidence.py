@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from statistics import NormalDist
 
 import torch
@@ -35,7 +36,7 @@ LATTICE_STEPS = (1, 10)
 """Points that are whole in one of these units (right or wrong; tenths) have an exact p-value."""
 FEW_IMAGES = 10
 """So few images that differ from the others are too few for a bootstrap alone."""
-CHUNK_ELEMENTS = 4_000_000
+CHUNK_ELEMENTS = 8_000_000
 """Weights that are in memory at once."""
 NORMAL = NormalDist()
 
@@ -180,11 +181,10 @@ def find_interval(
     numbers = _apply(statistic, samples, draw_sums(samples, num_resamples, seed))
     drawn = [number for number in numbers if number is not None]
     num_images = len(samples[0].images)
-    freedom = num_images - len(samples[0].strata)
     influences = leave_out(samples, statistic, value)
     ends = [value]
-    if freedom and any(influences) and drawn:
-        ends += bca_ends(value, drawn, influences, freedom)
+    if any(influences) and drawn:
+        ends += bca_ends(value, drawn, influences, count_freedom(samples[0].strata, influences))
     # Where hardly an image differs from the others, the resamples know next to nothing of those that would.
     most_common = Counter(round(each, 9) for each in influences).most_common(1)[0][1]
     if num_images - most_common < FEW_IMAGES:
@@ -203,22 +203,34 @@ def unseen_share(num_images: int) -> float:
 def draw_sums(samples: Sequence[Sample], num_resamples: int, seed: int) -> list[Tensor]:
     """Draw images with replacement, the same ones for all runs, and sum up.
 
+    In each stratum one image fewer is drawn than there are, and counts for more accordingly: the spread of a mean of m
+    out of m is too small by the share 1 / m, which tells where a part of the headline has few images (Rao and Wu 1988,
+    "Resampling inference with complex survey data").
+
     Returns:
         For each run float64 [resamples, names].
     """
-    num_images, generator = len(samples[0].images), torch.Generator().manual_seed(seed)
-    rows = max(1, CHUNK_ELEMENTS // num_images)
+    strata = tuple(tuple(stratum.tolist()) for stratum in samples[0].strata)
+    rows = max(1, CHUNK_ELEMENTS // len(samples[0].images))
     parts: list[list[Tensor]] = [[] for _ in samples]
     for start in range(0, num_resamples, rows):
-        size = min(rows, num_resamples - start)
-        # How often each image is drawn, in each stratum as many as it has.
-        weights = torch.zeros(size, num_images, dtype=torch.float64)
-        for stratum in samples[0].strata:
-            chosen = stratum[torch.randint(len(stratum), (size, len(stratum)), generator=generator)]
-            weights.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+        weights = _draw_weights(strata, min(rows, num_resamples - start), seed + start)
         for part, sample in zip(parts, samples, strict=True):
             part.append(weights @ sample.sums)
     return [torch.cat(part) for part in parts]
+
+
+# Runs of one benchmark, one after another, have the same images: drawing takes most of the time.
+@lru_cache(maxsize=1)
+def _draw_weights(strata: tuple[tuple[int, ...], ...], num_resamples: int, seed: int) -> Tensor:
+    """Draw images in each stratum; the weight of each in each resample, float64 [resamples, images]."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(num_resamples, sum(map(len, strata)), dtype=torch.float64)
+    for stratum in map(torch.tensor, strata):
+        size = max(1, len(stratum) - 1)
+        chosen = stratum[torch.randint(len(stratum), (num_resamples, size), generator=generator)]
+        weights.scatter_add_(1, chosen, torch.full(chosen.shape, len(stratum) / size, dtype=torch.float64))
+    return weights
 
 
 def leave_out(
@@ -240,6 +252,17 @@ def leave_out(
     return influences.where(influences.abs() > 1e-12 * max(abs(value), 1.0), torch.zeros(())).tolist()
 
 
+def count_freedom(strata: Sequence[Tensor], influences: Sequence[float]) -> int:
+    """Return the degrees of freedom of the spread, at least 1; of a single stratum the images less one.
+
+    Strata of few images can make up most of the spread (Satterthwaite 1946).
+    """
+    squares = torch.tensor(influences, dtype=torch.float64) ** 2
+    spreads = [(float(squares[stratum].sum()), len(stratum) - 1) for stratum in strata if len(stratum) > 1]
+    total = sum(spread for spread, _ in spreads)
+    return max(1, round(total**2 / sum(spread**2 / freedom for spread, freedom in spreads)))
+
+
 def bca_ends(value: float, drawn: Sequence[float], influences: Sequence[float], freedom: int) -> tuple[float, float]:
     """Return the ends of the BCa interval.
 
@@ -247,8 +270,7 @@ def bca_ends(value: float, drawn: Sequence[float], influences: Sequence[float], 
         value: the number itself.
         drawn: of each resample, at least one.
         influences: of each image (`leave_out`), not all 0.
-        freedom: images less strata, at least 1; the normal quantile gives way to Student's t, and the spread of the
-            resamples is too small by the root of the share that this is of the images.
+        freedom: degrees of freedom of the spread, at least 1: the normal quantile gives way to Student's t.
     """
     ordered = sorted(drawn)
     # 1. Bias: where the number lies among the resamples; of equal ones half count.
@@ -260,7 +282,7 @@ def bca_ends(value: float, drawn: Sequence[float], influences: Sequence[float], 
     squares = math.fsum(each**2 for each in influences)
     skew = math.fsum(each**3 for each in influences) / (6 * squares**1.5)
     # 3. The two quantiles.
-    reach = student_quantile(freedom) * math.sqrt(len(influences) / freedom)
+    reach = student_quantile(freedom)
     ends = []
     for side in (-reach, reach):
         shifted = bias + side
@@ -271,6 +293,7 @@ def bca_ends(value: float, drawn: Sequence[float], influences: Sequence[float], 
     return min(ends), max(ends)
 
 
+@cache
 def student_quantile(freedom: int) -> float:
     """Return the 97.5 % quantile of Student's t, by its distribution function in closed form and bisection."""
     low, high = NORMAL.inv_cdf(1 - TAIL), 13.0  # that of one degree of freedom is 12.7
