@@ -331,6 +331,8 @@ def fuzz_specs(world: World, rng: random.Random) -> None:
         "0.25",
         "1e400",
         "64",
+        "avg",
+        "flops",
         "fence",
         "similarity",
         "direct",

@@ -25,12 +25,14 @@ from llava.model.token_reduction import (
     VisualTokens,
     parse_reducer,
     parse_reduction,
+    read_target,
 )
 from llava.model.token_reduction.base import gather_kept, select_top
 from llava.model.token_reduction.trim import count_upper_outliers
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = ["0.25", "7", "1.0", "0.001", "9999"]
+MEANS = ["avg=7.4", "avg=1.5", "avg=35.9", "avg=9999"]
 # Options of single methods; every method of the registry is tested with every budget anyway.
 EXTRA_SPECS = [
     "TRIM:-1,similarity=direct",
@@ -56,7 +58,7 @@ EXTRA_SPECS = [
 
 
 def specs_of(name: str, reducer: type) -> list[str]:
-    budgets = [*BUDGETS, "-1"] if reducer.has_automatic_budget else BUDGETS
+    budgets = BUDGETS + ["-1"] * reducer.has_automatic_budget + MEANS * reducer.takes_average
     return [name, *(f"{name}:{budget}" for budget in budgets)]
 
 
@@ -124,10 +126,12 @@ class TestContract:
         if reducer.budget.is_automatic:
             return
         reduced = reducer(tokens)
-        allowed = {reducer.budget.count(36), reducer.count_kept(36)}
+        parts = reducer.parts(tokens.grid)
+        allowed = {count for part in parts for count in (part.budget.count(36), part.count_kept(36))}
+        most_tokens = max(part.most_tokens(36) for part in parts)
         num_kept = [0] * 5 if reduced.kept is None else reduced.kept.sum(dim=1).tolist()
         for kept, length in zip(num_kept, reduced.lengths.tolist(), strict=True):
-            assert length <= reducer.most_tokens(36)
+            assert length <= most_tokens
             selects = kept in allowed and length - kept <= 1  # at most one synthesised token on top
             merges = kept < length
             assert selects or merges
@@ -201,6 +205,88 @@ class TestContract:
         order = [2, 0, 3, 1]
         lengths = reducer(tokens).lengths
         assert torch.equal(reducer(rows_of(tokens, order)).lengths, lengths[order])
+
+
+def make_patches(num_images: int) -> VisualTokens:
+    """Many random images of which nothing but patches is known."""
+    return VisualTokens(torch.randn(num_images, 36, 4, generator=torch.Generator().manual_seed(3)), (6, 6))
+
+
+@pytest.mark.parametrize("mean", [1.25, 7.0, 7.4, 12.9, 35.5])
+@pytest.mark.parametrize("name", ["Random", "Pool"])
+def test_the_mean_over_images_is_what_a_mean_budget_says(name, mean):
+    lengths = parse_reducer(f"{name}:avg={mean}")(make_patches(20_000)).lengths.double()
+    # Within four standard errors; a whole number that the method can keep is kept of every image.
+    assert abs(float(lengths.mean()) - mean) <= 4 * float(lengths.std()) / math.sqrt(20_000) + 1e-9
+    if name == "Random":
+        assert set(lengths.tolist()) == {math.floor(mean), math.ceil(mean)}
+
+
+@pytest.mark.parametrize("name", [name for name, reducer in REDUCERS.items() if reducer.takes_average])
+def test_each_image_of_a_mean_budget_is_reduced_as_by_the_fixed_budget_it_was_given(name):
+    tokens, reducer = make_tokens(name, num_images=12), parse_reducer(f"{name}:avg=9.5")
+    mixed, fixed = reducer(tokens), [part(tokens) for part in reducer.parts(tokens.grid)]
+    assert len(fixed) == 2
+    chosen = [0, 0]
+    for row in range(12):
+        length = int(mixed.lengths[row])
+        same = [
+            number
+            for number, part in enumerate(fixed)
+            if int(part.lengths[row]) == length
+            and torch.allclose(part.features[row, :length], mixed.features[row, :length], atol=1e-6)
+        ]
+        chosen[same[0]] += 1
+        for field in ("kept", "scores", "centres", "order", "num_blank"):
+            ours, theirs = (getattr(each, field) for each in (mixed, fixed[same[0]]))
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                width = theirs[row].shape[0] if theirs.dim() > 1 else None
+                assert torch.equal(ours[row][:width] if width else ours[row], theirs[row])
+    assert all(chosen)
+
+
+def test_an_image_keeps_the_same_number_alone_in_any_batch_and_under_any_question():
+    tokens, reducer = make_patches(64), parse_reducer("Random:avg=7.4")
+    lengths = reducer(tokens).lengths
+    for size in (1, 2, 8):
+        parts = [list(range(start, start + size)) for start in range(0, 64, size)]
+        assert torch.cat([reducer(rows_of(tokens, rows)).lengths for rows in parts]).equal(lengths)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
+    assert reducer(rows_of(tokens, order)).lengths.equal(lengths[order])
+    assert reducer(rows_of(tokens, [5] * 9)).lengths.unique().numel() == 1
+    other = VisualTokens(tokens.patches, tokens.grid, torch.randn(64, 36, 8), torch.randn(64, 8))
+    assert reducer(other).lengths.equal(lengths)
+
+
+def test_all_methods_keep_more_of_the_same_images():
+    tokens = make_tokens("FasterVLM", num_images=30)
+    counts = [parse_reducer(f"{name}:avg=7.4")(tokens).lengths for name in ("FasterVLM", "Random")]
+    assert counts[0].equal(counts[1])
+
+
+def test_what_only_one_part_of_a_mixture_returns_is_filled_in_for_the_other():
+    # HoloV returns an order and blank rows only where it drops something.
+    tokens, reducer = make_tokens("HoloV", num_images=20), parse_reducer("HoloV:avg=35.5")
+    reduced = reducer(tokens)
+    assert set(reduced.lengths.tolist()) == {35, 36}
+    for row, length in enumerate(reduced.lengths.tolist()):
+        alone = reducer(rows_of(tokens, [row]))
+        order = torch.arange(length)[None] if alone.order is None else alone.order
+        assert reduced.order[row, :length].tolist() == order[0, :length].tolist()
+
+
+@pytest.mark.parametrize(
+    "spec", ["TRIM:avg=64", "TextSim:avg=6.5,metric=cosine", "TRIM:flops=0.35,similarity=direct", "FastV:ms=40,layer=3"]
+)
+def test_a_target_reads_back_from_its_own_spelling(spec):
+    target = read_target(spec)
+    assert str(target) == spec and read_target(str(target)) == target
+
+
+@pytest.mark.parametrize("spec", [None, "none", "TRIM:-1", "FasterVLM:avg=9.5", "FastV:0.5", "TRIM:-1|FastV:0.5"])
+def test_a_budget_that_can_be_run_is_no_target(spec):
+    assert read_target(spec) is None
 
 
 @pytest.mark.parametrize("name", [name for name in REDUCERS if name not in ("Pool", "PruMerge", "PruMerge+")])
@@ -490,6 +576,23 @@ def test_no_spec_means_no_reduction(spec):
         ("TRIM:0", "out of range"),
         ("TRIM:-0.5", "out of range"),
         ("TRIM:1.5", "out of range"),
+        ("FasterVLM:avg=0.5", "token budget avg=0.5 is out of range"),
+        ("FasterVLM:avg=-1", "out of range"),
+        ("FasterVLM:avg=nan", "out of range"),
+        ("FasterVLM:avg=inf", "out of range"),
+        ("FasterVLM:avg=", '"" is not a budget'),
+        ("FasterVLM:avg", '"avg" is not a budget'),
+        ("FasterVLM:mean=9", '"mean=9" is not a budget'),
+        ("FastV:avg=9", "FastV takes no mean number of patches"),
+        ("TRIM:avg=64", "python -m llava.calibrate --model-path CKPT --task NAME --reduce TRIM:-1 --average 64"),
+        ("TextSim:avg=6.5,metric=cosine", "--reduce TextSim:-1,metric=cosine --average 6.5 --json FILE"),
+        ("TRIM:avg=0", "out of range"),
+        ("TRIM:flops=0.35", "python -m llava.efficiency --model-path CKPT --reduce TRIM:flops=0.35 --count-only"),
+        ("TRIM:flops=1.5", 'flops= is followed by a share of FLOPs in (0, 1], not "1.5"'),
+        ("TRIM:flops=x", 'a share of FLOPs in (0, 1], not "x"'),
+        ("DivPrune:ms=40", "python -m llava.efficiency --model-path CKPT --reduce DivPrune:ms=40"),
+        ("DivPrune:ms=-1", 'milliseconds above 0, not "-1"'),
+        ("TRIM:-1|FastV:flops=0.3", "flops= is for one method alone"),
         ("TRIM:nan", "out of range"),
         ("TRIM:inf", "out of range"),
         ("TRIM:-1,foo=2", "known: similarity, metric, fence, min_keep, max_keep"),

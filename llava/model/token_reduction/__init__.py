@@ -7,8 +7,10 @@ from llava.model.token_reduction.registry import (
     LAYER_REDUCERS,
     REDUCERS,
     Reduction,
+    Target,
     parse_reducer,
     parse_reduction,
+    read_target,
 )
 
 __all__ = [
@@ -21,8 +23,10 @@ __all__ = [
     "Need",
     "ReducedTokens",
     "Reduction",
+    "Target",
     "TokenReducer",
     "VisualTokens",
     "parse_reducer",
     "parse_reduction",
+    "read_target",
 ]

@@ -8,8 +8,9 @@ width of a head, `E` language model width.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from typing import ClassVar, Self
 
 import torch
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.errors import InputError
+from llava.model.token_reduction.mixture import draw_parts, join_rows, take_rows
 
 AUTOMATIC = -1
-BUDGET_RULE = "-1 (automatic), a fraction in (0, 1], or a whole number above 1"
+BUDGET_RULE = "-1 (automatic), a fraction in (0, 1], a whole number above 1, or avg= with a mean number of 1 or more"
 
 
 @dataclass(frozen=True)
@@ -186,20 +188,32 @@ class ReducedTokens:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many patches to keep: -1 automatic, a fraction in (0, 1], or a whole number of patches above 1."""
+    """How many patches to keep: -1 automatic, a fraction in (0, 1], a whole number of patches above 1, or a mean.
+
+    Attributes:
+        value: the number.
+        is_average: it is a mean over images, 1 or more, whole or not.
+    """
 
     value: float
+    is_average: bool = False
 
     def __post_init__(self) -> None:
         """Check the range.
 
         Raises:
-            InputError: for 0, other negative numbers, nan, inf, and numbers above 1 that are not whole.
+            InputError: for 0, other negative numbers, nan, inf, numbers above 1 that are not whole, means below 1.
         """
         value = self.value
         is_count = value > 1 and math.isfinite(value) and value == int(value)
-        if value != AUTOMATIC and not 0 < value <= 1 and not is_count:
-            raise InputError(f"token budget {value:g} is out of range: use {BUDGET_RULE}")
+        is_mean = self.is_average and 1 <= value < math.inf
+        if not is_mean and (self.is_average or (value != AUTOMATIC and not 0 < value <= 1 and not is_count)):
+            raise InputError(f"token budget {'avg=' * self.is_average}{value:g} is out of range: use {BUDGET_RULE}")
+
+    @classmethod
+    def of_count(cls, count: int, num_patches: int) -> Self:
+        """The budget of 1 to N patches; 1 is a fraction of N, because the number 1 stands for all."""
+        return cls(count if count > 1 else 1 / num_patches)
 
     @property
     def is_automatic(self) -> bool:
@@ -214,19 +228,22 @@ class Budget:
 
         Returns:
             Between 0 and N. Fractions are rounded down as in TRIM's released code (`int(N * ratio)`), but a product
-            that is whole up to float rounding does not lose a patch (0.29 * 100 is 29, not 28).
+            that is whole up to float rounding does not lose a patch (0.29 * 100 is 29, not 28). Of a mean it is the
+            smaller one of the two numbers that are mixed.
 
         Raises:
             InputError: an automatic budget; the number depends on the image, and only the reducer's rule knows it.
         """
         if self.is_automatic:
             raise InputError(f"an automatic budget ({self}) is not a number of patches: give a fraction or a count")
-        if self.value <= 1:
+        if self.value <= 1 and not self.is_average:
             return min(num_patches, int(num_patches * self.value + 1e-9))
         return min(num_patches, int(self.value))
 
     def __str__(self) -> str:
         """The spelling that parses back to the same budget."""
+        if self.is_average:
+            return f"avg={float(self.value)!r}".removesuffix(".0")
         return repr(self.value) if 0 < self.value < 1 else ("1.0" if self.value == 1 else str(int(self.value)))
 
 
@@ -244,18 +261,20 @@ class Method(ABC):
         budget: how many patches or tokens to keep.
         spec_name: the method's name in spec strings.
         has_automatic_budget: whether the method has a rule of its own for how many patches an image keeps.
+        takes_average: whether a mean budget mixes two fixed ones; a method that has another way to it refuses it here.
     """
 
     budget: Budget = DEFAULT_BUDGET
 
     spec_name: ClassVar[str]
     has_automatic_budget: ClassVar[bool] = False
+    takes_average: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the options; subclasses with options to check extend this.
 
         Raises:
-            InputError: an automatic budget for a method that has no rule for one.
+            InputError: an automatic budget for a method that has no rule for one, a mean for one that takes none.
             TypeError: an option that a spec string cannot write (a programming error).
         """
         for option in fields(self):
@@ -264,6 +283,12 @@ class Method(ABC):
         if self.budget.is_automatic and not self.has_automatic_budget:
             name = self.spec_name
             raise InputError(f"{name} has no automatic budget: give a fraction in (0, 1] or a count, as in {name}:0.2")
+        if self.budget.is_average and not self.takes_average:
+            raise InputError(self.refuse_average())
+
+    def refuse_average(self) -> str:
+        """Say in one line what to write in place of a mean budget that this method does not take."""
+        return f"{self.spec_name} takes no mean number of patches ({self.budget}): give a fraction or a count"
 
     def at_budget(self, num_tokens: int) -> Self:
         """The same method at what its paper calls a setting of so many tokens: here, a budget of so many.
@@ -294,6 +319,13 @@ class TokenReducer(Method):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    takes_average: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Let a method be called for one fixed count at a time, so that it needs no code for mean budgets."""
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls):
+            cls.__call__ = mix_counts(cls.__call__)
 
     def __post_init__(self) -> None:
         """Check the options; subclasses with options to check extend this.
@@ -317,6 +349,50 @@ class TokenReducer(Method):
     def most_tokens(self, num_patches: int) -> int:
         """Return how many tokens a fixed budget leaves of N patches at most: here, those kept and one for the rest."""
         return min(self.count_kept(num_patches) + 1, num_patches)
+
+    def count_left(self, count: int, grid: tuple[int, int]) -> int:
+        """Return what counts of a fixed budget of so many patches in a mean: here, all of them."""
+        return count
+
+    def parts(self, grid: tuple[int, int]) -> dict[Self, float]:
+        """Return the reducers that this one mixes, each with its share of the images: itself, unless for a mean.
+
+        Args:
+            grid: rows and columns of patches.
+
+        Returns:
+            One or two reducers. What two leave brackets the mean as closely as this method can, and their shares give
+            it exactly; more than all N patches are N.
+        """
+        if not self.budget.is_average:
+            return {self: 1.0}
+        num_patches = math.prod(grid)
+        mean = min(self.budget.value, num_patches)
+        fewer = int(mean)
+        counts = [fewer, *range(fewer + 1, num_patches + 1)]
+        more = next((count for count in counts if self.count_left(count, grid) > mean), num_patches)
+        least, most = (self.count_left(count, grid) for count in (fewer, more))
+        share = (mean - least) / (most - least) if most > least else 0.0
+        shares = {fewer: 1 - share, more: share} if share else {fewer: 1.0}
+        return {replace(self, budget=Budget.of_count(count, num_patches)): each for count, each in shares.items()}
+
+
+def mix_counts(call: Callable[[TokenReducer, VisualTokens], ReducedTokens]) -> Callable[..., ReducedTokens]:
+    """Make a method's call take mean budgets: it is called for the images of each count, and rows are joined again."""
+
+    @wraps(call)
+    def mix(reducer: TokenReducer, tokens: VisualTokens) -> ReducedTokens:
+        parts = reducer.parts(tokens.grid)
+        if len(parts) == 1:
+            return call(*parts, tokens)
+        drawn = zip(parts, draw_parts(tokens.patches, list(parts.values())), strict=True)
+        drawn = [(part, rows) for part, rows in drawn if len(rows)]
+        if len(drawn) == 1:
+            return call(drawn[0][0], tokens)
+        reduced = [call(part, take_rows(tokens, rows)) for part, rows in drawn]
+        return join_rows(reduced, [rows for _, rows in drawn])
+
+    return mix
 
 
 @dataclass(frozen=True)

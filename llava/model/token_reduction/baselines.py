@@ -1,8 +1,7 @@
 """Baselines that do not read the question: patches drawn at random, and an average over the patch grid."""
 
 import math
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.model.token_reduction.base import (
+    Budget,
     ReducedTokens,
     TokenReducer,
     VisualTokens,
@@ -18,8 +18,7 @@ from llava.model.token_reduction.base import (
     gather_kept,
     select_top,
 )
-
-FINGERPRINT_SIZE = 64  # the signs of this many features tell one image from another
+from llava.model.token_reduction.mixture import fingerprint_images
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,7 @@ class RandomChoice(TokenReducer):
         return ReducedTokens(features=features, lengths=lengths, kept=kept)
 
     def draw(self, patches: Tensor) -> Tensor:
-        """Random scores for each image, seeded by the signs of some of its features.
-
-        Signs, because rounding differs a little between batch sizes and devices while signs stay.
+        """Random scores for each image, seeded by its fingerprint.
 
         Args:
             patches: `[I, N, D]`.
@@ -61,12 +58,8 @@ class RandomChoice(TokenReducer):
         Returns:
             `float32[I, N]` in [0, 1), on the CPU: every device draws the same.
         """
-        flat = patches.detach().flatten(1)
-        signs = (flat[:, :: max(1, flat.shape[1] // FINGERPRINT_SIZE)][:, :FINGERPRINT_SIZE] > 0).to(torch.uint8)
         scores = torch.empty(patches.shape[:2])
-        # One wait for the device, for all images.
-        for row, own_signs in zip(scores, signs.cpu().tolist(), strict=True):
-            fingerprint = zlib.crc32(bytes(own_signs), self.seed & 0xFFFFFFFF)
+        for row, fingerprint in zip(scores, fingerprint_images(patches, self.seed), strict=True):
             row.copy_(torch.rand(row.shape, generator=torch.Generator().manual_seed(fingerprint)))
         return scores
 
@@ -87,6 +80,9 @@ class Pool(TokenReducer):
         side_ratio = math.sqrt(self.budget.count(rows * cols) / (rows * cols))
         # The small addend undoes float rounding only: sqrt(0.25) * 24 must give 12.
         return max(1, int(rows * side_ratio + 1e-9)), max(1, int(cols * side_ratio + 1e-9))
+
+    def count_left(self, count: int, grid: tuple[int, int]) -> int:
+        return math.prod(replace(self, budget=Budget.of_count(count, math.prod(grid))).output_grid(grid))
 
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Pool each image."""

@@ -2,10 +2,11 @@
 
 Spec: `name[:budget][,option=value]...`, for example `TRIM:-1`, `TextSim+:0.25`, `TRIM:-1,similarity=direct`. A method
 inside the language model is written in the same way, and may stand behind one that works before it, as in
-`TRIM:-1|FastV:0.5,layer=2`.
+`TRIM:-1|FastV:0.5,layer=2`. A target, such as `TRIM:flops=0.35`, is a budget that must be found before it can be used.
 """
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 
@@ -105,6 +106,71 @@ def parse_reducer(spec: str | None) -> TokenReducer | None:
     return reduction.before
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a budget shall reach, for a method before or inside the language model.
+
+    Attributes:
+        kind: "avg", the mean number of patches that the method's own rule keeps; "flops", the share of the FLOPs of the
+            model without reduction; "ms", milliseconds of an answer.
+        value: patches from 1 on, a share in (0, 1], or milliseconds above 0.
+        method: with its options; the budget is still open.
+    """
+
+    kind: str
+    value: float
+    method: Method
+
+    def __str__(self) -> str:
+        """The spec string, `read_target` of which is equal."""
+        name, _, options = self.method.spec().partition(",")
+        value = repr(self.value).removesuffix(".0")
+        return f"{name.partition(':')[0]}:{self.kind}={value}" + ("," + options if options else "")
+
+
+UNRESOLVED = {
+    "flops": "a share of FLOPs becomes a count of patches at the shapes of a checkpoint: commands take it by --reduce, "
+    "and `python -m llava.efficiency --model-path CKPT --reduce {} --count-only` prints the spec",
+    "ms": "milliseconds have to be measured: `python -m llava.efficiency --model-path CKPT --reduce {}` does that, and "
+    "prints the spec for its machine",
+}
+"""Why such a target is no budget yet."""
+
+
+def read_target(spec: str | None) -> Target | None:
+    """Read a spec string whose budget has to be found first; None where it holds no such target.
+
+    Raises:
+        InputError: as `parse_reduction`, and for a value out of range.
+    """
+    if not isinstance(spec, str) or SEPARATOR in spec:
+        return None
+    head, comma, options = spec.partition(",")
+    name, _, budget = head.partition(":")
+    kind, equals, value = (part.strip() for part in budget.partition("="))
+    if not equals or kind not in ("avg", *UNRESOLVED):
+        return None
+    method = _parse_method(name + comma + options, spec)
+    try:
+        if kind != "avg":
+            return Target(kind, _to_share_or_time(kind, value), method)
+        mixes_counts = method.takes_average or not method.has_automatic_budget
+        return None if mixes_counts else Target(kind, _to_budget(budget, spec).value, method)
+    except InputError as error:
+        raise InputError(f'{CONFIG_KEY}: "{spec}": {error}') from None
+
+
+def _to_share_or_time(kind: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= (1 if kind == "flops" else math.inf) or value == math.inf:
+        what = "a share of FLOPs in (0, 1]" if kind == "flops" else "milliseconds above 0"
+        raise InputError(f'{kind}= is followed by {what}, not "{text}"')
+    return value
+
+
 def _parse_method(text: str, spec: str) -> Method:
     """Build one method; `spec` is the whole string, for messages."""
     head, *settings = [part.strip() for part in text.split(",")]
@@ -123,10 +189,23 @@ def _parse_method(text: str, spec: str) -> Method:
         options[key] = _to_option(known[key], value, spec)
     try:
         if colon:
-            options["budget"] = Budget(_to_number(budget_text))
+            options["budget"] = _to_budget(budget_text, spec)
         return table[name](**options)
     except InputError as error:
         raise InputError(f'{CONFIG_KEY}: "{spec}": {error}') from None
+
+
+def _to_budget(text: str, spec: str) -> Budget:
+    kind, equals, value = (part.strip() for part in text.partition("="))
+    if equals and kind in UNRESOLVED:
+        _to_share_or_time(kind, value)
+        if SEPARATOR in spec:
+            raise InputError(
+                f"{kind}= is for one method alone: find its budget without the other, then put them together"
+            )
+        raise InputError(UNRESOLVED[kind].format(spec))
+    is_average = bool(equals) and kind == "avg"
+    return Budget(_to_number(value if is_average else text), is_average)
 
 
 def _to_number(text: str) -> float:

@@ -14,7 +14,7 @@ TRIM and TextSim+ are names of this rule; TextSim is the rule without step 4. A 
 Shape letters: `I` images (or crops), `N` patches, `M` tokens after reduction, `D` vision width, `P` joint width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -75,9 +75,19 @@ def count_upper_outliers(probabilities: Tensor, fence: float = TUKEY_FENCE) -> T
         `int64[I]`, between 0 and ceil((N - 1) / 4) for a fence >= 0. Each image has its own quartiles (the released
         code pools them over the batch; at batch size one both agree).
     """
+    first, third = find_quartiles(probabilities)
+    return count_above_fence(probabilities, first, third, fence)
+
+
+def find_quartiles(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower and the upper quartile of each image's probabilities: `float32[I, N]` to `float32[I]` each."""
     # Made on the device: exactly 0.25 and 0.75, without a copy from the host.
     levels = torch.linspace(0.25, 0.75, 2, dtype=probabilities.dtype, device=probabilities.device)
-    first, third = torch.quantile(probabilities, levels, dim=1, interpolation="linear")  # [I] each
+    return torch.quantile(probabilities, levels, dim=1, interpolation="linear").unbind()
+
+
+def count_above_fence(probabilities: Tensor, first: Tensor, third: Tensor, fence: float) -> Tensor:
+    """Count each image's probabilities `float32[I, ...]` above the fence over its quartiles, `float32[I]` each."""
     upper_fence = third + fence * (third - first)
     return (probabilities > upper_fence[:, None]).sum(dim=1)
 
@@ -127,6 +137,7 @@ class Trim(TokenReducer):
     spec_name: ClassVar[str] = "TRIM"
     needs: ClassVar[frozenset[Need]] = frozenset({TEXT})
     has_automatic_budget: ClassVar[bool] = True
+    takes_average: ClassVar[bool] = False
     has_mean_token: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -147,6 +158,15 @@ class Trim(TokenReducer):
                 f"{self.spec_name}: min_keep={self.min_keep}, max_keep={self.max_keep} must be >= 0 "
                 "and min_keep <= max_keep (max_keep=0: no limit)"
             )
+
+    def refuse_average(self) -> str:
+        """Name the command that finds the fence of a mean."""
+        method, mean = replace(self, budget=AUTOMATIC_BUDGET).spec(), str(self.budget).removeprefix("avg=")
+        return (
+            f"which fence keeps {mean} patches on average depends on the images: "
+            f"`python -m llava.calibrate --model-path CKPT --task NAME --reduce {method} --average {mean} --json FILE` "
+            "finds it, and --calibrated FILE uses it"
+        )
 
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Keep the patches that the question asks about; see the head of this file."""
@@ -177,6 +197,10 @@ class Trim(TokenReducer):
             counts = count_upper_outliers(probabilities, self.fence)
         else:
             counts = torch.full((num_images,), self.budget.count(num_patches), device=probabilities.device)
+        return self.limit(counts, num_patches)
+
+    def limit(self, counts: Tensor, num_patches: int) -> Tensor:
+        """Bring counts `int64[I]` of N patches within `min_keep` and `max_keep`; at least 1 without a mean token."""
         least = self.min_keep if self.has_mean_token else max(1, self.min_keep)
         most = min(self.max_keep or num_patches, num_patches)
         return counts.clamp(min=min(least, most), max=most)
