@@ -12,12 +12,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.conversation import conversation_name_for, get_model_name_from_path
 from llava.errors import InputError
@@ -80,8 +80,11 @@ def add_model_options(
     if base:
         add("--model-base", metavar="CKPT", help="base model of a LoRA or projector-only checkpoint")
     add(
-        "--reduce", metavar="SPEC", help='token reduction, e.g. "TRIM:-1", "TRIM:0.25" or "none" (default: config.json)'
+        "--reduce",
+        metavar="SPEC",
+        help='token reduction, e.g. "TRIM:-1", "TRIM:0.25", "TRIM:flops=0.4" or "none" (default: config.json)',
     )
+    add("--calibrated", type=user_path, metavar="FILE", help="the fence of --reduce TRIM:avg=64, by llava.calibrate")
     add("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator if there is one)")
     add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: float16; on a CPU float32)")
     add("--tower-dtype", metavar="NAME", help="of the vision and text towers (default: float32, as in LLaVA)")
@@ -165,13 +168,15 @@ class ModelSpec:
     Attributes:
         path: checkpoint folder or hub id.
         base: base model of a LoRA or projector-only checkpoint.
-        reduce: token reduction; None: what the checkpoint's config.json says, "none": none.
+        reduce: token reduction, or the target of one; None: what the checkpoint's config.json says, "none": none.
         device: None: the accelerator if there is one, else the CPU.
         dtype: "float16", "bfloat16", "float32"; None: float16 on an accelerator, float32 on the CPU.
         tower_dtype: of the vision and text towers; None: float32.
         attn_implementation: of the language model; None: transformers' choice.
         load_8bit: quantise the language model to 8 bit.
         load_4bit: quantise it to 4 bit.
+        calibrated: file that holds the fence of a target `avg=`.
+        budget: what is known of a target whose budget `reduce` is, as JSON data.
 
     Raises:
         InputError: there is no such dtype.
@@ -186,6 +191,8 @@ class ModelSpec:
     attn_implementation: str | None = None
     load_8bit: bool = False
     load_4bit: bool = False
+    calibrated: Path | None = None
+    budget: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for option, name in (("--dtype", self.dtype), ("--tower-dtype", self.tower_dtype)):
@@ -205,6 +212,20 @@ class ModelSpec:
         """The checkpoint's name, as in the column `model_id` of an answers file."""
         return get_model_name_from_path(self.path)
 
+    def resolve(self) -> "ModelSpec":
+        """Find the budget where `reduce` holds a target, and say on stderr what was found; torch is imported only now.
+
+        Raises:
+            InputError: the target cannot be met here; says which command finds it.
+        """
+        from llava.budgets import find_budget
+
+        found = find_budget(self.reduce, self.path, self.base, self.calibrated)
+        if found is None:
+            return self
+        sys.stderr.write(f"{found}\n")
+        return replace(self, reduce=found.spec, calibrated=None, budget=found.to_json())
+
     def load(self, quiet: bool = False) -> LoadedModel:
         """Load the model; torch and transformers are imported only now.
 
@@ -222,6 +243,7 @@ class ModelSpec:
             transformers.utils.logging.disable_progress_bar()
             # A hub that cannot be reached ends in one line of ours; each retry would add its own.
             logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        reduce = self.resolve().reduce
         loaded = load_pretrained_model(
             self.path,
             self.base,
@@ -229,7 +251,7 @@ class ModelSpec:
             load_8bit=self.load_8bit,
             load_4bit=self.load_4bit,
             device=self.device,
-            reduce=self.reduce,
+            reduce=reduce,
             dtype=self.dtype,
             tower_dtype=self.tower_dtype,
             attn_implementation=self.attn_implementation,

@@ -10,13 +10,17 @@ papers, are listed beside what `generate` really does.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.cli import ModelSpec, add_model_options, positive
 from llava.efficiency.cost import Precision, Workload
 from llava.efficiency.shapes import ModelSource, read_source
 from llava.errors import InputError, run_command
 from llava.files import write_json
+
+if TYPE_CHECKING:
+    from llava.budgets import FoundBudget
+    from llava.model.token_reduction import Target
 
 CONFIG_KEY = "mm_vision_token_reduce_func"
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -59,18 +63,30 @@ def main() -> None:
     source = read_source(args.model_path)
     measures = (source.has_weights or args.random_weights) and not args.count_only
     args.dtype = args.dtype or choose_dtype(args, source, measures)
-    specs = choose_specs(args, source)
     from llava.efficiency import report
-    from llava.efficiency.runs import count_run, measure_runs
+    from llava.efficiency.runs import count_run, find_by_time, measure_runs, prepare
 
+    # 1. What is asked for, counted; a target in milliseconds with all patches, as long as it has no budget.
     precision = Precision(BYTES[args.dtype], BYTES[args.tower_dtype])
     work = Workload(args.batch_size, args.prompt_tokens, source.shape.tower.text_context, args.new_tokens)
+    wanted, found = choose_specs(args, source, work)
+    timed = read_timed(wanted, measures)
+    specs = [keep_all(timed[spec], source) if spec in timed else spec for spec in wanted]
     runs = [count_run(spec, source, args.kept) for spec in specs]
     check_context(source, work, runs)
     description: dict[str, Any] = {"dtype": args.dtype, "tower_dtype": args.tower_dtype}
+    # 2. Measured.
     if measures:
-        runs, machine = measure_runs(args, source, specs, work, precision)
+        runner, batch = prepare(args, source, specs, work, precision)
+        by_time = {spec: find_by_time(target, runner, batch, source, work, args) for spec, target in timed.items()}
+        found += by_time.values()
+        specs = [by_time[spec].spec if spec in by_time else spec for spec in wanted]
+        runs, machine = measure_runs(args, source, specs, runner, batch)
         description |= machine
+    # 3. Told.
+    if found:
+        description["targets"] = [each.to_json() for each in found]
+        print(*found, sep="\n")
     setting = report.Setting(source.name, source.shape, work, precision, description)
     figures = report.describe(setting, runs)
     print(report.format_table(figures))
@@ -118,21 +134,65 @@ def choose_dtype(args: argparse.Namespace, source: ModelSource, measures: bool) 
     return "float32" if choose_device(args.device).startswith("cpu") else "float16"
 
 
-def choose_specs(args: argparse.Namespace, source: ModelSource) -> list[str]:
-    """Return the spec strings of the runs: one, or two that differ.
+def choose_specs(
+    args: argparse.Namespace, source: ModelSource, work: Workload
+) -> "tuple[list[str], list[FoundBudget]]":
+    """Return the spec strings of the runs, one or two that differ, and what was found for targets among them.
+
+    A target in milliseconds stays as it is: its budget has to be measured.
 
     Raises:
-        InputError: for a spec that does not parse, or the same one twice.
+        InputError: for a spec that does not parse, a target out of reach, or the same spec twice.
     """
-    from llava.model.token_reduction import parse_reduction
+    from llava.budgets import assume_mean, find_budget, find_by_flops
+    from llava.model.token_reduction import parse_reduction, read_target
 
-    given = args.reduce if args.reduce is not None else source.config.get(CONFIG_KEY)
-    specs = [parse_reduction(spec).spec() or "none" for spec in (given, args.against)]
-    if args.against is None:
-        return specs[:1]
-    if specs[0] == specs[1]:
+    given = [args.reduce if args.reduce is not None else source.config.get(CONFIG_KEY)]
+    given += [] if args.against is None else [args.against]
+    specs, found = [], []
+    for spec in given:
+        target = read_target(spec)
+        if target is None:
+            specs.append(parse_reduction(spec).spec() or "none")
+            continue
+        if target.kind == "ms":
+            specs.append(str(target))
+            continue
+        if target.kind == "flops":
+            found.append(find_by_flops(target, source, work))
+        elif args.calibrated is not None:
+            found.append(find_budget(spec, args.model_path, None, args.calibrated))
+        else:
+            found.append(assume_mean(target))
+        specs.append(found[-1].spec)
+    if len(specs) == 2 and specs[0] == specs[1]:
         raise InputError(f"--reduce and --against are both {specs[0]}: there is nothing to compare")
-    return specs
+    return specs, found
+
+
+def read_timed(specs: list[str], measures: bool) -> "dict[str, Target]":
+    """Return those of the specs that are targets in milliseconds.
+
+    Raises:
+        InputError: there is one, and nothing is measured.
+    """
+    from llava.model.token_reduction import read_target
+
+    timed = {spec: target for spec in specs if (target := read_target(spec)) is not None}
+    if timed and not measures:
+        raise InputError(
+            f"{next(iter(timed))}: milliseconds have to be measured: give a folder with weights, or --random-weights, "
+            "and leave out --count-only"
+        )
+    return timed
+
+
+def keep_all(target: "Target", source: ModelSource) -> str:
+    """Spell a target's method with a budget of all patches."""
+    from llava.efficiency.targets import at_count
+
+    num_patches = source.shape.tower.num_patches
+    return str(at_count(target, num_patches, num_patches).spec())
 
 
 def check_context(source: ModelSource, work: Workload, runs: list[Any]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from llava.efficiency.shapes import LanguageShape, ModelShape, TowerShape, TransformerShape
 
 FLOAT32_BYTES = 4
+DECODE = "decode"
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,12 @@ def stage_costs(shape: ModelShape, reduction: Reduction, work: Workload, precisi
     return costs | _language_costs(language, reduction, work, precision)
 
 
+def total_flops(costs: dict[str, Cost], work: Workload) -> int:
+    """FLOPs of a batch from images to answers, all decoding steps included."""
+    steps = {DECODE: max(0, work.new_tokens - 1)}
+    return sum(steps.get(name, 1) * each.flops for name, each in costs.items())
+
+
 def prompt_lengths(language: LanguageShape, reduction: Reduction, work: Workload) -> list[int]:
     """Positions of a prompt in each layer, image tokens included."""
     return [work.prompt_tokens + count for count in reduction.tokens_per_layer(language.layers)]
@@ -279,7 +286,7 @@ def _language_costs(
             size * prefill_flops(language, lengths, num_logits=1),
             matrices + embedded + size * cache_bytes(language, lengths, bytes_each) + logits,
         ),
-        "decode": Cost(
+        DECODE: Cost(
             size * decode_flops(language, middle),
             matrices + size * cache_bytes(language, middle, bytes_each) + logits,
         ),

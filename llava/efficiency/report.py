@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llava.efficiency import cost
-from llava.efficiency.cost import Precision, Reduction, Workload
+from llava.efficiency.cost import DECODE, Precision, Reduction, Workload
 from llava.efficiency.shapes import ModelShape
 from llava.efficiency.timing import Spread, ratio_by_round
 from llava.files import write_bytes
 
 STAGES = ("preprocess", "vision tower", "text tower", "selection", "projector", "prefill", "decode")
-DECODE = "decode"
 TERA = 1e12
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 NAME_WIDTH, CELL_WIDTH = 34, 30
@@ -84,17 +83,11 @@ def describe_run(setting: Setting, run: Run) -> dict[str, Any]:
         "prefill_flops_per_prompt_last_logits": cost.prefill_flops(shape.language, lengths, num_logits=1),
         "weight_bytes": weights | {"all": sum(weights.values())},
         "kv_cache_bytes": work.batch_size * cache,
-        "total_flops": total_flops(costs, work),
+        "total_flops": cost.total_flops(costs, work),
         "stages": {name: _describe_stage(name, costs, run.measurement) for name in _stages_of(costs, run.measurement)},
         "end_to_end_seconds": asdict(run.measurement.end_to_end) if run.measurement else None,
         "peak_bytes_beyond_weights": run.measurement.peak_bytes if run.measurement else None,
     }
-
-
-def total_flops(costs: dict[str, cost.Cost], work: Workload) -> int:
-    """FLOPs of a batch from images to answers, all decoding steps included."""
-    steps = {DECODE: max(0, work.new_tokens - 1)}
-    return sum(steps.get(name, 1) * each.flops for name, each in costs.items())
 
 
 def compare(setting: Setting, run: Run, against: Run) -> dict[str, Any]:

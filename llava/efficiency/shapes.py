@@ -102,9 +102,14 @@ class TowerShape:
     joint_width: int
 
     @property
+    def side(self) -> int:
+        """Rows of the patch grid, as many as columns."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """N, without the CLS row."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
 
 @dataclass(frozen=True)

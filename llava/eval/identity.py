@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava.cli import ModelSpec
 from llava.eval.benchmark import Question, row_key
-from llava.model.identity import fingerprint, hash_files, identify_checkpoint, identify_tower_of
+from llava.model.identity import fingerprint, hash_files, identify_parts
 
 
 def identify_model(spec: ModelSpec) -> dict[str, str]:
@@ -16,11 +16,7 @@ def identify_model(spec: ModelSpec) -> dict[str, str]:
 
     What cannot be read equals nothing, not even itself: loading the model says what is wrong with it.
     """
-    parts = {
-        "checkpoint": identify_checkpoint(spec.path),
-        "base_checkpoint": identify_checkpoint(spec.base) if spec.base else "none",
-        "vision_tower": identify_tower_of(spec.path),
-    }
+    parts = identify_parts(spec.path, spec.base)
     return {name: part or f"unreadable {uuid.uuid4()}" for name, part in parts.items()}
 
 

@@ -536,6 +536,7 @@ def make_answers(
     load = load or spec.load
     check_workers(settings.num_workers)
     index_questions(questions, key_fields)
+    spec = spec.resolve()
     asked = list(questions[:limit])
     with explain_errors("write", answers_file):
         answers_file.parent.mkdir(parents=True, exist_ok=True)
@@ -562,6 +563,10 @@ def make_answers(
     return Outcome(faults, answers.finish(questions, asked))
 
 
+OPTIONAL = ("load_8bit", "load_4bit", "calibrated", "budget")
+"""What a run's description holds only where it is set."""
+
+
 def describe_run(
     spec: ModelSpec, questions: Sequence[Question], settings: Settings, key_fields: Sequence[str]
 ) -> dict[str, object]:
@@ -573,7 +578,7 @@ def describe_run(
         [row_key(question.head(), key_fields), question.prompt, question.query, len(question.images)]
         for question in questions
     ]
-    loading = {name: value for name, value in asdict(spec).items() if value or not name.startswith("load_")}
+    loading = {name: value for name, value in asdict(spec).items() if value or name not in OPTIONAL}
     device = spec.device.split(":")[0] if spec.device else "auto"
     return {
         **loading,

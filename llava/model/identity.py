@@ -89,6 +89,15 @@ def identify_tower_of(checkpoint: str) -> str | None:
     return identify_tower(name, folder) if isinstance(name, str) else None
 
 
+def identify_parts(checkpoint: str, base: str | None = None) -> dict[str, str | None]:
+    """Fingerprint a checkpoint, its base ("none" without one) and its vision tower; None for what cannot be read."""
+    return {
+        "checkpoint": identify_checkpoint(checkpoint),
+        "base_checkpoint": identify_checkpoint(base) if base else "none",
+        "vision_tower": identify_tower_of(checkpoint),
+    }
+
+
 def _fingerprint_part(part: Sequence[Path] | str | None) -> str | None:
     """Fingerprint listed files by their names and contents, None if one cannot be read; anything else is its own."""
     if part is None or isinstance(part, str):

@@ -85,6 +85,28 @@ def test_picture_and_question_make_the_model_choose(run, tmp_path):
     assert 0 <= trim["kept_patches"] <= 16
 
 
+def test_a_share_of_flops_becomes_a_count_at_the_workload_asked_for(run, tmp_path):
+    model = ("--model-path", "llava-v1.5-7b", "--reduce", "TRIM:flops=0.35")
+    out = run(*model, "--json", tmp_path / "x.json")
+    assert "TRIM:flops=0.35 is TRIM:134: 0.3500 of the FLOPs" in out and "134 of 576" in out
+    (target,) = read(tmp_path / "x.json")["targets"]
+    assert (target["asked"], target["spec"], target["workload"]["new_tokens"]) == ("TRIM:flops=0.35", "TRIM:134", 16)
+    assert "TRIM:155" not in out and "TRIM:134" not in run(*model, "--new-tokens", "200")
+
+
+def test_a_mean_that_is_not_calibrated_is_counted_as_if_every_image_kept_it(run):
+    out = run("--model-path", "llava-v1.5-7b", "--reduce", "TRIM:avg=64", "--against", "FasterVLM:avg=64.5")
+    assert "64 of 576" in out and "every image keeps the mean; to answer questions, calibrate" in out
+    assert "kept patches of FasterVLM:avg=64.5: a mean over images" in out
+
+
+def test_a_checkpoint_finds_a_count_by_time(run, tmp_path):
+    # Two tiny measurements tell nothing; what is in reach is told by the first.
+    arguments = ("--model-path", POCKET, "--device", "cpu", "--repeats", 1, "--warmup", 1, "--new-tokens", 1)
+    with pytest.raises(InputError, match=r"TRIM:ms=0\.01: on this machine a batch takes \d+\.\d ms with 1 patch"):
+        run(*arguments, "--reduce", "TRIM:ms=0.01")
+
+
 @pytest.mark.parametrize("source", [POCKET, "llava-v1.5-7b"])
 def test_a_reduction_that_looks_at_attention_is_counted_and_measured(run, tmp_path, source):
     out = run(
@@ -130,6 +152,10 @@ def test_random_weights_need_no_files(run, tmp_path, configs):
         (["--reduce", "TRIMM:-1"], 'unknown token reducer "TRIMM"'),
         (["--reduce", "none", "--against", ""], "nothing to compare"),
         (["--random-weights", "--count-only"], "--count-only"),
+        (["--reduce", "TRIM:ms=40"], "milliseconds have to be measured"),
+        (["--reduce", "TRIM:flops=0.01"], "of the FLOPs without reduction"),
+        (["--reduce", "TRIM:-1|FastV:flops=0.3"], "flops= is for one method alone"),
+        (["--reduce", "TRIM:avg=64", "--calibrated", "nothing.json"], "nothing.json"),
         (["--random-weights", "--image-file", "x.png"], "--image-file"),
         (["--prompt-tokens", "5000"], "positions"),
         (["--device", "abacus", "--random-weights"], "abacus"),
