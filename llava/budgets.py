@@ -15,8 +15,8 @@ from llava.efficiency.shapes import ModelSource, read_source
 from llava.efficiency.targets import describe_work, find_count
 from llava.errors import InputError
 from llava.files import read_json
-from llava.model.token_reduction import Budget, Target, parse_reduction, read_target
-from llava.model.token_reduction.base import AUTOMATIC
+from llava.model.token_reduction import Target, parse_reduction, read_target
+from llava.model.token_reduction.trim import AUTOMATIC_BUDGET
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,13 @@ class Calibration:
         known = {each.name: data.get(each.name) for each in fields(cls)}
         checked = [each for each in fields(cls) if each.type in kinds]
         wrong = [each.name for each in checked if not isinstance(known[each.name], kinds[each.type])]
+        interval = data.get("interval")
+        if not isinstance(interval, list) or len(interval) != 2:
+            wrong.append("interval")
         if wrong:
             raise InputError(f"--calibrated {file} is no calibration of `python -m llava.calibrate`: no {wrong[0]}")
         parse_reduction(known["spec"])
-        return cls(**known | {"interval": tuple(known["interval"] or ())})
+        return cls(**known | {"interval": tuple(interval)})
 
 
 def find_budget(spec: str | None, model_path: str, base: str | None, calibrated: Path | None) -> FoundBudget | None:
@@ -142,7 +145,7 @@ def find_by_flops(target: Target, source: ModelSource, work: Workload) -> FoundB
 def assume_mean(target: Target) -> FoundBudget:
     """Let every image keep the mean, for counting and measuring, where no calibration says which ones keep more."""
     count = max(1, round(target.value))
-    method = replace(target.method, budget=Budget(AUTOMATIC), min_keep=count, max_keep=count)
+    method = replace(target.method, budget=AUTOMATIC_BUDGET, min_keep=count, max_keep=count)
     how = "every image keeps the mean; to answer questions, calibrate a fence (python -m llava.calibrate --help)"
     return FoundBudget(str(target), method.spec(), how, {"assumed": "every image keeps the mean"})
 

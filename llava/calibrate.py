@@ -1,25 +1,36 @@
-"""Measure which sign of the text-patch similarity fits a vision tower, on images in which the object's place is known.
+"""Fit TRIM to a model: which sign of the similarity fits its vision tower, and which fence keeps a mean of X patches.
 
-TRIM keeps the patches whose dot product with the query is LOWEST (`similarity=negated`), because that is where OpenAI's
-CLIP puts the queried object. That is a property of a trained tower, not a law: another tower may need
-`similarity=direct`, and the sign can flip during training. This command asks the tower itself.
+1. The sign. TRIM keeps the patches whose dot product with the query is LOWEST (`similarity=negated`), because that is
+where OpenAI's CLIP puts the queried object. That is a property of a trained tower, not a law: another tower may need
+`similarity=direct`, and the sign can flip during training. This command asks the tower itself, on images in which the
+object's place is known.
 
 Run: `python -m llava.calibrate --vision-tower NAME --pictures FILE.jsonl [--json OUT]`, where each line of the file is
 `{"image": path, "query": text, "boxes": [[left, top, right, bottom], ...]}` in pixels of the image; relative image
-paths are relative to the file. Shape letters: `I` images, `N` patches, `D` vision width, `P` joint width.
+paths are relative to the file.
+
+2. The fence. How many patches `TRIM:-1` keeps depends on the images; with another fence the mean over the questions of
+a benchmark is the one that is asked for.
+
+Run: `python -m llava.calibrate --model-path CKPT --task NAME [--split S] --average 64 [--reduce TRIM:-1] [--limit N]
+[--json FILE]`; then `python -m llava.eval answer ... --reduce TRIM:avg=64 --calibrated FILE`.
+
+Shape letters: `I` images, `N` patches, `D` vision width, `P` joint width.
 """
 
 import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from llava.cli import user_path
+from llava.cli import ModelSpec, add_model_options, ending_on_signals, positive, user_path
 from llava.errors import InputError, run_command
+from llava.eval.benchmarks import find_benchmark
+from llava.eval.run import find_data_root
 from llava.files import parse_record, read_lines, write_json
 from llava.image import load_image
 
@@ -27,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llava.model.multimodal_encoder.tower import VisionTower
-    from llava.model.token_reduction import VisualTokens
+    from llava.model.token_reduction import Target, VisualTokens
 
 # Functions import what they need of torch: the command answers --help and mistaken options before that.
 
@@ -222,14 +233,47 @@ def format_table(figures: Sequence[Figures]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+# ------------------------------------------------------------------------------------------------------------ commands
+SIGN_OPTIONS = ("vision_tower", "pictures")
+FENCE_OPTIONS = ("model_path", "task", "average")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llava.calibrate", description="Measure which sign of TRIM's similarity fits a vision tower."
+        prog="python -m llava.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vision-tower", required=True, help="folder, hub id or open_clip:<model>")
-    parser.add_argument("--pictures", type=user_path, required=True, help='JSON Lines of {"image", "query", "boxes"}')
-    parser.add_argument("--json", type=user_path, help="also write the figures to this file")
-    arguments = parser.parse_args()
+    sign = parser.add_argument_group("the sign")
+    sign.add_argument("--vision-tower", help="folder, hub id or open_clip:<model>")
+    sign.add_argument("--pictures", type=user_path, help='JSON Lines of {"image", "query", "boxes"}')
+    fence = parser.add_argument_group("the fence")
+    fence.add_argument("--task", metavar="NAME", help="a benchmark, or a .py file that defines one")
+    fence.add_argument("--split", metavar="S", help="another split than the benchmark's own")
+    fence.add_argument("--root", type=user_path, metavar="DIR", help="its folder (default: in LLAVA_EVAL_ROOT)")
+    fence.add_argument("--average", type=float, metavar="X", help="patches to keep on average")
+    fence.add_argument("--limit", type=positive, metavar="N", help="look at the first N questions only")
+    add_model_options(fence, required=False)
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="also write what was found to this file")
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    given = [name for name in (*SIGN_OPTIONS, *FENCE_OPTIONS) if getattr(arguments, name) is not None]
+    wanted = FENCE_OPTIONS if set(given) & set(FENCE_OPTIONS) else SIGN_OPTIONS
+    options = [f"--{name.replace('_', '-')}" for name in wanted]
+    if set(given) != set(wanted):
+        both = "--vision-tower and --pictures measure the sign, --model-path, --task and --average fit the fence"
+        raise InputError(f"{', '.join(options)} go together, without others: {both}")
+    if wanted == SIGN_OPTIONS:
+        measure_sign(arguments)
+    else:
+        with ending_on_signals():
+            calibrate_mean(arguments)
+
+
+def measure_sign(arguments: argparse.Namespace) -> None:
+    """Print which sign fits the tower."""
     rows = read_labelled_images(arguments.pictures)
     from llava.model.multimodal_encoder.builder import load_tower
     from llava.model.token_reduction import TEXT
@@ -243,6 +287,62 @@ def main() -> None:
         options = [asdict(figure) for figure in figures]
         report = {"vision_tower": arguments.vision_tower, "num_pictures": len(rows), "fits": fits, "options": options}
         write_json(arguments.json, report, indent=2)
+
+
+def calibrate_mean(arguments: argparse.Namespace) -> None:
+    """Print the spec whose fence keeps the mean."""
+    # 1. What is asked.
+    target = read_mean(arguments.reduce or "TRIM:-1", arguments.average)
+    task = find_benchmark(arguments.task)
+    if arguments.split is not None:
+        task = task.with_split(arguments.split)
+    questions = task.load(arguments.root or task.find_root(find_data_root()))[: arguments.limit]
+    spec = replace(ModelSpec.from_options(arguments), reduce=target.method.spec())
+    # 2. Scores of every question, then the fence.
+    from llava.budgets import Calibration
+    from llava.fence import fit_fence, score_questions
+    from llava.model.identity import identify_parts
+
+    loaded = spec.load()
+    scores = score_questions(loaded, questions)
+    place = f"{task.name}, {arguments.split}" if arguments.split else task.name
+    reducer = fit_fence(target, scores, place)
+    # 3. What it reaches.
+    mean = scores.mean(reducer)
+    found = Calibration(
+        asked=str(target),
+        spec=reducer.spec(),
+        target=target.value,
+        mean=mean,
+        interval=scores.interval(reducer),
+        mean_tokens=mean + reducer.has_mean_token,
+        fence=reducer.fence,
+        task=task.name,
+        split=arguments.split,
+        num_questions=scores.num_questions,
+        num_images=len(set(scores.images)),
+        model=identify_parts(spec.path, spec.base),
+    )
+    print(found.spec)  # noqa: T201
+    print(f"{found.asked}: {found}")  # noqa: T201
+    if arguments.json:
+        write_json(arguments.json, asdict(found), indent=2)
+
+
+def read_mean(spec: str, average: float) -> "Target":
+    """Read which rule shall keep which mean.
+
+    Raises:
+        InputError: the method has no fence, or its budget is not automatic; the mean is out of range.
+    """
+    from llava.model.token_reduction import parse_reduction, read_target
+
+    before = parse_reduction(spec).before
+    if before is None or "|" in spec or before.takes_average or not before.budget.is_automatic:
+        hint = f"; {before.spec_name}:avg={average:g} needs no calibration" if before and before.takes_average else ""
+        raise InputError(f"--reduce {spec} has no fence to fit: use TRIM:-1, TextSim:-1 or TextSim+:-1{hint}")
+    _, comma, options = before.spec().partition(",")
+    return read_target(f"{before.spec_name}:avg={average!r}{comma}{options}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,10 @@ def _parse_number(text: str, least: int) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- options
 def add_model_options(
-    parser: argparse.ArgumentParser, model_help: str = "checkpoint folder or hub id", base: bool = True
+    parser: argparse._ActionsContainer,
+    model_help: str = "checkpoint folder or hub id",
+    base: bool = True,
+    required: bool = True,
 ) -> None:
     """Add the options that select a model and how it runs; `ModelSpec.from_options` reads them.
 
@@ -74,9 +77,10 @@ def add_model_options(
         parser: gets the options.
         model_help: help text of `--model-path`.
         base: whether a checkpoint may be the part of a model that needs `--model-base`.
+        required: whether `--model-path` has to be given.
     """
     add = parser.add_argument
-    add("--model-path", required=True, metavar="CKPT", help=model_help)
+    add("--model-path", required=required, metavar="CKPT", help=model_help)
     if base:
         add("--model-base", metavar="CKPT", help="base model of a LoRA or projector-only checkpoint")
     add(

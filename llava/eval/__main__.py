@@ -22,6 +22,7 @@ from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.report import format_latex, format_markdown, format_table, format_terminal, make_report, write_plot
 from llava.eval.results import (
     ServerOnlyError,
+    describe_budget,
     describe_unscored,
     export_answers,
     format_line,
@@ -316,6 +317,8 @@ def score_task(arguments: argparse.Namespace) -> None:
         write_result(arguments.json, result)
     if arguments.results:
         write_line(arguments.results, result)
+    if told := describe_budget(result):
+        _tell(told)
     print(format_line(result))
 
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, ImageSource, Judge, Question, Row, Verdict, index_questions, row_key
-from llava.eval.predictions import name_questions, pair_answers, read_answers
+from llava.eval.predictions import find_run_file, name_questions, pair_answers, read_answers
 from llava.eval.protocol import ProtocolRecord, describe_protocol
 from llava.files import (
     FileError,
@@ -51,10 +51,28 @@ class ServerOnlyError(InputError):
 # ------------------------------------------------------------------------------------------------------------- result
 @dataclass(frozen=True)
 class TokenMeans:
-    """Means per question with an image: tokens that the language model read, patches that the vision tower saw."""
+    """Means per question with an image.
+
+    Attributes:
+        mean_tokens: tokens that the language model read.
+        mean_patches: patches that the vision tower saw.
+        interval: 95 % interval of `mean_tokens`, over images; None where nobody knows the images, or all questions read
+            the same number.
+    """
 
     mean_tokens: float
     mean_patches: float
+    interval: tuple[float, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the means as JSON data."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TokenMeans":
+        """Make means of what `to_json` returned."""
+        interval = data.get("interval")
+        return cls(**{**data, "interval": None if interval is None else tuple(interval)})
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,7 @@ class Result:
         verdicts: one per question (or group) that was scored.
         unscored: why there is no headline, in a few words for a cell of a table; None where there is one.
         protocol: how the headline came about; None in files of versions that did not say.
+        budget: the target of the run's token reduction and what met it (`llava.budgets`); None where there was none.
     """
 
     task: str
@@ -96,6 +115,7 @@ class Result:
     verdicts: Sequence[Verdict] = ()
     unscored: str | None = None
     protocol: ProtocolRecord | None = None
+    budget: Mapping[str, Any] | None = None
 
     @property
     def judge_label(self) -> str:
@@ -113,10 +133,10 @@ class Result:
         """Return the result as JSON data of the present schema."""
         data = {each.name: getattr(self, each.name) for each in fields(self)}
         data["scores"], data["columns"] = dict(self.scores), dict(self.columns)
-        data["tokens"] = asdict(self.tokens) if self.tokens else None
+        data["tokens"] = self.tokens.to_json() if self.tokens else None
         data["verdicts"] = [dump_verdict(verdict) for verdict in self.verdicts]
         data["protocol"] = self.protocol.to_json() if self.protocol else None
-        for name in ("unscored", "protocol"):
+        for name in ("unscored", "protocol", "budget"):
             if data[name] is None:
                 del data[name]
         return {"schema": SCHEMA, **data}
@@ -147,7 +167,7 @@ class Result:
         protocol = ProtocolRecord.from_json(data["protocol"], where) if data.get("protocol") is not None else None
         try:
             known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
-            known["tokens"] = TokenMeans(**data["tokens"]) if data.get("tokens") else None
+            known["tokens"] = TokenMeans.from_json(data["tokens"]) if data.get("tokens") else None
             known["protocol"] = protocol
             known["verdicts"] = tuple(map(parse_verdict, data.get("verdicts", ())))
             return cls(**known)
@@ -304,8 +324,9 @@ def score_answers(
         offline_judge=judge is not None and judge.offline,
         headline_judged=task.uses_judge == "always",
         model_id=next((row.get("model_id") for row in answers.values()), None),
-        tokens=average_tokens(answers.values()),
+        tokens=average_tokens(answers.values(), name_images(questions, answers, task.key_fields, root)),
         answers=str(answers_file),
+        budget=read_budget(answers_file),
         verdicts=complete_verdicts(scores.verdicts, index_questions(questions, task.key_fields), answers, root),
         protocol=describe_protocol(task, questions, root, answers_file),
     )
@@ -330,8 +351,9 @@ def describe_unscored(task: Benchmark, answers_file: Path, root: Path, reason: s
         headline=None,
         missing=len(questions) - len(answers),
         model_id=next((row.get("model_id") for row in answers.values()), None),
-        tokens=average_tokens(answers.values()),
+        tokens=average_tokens(answers.values(), name_images(questions, answers, task.key_fields, root)),
         answers=str(answers_file),
+        budget=read_budget(answers_file),
         unscored=reason,
         protocol=describe_protocol(task, questions, root, answers_file),
     )
@@ -412,13 +434,72 @@ def count_tokens(row: Row) -> tuple[int | None, int | None]:
     return tokens, patches
 
 
-def average_tokens(rows: Iterable[Row]) -> TokenMeans | None:
-    """Average the visual tokens of questions with images; None where no answer has them."""
-    counts = [(tokens, patches) for tokens, patches in map(count_tokens, rows) if tokens is not None and patches]
+def average_tokens(rows: Iterable[Row], images: Sequence[str] | None = None) -> TokenMeans | None:
+    """Average the visual tokens of questions with images; None where no answer has them.
+
+    Args:
+        rows: answers.
+        images: names of what each is about, for the interval; None: there is none.
+    """
+    rows = list(rows)
+    names = [""] * len(rows) if images is None else images
+    counts = [
+        (name, tokens, patches)
+        for name, (tokens, patches) in zip(names, map(count_tokens, rows), strict=True)
+        if tokens is not None and patches
+    ]
     if not counts:
         return None
-    tokens, patches = (sum(column) / len(counts) for column in zip(*counts, strict=True))
-    return TokenMeans(tokens, patches)
+    tokens, patches = (sum(column) / len(counts) for column in list(zip(*counts, strict=True))[1:])
+    is_constant = len({each for _, each, _ in counts}) == 1
+    return TokenMeans(tokens, patches, None if images is None or is_constant else bound_tokens(counts))
+
+
+def bound_tokens(counts: Sequence[tuple[str, int, int]]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean tokens, over images, of (image, tokens, patches) of each question."""
+    # The one number of a score by rules that needs torch.
+    from llava.eval.metrics.evidence import Sample, headline_interval
+
+    tallies: dict[str, dict[str, float]] = {}
+    for name, tokens, _ in counts:
+        sums = tallies.setdefault(name, {"tokens": 0.0, "count": 0.0})
+        sums["tokens"] += tokens
+        sums["count"] += 1
+    most = float(max(max(tokens, patches) for _, tokens, patches in counts))
+    interval = headline_interval(Sample.of(tallies, lambda sums: sums["tokens"] / sums["count"], full_marks=most))
+    return interval.low, interval.high
+
+
+def name_images(
+    questions: Sequence[Question], answers: Mapping[str, Row], key_fields: Sequence[str], root: Path
+) -> list[str]:
+    """Name the images that each answer is about, in the order of the answers."""
+    known = index_questions(questions, key_fields)
+    return [", ".join(name_image(image, root) for image in known[key].images) for key in answers]
+
+
+def describe_budget(result: Result) -> str | None:
+    """Say what the target of a run's token reduction came to on this benchmark; None where there was none."""
+    if result.budget is None or result.tokens is None:
+        return None
+    line = f"{result.budget.get('asked')} ran as {result.budget.get('spec')}: {result.tokens.mean_tokens:.2f} tokens"
+    if result.tokens.interval is not None:
+        low, high = result.tokens.interval
+        line += f" on average, 95 % [{low:.2f}, {high:.2f}]"
+    calibration = result.budget.get("calibration")
+    if isinstance(calibration, dict):
+        split = f", {calibration['split']}" if calibration.get("split") else ""
+        line += f"; {calibration.get('mean_tokens'):.2f} on {calibration.get('task')}{split}, where it was calibrated"
+    return line
+
+
+def read_budget(answers_file: Path) -> Mapping[str, Any] | None:
+    """Return what the run of an answers file says of its token reduction's target; None where there was none."""
+    try:
+        budget = read_json(find_run_file(answers_file)).get("budget")
+    except (FileError, AttributeError):  # answers of another tool
+        return None
+    return budget if isinstance(budget, dict) else None
 
 
 def export_answers(

@@ -51,6 +51,8 @@ Environment:
 
 SCORE_OPTIONS = ("--judge", "--judge-model", "--judge-runs", "--judge-cache")
 SHARED_OPTIONS = ("--split", "--source", "--hub-dataset")
+CALIBRATED = "--calibrated"
+"""An option of `answer` with a path as seen from where the user is."""
 OWN_OPTIONS = {
     "--answers": "CKPT",
     "--root": "LLAVA_EVAL_ROOT",
@@ -140,7 +142,7 @@ class Options:
                 raise InputError(f"{name} does not go after --: `run` sets it, from {OWN_OPTIONS[name]}")
             if name == "--allow-partial":
                 options.partial = [argument]
-            elif name not in (*SCORE_OPTIONS, *SHARED_OPTIONS):
+            elif name not in (*SCORE_OPTIONS, *SHARED_OPTIONS, CALIBRATED):
                 options.answer.append(argument)
             else:
                 given = value if has_value else next(rest, None)
@@ -150,10 +152,11 @@ class Options:
         return options
 
     def add(self, name: str, value: str) -> None:
-        """Take in an option that goes not to `answer` alone."""
-        if name == "--judge-cache" or (name == "--hub-dataset" and absolute_path(value).exists()):
+        """Take in an option with a value that is a path, or goes not to `answer` alone."""
+        if name in ("--judge-cache", CALIBRATED) or (name == "--hub-dataset" and absolute_path(value).exists()):
             value = str(absolute_path(value))
-        (self.score if name in SCORE_OPTIONS else self.shared).extend([name, value])
+        own = self.answer if name == CALIBRATED else self.shared
+        (self.score if name in SCORE_OPTIONS else own).extend([name, value])
         if name == "--split":
             self.split = value
         self.from_hub |= (name, value) == ("--source", "hub")

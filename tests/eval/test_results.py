@@ -52,6 +52,22 @@ def test_mean_tokens_count_questions_with_images_only() -> None:
     assert average_tokens(rows[2:]) is None
 
 
+def test_the_interval_of_the_mean_draws_images_with_all_of_their_questions() -> None:
+    counts = [10, 12, 11, 30, 29, 31, 15, 15, 16, 20, 21, 19]
+    rows = [{"metadata": {"num_tokens": count, "num_patches": 64}} for count in counts]
+    apart = average_tokens(rows, [f"{number}.jpg" for number in range(12)])
+    together = average_tokens(rows, [f"{number // 3}.jpg" for number in range(12)])
+    for means in (apart, together):
+        assert means.interval[0] < means.mean_tokens < means.interval[1]
+    assert together.interval[1] - together.interval[0] > apart.interval[1] - apart.interval[0]
+    assert TokenMeans.from_json(json.loads(json.dumps(apart.to_json()))) == apart
+
+
+def test_a_number_that_is_the_same_for_all_has_no_interval() -> None:
+    rows = [{"metadata": {"num_tokens": 10, "num_patches": 64}}] * 5
+    assert average_tokens(rows, list("abcde")) == TokenMeans(10.0, 64.0)
+
+
 def test_a_line_has_a_tab_and_two_digits() -> None:
     assert format_line(result(60.6049)) == "POPE (Avg. F1)\t60.60"
 
