@@ -1,4 +1,4 @@
-"""The benchmark commands run, at sizes that say nothing about speed: the slow tier."""
+"""The benchmark commands run, at sizes that say nothing: the slow tier."""
 
 import json
 import subprocess
@@ -15,6 +15,7 @@ COMMANDS = {
     "growth": ["--size", "tiny", "--images", "1", "2", "--questions", "1", "2", "--sides", "8", "12"],
     "memory_flat": ["--questions", "40"],
     "loading": ["--size", "tiny"],
+    "evidence": ["--runs", "3", "--flips", "0.1"],
     "train_speed": ["--size", "tiny", "--pocket-batch", "2"],
 }
 
@@ -23,7 +24,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_benchmark_runs_and_writes_its_figures(name, tmp_path):
     command = [sys.executable, "-m", f"scripts.bench.{name}", *COMMANDS[name], "--json", str(tmp_path / "x.json")]
-    command += [] if name == "memory_flat" else ["--rounds", "1"]
+    command += [] if name in ("memory_flat", "evidence") else ["--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "x.json").read_text())["machine"]["threads"] >= 1

@@ -99,12 +99,12 @@ def test_resampling_draws_whole_images_and_keeps_the_size_of_each_stratum() -> N
 def test_five_thousand_questions_take_well_under_a_second() -> None:
     generator = random.Random(0)
     sample, other = (sample_of([float(generator.random() < 0.6) for _ in range(5000)], 2) for _ in range(2))
-    start = time.perf_counter()
+    start = time.process_time()
     headline_interval(sample)
-    assert time.perf_counter() - start < 1.0
-    start = time.perf_counter()
+    assert time.process_time() - start < 1.0
+    start = time.process_time()
     paired_difference(sample, other, NO_FLIPS)
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.5
 
 
 def test_the_same_call_gives_the_same_interval_and_another_seed_another_one() -> None:
