@@ -60,7 +60,7 @@ class Cell:
         mean_tokens: visual tokens per question that a layer of the language model reads, on average over layers; None
             without images.
         headline, interval: the score.
-        retained, retained_interval: percent of the full model's score.
+        retained, retained_interval: percent of the full model's score; no interval where that is 0.
         num_gained, num_lost, agreement: against the full model: only this one right, only the full one right, percent
             of equal verdicts.
         against_reference, against_random: TRIM, and the mean of Random, at the same budget; None: there is none.
@@ -78,7 +78,7 @@ class Cell:
     headline: float
     interval: Interval
     retained: float
-    retained_interval: Interval
+    retained_interval: Interval | None
     num_gained: int
     num_lost: int
     agreement: float
@@ -212,8 +212,8 @@ def tabulate(cells: Sequence[Cell], times: dict[str, dict[str, float]]) -> list[
             {
                 "Method": cell.label,
                 "Tokens": cell.mean_tokens,
-                "Score": f"{cell.headline:.1f} {cell.interval.low:.1f}-{cell.interval.high:.1f}",
-                "% of full": f"{cell.retained:.1f} {cell.retained_interval.low:.1f}-{cell.retained_interval.high:.1f}",
+                "Score": f"{cell.headline:.1f} {format_interval(cell.interval)}",
+                "% of full": f"{cell.retained:.1f} {format_interval(cell.retained_interval)}".strip(),
                 "to TRIM": format_against(cell.against_reference),
                 "to Random": format_against(cell.against_random),
                 "+/-": f"{cell.num_gained}/{cell.num_lost}",
@@ -224,6 +224,10 @@ def tabulate(cells: Sequence[Cell], times: dict[str, dict[str, float]]) -> list[
             }
         )
     return rows
+
+
+def format_interval(interval: Interval | None) -> str:
+    return "" if interval is None else f"{interval.low:.1f}-{interval.high:.1f}"
 
 
 def format_against(against: Against | None) -> str | None:
@@ -314,7 +318,8 @@ def format_csv(cells: Sequence[Cell], times: dict[str, dict[str, float]]) -> str
             for name in ("task", "method", "budget", "spec", "count", "mean_tokens", "headline", "retained")
         }
         for name in ("interval", "retained_interval"):
-            row |= {f"{name}_low": getattr(cell, name).low, f"{name}_high": getattr(cell, name).high}
+            interval = getattr(cell, name)
+            row |= {f"{name}_low": interval and interval.low, f"{name}_high": interval and interval.high}
         for name in ("against_reference", "against_random"):
             against = getattr(cell, name)
             own = against.difference if against else None
