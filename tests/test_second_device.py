@@ -221,6 +221,19 @@ def test_a_reduction_waits_at_most_once_and_all_it_makes_is_on_the_device(model,
     assert len(device.waits) == (0 if is_free else 1), device.waits
 
 
+@pytest.mark.parametrize("spec", ["FasterVLM:avg=9.5", "DivPrune:avg=9.5", "Pool:avg=12.5", "VisionZip:avg=9.5"])
+def test_a_mean_budget_waits_once_for_the_fingerprints_of_all_images(model, device, spec):
+    model.set_token_reduction(spec)
+    generator = torch.Generator().manual_seed(0)
+    patches = model.encode_patches(torch.randn(12, 3, 84, 84, generator=generator))
+    reduced = model.choose_tokens(patches, QUERIES * 4)
+    assert len(device.waits) == 1, device.waits
+    assert len({int(image.lengths[0]) for image in reduced}) == 2
+    tokens = model.project_chosen(reduced)
+    assert {image.features.device for image in tokens} == {DEVICE}
+    assert len(device.waits) == 1, device.waits
+
+
 def test_splicing_and_a_pass_over_the_prompts_do_not_wait(model, device):
     tokens = encode(model)
     device.waits.clear()
