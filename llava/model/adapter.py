@@ -19,10 +19,13 @@ from llava.model.multimodal_encoder.loading import build_empty, load_quietly, re
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import (
     Shapes,
+    check_dtypes,
     check_finite,
     find_file,
     first_line,
     iterate_tensors,
+    list_dtypes,
+    read_dtypes,
     read_shapes,
     refuse_missing,
     refuse_shape,
@@ -121,6 +124,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
         if PROJECTOR_PREFIX in own:
             own = f"model.{PROJECTOR_PREFIX}{own.split(PROJECTOR_PREFIX, 1)[1]}"
         weights[own] = value
+    check_dtypes(list_dtypes(weights), weights, file)
     check_finite(weights.items(), file)
     return weights
 
@@ -205,4 +209,5 @@ def check_adapter(model: LlavaLlamaForCausalLM, file: str, base: str) -> Shapes:
         expected = (shape[0], layer.in_features) if kind.startswith("A") else (layer.out_features, shape[-1])
         if tuple(shape) != expected:
             refuse_shape(name, shape, expected, what, "the base model")
+    check_dtypes(read_dtypes(file), stored, what)
     return stored

@@ -204,7 +204,7 @@ GENERATION_RULES |= {
         *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
         *("decoder_start_token_id", "dola_layers", "prompt_lookup_num_tokens", "watermarking_config"),
         *("custom_generate", "compile_config", "cache_config", "continuous_batching_config"),
-        *("exponential_decay_length_penalty",),
+        *("exponential_decay_length_penalty", "assistant_early_exit"),
     )
 }
 
@@ -214,9 +214,7 @@ _ACTIVATION = Rule(
 )
 _LAYERS = whole(1, MAX_LAYERS, null=False, why=f" (no such model is deeper than {MAX_LAYERS} layers)")
 _WIDTH = whole(1, MAX_WIDTH, null=False)
-_DTYPE = choice(
-    *("float32", "float16", "bfloat16", "torch.float32", "torch.float16", "torch.bfloat16", "auto", "float64")
-)
+_DTYPE = choice(*("float32", "float16", "bfloat16", "torch.float32", "torch.float16", "torch.bfloat16", "float64"))
 
 LLAMA_RULES = {
     "architectures": listing(text()),
@@ -270,6 +268,14 @@ ROPE_RULES = {
     "short_factor": listing(number(0, above=True)),
     "long_factor": listing(number(0, above=True)),
     "partial_rotary_factor": number(0, 1, above=True),
+}
+# What transformers reads without a default, by the type of scaling.
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 LLAVA_RULES = {
@@ -516,6 +522,10 @@ def check_config(values: Values, file: str, role: str = "checkpoint") -> None:
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(inner := values.get(key), dict):
             check_values(inner, ROPE_RULES, file, key)
+            kind = inner.get("rope_type", inner.get("type"))
+            for needed in ROPE_NEEDS.get(kind, ()):
+                if inner.get(needed) is None:
+                    refuse(file, f"{key}.{needed}", None, f'a number, which rope_type "{kind}" needs')
     _check_heads(values, file)
     _check_tokens(values, file, values.get("vocab_size", 32_000))
     if values.get("mm_vision_tower"):

@@ -7,6 +7,7 @@ headers alone, so that a wrong checkpoint is refused before anything large is re
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NoReturn
 
 import torch
@@ -145,6 +146,24 @@ def iterate_tensors(file: str, containing: str = "") -> Iterator[tuple[str, Tens
             yield name, weights.get_tensor(name)
 
 
+def read_dtypes(file: str) -> dict[str, str]:
+    """Read the names and dtypes of a weight file's tensors from its header, as its format spells them: F16, float16.
+
+    Raises:
+        InputError: as in `read_shapes`.
+    """
+    if not file.endswith(".safetensors"):
+        return list_dtypes(_read_torch_file(file))
+    names = read_shapes(file)
+    with safe_open(file, framework="pt") as weights:
+        return {name: weights.get_slice(name).get_dtype() for name in names}
+
+
+def list_dtypes(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """List the dtypes of tensors, as torch spells them: float16, int8."""
+    return {name: str(value.dtype).removeprefix("torch.") for name, value in weights.items()}
+
+
 def _read_torch_file(file: str) -> dict[str, Tensor]:
     """Read a `.bin` file as a memory map where its format allows it; pickled code never runs."""
     try:
@@ -152,8 +171,12 @@ def _read_torch_file(file: str) -> dict[str, Tensor]:
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
             stored = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise InputError(
+            f"{file} can't be read: it holds no weights, or more than weights (code is not run); {COPY_AGAIN}"
+        ) from error
     except Exception as error:
-        # Many kinds: pickle, zip and end-of-file errors, OSError.
+        # Many kinds: zip and end-of-file errors, OSError.
         raise InputError(f"{file} can't be read: {first_line(error)}; copy or download it again") from error
     if not isinstance(stored, Mapping):
         raise InputError(f"{file} holds a {type(stored).__name__}; expected named tensors")
@@ -240,6 +263,25 @@ def refuse_shape(
         InputError: always.
     """
     raise InputError(f"{what}: {name} has shape {list(stored)}, {asks} asks for {list(expected)}")
+
+
+def check_dtypes(stored: Mapping[str, str], expected: Collection[str], what: str) -> None:
+    """Refuse weights that are no floating-point numbers: read as such, integers or complex numbers mean nothing.
+
+    Args:
+        stored: names and dtypes, as `read_dtypes` or `list_dtypes` gives them.
+        expected: names in the model.
+        what: subject of the message.
+
+    Raises:
+        InputError: the first one by name.
+    """
+    for name in sorted(set(stored) & set(expected)):
+        if not stored[name].lower().startswith(("f", "bf")):
+            raise InputError(
+                f"{what}: {name} holds {stored[name]}; expected floating-point numbers (a checkpoint quantised in "
+                "another format? take the one it was made from)"
+            )
 
 
 def is_ignored(name: str, patterns: Collection[str]) -> bool:

@@ -14,7 +14,7 @@ from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
-from llava.model.stored_weights import check_finite, iterate_tensors
+from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
 from llava.model.token_reduction import CONFIG_KEY
 from llava.model.tokenizer import load_tokenizer
 from llava.train.arguments import TrainingArguments
@@ -107,6 +107,7 @@ def check_start(model_args: ModelArguments, training_args: TrainingArguments, co
         raise InputError(f"--pretrain_mm_mlp_adapter {path}: no such file; stage 1 (scripts/pretrain.sh) makes one")
     try:
         weights = dict(iterate_tensors(path, PROJECTOR_PREFIX))
+        check_dtypes(list_dtypes(weights), weights, path)
         check_finite(weights.items(), path)
     except InputError as error:
         raise InputError(f"--pretrain_mm_mlp_adapter {error}") from None

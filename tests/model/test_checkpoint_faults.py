@@ -1,6 +1,7 @@
 """Checkpoints that are not what they seem: each fault ends in one line with file, key or tensor, and what is right."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,10 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 def poison(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda weights: weights[f"{LAYER}.weight"].view(-1)[-1:].fill_(value)
+
+
+def recast(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda weights: weights.update({f"{LAYER}.weight": weights[f"{LAYER}.weight"].to(dtype)})
 
 
 def refused(path: str, base: str | None = None) -> str:
@@ -159,6 +164,8 @@ TENSORS = {
     "inf": (poison(float("inf")), f"{LAYER}.weight holds inf or NaN (1 of 4096 values)"),
     "-inf": (poison(-float("inf")), f"{LAYER}.weight holds inf or NaN (1 of 4096 values)"),
     "NaN": (poison(float("nan")), f"{LAYER}.weight holds inf or NaN (1 of 4096 values)"),
+    "whole numbers": (recast(torch.int8), f"{LAYER}.weight holds I8; expected floating-point numbers"),
+    "complex numbers": (recast(torch.complex64), f"{LAYER}.weight holds C64; expected floating-point numbers"),
 }
 
 
@@ -194,6 +201,21 @@ def test_weights_of_a_tower_are_checked_too(place: Path):
     assert "vision_model.encoder.layers.0.mlp.fc1.weight holds inf or NaN" in refused(NAME)
     edit(place / TOWER / "config.json", vision_config__num_hidden_layers=5)
     assert "num_hidden_layers 5, the weights have 4 vision_model.encoder.layers.*" in refused(NAME)
+
+
+class Payload:
+    """Pickled, it makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("file", [f"{SHARDED}/pytorch_model-00001-of-00002.bin", f"{TOWER}/pytorch_model.bin"])
+def test_code_in_weight_files_is_not_run(place: Path, file: str, is_zip: bool):
+    torch.save({"model.norm.weight": Payload()}, place / file, _use_new_zipfile_serialization=is_zip)
+    assert f"{file} can't be read: it holds no weights, or more than weights (code is not run)" in refused(SHARDED)
+    assert not (place / "ran").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", b"not weights"])
@@ -263,6 +285,12 @@ CONFIG_VALUES = [
     ({"rope_scaling": [1]}, "rope_scaling is [1]; expected an object", ""),
     ({"rope_scaling": {"type": "lin", "factor": 2.0}}, 'rope_scaling.type is "lin"; expected one of', '"linear"'),
     ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'rope_scaling.factor is "2"; expected a number', ""),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is null; expected a number", '"linear" needs'),
+    (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_scaling.low_freq_factor is null; expected a number",
+        '"llama3" needs',
+    ),
     ({"rope_theta": 0}, "rope_theta is 0; expected a number above 0", ""),
     ({"max_position_embeddings": 0}, "max_position_embeddings is 0; expected a whole number", ""),
     ({"pad_token_id": 1000}, "pad_token_id is 1000; expected null, or a token below vocab_size 1000", ""),
@@ -270,6 +298,7 @@ CONFIG_VALUES = [
     ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>"; expected a whole number', ""),
     ({"torch_dtype": "float17"}, 'torch_dtype is "float17"; expected one of "float32"', ""),
     ({"torch_dtype": 16}, "torch_dtype is 16; expected one of", ""),
+    ({"torch_dtype": "auto"}, 'torch_dtype is "auto"; expected one of "float32"', ""),
     ({"tie_word_embeddings": "no"}, 'tie_word_embeddings is "no"; expected true or false', ""),
     ({"architectures": "LlavaLlamaForCausalLM"}, "architectures is", "expected a list"),
     ({"architectures": ["LlavaMistralForCausalLM"]}, "another model", "must be a LLaVA on Llama"),
@@ -349,6 +378,7 @@ OTHER_FILES = [
     ("generation", {"eos_token_id": 10**9}, "eos_token_id is 1000000000; expected null, or a token below vocab_size"),
     ("generation", {"is_assistant": "x"}, 'is_assistant is "x"; expected false'),
     ("generation", {"stop_strings": ["x"]}, "stop_strings is ['x']; expected null"),
+    ("generation", {"assistant_early_exit": 1}, "assistant_early_exit is 1; expected null"),
     ("generation", {"penalty_alpha": 0.6}, "penalty_alpha is 0.6; expected"),
     ("generation", {"return_dict_in_generate": True}, "return_dict_in_generate is true; expected false"),
     ("tokenizer", {"tokenizer_class": 5}, "tokenizer_class is 5; expected a text"),
@@ -520,11 +550,19 @@ def test_a_lora_without_its_weights_is_refused(lora: Path):
         ({"model.mm_projector.0.weight": torch.zeros(3, 3)}, "mm_projector.0.weight has shape [3, 3]"),
         ({"model.something": torch.zeros(3)}, "mm_projector.bin: the model has no model.something"),
         ({}, "mm_projector.bin lacks 4 weights, first model.mm_projector.0.bias"),
+        (Payload(), "mm_projector.bin can't be read: it holds no weights, or more than weights (code is not run)"),
     ],
 )
 def test_a_projector_file_that_is_something_else_is_named(place: Path, content: object, says: str):
     torch.save(content, place / PART / "mm_projector.bin")
     assert says in refused(PART, BASE)
+    assert not (place / "ran").exists()
+
+
+def test_a_projector_of_whole_numbers_is_refused(place: Path):
+    file = place / PART / "mm_projector.bin"
+    torch.save({name: value.to(torch.int8) for name, value in torch.load(file, weights_only=True).items()}, file)
+    assert "0.bias holds int8; expected floating-point numbers" in refused(PART, BASE)
 
 
 # --------------------------------------------------------------------------------------------------- what is kept safe

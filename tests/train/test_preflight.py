@@ -100,6 +100,10 @@ def test_what_would_learn_nothing_or_fail_later_is_one_line(
         (b"", r" can't be read: "),
         ([1, 2], r" holds a list; expected named tensors"),
         ({"a": 1}, r": \"a\" is a int; expected named tensors"),
+        (
+            {"model.mm_projector.0.weight": torch.ones(64, 64, dtype=torch.int8)},
+            r": model\.mm_projector\.0\.weight holds int8; expected floating-point numbers",
+        ),
         ({"other.weight": torch.ones(2, 2)}, r": no projector weights \(mm_projector\.\*\) in it"),
         (
             {"model.mm_projector.0.weight": torch.ones(7, 2)},

@@ -111,6 +111,8 @@ def test_a_file_that_is_no_training_file_is_refused(name: str, content: str, rea
     ("content", "reason"),
     [
         (b'[{"id": "caf\xe9"}]', r"is not UTF-8 text \(byte 12\); save it as UTF-8"),
+        ('[{"id": "你好"}]'.encode("gbk"), r"is not UTF-8 text \(byte 9\); save it as UTF-8"),
+        ('[{"id": "a"}]'.encode("utf-16"), r"is not UTF-8 text \(byte 0\); save it as UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b'[{"id": ' + b"9" * 5000 + b"}]", "is not readable JSON: .*digits"),
     ],

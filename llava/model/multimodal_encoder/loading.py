@@ -13,12 +13,14 @@ from llava.errors import InputError
 from llava.model.config_rules import check_generation_config
 from llava.model.stored_weights import (
     COPY_AGAIN,
+    check_dtypes,
     check_finite,
     check_shapes,
     first_line,
     holds_weights,
     is_ignored,
     list_weight_files,
+    read_dtypes,
     read_shapes,
     refuse_missing,
     refuse_shape,
@@ -150,7 +152,8 @@ def check_headers(
         InputError: as in `check_shapes` (not for quantised checkpoints, which pack their weights), or plain weights
             that the config calls quantised.
     """
-    stored = {key: shape for file in list_weight_files(name) for key, shape in read_shapes(file).items()}
+    files = list_weight_files(name)
+    stored = {key: shape for file in files for key, shape in read_shapes(file).items()}
     ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
     expected, hint = build_shapes(build_empty(module, config)), HINTS.get(what, COPY_AGAIN)
     try:
@@ -160,6 +163,8 @@ def check_headers(
             raise
     else:
         _refuse_quantised(config, name)
+        for file in files:
+            check_dtypes(read_dtypes(file), expected, f"{what} {name}")
     return stored
 
 

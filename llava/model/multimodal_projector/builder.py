@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from llava.errors import InputError
-from llava.model.stored_weights import check_finite, check_shapes, iterate_tensors
+from llava.model.stored_weights import check_dtypes, check_finite, check_shapes, iterate_tensors, list_dtypes
 
 PROJECTOR_PREFIX = "mm_projector."
 MAX_DEPTH = 16  # LLaVA's have two layers; a number far above is a typing error, and would take minutes to build
@@ -70,5 +70,6 @@ def load_vision_projector(projector: nn.Module, path: str) -> None:
     weights = {name.split(PROJECTOR_PREFIX, 1)[1]: value for name, value in iterate_tensors(path, PROJECTOR_PREFIX)}
     own = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
     check_shapes({name: tuple(value.shape) for name, value in weights.items()}, own, what)
+    check_dtypes(list_dtypes(weights), own, what)
     check_finite(weights.items(), what)
     projector.load_state_dict(weights)
