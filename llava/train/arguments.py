@@ -4,12 +4,15 @@ Flags that transformers 5 renamed still work; on a machine without an accelerato
 command line serves both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import transformers
-from transformers import HfArgumentParser
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import HfArgumentParser, Trainer, get_scheduler
 
 from llava.errors import InputError
 from llava.model.token_reduction import parse_reduction
@@ -61,10 +64,56 @@ def parse_arguments(
     """
     check_flags(arguments)
     parser = _Parser((ModelArguments, DataArguments, TrainingArguments))
-    try:
+    with explaining_refusals("training arguments"):
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"training arguments: {error}") from None
     choose_template(model_args.version)
     parse_reduction(model_args.mm_vision_token_reduce_func)
+    try_recipe(training_args)
     return model_args, data_args, training_args
+
+
+@contextmanager
+def explaining_refusals(what: str) -> Iterator[None]:
+    """Turn what transformers and torch refuse about their own settings inside the block into one line.
+
+    Args:
+        what: the settings, for the message.
+
+    Raises:
+        InputError: they refuse something.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{what}: {error}") from error
+
+
+def try_recipe(training_args: TrainingArguments) -> None:
+    """Set up optimizer, schedule, checkpointing and compilation for one weight: what is refused is refused now.
+
+    The trainer sets them up when the model is loaded, which takes minutes.
+
+    Raises:
+        InputError: an unknown or missing setting, or a package that is not installed.
+    """
+    weight = nn.Linear(1, 1)
+    with explaining_refusals(f"--optim {training_args.optim.value}, --optim_args {training_args.optim_args}"):
+        Trainer.get_optimizer_cls_and_kwargs(training_args, weight)
+    schedule = training_args.lr_scheduler_type
+    settings = training_args.lr_scheduler_kwargs or {}
+    with explaining_refusals(f"--lr_scheduler_type {getattr(schedule, 'value', schedule)}, --lr_scheduler_kwargs"):
+        optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
+        scheduler = get_scheduler(
+            schedule, optimizer, num_warmup_steps=1, num_training_steps=4, scheduler_specific_kwargs=dict(settings)
+        )
+        optimizer.step()
+        scheduler.step()
+    with explaining_refusals("--gradient_checkpointing_kwargs"):
+        options = {"use_reentrant": True} | dict(training_args.gradient_checkpointing_kwargs or {})
+        checkpoint(weight, torch.zeros(1, requires_grad=True), **options)
+    if training_args.torch_compile:
+        with explaining_refusals("--torch_compile_backend, --torch_compile_mode"):
+            backend, mode = training_args.torch_compile_backend, training_args.torch_compile_mode
+            torch.compile(weight, backend=backend or "inductor", mode=mode)

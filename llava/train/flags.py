@@ -259,10 +259,12 @@ def _check_values(flags: argparse.Namespace) -> None:
     _check_lora(flags)
     if flags.evaluation_strategy not in (None, "no") or flags.eval_strategy not in (None, ["no"]):
         raise InputError("--eval_strategy: training runs no evaluation; score checkpoints with llava.eval")
+    _check_unserved(flags)
     _check_trackers(flags.report_to or [])
     _check_engine(flags)
 
 
+MAX_STEPS = 10**9
 # What makes sense for numbers: (lowest, whether it is allowed itself, highest).
 _RANGES: dict[str, tuple[float, bool, float]] = {
     "learning_rate": (0, True, 1e3),
@@ -301,8 +303,11 @@ def _check_ranges(flags: argparse.Namespace) -> None:
         value = getattr(flags, name)
         if value is not None and not 0 <= value < 1:
             raise InputError(f"--{name} {value}: expected a share in [0, 1)")
-    if flags.max_steps is not None and flags.max_steps != -1 and flags.max_steps < 1:
-        raise InputError(f"--max_steps {flags.max_steps}: expected a number from 1, or -1 for --num_train_epochs")
+    if flags.max_steps is not None and flags.max_steps != -1 and not 1 <= flags.max_steps <= MAX_STEPS:
+        raise InputError(
+            f"--max_steps {flags.max_steps}: expected a number from 1, at most {MAX_STEPS:g}, "
+            "or -1 for --num_train_epochs"
+        )
     if flags.resume_from_checkpoint and flags.resume_from_checkpoint[0].lower() not in _YES + _NO:
         raise InputError(
             "--resume_from_checkpoint: a run resumes by itself at the newest complete checkpoint of --output_dir; "
@@ -310,6 +315,21 @@ def _check_ranges(flags: argparse.Namespace) -> None:
         )
     if flags.label_smoothing_factor:
         raise InputError("--label_smoothing_factor: the loss of LLaVA has no smoothing; leave it out")
+
+
+def _check_unserved(flags: argparse.Namespace) -> None:
+    """Refuse flags of transformers that nothing here serves, or that need another one."""
+    for name in ("eval_on_start", "load_best_model_at_end"):
+        if getattr(flags, name):
+            raise InputError(f"--{name}: training runs no evaluation; leave it out")
+    if flags.save_strategy == ["best"]:
+        raise InputError("--save_strategy best: training runs no evaluation; expected no, steps or epoch")
+    if flags.neftune_noise_alpha is not None:
+        raise InputError("--neftune_noise_alpha: no noise is added to embeddings here; leave it out")
+    if flags.dataloader_persistent_workers and not flags.dataloader_num_workers:
+        raise InputError("--dataloader_persistent_workers True needs --dataloader_num_workers from 1")
+    if flags.use_liger_kernel and not importlib.util.find_spec("liger_kernel"):
+        raise InputError("--use_liger_kernel: liger_kernel is not installed: pip install liger-kernel")
 
 
 def _to_number(value: object) -> float | None:

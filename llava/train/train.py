@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from llava.files import make_folder
 from llava.protocols import ImageProcessor, Tokenizer
-from llava.train.arguments import TrainingArguments, parse_arguments
+from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
 from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
@@ -104,15 +104,17 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     record_template(model, model_args.version)
 
     # 4. Training. Samples are built when the loader asks for them.
-    trainer = LlavaTrainer(
-        model=trained,
-        args=training_args,
-        train_dataset=ConversationDataset(
-            records, tokenizer, describe_text(model_args), image_format, data_args.skip_broken_records
-        ),
-        data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
-        processing_class=tokenizer,
+    dataset = ConversationDataset(
+        records, tokenizer, describe_text(model_args), image_format, data_args.skip_broken_records
     )
+    with explaining_refusals("training arguments"):
+        trainer = LlavaTrainer(
+            model=trained,
+            args=training_args,
+            train_dataset=dataset,
+            data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
+            processing_class=tokenizer,
+        )
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.report_tally()
     if trainer.was_stopped:
@@ -159,6 +161,9 @@ def run_preflight(
     Raises:
         InputError: they teach nothing.
     """
+    batch = training_args.per_device_train_batch_size * training_args.world_size
+    if training_args.dataloader_drop_last and len(records) < batch:
+        raise InputError(f"--dataloader_drop_last True: {len(records)} records make no batch of {batch}; leave it out")
     limit = training_args.model_max_length
     tokens = count_image_tokens(model_args, data_args)
     findings = inspect_records(

@@ -80,13 +80,37 @@ def losses(trainer: LlavaTrainer) -> list[float]:
         ({"fsdp": "full_shard"}, r"--fsdp needs several processes"),
         ({"fsdp": "True"}, r"--fsdp needs several processes"),
         ({"resume_from_checkpoint": "run/checkpoint-3"}, r"--resume_from_checkpoint: a run resumes by itself"),
+        ({"max_steps": 10**18}, r"--max_steps 1000000000000000000: expected a number from 1, at most 1e\+09"),
+        ({"eval_on_start": True}, r"--eval_on_start: training runs no evaluation; leave it out"),
+        ({"load_best_model_at_end": True}, r"--load_best_model_at_end: training runs no evaluation; leave it out"),
+        ({"save_strategy": "best"}, r"--save_strategy best: training runs no evaluation; expected no, steps or epoch"),
+        ({"neftune_noise_alpha": 5}, r"--neftune_noise_alpha: no noise is added to embeddings here"),
+        ({"dataloader_persistent_workers": True}, r"--dataloader_persistent_workers True needs --dataloader_num_wor"),
+        ({"use_liger_kernel": True}, r"--use_liger_kernel: liger_kernel is not installed: pip install liger-kernel"),
+        ({"optim": "adamx"}, r"training arguments: adamx is not a valid OptimizerNames"),
+        ({"optim": "lomo"}, r"--optim lomo, --optim_args None: .*install.*lomo"),
+        ({"optim_args": "x"}, r"--optim adamw_torch, --optim_args x: "),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, r"--lr_scheduler_type warmup_stable_decay, .*num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, r"--lr_scheduler_type cosine_with_min_lr, .*min_lr"),
+        ({"lr_scheduler_kwargs": '{"x": 1}'}, r"--lr_scheduler_type linear, --lr_scheduler_kwargs: .*'x'"),
+        ({"lr_scheduler_kwargs": "{"}, r"training arguments: Expecting property name"),
+        ({"gradient_checkpointing_kwargs": '{"x": 1}'}, r"--gradient_checkpointing_kwargs: .*: x"),
+        ({"torch_compile_backend": "x"}, r"--torch_compile_backend, --torch_compile_mode: Invalid backend: 'x'"),
+        ({"torch_compile_mode": "x"}, r"--torch_compile_backend, --torch_compile_mode: Unrecognized mode=x"),
+        ({"accelerator_config": "nowhere.json"}, r"training arguments: .*nowhere\.json"),
+        ({"accelerator_config": '{"x": 1}'}, r"training arguments: .*'x'"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+            r"--dataloader_drop_last True: 6 records make no batch of 64; leave it out",
+        ),
         ({"label_smoothing_factor": 0.1}, r"--label_smoothing_factor: the loss of LLaVA has no smoothing"),
     ],
 )
 def test_what_would_learn_nothing_or_fail_later_is_one_line(
     flags: dict, line: str, run_training: Callable, nothing_loads: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    for name in ("wandb", "liger_kernel"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(InputError, match=line) as caught:
         run_training(**flags)
