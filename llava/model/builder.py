@@ -28,7 +28,7 @@ from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CPU_BLOCK = 32  # of bitsandbytes' 4-bit product on CPUs with AVX512-BF16
+PACKED_ROWS = 32  # per block of a weight that bitsandbytes packs for CPUs with AVX512-BF16
 UNQUANTISED = ("model.mm_projector", "model.vision_tower", "lm_head")
 DEFAULT_CONTEXT_LENGTH = 2048  # what LLaVA's loader reports for configs without max_sequence_length
 
@@ -98,8 +98,8 @@ def load_pretrained_model(
         model = load_on_base(part, model_base, config, settings, merge=not (load_8bit or load_4bit))
     if "device_map" not in settings:
         model.to(device)
-    if load_4bit and torch.device(device).type == "cpu":
-        _check_packing(model)
+    if load_4bit:
+        _choose_packing(model)
     model.tokenizer = tokenizer
     # 3. The towers.
     tower = model.get_vision_tower()
@@ -256,16 +256,13 @@ def _loading_settings(
     return settings
 
 
-def _check_packing(model: nn.Module) -> None:
-    """Check that bitsandbytes can pack 4-bit layers for this CPU; it asserts so at the first question.
+def _choose_packing(model: nn.Module) -> None:
+    """Let 4-bit layers whose shape bitsandbytes cannot pack for this CPU compute as they do on other CPUs.
 
-    Raises:
-        InputError: a layer's width is no multiple of a block, where the CPU's own 4-bit product is used.
+    It packs every layer at the first question, and fails where rows do not fill blocks or a block of values spans rows.
     """
-    for name, layer in model.named_modules():
-        packs = getattr(layer, "support_avx512bf16_for_cpu", False)
-        if packs and layer.out_features % CPU_BLOCK:
-            raise InputError(
-                f"load_4bit: {name} is {layer.out_features} wide; on this CPU 4-bit layers must be multiples of "
-                f"{CPU_BLOCK} wide: use load_8bit, or leave quantisation out"
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = not (
+                layer.out_features % PACKED_ROWS or layer.in_features % layer.weight.blocksize
             )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,29 @@ def test_half_precision_images_and_models_mix(copied):
 def test_device_maps_of_external_clients_load(copied, device_map):
     model = load_pretrained_model(str(copied), None, NAME, device_map=device_map, device="cpu", multimodal=True)[1]
     assert len(generate(model)) > 0
+
+
+@pytest.mark.parametrize("width", ["load_4bit", "load_8bit"])
+def test_a_quantised_model_answers_on_this_cpu_whatever_its_shapes(copied, width):
+    pytest.importorskip("bitsandbytes")
+    model = load_pretrained_model(str(copied), device="cpu", **{width: True})[1]
+    assert len(generate(model, min_new_tokens=6)) == 6
+
+
+def test_4_bit_layers_are_packed_where_bitsandbytes_can_and_nowhere_else(copied, monkeypatch):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = load_pretrained_model(str(copied), load_4bit=True, device="cpu")[1]
+    packed = {}
+    for name, layer in model.model.layers[0].named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            packed[name] = layer.support_avx512bf16_for_cpu
+            with nullcontext() if packed[name] else pytest.raises((AssertionError, RuntimeError)):
+                functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    # 176 is no multiple of the 32 rows of a block, nor of the 64 values of a quantised block.
+    assert packed["self_attn.q_proj"]
+    assert not packed["mlp.up_proj"]
+    assert not packed["mlp.down_proj"]
 
 
 def test_beam_search_and_sampling_run(copied):

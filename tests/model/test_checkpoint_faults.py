@@ -604,17 +604,3 @@ def test_quantising_needs_its_package_and_one_width(place: Path, both: bool, mon
     says = "to 8 or to 4 bit, not to both" if both else "needs bitsandbytes"
     with pytest.raises(InputError, match=says):
         load_pretrained_model(NAME, load_8bit=both, load_4bit=True, device="cpu")
-
-
-@pytest.mark.parametrize("packs", [True, False])
-def test_four_bits_are_refused_where_this_cpu_cannot_pack_a_layer(
-    place: Path, packs: bool, monkeypatch: pytest.MonkeyPatch
-):
-    pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
-    if not packs:
-        layer = load_pretrained_model(NAME, load_4bit=True, device="cpu")[1].model.layers[0].self_attn.q_proj
-        assert type(layer).__name__ == "Linear4bit"
-        return
-    with pytest.raises(InputError, match=r"load_4bit: .*proj is \d+ wide; .* multiples of 32 wide: use load_8bit"):
-        load_pretrained_model(NAME, load_4bit=True, device="cpu")
