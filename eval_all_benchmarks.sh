@@ -60,7 +60,7 @@ read_models() {
 check_model() {
     local name=${NAMES[$1]} other
     [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._+-]*$ ]] ||
-        die "a model is NAME=PATH, and NAME, which names files, has letters, digits and . _ + - only: not \"$name\""
+        die "a model is NAME=PATH, and NAME, which names files, has letters, digits and . _ + - only: not \"${name//[[:cntrl:]]/?}\""
     for ((other = 0; other < $1; other++)); do
         [[ ${NAMES[other]} != "$name" ]] || die "two models are called $name; give each its own NAME=PATH"
     done

@@ -50,9 +50,9 @@ def run_command(main: Callable[[], None]) -> None:
         main: the command, without arguments (it reads `sys.argv` itself).
 
     Raises:
-        SystemExit: with code 2 after an `InputError`, an error of the system, too little memory, or when one of
-            `PACKAGES` is not installed; 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of the output has
-            left (`... | head -1`), as the shell has it.
+        SystemExit: with code 2 after an `InputError`, an error of the system, too little memory or space on a disk, or
+            when one of `PACKAGES` is not installed; 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of the
+            output has left (`... | head -1`), as the shell has it.
     """
     _prepare_streams()
     try:
@@ -93,6 +93,8 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     if _is_out_of_memory(error):
         details = f" ({one_line(str(error))})" if str(error) else ""
         return 2, f"error: out of memory{details}; use smaller inputs, smaller batches or a smaller model"
+    if _is_failed_write(error):
+        return 2, f"error: cannot write weights ({one_line(str(error))}): is the disk full?"
     if isinstance(error, RecursionError):
         return 2, "error: an input is nested too deeply; look for brackets inside brackets in the files it reads"
     return None
@@ -113,6 +115,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    """Whether safetensors or torch could not write a file to its end; neither raises an OSError."""
+    text = str(error)
+    return (type(error).__name__ == "SafetensorError" and "serializing: I/O error" in text) or (
+        isinstance(error, RuntimeError) and ("PytorchStreamWriter failed" in text or "inline_container.cc" in text)
     )
 
 

@@ -138,6 +138,8 @@ def find_target(path: Path) -> Path:
         OSError: it cannot be looked at; see `explain_errors`.
     """
     target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if target.is_symlink():
+        raise FileError(f"cannot write {path}: its links lead in a circle; name a regular file")
     if target.exists() and not target.is_file():
         raise FileError(f"cannot write {path}: it is {_kind(target)}; name a regular file")
     return target

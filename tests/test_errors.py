@@ -77,6 +77,19 @@ def test_torchs_lack_of_memory_is_one_line(error):
     assert code == 2 and line.startswith("error: out of memory (") and line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        "type('SafetensorError', (Exception,), {})('Error while serializing: I/O error: No space left (os error 28)')",
+        "RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 1344 vs 1232')",
+        "RuntimeError('PytorchStreamWriter failed writing file data/0: file write failed')",
+    ],
+)
+def test_weights_that_do_not_fit_on_the_disk_are_one_line(error):
+    code, _, line = run(f"raise {error}")
+    assert code == 2 and line.startswith("error: cannot write weights (") and line.endswith("): is the disk full?\n")
+
+
 def test_a_programming_error_keeps_its_traceback():
     code, _, text = run("{}['key']")
     assert code == 1 and "Traceback" in text and "KeyError" in text

@@ -64,19 +64,29 @@ def test_a_link_stays_a_link_and_its_target_is_written(tmp_path):
     assert read_text(target) == "new and more\n"
 
 
-def test_a_file_keeps_its_permissions(tmp_path):
-    path = write_text(tmp_path / "data", "old")
-    path.chmod(0o640)
-    write_text(path, "new")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-
-
 WRITERS = [
     lambda path: write_text(path, "x"),
     lambda path: write_json(path, 1),
     lambda path: write_jsonl(path, [{}]),
     lambda path: append_line(path, "x"),
 ]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_links_that_lead_in_a_circle_are_refused_and_stay(tmp_path, write):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.symlink_to(other)
+    other.symlink_to(one)
+    with pytest.raises(FileError, match="one: its links lead in a circle"):
+        write(one)
+    assert one.is_symlink() and other.is_symlink()
+
+
+def test_a_file_keeps_its_permissions(tmp_path):
+    path = write_text(tmp_path / "data", "old")
+    path.chmod(0o640)
+    write_text(path, "new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize("write", WRITERS)

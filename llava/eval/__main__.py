@@ -258,6 +258,9 @@ def answer_and_exit(
         SystemExit: with code 3 if questions stayed without an answer.
     """
     # 1. What needs no library: options out of range, unknown templates.
+    worker, num_workers = getattr(arguments, "worker", 0), getattr(arguments, "workers", 1)
+    if worker >= num_workers:
+        raise InputError(f"--worker {worker}: with --workers {num_workers} it counts from 0")
     if arguments.chunk_idx >= arguments.num_chunks:
         raise InputError(
             f"--chunk-idx {arguments.chunk_idx}: with --num-chunks {arguments.num_chunks} it counts from 0"
@@ -283,11 +286,11 @@ def answer_and_exit(
                 sampling=sampling,
                 conv_mode=arguments.conv_mode,
                 batch_size=arguments.batch_size,
-                num_workers=getattr(arguments, "workers", 1),
+                num_workers=num_workers,
             ),
             key_fields,
             limit=getattr(arguments, "limit", None),
-            worker=getattr(arguments, "worker", 0),
+            worker=worker,
             notify=_tell,
         )
     # 3. How it went.

@@ -46,7 +46,14 @@ def consolidate(source: str, destination: str, base: str | None = None, dtype: s
         raise InputError(f"{destination} is a file: name a folder")
     tokenizer, model, _, _ = load_pretrained_model(source, base, device="cpu", dtype="float32")
     chosen = resolve_dtype(dtype) if dtype else _stored_dtype(base or source)
-    save_checkpoint(model.to(chosen), tokenizer, folder)
+    before = set(folder.glob("*"))
+    try:
+        save_checkpoint(model.to(chosen), tokenizer, folder)
+    except BaseException:
+        # Half a checkpoint (a full disk, Ctrl-C) would stand in the way of the next try.
+        for path in set(folder.glob("*")) - before:
+            path.unlink()
+        raise
 
 
 def extract_projector(source: str, destination: str) -> None:

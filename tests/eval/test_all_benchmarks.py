@@ -147,6 +147,7 @@ def test_a_benchmark_without_data_is_named_before_anything_runs(run_all: Callabl
         (["models/llava@./nowhere"], {}, "error: no model at ./nowhere"),
         (["a=models/llava", "a=models/llava-trim"], {}, "error: two models are called a; give each its own NAME=PATH"),
         (["a b=models/llava"], {}, "error: a model is NAME=PATH, and NAME, which names files, has letters"),
+        (["a\nb=models/llava"], {}, "error: a model is NAME=PATH, and NAME, which names files, has letters"),
         (["--reduce", "none"], {}, "error: options such as --reduce go after --"),
         (["models/llava"], {"BENCHMARKS": "popp"}, "error: no benchmark popp; known: vqav2 gqa vizwiz"),
         (["models/llava"], {"LLAVA_EVAL_ROOT": "nowhere"}, "error: no folder {here}/nowhere: playground/data/eval/"),

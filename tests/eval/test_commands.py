@@ -120,6 +120,8 @@ SCORED = ["--answers", str(ORACLE / "answers.jsonl"), "--root", str(ORACLE)]
         ([*ANSWERED, "--temperature", "nan"], "error: temperature nan: expected 0, or 0.001 to 100"),
         ([*ANSWERED, "--dtype", "float8"], "error: --dtype float8: expected float16, bfloat16, float32"),
         ([*ANSWERED, "--conv-mode", "vicuna"], 'error: no conversation template "vicuna"; known: '),
+        ([*ANSWERED, "--worker", "1"], "error: --worker 1: with --workers 1 it counts from 0"),
+        ([*ANSWERED, "--workers", "2", "--worker", "2"], "error: --worker 2: with --workers 2 it counts from 0"),
         ([*ANSWERED, "--answers", "."], "error: cannot write .: it is a folder; name a regular file"),
     ],
 )

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from llava.model.consolidate import consolidate
 from llava.train.flags import ModelArguments
 from llava.train.model_setup import read_config as read_training_config
 
+ROOT = Path(__file__).parents[2]
 NAME = "llava-v1.5-tiny84-TRIM-r025"  # one model.safetensors
 SHARDED = "llava-v1.5-tiny84-TRIM"  # two .bin files with an index
 BASE = "lmsys/vicuna-tiny-v1.5"
@@ -575,6 +578,30 @@ def test_consolidate_never_writes_over_another_checkpoint(place: Path):
     assert (place / SHARDED / "config.json").read_bytes() == before
     consolidate(NAME, "new")
     load_pretrained_model("new", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("llava.model.consolidate", ["--src", NAME, "--dst", "new"]),
+        (f"{ROOT}/scripts/extract_mm_projector.py", ["--model-path", NAME, "--output", "new"]),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing_in_the_way(place: Path, module: str, options: list[str]):
+    (place / "new").mkdir()
+    (place / "new/notes.txt").write_text("mine")
+    run = [sys.executable, *([module] if module.endswith(".py") else ["-m", module]), *options]
+    # A limit of file sizes fails like a full disk: in the middle of a write.
+    limited = subprocess.run(
+        ["bash", "-c", 'ulimit -f 5; exec "$@"', "bash", *run],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert limited.returncode == 2 and "Traceback" not in limited.stderr, limited.stderr
+    assert limited.stderr.splitlines()[-1].startswith("error: cannot write ")
+    assert [path.name for path in (place / "new").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(
