@@ -35,6 +35,7 @@ from llava.files import explain_errors
 from llava.generation import Generator
 from llava.mm_utils import tokenize_prompts
 from llava.model.identity import fingerprint
+from llava.model.token_reduction import parse_reduction
 from llava.prompt import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
 from llava.protocols import ImageProcessor, ImageTokens, Tokenizer, VisionLanguageModel
 from llava.sampling import Sampling
@@ -579,6 +580,8 @@ def describe_run(
         for question in questions
     ]
     loading = {name: value for name, value in asdict(spec).items() if value or name not in OPTIONAL}
+    if spec.reduce is not None:  # TRIM:0.50 is TRIM:0.5
+        loading["reduce"] = parse_reduction(spec.reduce).spec() or "none"
     device = spec.device.split(":")[0] if spec.device else "auto"
     return {
         **loading,

@@ -380,6 +380,25 @@ def test_answers_are_kept_when_nothing_that_they_depend_on_has_changed(
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("spec", "same", "other"),
+    [
+        ("TRIM:0.5", "TRIM:0.50", "TRIM:0.25"),
+        ("TRIM:-1", " TRIM : -1,fence=1.5", "TRIM:-1,fence=2"),
+        ("none", "", "TRIM"),
+    ],
+)
+def test_answers_are_kept_when_the_reduction_is_spelled_otherwise(
+    make_pope: Callable[..., Path], tmp_path: Path, tiny_checkpoint: Path, spec: str, same: str, other: str
+) -> None:
+    folder, file = make_pope(1), tmp_path / "answers.jsonl"
+    assert answer(folder, file, tiny_checkpoint, "--reduce", spec).returncode == 0
+    assert json.loads(file.with_name(f"{file.name}.run.json").read_text())["reduce"] == spec
+    again = answer(folder, file, tiny_checkpoint, "--reduce", same)
+    assert (again.returncode, again.stderr) == (0, "6 of 6 questions are answered already\n")
+    assert "(reduce)" in answer(folder, file, tiny_checkpoint, "--reduce", other).stderr.splitlines()[0]
+
+
 OLD_RUN = {
     "path": "llava", "base": None, "reduce": None, "device": "auto", "dtype": None, "weights": "0123456789abcdef",
     "base_weights": None, "questions": "0123456789abcdef", "model_id": "llava", "conv_mode": "vicuna_v1",
