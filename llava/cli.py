@@ -5,36 +5,22 @@ transformers until a model or an image is asked for.
 """
 
 import argparse
-import atexit
 import logging
 import os
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.conversation import conversation_name_for, get_model_name_from_path
 from llava.errors import InputError
-from llava.files import FileError, read_text
 from llava.protocols import ImageProcessor, Tokenizer, VisionLanguageModel
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DTYPES = ("float16", "bfloat16", "float32")
-
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-GRACE_SECONDS = 2.0
-"""How long a command that was told to end may clean up."""
-PARENT_VARIABLE = "LLAVA_SCRIPT_PID"
-"""Names the process that started this one as its worker: when that is gone, however it ended, this one ends too."""
-WATCH_SECONDS = 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ types of values
@@ -285,99 +271,3 @@ def load_images(image_files: str | Sequence[str], sep: str = ",") -> "list[Image
     from llava.image import load_image
 
     return [load_image(source, upright=True) for source in list_image_sources(image_files, sep)]
-
-
-# ------------------------------------------------------------------------------------------------------------- stopping
-class Stopped(SystemExit):
-    """A signal other than SIGINT, which is a `KeyboardInterrupt`, told this process to end."""
-
-
-@contextmanager
-def ending_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
-    """Make SIGINT, SIGTERM and SIGHUP end this process within seconds, with the exit code 128 + number.
-
-    For commands whose files are complete at every moment. The main thread gets a `KeyboardInterrupt` or `Stopped` where
-    it is. If it does not come to that, because it waits inside a library (a model that is loaded, a thread that reads a
-    slow address), a second thread ends the process. Signals that are ignored, as `nohup` and the shell's `&` have it,
-    stay ignored. When the command that started this one as its worker is gone (`PARENT_VARIABLE`), that counts as
-    SIGTERM.
-
-    Args:
-        grace_seconds: how long cleaning up may take.
-    """
-    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread() or _stop in map(signal.getsignal, wanted):
-        yield  # not ours to set, or set already
-        return
-    before = {number: signal.signal(number, _stop) for number in wanted}
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    # Python writes the number of each signal there at once, also while the main thread is inside a library.
-    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_end_after_signal, args=(reading, wanted, grace_seconds), daemon=True).start()
-    parent = os.environ.pop(PARENT_VARIABLE, "")
-    if parent.isdecimal():
-        threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
-    try:
-        yield
-    except Stopped as end:
-        sys.stderr.write(f"{_describe_stop(end.code - 128)}\n")
-        raise
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(writing)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    # Once the command has cleaned up, nothing is left to do: taking down the libraries would take seconds.
-    atexit.register(_exit, 128 + number)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Stopped(128 + number)
-
-
-def _exit(code: int) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
-
-
-def _describe_stop(number: int) -> str:
-    return "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-
-
-def _end_after_signal(reading: int, numbers: Sequence[int], grace_seconds: float) -> None:
-    """Wait for a signal, then end the process, unless it ends itself before."""
-    while received := os.read(reading, 1):
-        if received[0] in numbers:
-            time.sleep(grace_seconds)
-            # Not through `sys.stderr`, which the main thread may hold.
-            with suppress(OSError):
-                os.write(2, f"\n{_describe_stop(received[0])}\n".encode())
-            os._exit(128 + received[0])
-    os.close(reading)
-
-
-def _end_with_parent(parent: int) -> None:
-    """Wait until the process that this one works for is gone; it cannot pass SIGKILL on."""
-    while is_alive(parent):
-        time.sleep(WATCH_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not. Always on Windows: it cannot tell."""
-    if os.name != "posix":
-        return True  # signal 0 would end it there
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    with suppress(FileError):  # there is no /proc on macOS
-        return read_text(Path(f"/proc/{process}/stat")).rpartition(")")[2].split()[:1] != ["Z"]
-    return True

@@ -9,12 +9,11 @@ import errno
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Callable
+from contextlib import suppress
 
 from llava.packages import NEEDED_BY_SOME
+from llava.signals import describe_stop, raising_on
 
 PACKAGES = {**NEEDED_BY_SOME, "bitsandbytes": "bitsandbytes"}
 """Packages that single parts of llava need: the name to import, the name to install."""
@@ -22,10 +21,6 @@ PACKAGES = {**NEEDED_BY_SOME, "bitsandbytes": "bitsandbytes"}
 
 class InputError(ValueError):
     """Wrong input: the message is one line that says what is wrong, where, and what would be right."""
-
-
-class TerminatedError(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM; whatever cleans up after Ctrl-C cleans up after this."""
 
 
 def one_line(text: str) -> str:
@@ -56,7 +51,8 @@ def run_command(main: Callable[[], None]) -> None:
     """
     _prepare_streams()
     try:
-        with _raising_on_sigterm():
+        # Not SIGHUP: where the main thread waits inside a library, as training does, nothing but the signal ends it.
+        with raising_on((signal.SIGINT, signal.SIGTERM)):
             try:
                 main()
             except SystemExit:  # argparse's --help
@@ -82,10 +78,8 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
         package = PACKAGES.get((error.name or "").partition(".")[0])
         missing = f"error: this needs the package {package}, which is not installed: pip install {package}"
         return (2, missing) if package else None
-    if isinstance(error, TerminatedError):
-        return 143, "stopped by SIGTERM"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        return describe_stop(error)
     if isinstance(error, BrokenPipeError):
         return 141, ""
     if isinstance(error, OSError):
@@ -139,28 +133,6 @@ def _prepare_streams() -> None:
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-
-
-@contextmanager
-def _raising_on_sigterm() -> Iterator[None]:
-    """Raise `TerminatedError` on the first SIGTERM; a second one ends the process at once."""
-    is_ours = threading.current_thread() is threading.main_thread()
-    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    process = os.getpid()
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != process:  # a worker that was forked off
-            os.kill(os.getpid(), number)
-        raise TerminatedError
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _finish_streams(line: str) -> None:

@@ -17,6 +17,7 @@ LAYERS = [
     ("llava.constants", 0),
     ("llava.errors", 0),
     ("llava.protocols", 0),
+    ("llava.signals", 0),
     ("llava.files", 1),
     ("llava.sampling", 1),
     ("llava.conversation", 1),

@@ -183,6 +183,22 @@ def test_a_second_sigterm_ends_a_clean_up_that_hangs():
     assert time.monotonic() - begin < 10
 
 
+def test_another_signal_leaves_a_clean_up_in_peace():
+    """As after Ctrl-C in a terminal, which reaches a script and its commands, and the script then ends the commands."""
+    clean_up = 'print("cleans up", flush=True); time.sleep(1); print("cleaned up", flush=True)'
+    statement = WAIT.replace('print("cleaned up", flush=True)', clean_up)
+    with subprocess.Popen(
+        [sys.executable, "-c", START.format(statement)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "cleans up\n"
+        process.terminate()
+        out, text = process.communicate(timeout=30)
+    assert (process.returncode, out, text) == (130, "cleaned up\n", "interrupted\n")
+
+
 def test_a_forked_worker_ends_by_sigterm_without_a_word():
     statement = """import multiprocessing
     context = multiprocessing.get_context("fork")

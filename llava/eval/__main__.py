@@ -10,7 +10,6 @@ from llava.cli import (
     ModelSpec,
     add_model_options,
     add_prompt_options,
-    ending_on_signals,
     natural,
     positive,
     positive_or_auto,
@@ -46,6 +45,7 @@ from llava.eval.wrong import (
 from llava.files import make_folder, write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE, find_template
 from llava.sampling import Sampling
+from llava.signals import ending_on_signals
 
 
 def main() -> None:

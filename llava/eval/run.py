@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava.cli import GRACE_SECONDS, PARENT_VARIABLE, STOP_SIGNALS, Stopped, ending_on_signals
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.predictions import check_workers
 from llava.files import explain_errors, find_target, make_folder, read_bytes
+from llava.signals import GRACE_SECONDS, PARENT_VARIABLE, SIGNAL_CODE, STOP_SIGNALS, ending_on_signals
 
 EXIT_MISTAKE = 2
 """Exit code of every command after a mistake in its options or files: the same command would end the same way."""
@@ -325,7 +325,7 @@ def quote(word: str) -> str:
 def exit_code(process: subprocess.Popen) -> int:
     """Wait for a process; of one that a signal ended the code is that of the shell, 128 and its number."""
     code = process.wait()
-    return 128 - code if code < 0 else code
+    return SIGNAL_CODE - code if code < 0 else code
 
 
 @contextmanager
@@ -390,7 +390,7 @@ def run_benchmark(arguments: Sequence[str]) -> None:
         # Longer than what ending the workers takes.
         with ending_on_signals(WORKER_GRACE_SECONDS + 1.0):
             answer_and_score(plan)
-    except (KeyboardInterrupt, Stopped):
+    except KeyboardInterrupt:
         note(f"{plan.task.name}: stopped; run the same command again to go on where it stopped")
         raise
 

@@ -14,10 +14,9 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from llava.cli import PARENT_VARIABLE, WATCH_SECONDS, is_alive
+from llava.signals import PARENT_VARIABLE, SIGNAL_CODE, WATCH_SECONDS, is_alive
 
 SECONDS_VARIABLE, DEFAULT_SECONDS = "STOP_SECONDS", 60.0
-SIGNAL_CODE = 128  # of the shell: 128 + the signal's number
 
 
 class _Stop:
