@@ -129,7 +129,7 @@ run_all() {
             # A number of an earlier run must not pass for this one's.
             run rm -f "$json"
             # In the background: only while it waits does the shell heed a signal at once.
-            LLAVA_EVAL_JSON=$json LLAVA_SCRIPT_PID=$$ run_benchmark "$benchmark" "$index" &
+            LLAVA_EVAL_JSON=$json LLAVA_SCRIPT_PID=$(script_pid) run_benchmark "$benchmark" "$index" &
             if ! wait $!; then
                 FAILED+=("$benchmark of ${NAMES[index]}")
             elif [[ ! -e $json && ${DRY_RUN:-0} != 1 ]]; then

@@ -23,7 +23,6 @@ GRACE_SECONDS = 2.0
 PARENT_VARIABLE = "LLAVA_SCRIPT_PID"
 """Names the process that started this one as its worker: when that is gone, however it ended, this one ends too."""
 WATCH_SECONDS = 1.0
-_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Stopped(KeyboardInterrupt):
@@ -65,7 +64,8 @@ def raising_on(numbers: Sequence[int]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in _DEFAULTS}
+    free = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in free}
     _STATE.owner, _STATE.stopped_by = os.getpid(), 0
     for number in before:
         signal.signal(number, _raise)
@@ -102,13 +102,12 @@ def ending_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     with raising_on(STOP_SIGNALS):
         numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is _raise]
         reading, writing = os.pipe()
-        os.set_blocking(writing, False)
+        if hasattr(os, "set_blocking"):  # pipes of Windows had none before Python 3.12, nor does it ask for it
+            os.set_blocking(writing, False)
         # Python writes the number of each signal there at once, also while the main thread is inside a library.
         wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=_end_after_signal, args=(reading, numbers, grace_seconds), daemon=True).start()
-        parent = os.environ.pop(PARENT_VARIABLE, "")
-        if parent.isdecimal():
-            threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
+        watch_starter(signal.SIGTERM)
         _STATE.is_watched = True
         try:
             yield
@@ -142,17 +141,29 @@ def _end_after_signal(reading: int, numbers: Sequence[int], grace_seconds: float
     os.close(reading)
 
 
-def _end_with_parent(parent: int) -> None:
-    """Wait until the process that this one works for is gone; it cannot pass SIGKILL on."""
-    while is_alive(parent):
+def watch_starter(number: int, is_rank: bool = False) -> None:
+    """Send this process a signal once what started it is gone, which cannot pass SIGKILL on.
+
+    Args:
+        number: the signal.
+        is_rank: whether its parent, a launcher, is watched beside what `PARENT_VARIABLE` names.
+    """
+    named = os.environ.pop(PARENT_VARIABLE, "")
+    watched = ([int(named)] if named.isdecimal() else []) + ([os.getppid()] if is_rank else [])
+    if watched:
+        threading.Thread(target=_signal_without, args=(watched, number), daemon=True).start()
+
+
+def _signal_without(processes: Sequence[int], number: int) -> None:
+    while all(map(is_alive, processes)):
         time.sleep(WATCH_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not. Always on Windows: it cannot tell."""
-    if os.name != "posix":
-        return True  # signal 0 would end it there
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    if sys.platform == "win32":
+        return _is_alive_on_windows(process)
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -162,3 +173,18 @@ def is_alive(process: int) -> bool:
     with suppress(OSError):  # there is no /proc on macOS
         return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[:1] != [b"Z"]
     return True
+
+
+def _is_alive_on_windows(process: int) -> bool:
+    import _winapi  # by which `subprocess` waits there; signal 0 would end the process
+
+    try:
+        handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, process)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    try:
+        return _winapi.WaitForSingleObject(handle, 0) == _winapi.WAIT_TIMEOUT
+    finally:
+        _winapi.CloseHandle(handle)

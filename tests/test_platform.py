@@ -7,10 +7,12 @@ import sys
 import tomllib
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llava.packages import NEEDED, NEEDED_BY_SOME, OLDEST_PYTHON
+from llava.signals import is_alive
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -199,10 +201,20 @@ def test_all_documents_name_the_same_python_versions() -> None:
 
 # --------------------------------------------------------------------------------------------------- no POSIX calls
 WITHOUT_POSIX = """
-import signal, sys, warnings
+import os, signal, subprocess, sys, warnings
 warnings.filterwarnings("ignore", "only soft file lock")  # Windows has a lock of its own
 sys.modules["fcntl"] = None
 del signal.SIGHUP
+del os.set_blocking
+signal.set_wakeup_fd = lambda number, warn_on_full_buffer=True: -1  # there it takes pipes that block
+
+class Popen(subprocess.Popen):
+    def __init__(self, command, **settings):
+        refused = {"pass_fds", "preexec_fn", "start_new_session"} & settings.keys()
+        assert not refused, f"{refused} is not supported on Windows"
+        super().__init__(command, **settings)
+
+subprocess.Popen = Popen
 """
 
 
@@ -269,3 +281,28 @@ print(usable_bytes(torch.device("cpu")) == CPU_SHARE * ASSUMED_MEMORY)
 print(execute([sys.executable, "-c", "print('ran')"]))
 """, tmp_path)  # fmt: skip
     assert sorted(done.stdout.splitlines()) == ["0", "True", "ran"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("process", "state", "alive"),
+    [(1, "WAIT_TIMEOUT", True), (1, "WAIT_OBJECT_0", False), (2, "", True), (3, "", False)],
+)
+def test_windows_is_asked_for_a_process_without_signals(
+    process: int, state: str, alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+
+    def open_process(access: str, inherit: bool, number: int) -> str:
+        if number != 1:
+            raise {2: PermissionError, 3: OSError}[number]
+        return f"{access} {number}"
+
+    windows = SimpleNamespace(
+        SYNCHRONIZE="wait for", WAIT_TIMEOUT="WAIT_TIMEOUT", OpenProcess=open_process, CloseHandle=closed.append,
+        WaitForSingleObject=lambda handle, milliseconds: state if milliseconds == 0 else None,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "_winapi", windows)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", None)
+    assert is_alive(process) is alive
+    assert closed == (["wait for 1"] if process == 1 else [])

@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from llava.signals import PARENT_VARIABLE, SIGNAL_CODE, WATCH_SECONDS, is_alive
+from llava.signals import SIGNAL_CODE, watch_starter
 
 SECONDS_VARIABLE, DEFAULT_SECONDS = "STOP_SECONDS", 60.0
 
@@ -41,8 +41,7 @@ def install() -> None:
         # What was ignored stays so (a background job's Ctrl-C); launchers ignore SIGUSR1, which is meant for ranks.
         if number is not None and (name == "SIGUSR1" or signal.getsignal(number) is not signal.SIG_IGN):
             signal.signal(number, _answer)
-    if "LOCAL_RANK" in os.environ or PARENT_VARIABLE in os.environ:
-        threading.Thread(target=_watch_parents, daemon=True).start()
+    watch_starter(getattr(signal, "SIGUSR1", signal.SIGTERM), is_rank="LOCAL_RANK" in os.environ)
 
 
 def begin_training() -> None:
@@ -102,15 +101,3 @@ def _end_after(seconds: float, code: int, line: str = "") -> None:
 def _say(line: str) -> None:
     with suppress(OSError):
         os.write(2, f"{line}\n".encode())
-
-
-def _watch_parents() -> None:
-    """Ask for a stop when the launcher or the script that started it is gone; they cannot forward SIGKILL."""
-    script, parent = os.environ.get(PARENT_VARIABLE, ""), os.getppid()
-    watched = int(script) if script.isdecimal() else None
-    while True:
-        time.sleep(WATCH_SECONDS)
-        is_orphan = "LOCAL_RANK" in os.environ and os.getppid() != parent
-        if is_orphan or (watched is not None and not is_alive(watched)):
-            os.kill(os.getpid(), getattr(signal, "SIGUSR1", signal.SIGTERM))
-            return

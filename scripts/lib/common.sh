@@ -44,6 +44,11 @@ python_command() {
     printf '%s\n' "$python"
 }
 
+# The system's number of this script, which its workers watch (LLAVA_SCRIPT_PID); $$ is another one on Windows.
+script_pid() {
+    cat "/proc/$$/winpid" 2>/dev/null || printf '%s\n' "$$"
+}
+
 # The ids of the visible GPUs, one per line; nothing on a machine without a GPU.
 visible_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then

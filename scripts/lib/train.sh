@@ -318,7 +318,7 @@ start_training() {
     set -m
     (
         trap '' USR1
-        exec env "LLAVA_SCRIPT_PID=$$" "STOP_SECONDS=$STOP_SECONDS" "$@" </dev/null >&3 2>&1 3>&-
+        exec env "LLAVA_SCRIPT_PID=$(script_pid)" "STOP_SECONDS=$STOP_SECONDS" "$@" </dev/null >&3 2>&1 3>&-
     ) &
     TRAINING=$!
     set +m
