@@ -22,7 +22,7 @@ GRACE_SECONDS = 2.0
 """How long a command that was told to end may clean up."""
 PARENT_VARIABLE = "LLAVA_SCRIPT_PID"
 """Names the process that started this one as its worker: when that is gone, however it ended, this one ends too."""
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.1
 
 
 class Stopped(KeyboardInterrupt):
