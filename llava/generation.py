@@ -7,7 +7,7 @@ Shape letters: `S` samples, `T` prompt ids, `L` spliced length, `P` positions of
 `E` width of the language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -185,11 +185,16 @@ class GreedyDecoder:
     those of `generate`.
     """
 
-    def __init__(self, model: LlavaMetaForCausalLM):
-        """Take a model for which `is_plain` holds."""
-        ends = model.generation_config.eos_token_id
+    def __init__(self, model: LlavaMetaForCausalLM, ends: Collection[int] | None = None):
+        """Take a model for which `is_plain` holds.
+
+        Args:
+            model: answers.
+            ends: tokens that end an answer; None: those that the model's generation config names.
+        """
+        known = model.generation_config.eos_token_id if ends is None else ends
         self._model = model
-        self._ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self._ends = {known} if isinstance(known, int) else set(known or ())
         self._opening = torch.empty(0, dtype=torch.long)  # ids before the first image
         self._opening_states: States = []
 

@@ -3,7 +3,7 @@
 Any object with these methods serves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -97,8 +97,13 @@ class VisionLanguageModel(Protocol):
     def get_vision_tower(self) -> PatchedTower:
         """Return the vision tower."""
 
-    def encode_patches(self, images: "Tensor | list[Tensor]") -> list[object]:
-        """Run the vision tower: one record per image, which depends on the image alone."""
+    def encode_patches(
+        self, images: "Tensor | list[Tensor]", needs: "Collection[object] | None" = None
+    ) -> list[object]:
+        """Run the vision tower: one record per image, which depends on the image alone.
+
+        `needs` is what to take of the tower besides the patches; None: what the token reduction needs.
+        """
 
     def embed_queries(self, texts: list[str]) -> "Tensor | None":
         """Run the text tower: float32[I, P], or None where the token reduction reads no text."""

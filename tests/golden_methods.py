@@ -187,8 +187,9 @@ def check_hiprune(case: Case) -> bool:
     queries, keys = batched(case["q"], 5), batched(case["k"], 5)  # [I, 2, H, N + 1, d]
     num_images, num_patches = queries.shape[0], queries.shape[3] - 1
     maps = (queries @ keys.transpose(-1, -2)).softmax(dim=-1)
+    received = maps.mean(dim=(2, 3))[..., 1:]  # [I, 2, N]
     middle = int(case["object_layer"])
-    needs = {Need("attention", middle): maps[:, 0], Need("attention", -2): maps[:, 1]}
+    needs = {Need("received", middle): received[:, 0], Need("received", -2): received[:, 1]}
     tokens = VisualTokens(numbered_patches(num_images, num_patches), square(num_patches), intermediates=needs)
     # The code divides the budget by the number of images.
     count = int(case["budget"]) // num_images

@@ -259,8 +259,7 @@ def test_greedy_decoding_waits_once_per_token(model, device, shared, ends):
     prompts, tokens = draw_prompts(model), encode(model)
     own = [(tokens[0],)] * 3 if shared else [(image,) for image in tokens]
     device.waits.clear()
-    decoder = GreedyDecoder(model)
-    decoder._ends = ends
+    decoder = GreedyDecoder(model, ends)
     # Without `inference_mode`, in which fake tensors lack a decomposition.
     answers = GreedyDecoder.decode.__wrapped__(decoder, prompts, own, NEW_TOKENS)
     num_steps = NEW_TOKENS if 2 in ends else 3

@@ -61,13 +61,25 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval", description="Benchmarks of LLaVA with TRIM.")
     commands = parser.add_subparsers(required=True, metavar="{list,run,answer,score,wrong,export,report,compare}")
-
-    listing = commands.add_parser("list", help="name the benchmarks")
-    listing.set_defaults(command=list_tasks)
-
+    commands.add_parser("list", help="name the benchmarks").set_defaults(command=list_tasks)
     commands.add_parser("run", help="answer and score a benchmark with a worker per GPU: run TASK --help")
+    describe_answer(
+        commands.add_parser("answer", help="let a model answer a benchmark's questions; resumes after a kill")
+    )
+    describe_score(commands.add_parser("score", help="score an answers file by the official rules"))
+    describe_wrong(
+        commands.add_parser("wrong", help="list what was answered wrong, or what flipped between two runs; draw it")
+    )
+    describe_export(
+        commands.add_parser("export", help="write the files that a benchmark's server or official script reads")
+    )
+    describe_report(commands.add_parser("report", help="put several results side by side"))
+    describe_compare(commands.add_parser("compare", help="run methods side by side and say what the differences are"))
+    return parser
 
-    answer = commands.add_parser("answer", help="let a model answer a benchmark's questions; resumes after a kill")
+
+def describe_answer(answer: argparse.ArgumentParser) -> None:
+    """Describe `answer`."""
     add_task_options(answer, answers_help="where the answers go (JSON lines)")
     answer.add_argument("--max-new-tokens", type=positive, help="default: the benchmark's own limit")
     answer.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
@@ -76,7 +88,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_answer_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=None)
     answer.set_defaults(command=answer_task)
 
-    score = commands.add_parser("score", help="score an answers file by the official rules")
+
+def describe_score(score: argparse.ArgumentParser) -> None:
+    """Describe `score`."""
     add_task_options(score, answers_help="written by `answer`")
     score.add_argument("--json", type=user_path, metavar="OUT", help="write every number here")
     score.add_argument(
@@ -86,7 +100,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_judge_options(score)
     score.set_defaults(command=score_task)
 
-    wrong = commands.add_parser("wrong", help="list what was answered wrong, or what flipped between two runs; draw it")
+
+def describe_wrong(wrong: argparse.ArgumentParser) -> None:
+    """Describe `wrong`."""
     add_task_options(wrong, answers_help="written by `answer`")
     wrong.add_argument("--against", type=user_path, metavar="OTHER", help="another answers file: list what flipped")
     wrong.add_argument("--limit", type=positive, metavar="N", help="list only the first N (of each way)")
@@ -102,13 +118,17 @@ def make_parser() -> argparse.ArgumentParser:
     add_judge_options(wrong)
     wrong.set_defaults(command=wrong_task)
 
-    export = commands.add_parser("export", help="write the files that a benchmark's server or official script reads")
+
+def describe_export(export: argparse.ArgumentParser) -> None:
+    """Describe `export`."""
     add_task_options(export, answers_help="written by `answer`")
     export.add_argument("--out", required=True, type=user_path, metavar="DIR", help="folder for the files")
     export.add_argument("--allow-partial", action="store_true", help="export although answers are missing")
     export.set_defaults(command=export_task)
 
-    report = commands.add_parser("report", help="put several results side by side")
+
+def describe_report(report: argparse.ArgumentParser) -> None:
+    """Describe `report`."""
     report.add_argument("results", nargs="+", metavar="[NAME=]FILE.json", help="written by `score --json`")
     layout = report.add_mutually_exclusive_group()
     layout.add_argument(
@@ -126,13 +146,8 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("--png", type=user_path, metavar="OUT", help="plot the scores, too")
     report.set_defaults(command=report_results)
 
-    add_compare_command(
-        commands.add_parser("compare", help="run methods side by side and say what the differences are")
-    )
-    return parser
 
-
-def add_compare_command(compare: argparse.ArgumentParser) -> None:
+def describe_compare(compare: argparse.ArgumentParser) -> None:
     """Describe `compare`."""
     add_model_options(compare)
     compare.add_argument(

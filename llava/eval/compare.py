@@ -264,8 +264,7 @@ class Runner:
         images = [encoded[question.images[0]].features for question in questions if question.images[0] in encoded]
         queries = [question.query for question in questions if question.images[0] in encoded]
         embeds = model.embed_queries(queries)
-        decoder = GreedyDecoder(model)
-        decoder._ends = set()  # all answers have the same length
+        decoder = GreedyDecoder(model, ends=())  # all answers have the same length
         mode = choose_conv_mode(self.place.conv_mode, self.place.spec.name)
         prompts = [wrap_prompt(question.prompt, 1, mode, False) for question in questions[:TIMED_PROMPTS]]
         ids = list(map(torch.tensor, tokenize_prompts(prompts, tokenizer)))

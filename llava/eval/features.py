@@ -26,7 +26,6 @@ from llava.files import atomic_write
 from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.model.identity import fingerprint, hash_files
-from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.token_reduction import Need
 from llava.protocols import ImageProcessor, ImageSettings, VisionLanguageModel
@@ -135,7 +134,7 @@ class FeatureStore:
     """
 
     def __init__(
-        self, folder: Path, model: LlavaMetaForCausalLM, needs: Collection[Need], identity: str, max_bytes: int
+        self, folder: Path, model: VisionLanguageModel, needs: Collection[Need], identity: str, max_bytes: int
     ):
         """Name the folder; nothing is read yet.
 

@@ -108,6 +108,7 @@ def test_the_vision_tower_is_what_torch_counts(case):
         [Need("attention", -3), Need("keys", -3), Need("cls_attention", 1)],
         [Need("keys", -1)],
         [Need("cls", -1)],
+        [Need("received", 1), Need("received", -2)],
         [Need("cls_query", -1), Need("keys", -1), Need("cls", -2)],
     ],
     ids=str,

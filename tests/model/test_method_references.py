@@ -34,6 +34,8 @@ def make_batch(number: int) -> VisualTokens:
             PROJECTED: draw(num_patches, 40),
             Need("attention", 2): maps[2],
             Need("attention", -2): maps[-2],
+            Need("received", 2): maps[2].mean(dim=(1, 2))[:, 1:],
+            Need("received", -2): maps[-2].mean(dim=(1, 2))[:, 1:],
             Need("cls_attention", -2): maps[-2][:, :, 0, 1:],
             Need("keys", -2): draw(HEADS, num_patches + 1, WIDTH),
             Need("cls", -2): draw(12),

@@ -52,6 +52,7 @@ def eager(clips):
     return {
         "attention": found.attentions,
         "cls_attention": [each[:, :, 0, 1:] for each in found.attentions],
+        "received": [each.mean(dim=(1, 2))[:, 1:] for each in found.attentions],
         "keys": rows["k_proj"],
         "cls_query": [each[:, :, 0] for each in rows["q_proj"]],
         "cls": [each[:, 0] for each in found.hidden_states[1:]],

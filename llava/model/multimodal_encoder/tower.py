@@ -282,6 +282,7 @@ class VisionTower(nn.Module, ABC):
             "cls_query": queries[:, :, 0],
             "attention": attention,
             "cls_attention": attention[:, :, 0, 1:],
+            "received": attention.mean(dim=(1, 2))[:, 1:],
         }
         return {need: found[need.kind] for need in needs}
 

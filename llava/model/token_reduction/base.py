@@ -37,6 +37,8 @@ class Need:
     - `cls_query[layer]`: `[H, d]` the CLS row's query, unscaled, in the tower's dtype.
     - `keys[layer]`: `[H, N + 1, d]` keys, CLS first, unscaled, in the tower's dtype.
     - `attention[layer]`: `float32[H, N + 1, N + 1]` the whole attention map, CLS first.
+    - `received[layer]`: `float32[N]` the attention that each patch receives: the mean over heads and over all N + 1
+      queries, what is left of a whole map where only its columns count.
     - `cls[layer]`: `[D]` the CLS row of hidden state `layer`, in the tower's dtype.
 
     Attributes:
@@ -48,7 +50,7 @@ class Need:
     kind: str
     layer: int | None = None
 
-    KINDS_OF_A_LAYER: ClassVar[tuple[str, ...]] = ("cls_attention", "cls_query", "keys", "attention", "cls")
+    KINDS_OF_A_LAYER: ClassVar[tuple[str, ...]] = ("cls_attention", "cls_query", "keys", "attention", "received", "cls")
 
     def __post_init__(self) -> None:
         """Check that the kind exists, and that it has a layer where it needs one.
@@ -69,7 +71,7 @@ class Need:
 
     def num_queries(self, num_patches: int) -> int:
         """Rows of a layer whose queries it takes: all for a map, none for its output, else the CLS row at most."""
-        return {"attention": num_patches + 1, "cls": 0}.get(self.kind, 1)
+        return {"attention": num_patches + 1, "received": num_patches + 1, "cls": 0}.get(self.kind, 1)
 
     def shape(self, num_patches: int, *, heads: int = 1, width: int = 1) -> tuple[int, ...]:
         """The shape per image of anything but text.
@@ -85,6 +87,7 @@ class Need:
             "cls_query": (heads, width),
             "keys": (heads, num_patches + 1, width),
             "attention": (heads, num_patches + 1, num_patches + 1),
+            "received": (num_patches,),
             "cls": (width,),
         }[self.kind]
 
@@ -311,8 +314,8 @@ class Method(ABC):
 class TokenReducer(Method):
     """Base of all reducers before the language model.
 
-    A fixed budget of n keeps n patches, with at most one synthesised token on top; methods that merge patches return at
-    most n tokens instead.
+    A fixed budget of n keeps n patches, with at most one synthesised token on top. Methods that merge patches keep
+    fewer; where they leave more tokens than n and one, `most_tokens` says how many.
 
     Attributes:
         needs: what the method looks at besides the patches; a property where that depends on its options.
@@ -443,6 +446,20 @@ def cosines(vectors: Tensor, others: Tensor | None = None) -> Tensor:
     return directions @ (directions if others is None else F.normalize(others.float(), dim=-1)).transpose(-1, -2)
 
 
+def rank_scores(scores: Tensor) -> Tensor:
+    """Rank the entries of the last axis: 0 is the highest; among equal scores the earlier entry comes first.
+
+    Args:
+        scores: `float[..., N]`.
+
+    Returns:
+        `int64[..., N]`, a permutation of 0 to N - 1 in each row.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # entry at each rank
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)  # rank of each entry
+
+
 def select_top(scores: Tensor, counts: Tensor | int) -> Tensor:
     """Select each image's patches with the highest scores.
 
@@ -453,10 +470,7 @@ def select_top(scores: Tensor, counts: Tensor | int) -> Tensor:
     Returns:
         `bool[I, N]` with `counts[i]` True in row i; among equal scores the earlier patch wins.
     """
-    order = scores.argsort(dim=1, descending=True, stable=True)  # [I, N] patch at each rank
-    ranks = torch.empty_like(order)
-    ranks.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))  # rank of each patch
-    return ranks < (counts.reshape(-1, 1) if isinstance(counts, Tensor) else counts)
+    return rank_scores(scores) < (counts.reshape(-1, 1) if isinstance(counts, Tensor) else counts)
 
 
 def gather_kept(patches: Tensor, kept: Tensor, num_kept: int | None = None) -> tuple[Tensor, Tensor]:

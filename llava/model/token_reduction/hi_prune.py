@@ -35,11 +35,6 @@ AREA = 5
 """Patches of an anchor with its neighbours."""
 
 
-def find_received(attention: Tensor) -> Tensor:
-    """Average the attention that patches receive: `float32[I, H, N + 1, N + 1]`, CLS first, to `float32[I, N]`."""
-    return attention.mean(dim=1).mean(dim=1)[:, 1:]
-
-
 def mark_anchors(middle: Tensor, count: int, columns: int) -> Tensor:
     """Mark anchors and their neighbours.
 
@@ -85,13 +80,11 @@ class HiPrune(TokenReducer):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({Need("attention", self.object_layer), Need("attention", self.layer)})
+        return frozenset({Need("received", self.object_layer), Need("received", self.layer)})
 
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Keep anchors and the most attended patches of each image."""
-        middle, deep = (
-            find_received(tokens.require(Need("attention", layer))) for layer in (self.object_layer, self.layer)
-        )
+        middle, deep = (tokens.require(Need("received", layer)) for layer in (self.object_layer, self.layer))  # [I, N]
         num_kept = self.count_kept(deep.shape[1])
         is_anchor = mark_anchors(middle, round(num_kept * self.alpha / AREA), tokens.grid[1])
         # Anchors come first: attention is at most 1. Among them, the middle layer decides who stays if not all can.

@@ -29,6 +29,7 @@ from llava.model.token_reduction.base import (
     ReducedTokens,
     VisualTokens,
     gather_kept,
+    rank_scores,
     select_top,
 )
 
@@ -94,7 +95,7 @@ def share_budget(scores: Tensor, budget: int) -> Tensor:
     """
     weights = scores / (scores.sum(dim=1, keepdim=True) + EPSILON)
     shares = (weights * budget).floor().long()
-    rank = weights.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = rank_scores(weights)
     return shares + (rank < budget - shares.sum(dim=1, keepdim=True))
 
 
@@ -139,7 +140,7 @@ class HoloV(ClsAttentionReducer):
         shares = share_budget(scores, budget)  # [I, runs]
         # 2. The rank of each patch in its run.
         inside = torch.where(runs >= 0, attention[:, runs.clamp(min=0)], float("-inf"))
-        rank = inside.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # [I, runs, longest]
+        rank = rank_scores(inside)  # [I, runs, longest]
         rank = rank.flatten(1)[:, run_of * runs.shape[1] + place]  # [I, N]
         share = shares[:, run_of]
         kept = rank < share
