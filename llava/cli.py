@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.conversation import conversation_name_for, get_model_name_from_path
 from llava.errors import InputError
+from llava.files import parse_natural
 from llava.protocols import ImageProcessor, Tokenizer, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def natural(text: str) -> int:
 
 
 def _parse_number(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
+    number = parse_natural(text)
+    if number is None or number < least:
         raise argparse.ArgumentTypeError(f"a whole number from {least} on is needed, not {text!r}")
-    return int(text)
+    return number
 
 
 # -------------------------------------------------------------------------------------------------------------- options

@@ -86,6 +86,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise FileError(f"{where} is not readable JSON: {error}") from None
 
 
+def parse_natural(text: str) -> int | None:
+    """Read a whole number from 0 on; None for other text, and for more digits (4,300) than Python reads."""
+    try:
+        return int(text) if text.isdecimal() else None
+    except ValueError:
+        return None
+
+
 def _explain_syntax(error: json.JSONDecodeError) -> str:
     """Name the commonest mistake, a comma before a closing bracket, instead of what the parser missed after it."""
     before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
