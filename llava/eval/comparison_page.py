@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.drawing import find_view_box
 from llava.eval.benchmark import ImageSource, Question, Verdict, index_questions
 from llava.eval.compare import RANDOM, Entry, Runner, TaskRuns
 from llava.eval.comparison import NOTES, Cell, by_task, list_missing, tabulate
@@ -20,7 +21,6 @@ from llava.eval.report import clean, format_cell
 from llava.eval.results import base_key
 from llava.files import write_text
 from llava.image import load_image
-from llava.visualize import find_view_box
 
 THUMBNAIL = 224
 MAX_QUESTIONS = 60
