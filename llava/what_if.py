@@ -176,8 +176,11 @@ def give_back(look: Look, projected: Tensor, block: Tensor) -> tuple[ImageTokens
         rows.insert(place, num_tokens + patch)
     rows += range(len(look.sources), num_tokens)  # other crops
     features = torch.cat([look.tokens.features, projected.to(look.tokens.features)])[rows]
+    original = look.tokens.original
+    if original is not None:  # a patch of the first crop stands at its own number
+        original = replace(original, offsets=torch.cat([original.offsets, torch.arange(len(projected))])[rows])
     places = [place for place, source in enumerate(sources) if source != MADE and block[source]]
-    return replace(look.tokens, features=features), places
+    return replace(look.tokens, features=features, original=original), places
 
 
 def ask_all(

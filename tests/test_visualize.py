@@ -272,6 +272,7 @@ def test_every_method_can_be_drawn_and_what_is_drawn_is_what_it_leaves(loaded, c
     rows = {tuple(row.tolist()) for row in look.tokens.features}
     for patch in range(36):
         assert not first.kept[patch] or tuple(everything[patch].tolist()) in rows
+    assert reduction.before is None or reduction.before.made_name or not first.num_made
     assert first.kept.sum() + first.num_made == first.num_tokens == look.tokens.num_tokens
     assert [stage.first for stage in look.stages] == [0, *(reduction.inside.layers(3) if reduction.inside else ())]
     if reduction.inside is not None:
@@ -397,6 +398,10 @@ def test_given_back_patches_go_to_their_places_and_the_methods_own_tokens_stay(l
         tokens.features[-1], look.tokens.features[-1]
     )
     assert places == list(range(12))  # the first patches of the image
+    original = parse_reduction("TRIM:9,position_ids=original")
+    assert give_back(look_at(model, case, original), full, block)[0].positions.offsets.tolist() == [
+        *present.nonzero().flatten().tolist(), 35,
+    ]  # fmt: skip
     tokens, _ = give_back(look, full, torch.ones(36, dtype=torch.bool))
     assert torch.equal(tokens.features, torch.cat([full, look.tokens.features[-1:]]))
 

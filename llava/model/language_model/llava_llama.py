@@ -182,7 +182,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             raise ValueError("generate builds inputs_embeds itself: pass input ids with images or image_tokens")
         # 1. Which ids are padding.
         input_ids = kwargs.pop("input_ids", inputs)
-        kwargs.pop("position_ids", None)
+        kwargs.pop("position_ids", None)  # counted anew behind the splice
         pad_token_id = kwargs.pop("pad_token_id", None)
         if pad_token_id is None:
             pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else 0
@@ -197,7 +197,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             padding_side="left",
             pad_token_id=pad_token_id,
         )
-        self._check_length(batch.embeds.shape[1])
+        self._check_length(int(batch.position_ids.max()) + 1)
         if self.layer_reducer is not None:
             kwargs["past_key_values"] = self.make_cache(batch)
         # 3. Settings that contradict each other, of which transformers would warn.
@@ -209,14 +209,18 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             kwargs.setdefault("max_length", None)
         # 4. Decode. With embeddings as input, what comes back is the answer alone.
         return super().generate(
-            inputs_embeds=batch.embeds, attention_mask=batch.attention_mask, pad_token_id=pad_token_id, **kwargs
+            inputs_embeds=batch.embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            pad_token_id=pad_token_id,
+            **kwargs,
         )
 
     def make_cache(self, batch: PromptEmbeds) -> DynamicCache:
         """Make the empty cache that these prompts are read with: here the reduction inside the language model hangs."""
         if self.layer_reducer is None:
             return DynamicCache(config=self.config)
-        return ReducedCache(self.config, self.layer_reducer, batch.image_of)
+        return ReducedCache(self.config, self.layer_reducer, batch.image_of, batch.position_ids)
 
     def _check_length(self, num_positions: int) -> None:
         limit = self.config.max_position_embeddings
