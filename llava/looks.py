@@ -97,13 +97,16 @@ def reduced_by(model: LlavaLlamaForCausalLM, reduction: Reduction) -> Iterator[N
     """Let a model reduce in another way for a while.
 
     Raises:
-        InputError: the model cannot serve the method.
+        InputError: the model cannot serve the method; names its spec.
     """
     before, spec = Reduction(model.token_reducer, model.layer_reducer), getattr(model.config, CONFIG_KEY, None)
     if reduction == before:  # nothing to warn of again
         yield
         return
-    model.set_token_reduction(reduction.spec())
+    try:
+        model.set_token_reduction(reduction.spec())
+    except InputError as error:
+        raise InputError(f"{reduction.spec()}: {error}") from None
     try:
         yield
     finally:

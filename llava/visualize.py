@@ -115,12 +115,12 @@ def show_answers(
     from llava.looks import look_at
     from llava.model.token_reduction import Reduction
     from llava.sampling import Sampling
-    from llava.what_if import ask, is_same
+    from llava.what_if import ask, is_same, show
 
     sampling, answers = Sampling(max_new_tokens=max_new_tokens), []
     for look in [look_at(model, case, Reduction()), *looks]:
         (answer,) = ask(model, case, sampling, [look.tokens], look.reduction)
-        answers.append((look.reduction.spec() or FULL, answer, look.describe_tokens()))
+        answers.append((look.reduction.spec() or FULL, show(answer), look.describe_tokens()))
     print_table(answers)
     lines = [
         TextLine(name, f"{answer}  ({count})", "black" if is_same(answer, answers[0][1]) else "#c0262d")
@@ -134,14 +134,16 @@ def show_what_if(
 ) -> "Image.Image":
     """Print the answer with each block of dropped patches, and draw which blocks bring the full model's back."""
     from llava.sampling import Sampling
-    from llava.what_if import try_blocks
+    from llava.what_if import show, try_blocks
 
     what_if = try_blocks(model, case, reduction, Sampling(max_new_tokens=max_new_tokens), side)
     print_table(list_trials(what_if))
     sys.stdout.write(f"{what_if.summary()}\n")
     lines = [
-        TextLine(FULL, what_if.full),
-        TextLine(reduction.spec(), f"{what_if.own}  ({what_if.summary()})", "#c0262d" if what_if.is_lost else "black"),
+        TextLine(FULL, show(what_if.full)),
+        TextLine(
+            reduction.spec(), f"{show(what_if.own)}  ({what_if.summary()})", "#c0262d" if what_if.is_lost else "black"
+        ),
     ]
     meaning = "orange: another answer"
     if what_if.is_lost:
@@ -155,21 +157,22 @@ def show_what_if(
 
 def list_trials(what_if: "WhatIf") -> list[tuple[str, ...]]:
     """List blocks and answers: rows of (block, patches given back, answer, what it means)."""
+    from llava.what_if import show
+
     rows: list[tuple[str, ...]] = [
         ("given back", "patches", "answer", ""),
-        ("everything", "", what_if.full, "the full model"),
-        ("nothing", "0", what_if.own, what_if.look.reduction.spec()),
+        ("everything", "", show(what_if.full), "the full model"),
+        ("nothing", "0", show(what_if.own), what_if.look.reduction.spec()),
     ]
     for trial in what_if.trials:
         block = f"rows {trial.rows[0]}-{trial.rows[1] - 1}, columns {trial.cols[0]}-{trial.cols[1] - 1}"
         note = "nothing was dropped here" if not trial.num_patches else "brings it back" * what_if.brings_back(trial)
-        rows.append((block, str(trial.num_patches), trial.answer, note))
+        rows.append((block, str(trial.num_patches), show(trial.answer), note))
     return rows
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of texts in columns."""
-    rows = [[" ".join(text.split()) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))

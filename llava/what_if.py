@@ -72,7 +72,7 @@ class WhatIf:
         for trial in self.trials:
             changes = not is_same(trial.answer, self.own)
             color = (FULL_COLOR if self.brings_back(trial) else OTHER_COLOR) if changes else None
-            blocks.append(Block(trial.rows, trial.cols, trial.answer if trial.num_patches else "", color))
+            blocks.append(Block(trial.rows, trial.cols, show(trial.answer) if trial.num_patches else "", color))
         return blocks
 
     def summary(self) -> str:
@@ -90,6 +90,11 @@ def is_same(answer: str, other: str) -> bool:
     """Whether two answers are the same but for case, white space and a full stop."""
     first, second = (" ".join(text.casefold().split()).rstrip(".") for text in (answer, other))
     return first == second
+
+
+def show(answer: str) -> str:
+    """An answer for a person."""
+    return " ".join(answer.split()) or "(empty)"
 
 
 def choose_block(grid: tuple[int, int], side: int | None) -> int:

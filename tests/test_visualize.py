@@ -325,6 +325,34 @@ def test_an_image_is_encoded_once_for_several_methods(loaded, checkpoints):
     assert one.height < several.height
 
 
+@pytest.fixture
+def anyres(loaded, monkeypatch):
+    """The tiny model with a whole view and 2 x 2 tiles of an image, and a newline token behind each row."""
+    _, model, _, _ = loaded
+    monkeypatch.setattr(model.config, "image_aspect_ratio", "anyres")
+    monkeypatch.setattr(model.config, "image_grid_pinpoints", [[168, 168]], raising=False)
+    monkeypatch.setattr(model.config, "mm_patch_merge_type", "spatial_unpad", raising=False)
+    newline = torch.nn.Parameter(torch.linspace(-1, 1, model.config.hidden_size))
+    monkeypatch.setattr(model.get_model(), "image_newline", newline, raising=False)
+    return loaded
+
+
+@pytest.mark.parametrize("spec", ["TRIM:9", "VisionZip:9,contextual=3", "HoloV:9|FastV:0.5,layer=1", "SparseVLM:0.3"])
+def test_of_several_crops_the_whole_view_is_looked_at_and_its_patches_are_given_back(anyres, checkpoints, spec):
+    _, model, _, _ = anyres
+    reduction = parse_reduction(spec)
+    case = make_case(anyres, [reduction])
+    look, full = look_at(model, case, reduction), look_at(model, case, Reduction()).tokens
+    assert case.features.num_crops == 5 and full.num_tokens > 5 * 36
+    assert look.tokens.kept is None or torch.equal(look.stages[0].kept, look.tokens.kept[0])
+    assert look.stages[0].num_tokens == look.tokens.num_tokens > len(look.sources)
+    assert make_view(case.image, look, (6, 6), "anyres").panels
+    tokens, places = give_back(look, full.features[:36], torch.ones(36, dtype=torch.bool))
+    assert torch.equal(tokens.features[places], full.features[:36])
+    behind = tokens.num_tokens - (look.tokens.num_tokens - len(look.sources))
+    assert torch.equal(tokens.features[behind:], look.tokens.features[len(look.sources) :])
+
+
 @pytest.mark.parametrize(
     ("specs", "says"),
     [
