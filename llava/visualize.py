@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 FULL = "full model"
 MAX_NEW_TOKENS = 32
+OTHER = "#c0262d"
+"""Color of an answer that is not the full model's."""
 KEEPS_ALL = 'this checkpoint keeps every patch: name a token reduction, such as --reduce "TRIM:-1"'
 
 
@@ -103,8 +105,9 @@ def draw_looks(
     if extra:
         views[-1] = replace(views[-1], panels=[*views[-1].panels, *extra])
     if not lines and len(looks) == 1:
-        name, _, text = describe_tokens(looks[0].tokens.num_tokens, looks[0].tokens.num_patches).partition(": ")
-        lines = [TextLine(name, text)]
+        (look,) = looks
+        name, _, text = describe_tokens(look.tokens.num_tokens, look.tokens.num_patches).partition(": ")
+        lines = [TextLine(name, text if look.reduction.inside is None else look.describe_tokens())]
     return draw_figure(views, case.question, lines)
 
 
@@ -123,7 +126,7 @@ def show_answers(
         answers.append((look.reduction.spec() or FULL, show(answer), look.describe_tokens()))
     print_table(answers)
     lines = [
-        TextLine(name, f"{answer}  ({count})", "black" if is_same(answer, answers[0][1]) else "#c0262d")
+        TextLine(name, f"{answer}  ({count})", "black" if is_same(answer, answers[0][1]) else OTHER)
         for name, answer, count in answers
     ]
     return draw_looks(model, case, looks, lines)
@@ -139,12 +142,8 @@ def show_what_if(
     what_if = try_blocks(model, case, reduction, Sampling(max_new_tokens=max_new_tokens), side)
     print_table(list_trials(what_if))
     sys.stdout.write(f"{what_if.summary()}\n")
-    lines = [
-        TextLine(FULL, show(what_if.full)),
-        TextLine(
-            reduction.spec(), f"{show(what_if.own)}  ({what_if.summary()})", "#c0262d" if what_if.is_lost else "black"
-        ),
-    ]
+    own, color = f"{show(what_if.own)}  ({what_if.summary()})", OTHER if what_if.is_lost else "black"
+    lines = [TextLine(FULL, show(what_if.full)), TextLine(reduction.spec(), own, color)]
     meaning = "orange: another answer"
     if what_if.is_lost:
         meaning = f"green: the full model's answer; {meaning}"

@@ -332,7 +332,7 @@ def test_visualize_prints_a_row_for_each_block_that_is_given_back(command, tmp_p
         (["--reduce", "none", "--what-if"], "this checkpoint keeps every patch"),
         (["--answer", "--conv-mode", "vicuna_v2"], 'did you mean "vicuna_v1"'),
         (["--reduce", "TRIM:9", "TRIM:9"], "--reduce names TRIM:9 twice"),
-        (["--reduce", "TRIM:9", "HiPrune:9,object_layer=40"], "object_layer"),
+        (["--reduce", "TRIM:9", "HiPrune:9,object_layer=40"], "HiPrune:9,object_layer=40: "),
     ],
 )
 def test_visualize_refuses_options_that_do_not_go_together_in_one_line(command, tmp_path, options, says):
