@@ -100,13 +100,11 @@ def reduced_by(model: LlavaLlamaForCausalLM, reduction: Reduction) -> Iterator[N
         InputError: the model cannot serve the method; names its spec.
     """
     before, spec = Reduction(model.token_reducer, model.layer_reducer), getattr(model.config, CONFIG_KEY, None)
-    if reduction == before:  # nothing to warn of again
-        yield
-        return
-    try:
-        model.set_token_reduction(reduction.spec())
-    except InputError as error:
-        raise InputError(f"{reduction.spec()}: {error}") from None
+    if reduction != before:  # else there is nothing to warn of again
+        try:
+            model.set_token_reduction(reduction.spec())
+        except InputError as error:
+            raise InputError(f"{reduction.spec()}: {error}") from None
     try:
         yield
     finally:

@@ -482,3 +482,17 @@ def test_what_never_leaves_is_read_by_every_layer(pocket):
     assert all(stage.kept[safe].all() for stage in stages)
     assert len(look.stages) == len(stages) > 2
     assert stages[-1].num_tokens < look.tokens.num_tokens / 2
+
+
+def test_a_model_has_its_own_reduction_again_whatever_was_tried(pocket):
+    model, image_processor = pocket
+    own = parse_reduction("FastV:8")
+    model.set_token_reduction("FastV:8")
+    case = prepare(model, image_processor, Image.new("RGB", (112, 112)), "What is there?", [own], "vicuna_v1")
+    try_blocks(model, case, own, Sampling(max_new_tokens=1), 4)
+    try_blocks(model, case, parse_reduction("FastV:9"), Sampling(max_new_tokens=1), 4)
+    with pytest.raises(InputError, match="HiPrune:9,object_layer=40: "):
+        prepare(model, image_processor, case.image, "What?", [parse_reduction("HiPrune:9,object_layer=40")])
+    assert (model.token_reducer, model.layer_reducer) == (None, own.inside)
+    assert model.config.mm_vision_token_reduce_func == "FastV:8"
+    model.set_token_reduction(None)
