@@ -219,7 +219,7 @@ def test_the_title_of_a_figure_names_the_question_and_the_setting(
     headings = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "llava.visualize.draw_figure", lambda views, heading, lines: headings.append(heading) or views[0].image
+            "llava.drawing.draw_figure", lambda views, heading, lines: headings.append(heading) or views[0].image
         )
         done = wrong(answered, "--draw", tmp_path / "drawn", "--limit", 1, "--reduce", "TRIM:4")
     assert done.returncode == 0, done.stderr
