@@ -51,6 +51,7 @@ LAYERS = [
     # What uses a model.
     ("llava.generation", 8),
     ("llava.chat", 9),
+    ("llava.hf", 8),
     ("llava.fence", 9),
     ("llava.calibrate", 9),
     ("llava.check", 9),
