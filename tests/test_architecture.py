@@ -154,6 +154,12 @@ def test_train_eval_and_serve_never_import_each_other(path):
     assert own is None or not others
 
 
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_its_user_imports_the_reduction_in_transformers(path):
+    name = module_name(path)
+    assert is_in(name, "llava.hf") or not any(is_in(imported, "llava.hf") for imported in imports_of(path))
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if module_name(path).startswith(PURE)], ids=module_name)
 def test_pure_packages_know_only_torch_and_the_standard_library(path):
     outside = set()

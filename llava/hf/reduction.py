@@ -333,7 +333,7 @@ def _go_on(arguments: dict[str, object], cache: Cache, shortened: Shortened) -> 
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)}: this prompt and what follows it take {expected}"
         )
-    mask = torch.cat([shortened.mask.to(behind.device), behind], dim=1)
+    mask = torch.cat([shortened.mask, behind.to(shortened.mask.device)], dim=1)
     positions = (mask.cumsum(dim=1) - 1)[:, -new.shape[1] :]
     return arguments | {"attention_mask": mask, "position_ids": positions}
 

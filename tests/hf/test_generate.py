@@ -1,14 +1,19 @@
 """What users do with `generate`, `forward` and pipelines, while a reduction is applied."""
 
+import copy
 import inspect
 from threading import Thread
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     DynamicCache,
     GenerationConfig,
     LlavaForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    MistralConfig,
     StaticCache,
     TextIteratorStreamer,
     pipeline,
@@ -309,3 +314,71 @@ def test_a_pipeline_answers_with_reduced_prompts(pair, processor, clip, golden):
         assert (inputs["input_ids"] == 1000).sum() == 36
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer and found["generated_text"].strip() == answer.strip()
+
+
+def test_a_loaded_folder_brings_its_own_tokenizer(pair, processor, clip, golden, tmp_path):
+    held = pair[0]
+    if not isinstance(held, LlavaForConditionalGeneration):
+        pytest.skip("the recorded processor is that of LLaVA-1.5")
+    held.save_pretrained(tmp_path / "model")
+    processor.tokenizer.save_pretrained(tmp_path / "model")
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model")
+    image = Image.open(golden / "data/images/wide_shapes.png").convert("RGB")
+    inputs = processor(images=image, text="USER: <image>\nwhat is red? ASSISTANT:", return_tensors="pt")
+    with reduce_tokens(held, "TRIM:0.25", clip=clip, texts="what is red?") as expected:
+        answer = held.generate(**inputs, **GREEDY)
+    with reduce_tokens(loaded, "TRIM:0.25", clip=clip) as found:
+        assert torch.equal(loaded.generate(**inputs, **GREEDY), answer)
+    assert torch.equal(found.image_tokens[0].kept, expected.image_tokens[0].kept)
+
+
+def test_the_processor_of_llava_1_6_fits(pair, processor, lay_out, clip, golden):
+    held = pair[0]
+    if isinstance(held, LlavaForConditionalGeneration):
+        pytest.skip("for LLaVA-1.6")
+    pixels = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 84},
+        crop_size={"height": 84, "width": 84},
+        image_grid_pinpoints=held.config.image_grid_pinpoints,
+    )
+    next_processor = LlavaNextProcessor(
+        pixels, processor.tokenizer, 14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    picture = Image.open(golden / "data/images/wide_shapes.png").convert("RGB")
+    images = [picture.resize(size) for size in [(200, 150), (90, 301), (301, 90), (84, 84), (1000, 40)]]
+    texts = [f"USER: {'<image> ' * count}what is red? ASSISTANT:" for count in (1, 2, 0, 2)]
+    inputs = next_processor(images=images, text=texts, return_tensors="pt", padding=True)
+    plain = held.generate(**inputs, **GREEDY)
+    with reduce_tokens(held, None):
+        assert torch.equal(held.generate(**inputs, **GREEDY), plain)
+    with reduce_tokens(held, "TRIM:-1", clip=clip, tokenizer=next_processor) as reduced:
+        together = lay_out.new_ids(held.generate(**inputs, **GREEDY), inputs)
+        assert len(reduced.image_tokens) == 5
+        alone, left = [], list(images)
+        for text in texts:
+            own = [left.pop(0) for _ in range(text.count("<image>"))] or None
+            single = next_processor(images=own, text=text, return_tensors="pt")
+            alone += lay_out.new_ids(held.generate(**single, **GREEDY), single)
+    assert together == alone
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_mistral_is_reduced_inside_where_it_has_no_sliding_window(pair, samples, lay_out, clip, window):
+    held, _, tokenizer = pair
+    text = {key: value for key, value in held.config.text_config.to_dict().items() if key != "model_type"}
+    text = MistralConfig(**text | {"sliding_window": window, "architectures": None})
+    config = copy.deepcopy(held.config)
+    config.text_config = text
+    mistral = type(held)(config).eval()
+    mistral.load_state_dict(held.state_dict())
+    mistral.generation_config = held.generation_config
+    if window is not None:
+        with pytest.raises(InputError, match="FastV works inside Llama, or Mistral without a sliding window"):
+            reduce_tokens(mistral, "FastV:0.5,layer=1")
+        return
+    for spec in SPECS:
+        answers = []
+        for model in (held, mistral):
+            with reduce_tokens(model, spec, clip=clip, tokenizer=tokenizer):
+                answers.append(model.generate(**lay_out.inputs(model, samples[:8]), **GREEDY))
+        assert torch.equal(*answers)
