@@ -149,6 +149,7 @@ class PromptReader:
         sizes = arguments.get("image_sizes")
         if sizes is None:
             raise InputError("LLaVA-1.6 needs image_sizes, as its processor gives them")
+        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes  # with one wait for the device
         sizes = [(int(width), int(height)) for height, width in sizes]
         crops = arguments["pixel_values"]
         expected = len(sizes) if crops[0].dim() == 4 else sum(map(self._count_crops, sizes))

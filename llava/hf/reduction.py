@@ -226,9 +226,9 @@ class ReducedModel:
         rest = _without_prompt(arguments)
         # 2. Limits that count the prompt count the shorter one.
         num_left_out = input_ids.shape[1] - ids.shape[1]
-        for limit, new_limit in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        for limit in ("max_length", "min_length"):
             value = self._setting(arguments, limit)
-            if value and self._setting(arguments, new_limit) is None:
+            if value is not None:
                 rest[limit] = max(0, value - num_left_out)
         # 3. Where tokens leave between layers, the cache sees to it.
         if self._reduction.inside is not None:
@@ -263,7 +263,9 @@ class ReducedModel:
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise InputError("logits_to_keep names places of the whole prompt: give a number, counted from the end")
         labels, mask = arguments.get("labels"), arguments.get("attention_mask")
-        pads_right = mask is not None and not bool(mask[:, -1].all())
+        # As the caller pads, where the caller does. Else without padding before a label, or where new tokens go.
+        is_padded = mask is not None and not bool(mask.all())
+        pads_right = not bool(mask[:, -1].all()) if is_padded else labels is not None
         _, batch = self._reader.read(arguments, None, side="right" if pads_right else "left")
         new = _without_prompt(arguments) | {
             "inputs_embeds": batch.embeds,

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from dataclasses import replace
 from threading import Thread
 
 import pytest
@@ -112,6 +113,13 @@ def test_right_padding_without_a_mask_and_positional_ids_change_nothing(reduced,
     assert lay_out.new_ids(reduced.generate(left.pop("input_ids"), **left, **GREEDY), right) == answers
 
 
+def test_a_pad_token_that_ends_answers_is_no_padding_of_its_own(reduced, samples, lay_out):
+    inputs = lay_out.inputs(reduced, samples[:8])
+    options = GREEDY | {"eos_token_id": 2, "pad_token_id": 2}
+    answers = lay_out.new_ids(reduced.generate(**inputs, **options), inputs)
+    assert answers == lay_out.new_ids(reduced.generate(**inputs, **GREEDY), inputs)
+
+
 @pytest.mark.parametrize("implementation", ["static", "dynamic", "offloaded_static"])
 def test_caches_of_every_kind_give_the_same_answers(before, samples, lay_out, implementation):
     if implementation == "offloaded_static" and not torch.accelerator.is_available():
@@ -216,6 +224,37 @@ def test_a_loop_of_the_callers_own_gives_the_ids_of_generate(reduced, samples, l
     assert torch.equal(torch.cat(found, dim=1), expected[:, inputs["input_ids"].shape[1] :])
 
 
+def test_padding_behind_the_prompt_is_not_read(before, samples, lay_out):
+    inputs, new = lay_out.inputs(before, samples[:2]), torch.tensor([[0, 41], [0, 42]])
+    mask = torch.cat([inputs["attention_mask"], torch.tensor([[0, 1], [0, 1]])], dim=1)
+    with torch.no_grad():
+        found = before(input_ids=new, attention_mask=mask, past_key_values=before(**inputs).past_key_values)
+        expected = before(input_ids=new[:, 1:], past_key_values=before(**inputs).past_key_values)
+    torch.testing.assert_close(found.logits[:, -1], expected.logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_no_cache_is_made_where_none_is_wanted(before, samples, lay_out):
+    inputs = lay_out.inputs(before, samples[:2])
+    with torch.no_grad():
+        assert before(**inputs, use_cache=False).past_key_values is None
+
+
+def test_labels_of_a_batch_without_padding_have_none_before_them(before, samples, lay_out):
+    # As long as each other as they are given, but not as they are read.
+    samples = [replace(samples[0], images=samples[place].images, sizes=samples[0].sizes) for place in (0, 0)]
+    samples[1] = replace(samples[1], images=[image + torch.randn_like(image) for image in samples[1].images])
+    inputs = lay_out.inputs(before, samples)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 1000, -100)
+    assert inputs["attention_mask"].all()
+    with torch.no_grad():
+        together = before(**inputs, labels=labels).loss
+        alone = []
+        for sample in samples:
+            single = lay_out.inputs(before, [sample])
+            alone.append(before(**single, labels=labels[:1]).loss)
+    torch.testing.assert_close(together, torch.stack(alone).mean(), atol=1e-4, rtol=1e-4)
+
+
 def test_a_mask_of_another_length_is_refused_in_a_loop(before, samples, lay_out):
     inputs = lay_out.inputs(before, samples[:2])
     with torch.no_grad():
@@ -247,15 +286,17 @@ def test_the_loss_of_an_answer_is_that_of_our_model(pair, samples, lay_out, clip
         ours.set_token_reduction(spec)
         with reduce_tokens(held, spec, clip=clip, tokenizer=tokenizer), torch.no_grad():
             inputs = lay_out.inputs(held, samples[:4], side)
-            # The first id follows padding on one side and nothing on the other.
-            labels = inputs["input_ids"].masked_fill((inputs["input_ids"] >= 1000) | (inputs["input_ids"] == 1), -100)
+            # Our model pads on the right, where the first id has none before it; on the left it would be a label there.
+            first = 2 if side == "left" else 1
+            labels = inputs["input_ids"]
+            labels = labels.masked_fill((labels >= 1000) | (labels < first), -100)
             found = held(**inputs, labels=labels).loss
             ids = torch.nn.utils.rnn.pad_sequence([sample.ids for sample in samples[:4]], batch_first=True)
             mask = torch.arange(ids.shape[1]) < torch.tensor([[len(sample.ids)] for sample in samples[:4]])
             batch = ours.embed_prompts(
                 ids,
                 attention_mask=mask,
-                labels=ids.masked_fill(~mask | (ids < 2), -100),
+                labels=ids.masked_fill(~mask | (ids < first), -100),
                 images=[image for sample in samples[:4] for image in sample.images],
                 image_sizes=[size for sample in samples[:4] for size in sample.sizes],
                 padding_side="right",

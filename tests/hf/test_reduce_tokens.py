@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from llava.errors import InputError
 from llava.hf import reduce_tokens
+from llava.hf.host_tower import HostTower
 from llava.model.token_reduction import LAYER_REDUCERS, REDUCERS
 
 NEW_TOKENS = 5
@@ -188,6 +189,13 @@ def test_a_clip_with_other_weights_is_refused(held, clip, tmp_path, share):
 def test_the_clip_is_not_read_where_no_text_is(held):
     with reduce_tokens(held, "Random:0.5", clip="/nowhere"):
         pass
+
+
+def test_of_the_clip_only_the_text_half_and_the_joint_space_stay(held, clip):
+    tower = HostTower(held.model.vision_tower, -2, "model")
+    tower.take_text_half(clip)
+    assert len(tower.text_half.layers) == 0
+    assert tower.embed_text(["a bus"]).shape == (1, 32)
 
 
 def test_rounding_to_16_bits_does_not_make_another_tower(pair, clip):
