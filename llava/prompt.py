@@ -24,6 +24,7 @@ MAX_TEXT = 2**20
 # (what opens a user turn, what closes it) in the known conversation templates, most specific first.
 USER_TURNS = (
     ("<|im_start|>user", "<|im_end|>"),
+    ("<|start_header_id|>user<|end_header_id|>", "<|eot_id|>"),
     ("[INST]", "[/INST]"),
     ("USER:", "ASSISTANT:"),
     ("### Human:", "### Assistant:"),

@@ -51,6 +51,7 @@ LAYERS = [
     # What uses a model.
     ("llava.generation", 8),
     ("llava.chat", 9),
+    ("llava.hf", 8),
     ("llava.fence", 9),
     ("llava.calibrate", 9),
     ("llava.check", 9),
@@ -154,6 +155,12 @@ def test_train_eval_and_serve_never_import_each_other(path):
     own = next((face for face in FACES if is_in(name, face)), None)
     others = {imported for imported in imports_of(path) for face in FACES if face != own and is_in(imported, face)}
     assert own is None or not others
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_its_user_imports_the_reduction_in_transformers(path):
+    name = module_name(path)
+    assert is_in(name, "llava.hf") or not any(is_in(imported, "llava.hf") for imported in imports_of(path))
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if module_name(path).startswith(PURE)], ids=module_name)

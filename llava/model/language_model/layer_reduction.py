@@ -8,7 +8,7 @@ Shape letters: `S` samples, `L` tokens of a batch or of one sample, `Q` new toke
 heads of the keys, `d` width of a head, `R` rows of an attention map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llava.errors import InputError
 from llava.model.token_reduction.layers import LayerReducer, Left
 
 MERGED = -1
@@ -113,6 +115,27 @@ class Tokens:
     positions: Tensor
     places: list[Tensor]
     images: list[list[slice]]
+
+
+def read(
+    model: LlamaModel, cache: ReducedCache, embeds: Tensor, mask: Tensor | None, options: Mapping[str, object]
+) -> BaseModelOutputWithPast:
+    """Read prompts, or what follows them where the cache is filled, in place of the decoder's own forward pass.
+
+    Args:
+        model: the decoder.
+        cache: of these prompts.
+        embeds: `[S, L, E]`.
+        mask: as in `read_prompts`; not looked at behind the prompts.
+        options: what else the forward pass was asked for.
+
+    Raises:
+        InputError: attention maps or hidden states were asked for.
+    """
+    if options.get("output_attentions") or options.get("output_hidden_states"):
+        raise InputError("attention maps and hidden states have no common shape where tokens leave between layers")
+    hidden = read_on(model, cache, embeds) if cache.stretches else read_prompts(model, cache, embeds, mask)
+    return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
 
 
 def read_prompts(model: LlamaModel, cache: ReducedCache, embeds: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from llava.errors import InputError
 from llava.model.image_tokens import ImageTokens
-from llava.model.language_model.layer_reduction import ReducedCache, read_on, read_prompts
+from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.splice import PromptEmbeds
 from llava.model.token_reduction import CONFIG_KEY, parse_reduction
@@ -56,14 +56,8 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
                 inputs_embeds=inputs_embeds,
                 **kwargs,
             )
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            raise InputError("attention maps and hidden states have no common shape where tokens leave between layers")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values.stretches:
-            hidden = read_on(self, past_key_values, embeds)
-        else:
-            hidden = read_prompts(self, past_key_values, embeds, attention_mask)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return read(self, past_key_values, embeds, attention_mask, kwargs)
 
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):

@@ -108,12 +108,16 @@ class CLIPVisionTower(VisionTower):
         return self.config.num_hidden_layers
 
     @property
+    def vision_model(self) -> nn.Module:
+        """The encoder: embeddings, layers and final norm."""
+        return self.vision_tower.vision_model
+
+    @property
     def layers(self) -> nn.ModuleList:
-        return self.vision_tower.vision_model.encoder.layers
+        return self.vision_model.encoder.layers
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        vision = self.vision_tower.vision_model
-        return vision.pre_layrnorm(vision.embeddings(pixels))
+        return self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
 
     def run_layer(self, layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
         return layer(hidden, None)
@@ -123,7 +127,7 @@ class CLIPVisionTower(VisionTower):
         return attention.q_proj(normed[:, :num_queries]), attention.k_proj(normed), attention.num_heads
 
     def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        return self.vision_tower.vision_model.post_layernorm, self.vision_tower.visual_projection.weight
+        return self.vision_model.post_layernorm, self.vision_tower.visual_projection.weight
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.text_tower(texts)
