@@ -88,15 +88,9 @@ class CheckpointCheck:
     @cached_property
     def _tower(self) -> "VisionTower":
         """The tower's settings; its weights are not loaded."""
-        from llava.model.multimodal_encoder.builder import build_vision_tower
+        from llava.model.multimodal_encoder.builder import build_tower_of
 
-        config = self._ground("_config")
-        return build_vision_tower(
-            config.mm_vision_tower,
-            folder=self.path,
-            select_layer=config.mm_vision_select_layer,
-            select_feature=config.mm_vision_select_feature,
-        )
+        return build_tower_of(self._ground("_config"))
 
     @cached_property
     def _processor(self) -> "ImageProcessor":

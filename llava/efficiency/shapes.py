@@ -184,11 +184,33 @@ def read_source(model_path: str) -> ModelSource:
                 f"no folder {model_path}: give one with a config.json, or one of {', '.join(PUBLISHED_MODELS)}"
             )
         config = PUBLISHED_MODELS[published]
+    vision = None
+    if isinstance(config.get("text_config"), dict) and isinstance(config.get("vision_config"), dict):
+        config, vision = _from_hf_layout(config)
     if not config.get("mm_vision_tower"):
         raise InputError(f"{model_path}: its config.json names no mm_vision_tower: a language model without eyes")
     tower_config = read_tower_config(str(config["mm_vision_tower"]), folder)
+    if vision is not None:
+        tower_config = {**tower_config, "vision_config": vision}
     shape = read_shape(config, tower_config, f"config of {model_path}")
     return ModelSource(model_path, config, tower_config, shape, has_weights)
+
+
+def _from_hf_layout(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put the sizes of a llava-hf folder, transformers' own LLaVA, in LLaVA's keys; the vision half's come apart.
+
+    What its files leave out is what transformers assumes: the sizes of the 7B model and its tower.
+    """
+    usual = PUBLISHED_TOWERS[_LLAVA_1_5["mm_vision_tower"]]["vision_config"]
+    vision = {**usual, **config["vision_config"]}
+    own = {key: value for key, value in config.items() if key.startswith("mm_")}
+    aspect = "anyres" if config.get("model_type") == "llava_next" else "pad"
+    sizes = {
+        "mm_hidden_size": vision["hidden_size"],
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "image_aspect_ratio": aspect,
+    }
+    return {**PUBLISHED_MODELS["llava-v1.5-7b"], **config["text_config"], **sizes, **own}, vision
 
 
 def read_tower_config(name: str, folder: Path) -> dict[str, Any]:

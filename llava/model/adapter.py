@@ -96,6 +96,7 @@ def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, mer
     tower = getattr(config, "mm_vision_tower", None)
     if tower:
         config.mm_vision_tower = resolve_name(tower, part.path)  # relative names start at the part, not at its base
+    config._name_or_path = base  # whose weights may hold the tower
     empty, base_has_projector = build_empty(LlavaLlamaForCausalLM, config), bool(values.get("mm_vision_tower"))
     check_rest(empty, weights, part.weights_file, base_has_projector)
     num_tokens, num_known = config.vocab_size, values.get("vocab_size", config.vocab_size)

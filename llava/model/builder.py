@@ -17,9 +17,11 @@ from llava.model.config_rules import (
     CONFIG_FILE,
     check_config,
     check_pinpoints,
+    is_hf_layout,
     read_settings,
     refuse,
 )
+from llava.model.hf_layout import to_llava_config
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.tower import VisionTower
@@ -185,6 +187,8 @@ def read_config(model_path: str, customized_config: str | None = None, reduce: s
         values, file = parse_record(read_text(Path(customized_config)), customized_config), customized_config
     else:
         values, file = read_settings(customized_config or model_path, CONFIG_FILE, "checkpoint")
+    if is_hf_layout(values):
+        values = to_llava_config(values, file, model_path)
     check_config(values, file)
     config = make_config(values, file)
     if not getattr(config, "mm_vision_tower", None):

@@ -116,8 +116,8 @@ def test_a_foreign_model_is_refused_by_name_in_every_role(place: Path, role: str
     assert ROLES[role].removeprefix("the ").split(" must be ")[1] in message
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_transformers_own_llava_format_is_refused_by_name_in_every_role(place: Path, role: str):
+@pytest.mark.parametrize("role", sorted(ROLES.keys() - {"checkpoint"}))
+def test_transformers_own_llava_format_is_refused_by_name_where_it_has_to_be_converted(place: Path, role: str):
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": 32000,
@@ -128,7 +128,7 @@ def test_transformers_own_llava_format_is_refused_by_name_in_every_role(place: P
     shutil.copytree(SHARDED, "foreign")
     (place / "foreign/config.json").write_text(json.dumps(config))
     message = try_role(role, "foreign")
-    assert "transformers' own LLaVA format (LlavaForConditionalGeneration)" in message
+    assert "transformers' own LLaVA format (LlavaForConditionalGeneration): convert it first" in message
     assert ROLES[role] in message
 
 

@@ -1,6 +1,7 @@
 """LLaVA on Llama (Vicuna): the vision mixins of `llava_arch` over transformers' `LlamaForCausalLM`."""
 
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llava.errors import InputError
+from llava.model.checkpoint_folder import portable_config
+from llava.model.hf_layout import NAMES, STORED_PREFIX
 from llava.model.image_tokens import ImageTokens
 from llava.model.language_model.layer_reduction import ReducedCache, read_on, read_prompts
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.splice import PromptEmbeds
 from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 
@@ -73,6 +77,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     # Mean over micro-batches, as in LLaVA's training (transformers 5 would weight by tokens).
     accepts_loss_kwargs = False
     # Towers come from mm_vision_tower, whatever a checkpoint holds of them; inv_freq is computed.
+    stored_names = NAMES  # of llava-hf folders
     _keys_to_ignore_on_load_unexpected = (r"model\.vision_tower\..*", r".*rotary_emb\.inv_freq")
 
     def __init__(self, config: LlavaConfig):
@@ -227,7 +232,10 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save in LLaVA's layout: LLM and projector; frozen towers stay where `mm_vision_tower` says.
+        """Save in LLaVA's layout: language model and projector, and the tower where it came with the checkpoint.
+
+        Other towers are frozen and stay where `mm_vision_tower` says, which the saved config.json names as seen from
+        the folder.
 
         Args:
             save_directory: the folder.
@@ -237,7 +245,11 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         if state_dict is None:
             state_dict = self.state_dict()
         own = {key: value for key, value in state_dict.items() if not key.startswith(TOWER_PREFIX)}
-        super().save_pretrained(save_directory, state_dict=own, **kwargs)
+        tower = self.get_vision_tower()
+        if isinstance(tower, StoredVisionTower):
+            own |= {f"{STORED_PREFIX}{name}": value for name, value in tower.stored_weights().items()}
+        with portable_config(self, Path(save_directory)):
+            super().save_pretrained(save_directory, state_dict=own, **kwargs)
 
 
 AutoConfig.register("llava_llama", LlavaConfig)
