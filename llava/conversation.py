@@ -336,9 +336,9 @@ def _two(system: str, version: str = "v1") -> Conversation:
     return Conversation(system, roles, [], sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>", version=version)
 
 
-def _chatml(system: str) -> Conversation:
+def _chatml(system: str, sep: str = "<|im_end|>") -> Conversation:
     roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-    return Conversation(system, roles, [], sep_style=SeparatorStyle.MPT, sep="<|im_end|>", version="mpt")
+    return Conversation(system, roles, [], sep_style=SeparatorStyle.MPT, sep=sep, version="mpt")
 
 
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:
@@ -371,6 +371,9 @@ conv_templates: dict[str, Conversation] = {
     "v1_mmtag": _two(_TAGGED_SYSTEM, version="v1_mmtag"),
     "llava_llama_2": _llama_2(_LLAVA_LLAMA_2_SYSTEM),
     "mpt": _chatml(_MPT_SYSTEM),
+    # ChatML as Qwen has it, with a line break after each turn.
+    "qwen_1_5": _chatml("<|im_start|>system\nYou are a helpful assistant.", sep="<|im_end|>\n"),
+    "qwen_2": _chatml("<|im_start|>system\nYou are a helpful assistant.", sep="<|im_end|>\n"),
 }
 default_conversation = _VICUNA_V1
 
@@ -378,6 +381,9 @@ default_conversation = _VICUNA_V1
 _NAME_HINTS = (
     (("llama", "2"), "llava_llama_2"),
     (("mistral",), "mistral_instruct"),
+    (("qwen",), "qwen_1_5"),
+    (("qwen1.5",), "qwen_1_5"),
+    (("qwen2",), "qwen_2"),
     (("v1.6", "34b"), "chatml_direct"),
     (("v1",), "llava_v1"),
     (("mpt",), "mpt"),

@@ -73,8 +73,8 @@ def convert_to_hf(source: str, folder: Path) -> str:
     from llava.model.builder import check_tower_fits, find_weights, read_config
     from llava.model.checkpoint_folder import locate_tower
     from llava.model.config_rules import CONFIG_FILE, is_hf_layout, read_settings
-    from llava.model.hf_layout import HF_NAMES, STORED_PREFIX, padded_size, rename, to_hf_config
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.hf_layout import HF_NAMES, STORED_PREFIX, rename, to_hf_config
+    from llava.model.language_model.families import classes_of
     from llava.model.multimodal_encoder.builder import build_tower_of
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
     from llava.model.multimodal_encoder.loading import check_headers, quiet_loading
@@ -93,13 +93,14 @@ def convert_to_hf(source: str, folder: Path) -> str:
     check_tower_fits(config, tower, source)
     values["unfreeze_mm_vision_tower"] = isinstance(tower, StoredVisionTower)
     values["mm_vision_tower"] = locate_tower(values["mm_vision_tower"], source, folder)
-    settings = to_hf_config(values, file, json.loads(tower.config.to_json_string(use_diff=False)), tower.num_patches)
-    with quiet_loading(f"checkpoint {source}"):
-        check_headers(LlavaLlamaForCausalLM, source, config, what="checkpoint")
     tokenizer = load_tokenizer(source)
+    vision = json.loads(tower.config.to_json_string(use_diff=False))
+    settings = to_hf_config(values, file, vision, tower.num_patches, len(tokenizer))
+    with quiet_loading(f"checkpoint {source}"):
+        check_headers(classes_of(config).model, source, config, what="checkpoint")
     # 2. The weights.
     shards = Shards(folder)
-    num_rows = padded_size(config.vocab_size)
+    num_rows = settings["text_config"]["vocab_size"]
     for name, value in read_own(source):
         shards.add(rename(name, HF_NAMES), add_rows(value, num_rows) if name in EMBEDDINGS else value)
     for name, value in tower.stored_weights().items():
@@ -108,7 +109,7 @@ def convert_to_hf(source: str, folder: Path) -> str:
     # 3. Settings, tokenizer, processors, chat template, model card.
     copy_files(source, folder)
     write_json(folder / CONFIG_FILE, settings, indent=2)
-    write_tokenizer(tokenizer, config.vocab_size, settings, folder)
+    write_tokenizer(tokenizer, settings, folder)
     write_processor(tower, settings, folder)
     name = get_model_name_from_path(source)
     template = values.get("conv_mode") or conversation_name_for(name)
@@ -148,11 +149,11 @@ def add_rows(value: "Tensor", num_rows: int) -> "Tensor":
     return torch.cat([value, mean.expand(num_rows - value.shape[0], -1)])
 
 
-def write_tokenizer(tokenizer: object, vocab_size: int, settings: dict, folder: Path) -> None:
+def write_tokenizer(tokenizer: object, settings: dict, folder: Path) -> None:
     """Write a tokenizer with `<image>` and `<pad>`, whose ids for a prompt with images are LLaVA's.
 
     Raises:
-        InputError: it has tokens where these two belong.
+        InputError: it has one of these tokens already, or prepares texts in another way than LLaVA's.
     """
     from llava.files import write_json
     from llava.model.hf_layout import ADDED_TOKENS
@@ -160,20 +161,19 @@ def write_tokenizer(tokenizer: object, vocab_size: int, settings: dict, folder: 
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     image, pad = ADDED_TOKENS
-    known = tokenizer.get_vocab()
-    if max(known.values()) >= vocab_size or image in known:
-        raise InputError(
-            f"tokenizer of {tokenizer.name_or_path} has {len(known)} tokens, the model {vocab_size} embeddings: "
-            f"{image} and {pad} come behind these"
-        )
+    if known := set(ADDED_TOKENS) & set(tokenizer.get_vocab()):
+        raise InputError(f"tokenizer of {tokenizer.name_or_path} has a token {min(known)} already")
+    is_sentencepiece = (content["pre_tokenizer"] or {}).get("type") == "Metaspace"
+    if is_sentencepiece:
+        if content["normalizer"] is not None:
+            raise InputError(f"tokenizer of {tokenizer.name_or_path} has a normaliser; Llama's have none")
+        content["normalizer"] = AFTER_IMAGE
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "special": True}
     content["added_tokens"] += [
-        {"id": vocab_size, "content": image, "normalized": True, **entry},  # so that the normaliser sees what follows
-        {"id": vocab_size + 1, "content": pad, "normalized": False, **entry},
+        # Normalised, where the normaliser is to see what follows.
+        {"id": settings["image_token_index"], "content": image, "normalized": is_sentencepiece, **entry},
+        {"id": settings["pad_token_id"], "content": pad, "normalized": False, **entry},
     ]
-    if content["normalizer"] is not None:
-        raise InputError(f"tokenizer of {tokenizer.name_or_path} has a normaliser; LLaVA's have none")
-    content["normalizer"] = AFTER_IMAGE
     write_json(folder / "tokenizer.json", content, indent=None)
     names = {
         f"{name}_token": str(getattr(tokenizer, f"{name}_token"))
@@ -183,7 +183,8 @@ def write_tokenizer(tokenizer: object, vocab_size: int, settings: dict, folder: 
     write_json(
         folder / SETTINGS_FILE,
         {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is
+            # Llama's own class would not take tokenizer.json as it is.
+            "tokenizer_class": "PreTrainedTokenizerFast" if is_sentencepiece else "Qwen2Tokenizer",
             "processor_class": processor_class(settings),
             **names,
             "pad_token": pad,
@@ -244,9 +245,16 @@ def convert_to_llava(source: str, folder: Path) -> str:
     from llava.files import write_json
     from llava.model.builder import check_tower_fits, find_weights, read_config
     from llava.model.checkpoint_folder import locate_tower
-    from llava.model.config_rules import CONFIG_FILE, PREPROCESSOR_FILE, check_config, is_hf_layout, read_settings
+    from llava.model.config_rules import (
+        CONFIG_FILE,
+        PREPROCESSOR_FILE,
+        check_config,
+        family_of,
+        is_hf_layout,
+        read_settings,
+    )
     from llava.model.hf_layout import STORED_PREFIX, read_preprocessor, to_llava_config
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.language_model.families import classes_of
     from llava.model.multimodal_encoder.builder import build_tower_of
     from llava.model.multimodal_encoder.loading import check_headers, quiet_loading
     from llava.model.tokenizer import load_tokenizer
@@ -260,9 +268,9 @@ def convert_to_llava(source: str, folder: Path) -> str:
     tower = build_tower_of(config)
     check_tower_fits(config, tower, source)
     with quiet_loading(f"checkpoint {source}"):
-        check_headers(LlavaLlamaForCausalLM, source, config, what="checkpoint")
+        check_headers(classes_of(config).model, source, config, what="checkpoint")
     tokenizer = load_tokenizer(source)
-    settings = {key: value for key, value in to_llava_config(values, file, source).items() if value is not None}
+    settings = to_llava_config(values, file, source)
     vocab_size = find_vocabulary(tokenizer, values, settings["vocab_size"])
     # 2. The weights; the tower's where they are more than a copy.
     shards = Shards(folder)
@@ -289,15 +297,21 @@ def convert_to_llava(source: str, folder: Path) -> str:
     check_config(settings, CONFIG_FILE)
     write_json(folder / CONFIG_FILE, settings, indent=2)
     copy_files(source, folder)
-    write_llama_tokenizer(tokenizer, vocab_size, folder)
+    write_llava_tokenizer(tokenizer, family_of(settings["model_type"]), folder)
     shown = "with the vision tower" if keeps_tower else f"vision tower {settings['mm_vision_tower']}"
     return f"{written}; vocabulary {vocab_size}, {shown}"
 
 
 def find_vocabulary(tokenizer: object, values: dict, num_rows: int) -> int:
-    """Return how many rows of embeddings LLaVA's vocabulary has: those before `<image>`, if no word comes behind it."""
-    from llava.model.hf_layout import ADDED_TOKENS
+    """Return how many rows of embeddings LLaVA's vocabulary has.
 
+    As the conversion has noted it; else those before `<image>`, if no word comes behind it.
+    """
+    from llava.model.hf_layout import ADDED_TOKENS, VOCABULARY_KEY
+
+    noted = values.get(VOCABULARY_KEY)
+    if isinstance(noted, int) and 0 < noted <= num_rows:
+        return noted
     image = values.get("image_token_index", values.get("image_token_id", num_rows))
     behind = {token for token, number in tokenizer.get_vocab().items() if number >= image}
     return image if image < num_rows and behind <= set(ADDED_TOKENS) else num_rows
@@ -317,30 +331,35 @@ def equals_clip(vision: dict[str, "Tensor"], tower: object) -> bool:
     return clip.keys() == vision.keys() and all(torch.equal(clip[name].float(), vision[name].float()) for name in clip)
 
 
-def write_llama_tokenizer(tokenizer: object, vocab_size: int, folder: Path) -> None:
+def write_llava_tokenizer(tokenizer: object, family: str, folder: Path) -> None:
     """Write a tokenizer without `<image>` and `<pad>`, as LLaVA's loader reads it."""
     from llava.files import write_json
     from llava.model.hf_layout import ADDED_TOKENS
     from llava.model.tokenizer import SETTINGS_FILE
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = [
-        token for token in content["added_tokens"] if token["id"] < vocab_size or token["content"] not in ADDED_TOKENS
-    ]
+    kept = [token for token in content["added_tokens"] if token["content"] not in ADDED_TOKENS]
     content["added_tokens"] = kept
     content["normalizer"] = None if content["normalizer"] == AFTER_IMAGE else content["normalizer"]
     write_json(folder / "tokenizer.json", content, indent=None)
-    names = {f"{name}_token": str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "unk")}
+    names = {name: getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk")}
     special = [token["content"] for token in kept if token["special"]]
-    write_json(
-        folder / SETTINGS_FILE,
-        {
+    # What stands for padding has no loss and no meaning: Llama's <unk>; Qwen's <|endoftext|>, the first of its kind.
+    padding = names["unk"] or next(iter(special), names["eos"])
+    of_family = {"tokenizer_class": "Qwen2Tokenizer"}
+    if family != "qwen2":
+        of_family = {
             "tokenizer_class": "LlamaTokenizer",
-            **names,
-            "pad_token": names["unk_token"],
             "add_bos_token": True,
             "add_eos_token": False,
             "legacy": False,
+        }
+    write_json(
+        folder / SETTINGS_FILE,
+        {
+            **of_family,
+            **{f"{name}_token": None if token is None else str(token) for name, token in names.items()},
+            "pad_token": str(padding),
             "padding_side": "right",
             "model_max_length": tokenizer.model_max_length,
             "extra_special_tokens": [token for token in special if token not in names.values()],

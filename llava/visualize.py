@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llava.model.image_tokens import ImageTokens
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.language_model.causal import LlavaCausalLM
     from llava.protocols import ImageProcessor
 
 # Functions import torch and matplotlib: the command answers --help and mistaken options before that.
@@ -373,7 +373,7 @@ def write_image(path: str | Path, image: Image.Image) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- model
 def reduce_image(
-    model: "LlavaLlamaForCausalLM", image_processor: "ImageProcessor", image: Image.Image, query: str
+    model: "LlavaCausalLM", image_processor: "ImageProcessor", image: Image.Image, query: str
 ) -> "ImageTokens":
     """Return what a model keeps of an image (mode RGB) for a query, the text that the token reduction reads."""
     import torch
@@ -398,7 +398,7 @@ def draw_reduction(
 
 
 def visualize(
-    model: "LlavaLlamaForCausalLM", image_processor: "ImageProcessor", image: Image.Image, question: str
+    model: "LlavaCausalLM", image_processor: "ImageProcessor", image: Image.Image, question: str
 ) -> Image.Image:
     """Draw what a model with a token reduction keeps of an image (mode RGB) for a question.
 

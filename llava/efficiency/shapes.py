@@ -68,6 +68,9 @@ OPEN_CLIP_TOWERS = {
 }
 
 
+BIASED_TYPES = ("qwen2", "llava_qwen2", "llava_qwen")
+
+
 @dataclass(frozen=True)
 class TransformerShape:
     """A stack of CLIP's encoder layers: `layers` of width `width`, MLPs of width `inner`."""
@@ -114,7 +117,7 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """A Llama.
+    """A Llama, Mistral or Qwen2.
 
     Attributes:
         layers: decoder layers.
@@ -124,6 +127,7 @@ class LanguageShape:
         cache_width: width of the keys, and of the values, of one position in one layer.
         vocabulary: V.
         is_tied: whether the output layer is the embedding matrix.
+        has_biases: whether queries, keys and values have biases, as in Qwen2.
     """
 
     layers: int
@@ -133,6 +137,7 @@ class LanguageShape:
     cache_width: int
     vocabulary: int
     is_tied: bool
+    has_biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,9 @@ def read_shape(config: Mapping[str, Any], tower_config: Mapping[str, Any], origi
         raise InputError(f"{origin}: image_aspect_ratio anyres (several crops per picture) is not counted")
     try:
         return ModelShape(
-            _tower_shape(config, tower_config), projector_depth(config.get("mm_projector_type")), _llama_shape(config)
+            _tower_shape(config, tower_config),
+            projector_depth(config.get("mm_projector_type")),
+            _language_shape(config),
         )
     except KeyError as error:
         raise InputError(f"{origin} lacks {error.args[0]}") from None
@@ -275,7 +282,7 @@ def projector_depth(kind: str | None) -> int:
     return int(depth)
 
 
-def _llama_shape(config: Mapping[str, Any]) -> LanguageShape:
+def _language_shape(config: Mapping[str, Any]) -> LanguageShape:
     width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     head_width = int(config.get("head_dim") or width // heads)
     return LanguageShape(
@@ -286,6 +293,7 @@ def _llama_shape(config: Mapping[str, Any]) -> LanguageShape:
         cache_width=int(config.get("num_key_value_heads") or heads) * head_width,
         vocabulary=int(config["vocab_size"]),
         is_tied=bool(config.get("tie_word_embeddings", False)),
+        has_biases=config.get("model_type") in BIASED_TYPES,
     )
 
 

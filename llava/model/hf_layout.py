@@ -13,7 +13,7 @@ from llava.errors import InputError
 from llava.files import parse_record, read_text
 from llava.model.config_rules import (
     GENERATION_RULES,
-    LLAMA_RULES,
+    LANGUAGE_RULES,
     LLAVA_RULES,
     MAX_LAYERS,
     PREPROCESSOR_FILE,
@@ -22,6 +22,7 @@ from llava.model.config_rules import (
     check_pinpoints,
     check_values,
     choice,
+    family_of,
     flag,
     read_canvases,
     record,
@@ -37,7 +38,8 @@ ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaN
 # The text half that a folder without `mm_vision_tower` is completed by: all of LLaVA's are trained on this CLIP.
 USUAL_TOWER = "openai/clip-vit-large-patch14-336"
 ROW_MULTIPLE = 64
-ADDED_TOKENS = ("<image>", "<pad>")  # behind the vocabulary
+VOCABULARY_KEY = "llava_vocab_size"  # in a converted config.json: rows of LLaVA's own embeddings
+ADDED_TOKENS = ("<image>", "<pad>")  # behind the tokenizer's own
 
 # Names in the files of transformers 4 (and of transformers 5, which renames while it loads and saves) and 5's own, as
 # regular expressions; what they become here. LLaVA's own names match none of them.
@@ -63,6 +65,9 @@ HF_NAMES = {
     r"^model\.": "language_model.model.",
 }
 
+# Language models, by their model_type: what their architectures are called.
+_MODELS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+_VISION_TYPE = "clip_vision_model"
 _SELECT_FEATURES = {"default": "patch", "full": "cls_patch"}
 HF_RULES = {
     "text_config": record(),
@@ -105,14 +110,17 @@ def to_llava_config(values: Values, file: str, path: str) -> dict:
         The keys of LLaVA's config.json, and `vision_config`.
 
     Raises:
-        InputError: a wrong value, another language model than Llama or another tower than CLIP.
+        InputError: a wrong value, another language model or another tower than LLaVA's.
     """
     check_values(values, HF_RULES, file)
     require(values, ("text_config", "vision_config"), file)
     language, vision = values["text_config"], values["vision_config"]
-    _check_kind(language, "llama", f"{file}: text_config")
-    _check_kind(vision, "clip_vision_model", f"{file}: vision_config")
-    check_values(language, LLAMA_RULES | GENERATION_RULES, file, "text_config")
+    family = language.get("model_type") or "llama"
+    if family not in _MODELS:
+        refuse(file, "text_config.model_type", family, f"one of {', '.join(_MODELS)}")
+    if vision.get("model_type", _VISION_TYPE) != _VISION_TYPE:
+        refuse(file, "vision_config.model_type", vision["model_type"], f'"{_VISION_TYPE}"')
+    check_values(language, LANGUAGE_RULES[family] | GENERATION_RULES, file, "text_config")
     check_values(vision, VISION_RULES, file, "vision_config")
     require(vision, ("hidden_size",), file, "vision_config")
     settings = {key: value for key, value in language.items() if key not in _NO_SETTINGS}
@@ -120,9 +128,9 @@ def to_llava_config(values: Values, file: str, path: str) -> dict:
         key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(key) is not None
     }
     settings |= {
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "dtype": values.get("dtype", values.get("torch_dtype")),
+        "model_type": f"llava_{family}",
+        "architectures": [f"Llava{_MODELS[family]}ForCausalLM"],
+        "dtype": values.get("dtype", values.get("torch_dtype")) or "float32",
         "tie_word_embeddings": bool(values.get("tie_word_embeddings") or language.get("tie_word_embeddings")),
         "mm_vision_tower": USUAL_TOWER,
         "mm_hidden_size": vision["hidden_size"],
@@ -146,16 +154,10 @@ def to_llava_config(values: Values, file: str, path: str) -> dict:
     return settings | own
 
 
-def _check_kind(values: Values, kind: str, where: str) -> None:
-    given = values.get("model_type") or kind
-    if given != kind:
-        refuse(where.partition(": ")[0], f"{where.partition(': ')[2]}.model_type", given, f'"{kind}"')
-
-
 def _vision_settings(vision: Values) -> dict:
     """Copy what describes a vision half; old files have the language model's `vocab_size` beside it."""
     settings = {key: vision[key] for key in VISION_RULES if key not in _NO_SETTINGS and vision.get(key) is not None}
-    return {"model_type": "clip_vision_model", **settings}
+    return {"model_type": _VISION_TYPE, **settings}
 
 
 def _turn(pinpoints: object) -> list[list[int]]:
@@ -183,7 +185,7 @@ def read_preprocessor(path: str) -> tuple[dict, str]:
 
 
 # --------------------------------------------------------------------------------------------------- into transformers'
-def to_hf_config(values: Values, file: str, vision: Values, num_patches: int) -> dict:
+def to_hf_config(values: Values, file: str, vision: Values, num_patches: int, num_tokens: int) -> dict:
     """Put the config.json of a LLaVA checkpoint in transformers' terms.
 
     Args:
@@ -191,6 +193,7 @@ def to_hf_config(values: Values, file: str, vision: Values, num_patches: int) ->
         file: for messages.
         vision: the vision half's config.
         num_patches: N of an image or crop.
+        num_tokens: of the tokenizer; `<image>` and `<pad>` come behind them.
 
     Returns:
         A llava-hf folder's config.json; LLaVA's own keys stay in it.
@@ -205,13 +208,14 @@ def to_hf_config(values: Values, file: str, vision: Values, num_patches: int) ->
     if kind == "llava_next" and values.get("mm_patch_merge_type") != merge:
         refuse(file, "mm_patch_merge_type", values.get("mm_patch_merge_type"), f'"{merge}": transformers has no other')
     vocab_size = values.get("vocab_size", 32_000)
+    family = family_of(values.get("model_type"))
     llava = {key: values[key] for key in (*_LLAVA_KEYS, "unfreeze_mm_vision_tower") if values.get(key) is not None}
     dtype = values.get("dtype", values.get("torch_dtype"))
     language = {
         key: value
         for key, value in values.items()
         if key in ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
-        or (key in LLAMA_RULES and key not in _NO_SETTINGS)
+        or (key in LANGUAGE_RULES[family] and key not in _NO_SETTINGS)
     }
     features = {feature: strategy for strategy, feature in _SELECT_FEATURES.items()}
     settings = llava | {
@@ -220,14 +224,15 @@ def to_hf_config(values: Values, file: str, vision: Values, num_patches: int) ->
         "dtype": dtype,
         "text_config": {
             **language,
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
+            "model_type": family,
+            "architectures": [f"{_MODELS[family]}ForCausalLM"],
             "dtype": dtype,
-            "vocab_size": padded_size(vocab_size),
+            "vocab_size": padded_size(vocab_size, num_tokens),
         },
         "vision_config": _vision_settings(vision),
-        "image_token_index": vocab_size,
-        "pad_token_id": vocab_size + 1,
+        "image_token_index": num_tokens,
+        "pad_token_id": num_tokens + 1,
+        VOCABULARY_KEY: vocab_size,
         "tie_word_embeddings": bool(values.get("tie_word_embeddings")),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
@@ -244,6 +249,6 @@ def to_hf_config(values: Values, file: str, vision: Values, num_patches: int) ->
     return settings
 
 
-def padded_size(vocab_size: int) -> int:
-    """Return the rows of embeddings that a vocabulary has with `<image>` and `<pad>`: a multiple of `ROW_MULTIPLE`."""
-    return -(-(vocab_size + len(ADDED_TOKENS)) // ROW_MULTIPLE) * ROW_MULTIPLE
+def padded_size(vocab_size: int, num_tokens: int) -> int:
+    """Return the rows of embeddings that hold a vocabulary and a tokenizer's tokens with `<image>` and `<pad>`."""
+    return -(-max(vocab_size, num_tokens + len(ADDED_TOKENS)) // ROW_MULTIPLE) * ROW_MULTIPLE

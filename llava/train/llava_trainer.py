@@ -33,7 +33,7 @@ from transformers.trainer_utils import TrainOutput
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
-from llava.model.language_model.llava_llama import TOWER_PREFIX
+from llava.model.language_model.causal import TOWER_PREFIX
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import adds_tokens, data_only, load_lora_rest, save_lora_rest, save_projector

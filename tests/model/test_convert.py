@@ -15,6 +15,8 @@ from transformers import (
     LlamaConfig,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
 )
 from transformers import LlavaConfig as HfConfig
 from transformers import LlavaNextConfig as HfNextConfig
@@ -190,20 +192,26 @@ VISION = CLIPVisionConfig(
     hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=84, patch_size=14,
     projection_dim=24,
 )  # fmt: skip
-LANGUAGE = LlamaConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=1024, max_position_embeddings=512, pad_token_id=0,
-)  # fmt: skip
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 1024, "pad_token_id": 0,
+}  # fmt: skip
+LANGUAGES = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=30),
+    "qwen2": Qwen2Config(**SIZES),
+}
 
 
-def make_foreign(place: Path, names: str, is_next: bool = False) -> Path:
+def make_foreign(place: Path, names: str, is_next: bool = False, language: str = "llama") -> Path:
     """A folder as transformers writes it, with random weights under the names of its files or of its memory."""
     convert(NAME, "model", "llava-hf")  # tokenizer and processor files
     folder = place / "model"
     torch.manual_seed(0)
     if is_next:
         config = HfNextConfig(
-            vision_config=VISION, text_config=LANGUAGE, image_token_index=1000,
+            vision_config=VISION, text_config=LANGUAGES[language], image_token_index=1000,
             image_grid_pinpoints=[[84, 168], [168, 84], [168, 168], [252, 84]],
         )  # fmt: skip
         model = LlavaNextForConditionalGeneration(config)
@@ -216,7 +224,7 @@ def make_foreign(place: Path, names: str, is_next: bool = False) -> Path:
         edit(folder / "processor_config.json", processor_class="LlavaNextProcessor")
     else:
         model = LlavaForConditionalGeneration(
-            HfConfig(vision_config=VISION, text_config=LANGUAGE, image_token_index=1000)
+            HfConfig(vision_config=VISION, text_config=LANGUAGES[language], image_token_index=1000)
         )
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
@@ -244,8 +252,9 @@ def test_folders_that_transformers_wrote_are_read(place, names):
     assert (ours[:, :1000] - back).abs().max() < 1e-6
 
 
-def test_multi_crop_folders_are_read_with_transformers_logits(place):
-    folder = make_foreign(place, "saved", is_next=True)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_multi_crop_folders_are_read_with_transformers_logits(place, language):
+    folder = make_foreign(place, "saved", is_next=True, language=language)
     for size in ((100, 70), (60, 150), (84, 84), (230, 70)):
         image = make_image(2, *size)
         ours = our_logits(folder, image, PROMPT)
@@ -374,7 +383,11 @@ def test_damaged_folders_are_refused_as_llavas_are(place):
         ("multimodal_projector_bias", False, "multimodal_projector_bias is false; expected true"),
         ("vision_feature_layer", [-2, -3], "vision_feature_layer is [-2, -3]; expected a whole number"),
         ("vision_feature_select_strategy", "all", "vision_feature_select_strategy is"),
-        ("text_config", {"model_type": "gemma"}, 'text_config.model_type is "gemma"; expected "llama"'),
+        (
+            "text_config",
+            {"model_type": "gemma"},
+            'text_config.model_type is "gemma"; expected one of llama, mistral, qwen2',
+        ),
         ("text_config", None, "has no text_config"),
         (
             "vision_config",
