@@ -247,13 +247,12 @@ def convert_to_llava(source: str, folder: Path) -> str:
     from llava.model.checkpoint_folder import locate_tower
     from llava.model.config_rules import (
         CONFIG_FILE,
-        PREPROCESSOR_FILE,
         check_config,
         family_of,
         is_hf_layout,
         read_settings,
     )
-    from llava.model.hf_layout import STORED_PREFIX, read_preprocessor, to_llava_config
+    from llava.model.hf_layout import STORED_PREFIX, to_llava_config
     from llava.model.language_model.families import classes_of
     from llava.model.multimodal_encoder.builder import build_tower_of
     from llava.model.multimodal_encoder.loading import check_headers, quiet_loading
@@ -281,10 +280,7 @@ def convert_to_llava(source: str, folder: Path) -> str:
     if keeps_tower:
         for name, value in vision.items():
             shards.add(f"{STORED_PREFIX}{name}", value)
-        images = read_preprocessor(source)[0] | {"image_processor_type": "CLIPImageProcessor"}
-        for key in ("processor_class", "do_pad", "image_grid_pinpoints"):
-            images.pop(key, None)
-        write_json(folder / PREPROCESSOR_FILE, images, indent=2)
+        tower.save_image_processor(folder)
     else:
         del settings["vision_config"], settings["unfreeze_mm_vision_tower"]
     written = shards.close()

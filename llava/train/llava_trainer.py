@@ -272,9 +272,12 @@ class LlavaTrainer(Trainer):
             load_lora_rest(self.model, Path(resume_from_checkpoint))
 
     def _issue_warnings_after_load(self, load_result: _IncompatibleKeys) -> None:
-        # A checkpoint holds no towers: they are frozen, and loaded from their own folder.
-        missing = [name for name in load_result.missing_keys if not name.startswith(TOWER_PREFIX)]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+        # Towers are frozen, and loaded from their own folder or from the checkpoint that the training started from.
+        missing, unexpected = (
+            [name for name in names if not name.startswith(TOWER_PREFIX)]
+            for names in (load_result.missing_keys, load_result.unexpected_keys)
+        )
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing, unexpected_keys=unexpected))
 
 
 def split_projector(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:

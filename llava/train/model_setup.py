@@ -14,6 +14,7 @@ from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
 from llava.model.language_model.causal import LlavaCausalLM
 from llava.model.language_model.families import classes_of
 from llava.model.multimodal_encoder.loading import load_quietly
+from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
 from llava.model.token_reduction import CONFIG_KEY
@@ -162,9 +163,16 @@ def load_language_model(
         model, _ = load_quietly(classes_of(config).plain, path, what="language model", **settings)
         model.accepts_loss_kwargs = False  # the loss of LlavaCausalLM: a mean over micro-batches
     else:
-        if getattr(config, "mm_vision_tower", None):
+        named = getattr(config, "mm_vision_tower", None)
+        if named:
             config.mm_vision_tower = model_args.vision_tower  # the checkpoint's own may not exist here
         model, _ = load_quietly(classes_of(config).model, path, what="language model", config=config, **settings)
+        if named != model_args.vision_tower and isinstance(model.get_vision_tower(), StoredVisionTower):
+            logger.warning(
+                "%s holds its vision tower, which stays; --vision_tower %s gives the text half alone",
+                path,
+                model_args.vision_tower,
+            )
     return model
 
 

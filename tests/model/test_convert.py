@@ -29,6 +29,7 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.hf_layout import NAMES, rename
 from llava.model.stored_weights import iterate_tensors, list_weight_files
+from llava.model.tokenizer import load_tokenizer
 
 NAME = "llava-v1.5-tiny84"
 CLIP = "openai/clip-vit-tiny-patch14-84"
@@ -252,6 +253,45 @@ def test_folders_that_transformers_wrote_are_read(place, names):
     assert (ours[:, :1000] - back).abs().max() < 1e-6
 
 
+def test_processors_saved_by_transformers_5_in_one_file_are_read(place):
+    convert(NAME, "there", "llava-hf")
+    processor = AutoProcessor.from_pretrained("there", backend="pil")
+    expected = our_logits("there", make_image(5), PROMPT)
+    for file in ("preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model"):
+        Path("there", file).unlink()
+    processor.save_pretrained("there")
+    assert not Path("there/preprocessor_config.json").exists()
+    assert torch.equal(our_logits("there", make_image(5), PROMPT), expected)
+
+
+def test_tokenizers_of_published_folders_give_llavas_ids(place):
+    """Llama's class by name, the prefix as a normaliser, the two tokens among the added ones, no tokenizer.model."""
+    convert(NAME, "there", "llava-hf")
+    content = json.loads(Path("there/tokenizer.json").read_text())
+    prefix, blank = {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    content |= {"normalizer": {"type": "Sequence", "normalizers": [prefix, blank]}, "pre_tokenizer": None}
+    for token in content["added_tokens"]:
+        token["normalized"] = False
+    Path("there/tokenizer.json").write_text(json.dumps(content))
+    edit(Path("there/tokenizer_config.json"), tokenizer_class="LlamaTokenizer", legacy=False, extra_special_tokens=...)
+    edit(Path("there/config.json"), llava_vocab_size=...)
+    Path("there/tokenizer.model").unlink()
+    prompts = [PROMPT, "<image>\n<image>\nWhy?</s>USER: no", " blank", "请 é"]
+    expected = [tokenizer_image_token(prompt, load_tokenizer(NAME)) for prompt in prompts]
+    assert [tokenizer_image_token(prompt, load_tokenizer("there")) for prompt in prompts] == expected
+    convert("there", "back", "llava")
+    assert [tokenizer_image_token(prompt, load_tokenizer("back")) for prompt in prompts] == expected
+    assert json.loads(Path("back/config.json").read_text())["vocab_size"] == 1000
+
+
+def test_a_folder_whose_headers_are_not_at_hand_loads(place, monkeypatch):
+    """As from the hub, where transformers fetches the files."""
+    convert(NAME, "there", "llava-hf")
+    expected = our_logits("there", make_image(6), PROMPT)
+    monkeypatch.setattr("llava.model.multimodal_encoder.loading.holds_weights", lambda folder: False)
+    assert torch.equal(our_logits("there", make_image(6), PROMPT), expected)
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_multi_crop_folders_are_read_with_transformers_logits(place, language):
     folder = make_foreign(place, "saved", is_next=True, language=language)
@@ -321,14 +361,15 @@ def test_a_tower_that_was_trained_with_the_model_is_the_one_that_is_used(place):
     tuned = our_logits("tuned", image, PROMPT)
     assert torch.equal(tuned, our_logits("there", image, PROMPT)[:, : tuned.shape[-1]])
     assert not torch.equal(tuned, our_logits(NAME, image, PROMPT))
-    edit(Path("tuned/config.json"), vision_config=...)  # as LLaVA-1.6 has it: the CLIP has the settings
-    assert torch.equal(tuned, our_logits("tuned", image, PROMPT))
-    # It is saved with the model, all layers of it.
-    load_pretrained_model("tuned", device="cpu", dtype="float16")[1].save_pretrained("elsewhere/saved")
-    for file in Path("tuned").glob("tokenizer*"):
-        shutil.copy(file, "elsewhere/saved")
-    assert read_weights("elsewhere/saved").keys() == read_weights("tuned").keys()
-    assert torch.equal(tuned, our_logits("elsewhere/saved", image, PROMPT))
+    # It is saved with the model, all layers of it. As LLaVA-1.6 has it, the CLIP has the settings.
+    for folder in ("with/settings", "without/settings"):
+        load_pretrained_model("tuned", device="cpu", dtype="float16")[1].save_pretrained(folder)
+        for file in Path("tuned").glob("tokenizer*"):
+            shutil.copy(file, folder)
+        assert read_weights(folder).keys() == read_weights("tuned").keys()
+        assert torch.equal(tuned, our_logits(folder, image, PROMPT))
+        edit(Path("tuned/config.json"), vision_config=...)
+        assert torch.equal(tuned, our_logits("tuned", image, PROMPT))
 
 
 @pytest.mark.parametrize("tower", [CLIP, f"../{CLIP}", None])

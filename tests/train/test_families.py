@@ -1,12 +1,15 @@
 """Training LLaVA on Mistral and Qwen2: what was trained is what loads."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from llava.convert import convert
 from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -68,3 +71,27 @@ def test_an_adapter_is_refused_on_a_base_of_another_family(run_training: Callabl
         InputError, match=r'mistral has model_type "mistral", and .* was trained on another language model'
     ):
         load_pretrained_model(str(tmp_path / "run"), str(other), device="cpu")
+
+
+def test_a_checkpoint_with_its_own_tower_is_finetuned_resumed_and_saved_with_it(
+    run_training: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    convert("llava-v1.5-tiny84", str(tmp_path / "there"), "llava-hf")
+    file = tmp_path / "there/model.safetensors"
+    weights = load_file(file)
+    name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    weights[name] = weights[name] + 0.1
+    save_file(weights, file, metadata={"format": "pt"})
+    convert(str(tmp_path / "there"), str(tmp_path / "start"), "llava")
+    flags = {"model_name_or_path": tmp_path / "start", "save_strategy": "steps", "save_steps": 1}
+    run_training(**flags, max_steps=2)
+    assert "start holds its vision tower, which stays; --vision_tower openai/" in caplog.text
+    for left in (tmp_path / "run").glob("checkpoint-2"):
+        shutil.rmtree(left)
+    (tmp_path / "run/run.json").unlink()
+    trainer = run_training(**flags, max_steps=2, resume_anyway=True)
+    expected = logits(trainer.model, trainer.processing_class, "llama")
+    tokenizer, model, _, _ = load_pretrained_model(str(tmp_path / "run"), device="cpu")
+    assert torch.allclose(logits(model, tokenizer, "llama"), expected, atol=1e-6)
+    saved = load_file(tmp_path / "run/model.safetensors")
+    assert torch.equal(saved[f"model.vision_tower.{name}"], weights[name])

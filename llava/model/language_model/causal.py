@@ -250,6 +250,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             own |= {f"{STORED_PREFIX}{name}": value for name, value in tower.stored_weights().items()}
         with portable_config(self, Path(save_directory)):
             super().save_pretrained(save_directory, state_dict=own, **kwargs)
+        if isinstance(tower, StoredVisionTower):
+            tower.save_image_processor(Path(save_directory))
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

@@ -1,12 +1,14 @@
 """The vision tower of a checkpoint that holds one: LLaVA-1.6, which trains it, and every llava-hf folder."""
 
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from llava.errors import InputError
-from llava.model.config_rules import PREPROCESSOR_RULES, check_preprocessor
+from llava.files import write_json
+from llava.model.config_rules import PREPROCESSOR_FILE, PREPROCESSOR_RULES, check_preprocessor
 from llava.model.hf_layout import NAMES, read_preprocessor, rename
 from llava.model.multimodal_encoder.clip_encoder import JOINT_WEIGHT, CLIPVisionTower
 from llava.model.multimodal_encoder.clip_text import CLIPTextTower
@@ -93,9 +95,15 @@ class StoredVisionTower(CLIPVisionTower):
         values, file = read_preprocessor(self.name)
         check_preprocessor(values, file, self.image_size)
         try:
-            return CLIPImageProcessorPil(**{key: values[key] for key in PREPROCESSOR_RULES if key in values})
+            return CLIPImageProcessorPil(**_choose_settings(values))
         except Exception as error:  # transformers' own checks, of many kinds
             raise InputError(f"{file} can't be used: {first_line(error)}") from error
+
+    def save_image_processor(self, folder: Path) -> None:
+        """Write the preprocessor_config.json of a checkpoint in LLaVA's layout that has `vision_config`."""
+        if self.vision_config is not None:
+            settings = _choose_settings(read_preprocessor(self.name)[0])
+            write_json(folder / PREPROCESSOR_FILE, {"image_processor_type": "CLIPImageProcessor", **settings}, indent=2)
 
     @cached_property
     def _stored_config(self) -> CLIPVisionConfig:
@@ -105,6 +113,11 @@ class StoredVisionTower(CLIPVisionTower):
             return CLIPVisionConfig.from_dict(self.vision_config)
         except Exception as error:  # transformers' own checks, of many kinds
             raise InputError(f"{self.name}/config.json: vision_config can't be used: {first_line(error)}") from error
+
+
+def _choose_settings(values: dict) -> dict:
+    """Leave out of an image processor's settings what is not CLIP's: padding, crops, class names."""
+    return {key: values[key] for key in PREPROCESSOR_RULES if key in values}
 
 
 def holds_tower(place: str) -> bool:
