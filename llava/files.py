@@ -180,6 +180,33 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to write into, which becomes `path` when the block ends without an error.
+
+    Args:
+        path: not there yet, or an empty folder.
+
+    Raises:
+        FileError: something is there, or the place cannot be written.
+    """
+    with explain_errors("write", path):
+        if path.is_dir() and any(path.iterdir()):
+            raise FileError(f"{path} holds files already: name another folder, or delete that one first")
+        if path.exists() and not path.is_dir():
+            raise FileError(f"{path} is not a folder: name another place")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.mkdir()
+            yield partial
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file and return its path.
 

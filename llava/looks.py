@@ -16,8 +16,8 @@ from llava.drawing import Panel, View, count_unseen, shrink
 from llava.errors import InputError
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.image_tokens import CropMerge, ImageTokens, find_sources
+from llava.model.language_model.causal import LlavaCausalLM
 from llava.model.language_model.layer_reduction import ReducedCache, trace_image
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.token_reduction import CONFIG_KEY, Need, Reduction, TokenReducer
 from llava.model.token_reduction.baselines import Pool
@@ -93,7 +93,7 @@ class Look:
 
 # -------------------------------------------------------------------------------------------------------------- looking
 @contextmanager
-def reduced_by(model: LlavaLlamaForCausalLM, reduction: Reduction) -> Iterator[None]:
+def reduced_by(model: LlavaCausalLM, reduction: Reduction) -> Iterator[None]:
     """Let a model reduce in another way for a while.
 
     Raises:
@@ -114,7 +114,7 @@ def reduced_by(model: LlavaLlamaForCausalLM, reduction: Reduction) -> Iterator[N
 
 @torch.inference_mode()
 def prepare(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaCausalLM,
     image_processor: ImageProcessor,
     image: Image.Image,
     question: str,
@@ -145,13 +145,13 @@ def prepare(
     return Case(image, features, question, query_of(question), make_ids(model, question, 1, conv_mode))
 
 
-def make_ids(model: LlavaLlamaForCausalLM, question: str, num_images: int, conv_mode: str) -> Tensor:
+def make_ids(model: LlavaCausalLM, question: str, num_images: int, conv_mode: str) -> Tensor:
     """Make the prompt of a question about images: `int64[T]`, with a placeholder id for each."""
     prompt = wrap_prompt(question, num_images, conv_mode, getattr(model.config, "mm_use_im_start_end", False))
     return tokenizer_image_token(prompt, model.tokenizer, return_tensors="pt")
 
 
-def look_at(model: LlavaLlamaForCausalLM, case: Case, reduction: Reduction) -> Look:
+def look_at(model: LlavaCausalLM, case: Case, reduction: Reduction) -> Look:
     """Look at what a method leaves of a case that was prepared for it."""
     with reduced_by(model, reduction):
         (look,) = look_at_images(model, [case.features], [case.image.size], case.query, case.ids)
@@ -160,7 +160,7 @@ def look_at(model: LlavaLlamaForCausalLM, case: Case, reduction: Reduction) -> L
 
 @torch.inference_mode()
 def look_at_images(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaCausalLM,
     images: Sequence[ImageFeatures],
     sizes: Sequence[tuple[int, int]],
     query: str,
@@ -200,7 +200,7 @@ def find_cells(reducer: TokenReducer | None, grid: tuple[int, int], num_tokens: 
     return next((cells for part in parts if math.prod(cells := part.output_grid(grid)) == num_tokens), None)
 
 
-def read_prompt(model: LlavaLlamaForCausalLM, ids: Tensor, tokens: list[ImageTokens]) -> ReducedCache:
+def read_prompt(model: LlavaCausalLM, ids: Tensor, tokens: list[ImageTokens]) -> ReducedCache:
     """Let the language model read one prompt, `int64[T]`; the cache knows which image tokens have left."""
     batch = model.embed_prompts(ids[None], attention_mask=torch.ones_like(ids)[None], image_tokens=tokens)
     cache = model.make_cache(batch)
@@ -212,7 +212,7 @@ def read_prompt(model: LlavaLlamaForCausalLM, ids: Tensor, tokens: list[ImageTok
 
 
 def make_stages(
-    model: LlavaLlamaForCausalLM, cache: ReducedCache | None, image: int, tokens: ImageTokens, sources: Tensor
+    model: LlavaCausalLM, cache: ReducedCache | None, image: int, tokens: ImageTokens, sources: Tensor
 ) -> tuple[Stage, ...]:
     """Say for each stretch of layers which patches of an image its layers read.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llava.looks import Case, Look
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.language_model.causal import LlavaCausalLM
     from llava.model.token_reduction import Reduction
     from llava.protocols import ImageProcessor
     from llava.what_if import WhatIf
@@ -37,7 +37,7 @@ KEEPS_ALL = 'this checkpoint keeps every patch: name a token reduction, such as 
 
 
 def visualize(
-    model: "LlavaLlamaForCausalLM",
+    model: "LlavaCausalLM",
     image_processor: "ImageProcessor",
     image: "Image.Image",
     question: str,
@@ -64,7 +64,7 @@ def visualize(
     return draw_looks(model, case, [look_at(model, case, reduction) for reduction in reductions])
 
 
-def read_reductions(model: "LlavaLlamaForCausalLM", specs: Sequence[str]) -> "list[Reduction]":
+def read_reductions(model: "LlavaCausalLM", specs: Sequence[str]) -> "list[Reduction]":
     """Read the spec strings of methods; without any, the one that the model has.
 
     Raises:
@@ -82,7 +82,7 @@ def read_reductions(model: "LlavaLlamaForCausalLM", specs: Sequence[str]) -> "li
 
 
 def draw_looks(
-    model: "LlavaLlamaForCausalLM",
+    model: "LlavaCausalLM",
     case: "Case",
     looks: "Sequence[Look]",
     lines: Sequence[TextLine] = (),
@@ -111,9 +111,7 @@ def draw_looks(
     return draw_figure(views, case.question, lines)
 
 
-def show_answers(
-    model: "LlavaLlamaForCausalLM", case: "Case", looks: "Sequence[Look]", max_new_tokens: int
-) -> "Image.Image":
+def show_answers(model: "LlavaCausalLM", case: "Case", looks: "Sequence[Look]", max_new_tokens: int) -> "Image.Image":
     """Print the answers of the full model and of each method, and draw them with what was kept."""
     from llava.looks import look_at
     from llava.model.token_reduction import Reduction
@@ -133,7 +131,7 @@ def show_answers(
 
 
 def show_what_if(
-    model: "LlavaLlamaForCausalLM", case: "Case", reduction: "Reduction", max_new_tokens: int, side: int | None
+    model: "LlavaCausalLM", case: "Case", reduction: "Reduction", max_new_tokens: int, side: int | None
 ) -> "Image.Image":
     """Print the answer with each block of dropped patches, and draw which blocks bring the full model's back."""
     from llava.sampling import Sampling

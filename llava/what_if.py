@@ -15,7 +15,7 @@ from llava.errors import InputError
 from llava.generation import Generator
 from llava.looks import Case, Look, look_at, reduced_by
 from llava.model.image_tokens import MADE, ImageTokens, project
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.causal import LlavaCausalLM
 from llava.model.token_reduction import Reduction
 from llava.model.token_reduction.layers import LayerReducer, LayerView, Left
 from llava.sampling import Sampling
@@ -120,7 +120,7 @@ def list_blocks(grid: tuple[int, int], side: int) -> Iterator[tuple[tuple[int, i
 
 @torch.inference_mode()
 def try_blocks(
-    model: LlavaLlamaForCausalLM, case: Case, reduction: Reduction, sampling: Sampling, side: int | None = None
+    model: LlavaCausalLM, case: Case, reduction: Reduction, sampling: Sampling, side: int | None = None
 ) -> WhatIf:
     """Ask the full model, a method, and the method with each block of dropped patches.
 
@@ -189,7 +189,7 @@ def give_back(look: Look, projected: Tensor, block: Tensor) -> tuple[ImageTokens
 
 
 def ask_all(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaCausalLM,
     case: Case,
     sampling: Sampling,
     given: Sequence[tuple[ImageTokens, list[int]]],
@@ -207,7 +207,7 @@ def ask_all(
 
 
 def ask(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaCausalLM,
     case: Case,
     sampling: Sampling,
     tokens: Sequence[ImageTokens],

@@ -114,6 +114,11 @@ def _check_model(model: Model, reduction: Reduction) -> None:
             f'vision_feature_select_strategy "default", not {config.vision_feature_layer} and '
             f'"{config.vision_feature_select_strategy}"'
         )
+    if reduction.before is not None and reduction.before.position_ids == "original":
+        raise InputError(
+            f"{reduction.before.spec_name}: position_ids=original is not for transformers' own classes, which count "
+            "positions by the mask: leave it out, or load the checkpoint with load_pretrained_model"
+        )
     decoder = model.model.language_model
     is_plain = isinstance(decoder, LlamaModel) or (
         isinstance(decoder, MistralModel) and decoder.config.sliding_window is None
@@ -289,7 +294,7 @@ class ReducedModel:
     def _make_cache(self, batch: PromptEmbeds, arguments: Mapping[str, object]) -> ReducedCache:
         if arguments.get("past_key_values") is not None:
             raise InputError(f"{self._reduction.inside.spec_name} has its own cache: leave out past_key_values")
-        return ReducedCache(self._model.config.text_config, self._reduction.inside, batch.image_of)
+        return ReducedCache(self._model.config.text_config, self._reduction.inside, batch.image_of, batch.position_ids)
 
     def _setting(self, arguments: Mapping[str, object], name: str) -> object:
         """A setting of `generate`, where transformers looks for it: the call, its config, the model's config."""

@@ -276,6 +276,7 @@ def test_towers_and_settings_that_cannot_be_reduced_are_refused(vision, settings
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
+        ("FasterVLM:9,position_ids=original", "position_ids=original is not for transformers' own classes"),
         ("TRIMM:-1", "unknown token reducer"),
         ("FasterVLM:3,layer=9", "does not exist"),
         ("FastV:0.5,layer=3", "layer 3"),
