@@ -103,7 +103,7 @@ def convert_to_hf(source: str, folder: Path) -> str:
     num_rows = settings["text_config"]["vocab_size"]
     for name, value in read_own(source):
         shards.add(rename(name, HF_NAMES), add_rows(value, num_rows) if name in EMBEDDINGS else value)
-    for name, value in tower.stored_weights().items():
+    for name, value in read_vision(tower).items():
         shards.add(rename(f"{STORED_PREFIX}{name}", HF_NAMES), value)
     written = shards.close()
     # 3. Settings, tokenizer, processors, chat template, model card.
@@ -139,6 +139,25 @@ def read_own(source: str) -> Iterator[tuple[str, "Tensor"]]:
             if not name.startswith("model.vision_tower.") and not name.endswith("rotary_emb.inv_freq"):
                 check_finite([(name, value)], file)
                 yield name, value
+
+
+def read_vision(tower: "CLIPVisionTower") -> "dict[str, Tensor]":
+    """Read the vision half of a tower, all layers, under CLIP's names.
+
+    Raises:
+        InputError: a tensor is missing, has no place or another shape, or holds inf or NaN.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    from llava.model.multimodal_encoder.clip_encoder import JOINT_WEIGHT
+    from llava.model.multimodal_encoder.loading import build_empty, build_shapes
+    from llava.model.stored_weights import check_finite, check_shapes
+
+    vision, what = tower.stored_weights(), f"vision tower {tower.name}"
+    expected = build_shapes(build_empty(CLIPVisionModelWithProjection, tower.config))
+    check_shapes({name: tuple(value.shape) for name, value in vision.items()}, expected, what, optional=(JOINT_WEIGHT,))
+    check_finite(vision.items(), what)
+    return vision
 
 
 def add_rows(value: "Tensor", num_rows: int) -> "Tensor":
@@ -275,7 +294,7 @@ def convert_to_llava(source: str, folder: Path) -> str:
     shards = Shards(folder)
     for name, value in read_own(source):
         shards.add(name, value[:vocab_size] if name in EMBEDDINGS else value)
-    vision = tower.stored_weights()
+    vision = read_vision(tower)
     keeps_tower = bool(values.get("unfreeze_mm_vision_tower")) or not equals_clip(vision, tower)
     if keeps_tower:
         for name, value in vision.items():

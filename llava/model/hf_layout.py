@@ -207,6 +207,8 @@ def to_hf_config(values: Values, file: str, vision: Values, num_patches: int, nu
         refuse(file, "mm_projector_type", values.get("mm_projector_type"), '"mlp2x_gelu": transformers has no other')
     if kind == "llava_next" and values.get("mm_patch_merge_type") != merge:
         refuse(file, "mm_patch_merge_type", values.get("mm_patch_merge_type"), f'"{merge}": transformers has no other')
+    if values.get("mm_use_im_start_end"):
+        refuse(file, "mm_use_im_start_end", True, "false: transformers' processor puts no tokens around an image")
     vocab_size = values.get("vocab_size", 32_000)
     family = family_of(values.get("model_type"))
     llava = {key: values[key] for key in (*_LLAVA_KEYS, "unfreeze_mm_vision_tower") if values.get(key) is not None}
@@ -238,7 +240,7 @@ def to_hf_config(values: Values, file: str, vision: Values, num_patches: int, nu
         "multimodal_projector_bias": True,
         "vision_feature_layer": values.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": features[values.get("mm_vision_select_feature", "patch")],
-        "image_seq_length": num_patches,
+        "image_seq_length": num_patches + int(values.get("mm_vision_select_feature") == "cls_patch"),
     }
     settings |= {key: values[key] for key in ("bos_token_id", "eos_token_id") if values.get(key) is not None}
     if kind == "llava_next":

@@ -303,8 +303,13 @@ def test_multi_crop_folders_are_read_with_transformers_logits(place, language):
         assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_multi_crop_checkpoints_go_there_and_back(place):
-    convert(str(make_foreign(place, "saved", is_next=True)), "first", "llava")
+@pytest.mark.parametrize("language", ["llama", "mistral"])
+def test_multi_crop_checkpoints_go_there_and_back(place, language):
+    """LLaVA-1.6: several crops, its own tower, Vicuna or Mistral."""
+    convert(str(make_foreign(place, "saved", is_next=True, language=language)), "first", "llava")
+    config = json.loads(Path("first/config.json").read_text())
+    assert config["model_type"] == f"llava_{language}"
+    assert (config["image_aspect_ratio"], config["mm_patch_merge_type"]) == ("anyres", "spatial_unpad")
     convert("first", "there", "llava-hf")
     convert("there", "second", "llava")
     assert same_bits(read_weights("first"), read_weights("second"))
@@ -411,9 +416,8 @@ def test_damaged_folders_are_refused_as_llavas_are(place):
         weights = {name: value for name, value in (good | changes).items() if value is not None}
         save_file(weights, "there/model.safetensors", metadata={"format": "pt"})
         assert expected in refused(lambda: load_pretrained_model("there", device="cpu"))
-        if "class_embedding" not in expected:
-            assert expected.partition("checkpoint there ")[2] in refused(convert, "there", "back", "llava")
-            assert not Path("back").exists()
+        assert expected.removeprefix("checkpoint there ") in refused(convert, "there", "back", "llava")
+        assert not Path("back").exists()
     assert not list(place.glob(".*.partial"))
 
 
@@ -457,8 +461,28 @@ def test_conversions_that_make_no_sense_are_refused_and_leave_nothing(place, gol
     assert "holds projector weights only" in refused(convert, str(pretrained), "new", "llava-hf")
     edit(Path(NAME) / "config.json", mm_projector_type="mlp3x_gelu")
     assert 'mm_projector_type is "mlp3x_gelu"; expected "mlp2x_gelu"' in refused(convert, NAME, "new", "llava-hf")
+    edit(Path(NAME) / "config.json", mm_projector_type="mlp2x_gelu", mm_use_im_start_end=True)
+    assert "mm_use_im_start_end is true; expected false" in refused(convert, NAME, "new", "llava-hf")
     assert not Path("new").exists()
     assert not list(place.glob(".*.partial"))
+
+
+def test_an_interrupted_conversion_leaves_nothing(place, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_module, "write_processor", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(NAME, "there", "llava-hf")
+    assert sorted(path.name for path in place.iterdir()) == [NAME, "openai"]
+
+
+def test_the_row_of_cls_is_kept_where_the_checkpoint_has_it(place):
+    edit(Path(NAME) / "config.json", mm_vision_select_feature="cls_patch")
+    convert(NAME, "there", "llava-hf")
+    image = make_image(7)
+    ours, theirs = our_logits(NAME, image, PROMPT), their_logits("there", image, PROMPT)
+    assert (ours - theirs[:, : ours.shape[-1]]).abs().max() < 1e-5
 
 
 def test_our_names_are_nobody_elses():
