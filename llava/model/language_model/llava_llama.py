@@ -19,8 +19,9 @@ from llava.errors import InputError
 from llava.model.image_tokens import ImageTokens
 from llava.model.language_model.layer_reduction import ReducedCache, read_on, read_prompts
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.splice import TEXT as NO_IMAGE
 from llava.model.splice import PromptEmbeds
-from llava.model.token_reduction import CONFIG_KEY, parse_reduction
+from llava.model.token_reduction import CONFIG_KEY, TEXT, parse_reduction
 
 TOWER_PREFIX = "model.vision_tower."
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
@@ -169,14 +170,16 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             image_sizes: (width, height) per image.
             texts: the query of each sample for the CLIP text tower; None: recovered from the ids.
             image_tokens: instead of `images`: records from `encode_images`.
-            **kwargs: transformers' generation arguments, `attention_mask` among them.
+            **kwargs: transformers' generation arguments, `attention_mask` among them. `past_key_values` may hold the
+                earlier turns of the same prompts; where the reduction reads the question, their images then come as the
+                `image_tokens` that the cache was made with. A method inside the language model reads all turns anew.
 
         Returns:
             `int64[S, new tokens]`: the answer alone, without the prompt.
 
         Raises:
-            InputError: when images, placeholders and texts do not fit, or the prompt is longer than the model's
-                positions.
+            InputError: when images, placeholders and texts do not fit, the prompt is longer than the model's positions,
+                or a cache holds image tokens that this question would choose anew.
         """
         if "inputs_embeds" in kwargs:
             raise ValueError("generate builds inputs_embeds itself: pass input ids with images or image_tokens")
@@ -198,6 +201,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             pad_token_id=pad_token_id,
         )
         self._check_length(batch.embeds.shape[1])
+        if image_tokens is None:
+            self._check_cache(kwargs.get("past_key_values"), batch)
         if self.layer_reducer is not None:
             kwargs["past_key_values"] = self.make_cache(batch)
         # 3. Settings that contradict each other, of which transformers would warn.
@@ -217,6 +222,15 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         if self.layer_reducer is None:
             return DynamicCache(config=self.config)
         return ReducedCache(self.config, self.layer_reducer, batch.image_of)
+
+    def _check_cache(self, cache: Cache | None, batch: PromptEmbeds) -> None:
+        """Refuse a cache with tokens of images that were just reduced anew: for this question others may be kept."""
+        length = 0 if cache is None else int(cache.get_seq_length())
+        if TEXT in self._needs and bool((batch.image_of[:, :length] != NO_IMAGE).any()):
+            raise InputError(
+                f"past_key_values holds image tokens that {self.token_reducer.spec()} chose for an earlier question: "
+                "give the same ones as image_tokens= (from encode_images, made once per image) instead of images="
+            )
 
     def _check_length(self, num_positions: int) -> None:
         limit = self.config.max_position_embeddings
