@@ -173,6 +173,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             **kwargs: transformers' generation arguments, `attention_mask` among them. `past_key_values` may hold the
                 earlier turns of the same prompts; where the reduction reads the question, their images then come as the
                 `image_tokens` that the cache was made with. A method inside the language model reads all turns anew.
+                `inputs_embeds` of `embed_prompts`, with their `attention_mask`, take the place of ids and images.
 
         Returns:
             `int64[S, new tokens]`: the answer alone, without the prompt.
@@ -181,10 +182,15 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             InputError: when images, placeholders and texts do not fit, the prompt is longer than the model's positions,
                 or a cache holds image tokens that this question would choose anew.
         """
-        if "inputs_embeds" in kwargs:
-            raise ValueError("generate builds inputs_embeds itself: pass input ids with images or image_tokens")
-        # 1. Which ids are padding.
         input_ids = kwargs.pop("input_ids", inputs)
+        if kwargs.get("inputs_embeds") is not None:
+            if any(given is not None for given in (input_ids, images, texts, image_tokens)):
+                raise InputError("inputs_embeds hold the whole prompt: leave out ids, images, texts and image_tokens")
+            return self._continue_embeds(**kwargs)
+        kwargs.pop("inputs_embeds", None)
+        if input_ids is None:
+            raise InputError("nothing to answer: give input ids, or inputs_embeds from embed_prompts")
+        # 1. Which ids are padding.
         kwargs.pop("position_ids", None)
         pad_token_id = kwargs.pop("pad_token_id", None)
         if pad_token_id is None:
@@ -205,17 +211,29 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             self._check_cache(kwargs.get("past_key_values"), batch)
         if self.layer_reducer is not None:
             kwargs["past_key_values"] = self.make_cache(batch)
-        # 3. Settings that contradict each other, of which transformers would warn.
-        if not kwargs.get("do_sample"):
-            # LLaVA's callers pass temperature=0 with greedy decoding.
-            kwargs = {key: value for key, value in kwargs.items() if key not in SAMPLING_ARGUMENTS}
-        if kwargs.get("max_new_tokens") is not None:
-            # Released generation configs set max_length too; the call's own limit counts.
-            kwargs.setdefault("max_length", None)
-        # 4. Decode. With embeddings as input, what comes back is the answer alone.
+        # 3. Decode. With embeddings as input, what comes back is the answer alone.
         return super().generate(
-            inputs_embeds=batch.embeds, attention_mask=batch.attention_mask, pad_token_id=pad_token_id, **kwargs
+            inputs_embeds=batch.embeds,
+            attention_mask=batch.attention_mask,
+            pad_token_id=pad_token_id,
+            **_settle_contradictions(kwargs),
         )
+
+    def _continue_embeds(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """Answer prompts that are embeddings already, such as those of `embed_prompts`."""
+        if self.layer_reducer is not None:
+            raise InputError(
+                f"{self.layer_reducer.spec()} has to know which embeddings are image tokens: give input ids with "
+                "images or image_tokens instead of inputs_embeds"
+            )
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise InputError(
+                'inputs_embeds padded on the right: make them with embed_prompts(..., padding_side="left")'
+            )
+        self._check_length(inputs_embeds.shape[1])
+        kwargs.setdefault("pad_token_id", self.config.pad_token_id if self.config.pad_token_id is not None else 0)
+        kwargs = _settle_contradictions(kwargs)
+        return super().generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
     def make_cache(self, batch: PromptEmbeds) -> DynamicCache:
         """Make the empty cache that these prompts are read with: here the reduction inside the language model hangs."""
@@ -252,6 +270,17 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             state_dict = self.state_dict()
         own = {key: value for key, value in state_dict.items() if not key.startswith(TOWER_PREFIX)}
         super().save_pretrained(save_directory, state_dict=own, **kwargs)
+
+
+def _settle_contradictions(settings: dict[str, object]) -> dict[str, object]:
+    """Leave out generation arguments that contradict others, of which transformers would warn."""
+    if not settings.get("do_sample"):
+        # LLaVA's callers pass temperature=0 with greedy decoding.
+        settings = {key: value for key, value in settings.items() if key not in SAMPLING_ARGUMENTS}
+    if settings.get("max_new_tokens") is not None:
+        # Released generation configs set max_length too; the call's own limit counts.
+        settings = {"max_length": None} | settings
+    return settings
 
 
 AutoConfig.register("llava_llama", LlavaConfig)
