@@ -58,6 +58,7 @@ LAYERS = [
     ("llava.check", 9),
     ("llava.visualize", 9),
     ("llava.assistant", 10),
+    ("llava.processor", 9),
     ("llava.serve", 10),
     ("llava.efficiency", 10),
     ("llava.train", 10),

@@ -1,17 +1,21 @@
 """A checkpoint that transformers' Auto classes load answers as one that our loader loads; embeddings may be given."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from llava import load_pretrained_model
+from llava import Llava, LlavaConfig, LlavaLlamaForCausalLM, load_pretrained_model
 from llava.errors import InputError
 from llava.mm_utils import process_images, tokenizer_image_token
 from playground.shapes.world import draw_scene
 
-SHAPES = Path(__file__).parents[2] / "playground/shapes/checkpoints"
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "playground/shapes/checkpoints"
 PLAIN, TRIM = str(SHAPES / "llava-shapes"), str(SHAPES / "llava-shapes-trim")
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 
@@ -88,3 +92,108 @@ def test_embeddings_that_generate_cannot_continue_are_refused_in_one_line(loaded
             model.generate(**right, **GREEDY)
     finally:
         model.set_token_reduction("TRIM:-1")
+
+
+# ------------------------------------------------------------------------------------------------------- registration
+FIRST_LINES = {
+    "llava first": "import llava\nassert not {'torch', 'transformers'} & set(sys.modules)\nimport transformers",
+    "transformers first": "import transformers\ntransformers.AutoConfig\nimport llava",
+    "a part of llava first": "import llava.mm_utils\nimport transformers",
+    "the model first": "from llava.model.language_model.llava_llama import LlavaConfig\nimport transformers",
+}
+
+
+@pytest.mark.parametrize("lines", FIRST_LINES.values(), ids=FIRST_LINES)
+@pytest.mark.parametrize("name", ["AutoConfig", "AutoProcessor"])
+def test_auto_classes_know_a_checkpoint_after_import_llava_in_any_order(lines, name):
+    code = f"import sys\n{lines}\nprint(type(transformers.{name}.from_pretrained({TRIM!r})).__module__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("llava."), done.stderr
+
+
+def test_auto_classes_give_our_classes_and_leave_those_of_transformers_alone():
+    config = AutoConfig.from_pretrained(TRIM)
+    assert type(config) is LlavaConfig and type(AutoConfig.for_model("llava_llama")) is LlavaConfig
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        assert type(auto_class.from_pretrained(TRIM)) is LlavaLlamaForCausalLM
+    assert AutoConfig.for_model("llava").__class__.__module__.startswith("transformers.")
+
+
+# ---------------------------------------------------------------------------------------------------------- processor
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TRIM)
+
+
+def test_processor_and_model_answer_as_the_object_does(loaded, processor):
+    ask = Llava.from_pretrained(TRIM, device="cpu").ask
+    for number in range(3):
+        image, scene = draw_scene(3, 1, number)
+        question = f"What color is the {scene.objects[0].shape}?"
+        content = [{"type": "image", "image": np.asarray(image)}, {"type": "text", "text": question}]
+        dialogue = [{"role": "user", "content": content}]
+        inputs = processor.apply_chat_template(dialogue, add_generation_prompt=True, tokenize=True)
+        (text,) = processor.batch_decode(loaded[0].generate(**inputs, **GREEDY), skip_special_tokens=True)
+        assert text.strip() == ask(image, question).text
+
+
+def test_prompts_of_several_lengths_and_images_are_answered_as_each_alone(loaded, processor):
+    model, images = loaded[0], [draw_scene(3, 1, number)[0] for number in range(3)]
+    prompts = [
+        "USER: <image>\nDescribe the image. ASSISTANT:",
+        "USER: <image>\n<image>\nAre they the same in all of their colors? ASSISTANT:",
+        "USER: Repeat. ASSISTANT:",
+    ]
+    together = processor(images, prompts)
+    assert together["input_ids"].shape[0] == 3 and together["image_sizes"] == [(112, 112)] * 3
+    answers = processor.batch_decode(model.generate(**together, **GREEDY), skip_special_tokens=True)
+    own = [images[:1], images[1:], None]
+    for prompt, given, answer in zip(prompts, own, answers, strict=True):
+        (alone,) = processor.batch_decode(
+            model.generate(**processor(given, prompt), **GREEDY), skip_special_tokens=True
+        )
+        assert alone == answer
+
+
+def test_a_dialogue_is_written_in_the_checkpoints_template(processor):
+    image = {"type": "image"}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "One?"}, image]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Two?"},
+    ]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+    assert prompt.endswith("USER: <image>\nOne? ASSISTANT: Yes.</s>USER: Two? ASSISTANT:")
+    assert processor.apply_chat_template(turns[:2]).endswith("ASSISTANT: Yes.</s>")
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda processor: processor(None, "USER: <image>\nWhat? ASSISTANT:"), "0 images for 1 <image> placeholders"),
+        (lambda processor: processor("missing.png", "<image>"), "image missing.png: no such file"),
+        (lambda processor: processor(None, 3), "text: expected a prompt"),
+        (lambda processor: processor(None, []), "text: expected a prompt"),
+        (lambda processor: processor(None, "What?", return_tensors="np"), "PyTorch tensors"),
+        (
+            lambda processor: processor.apply_chat_template([{"role": "system", "content": "a"}]),
+            "expected the role user",
+        ),
+        (lambda processor: processor.apply_chat_template("What?"), "message 0 of the dialogue"),
+        (
+            lambda processor: processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}]),
+            "message 0",
+        ),
+        (
+            lambda processor: processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}]}], tokenize=True
+            ),
+            'an image of the dialogue has no "image"',
+        ),
+        (lambda processor: AutoProcessor.from_pretrained(TRIM, conv_mode="vicuna"), 'did you mean "vicuna_v1"'),
+    ],
+)
+def test_what_the_processor_cannot_take_is_refused_in_one_line(processor, call, reason):
+    with pytest.raises(InputError) as caught:
+        call(processor)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)

@@ -5,8 +5,8 @@ import os
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Cache,
     DynamicCache,
     LlamaConfig,
@@ -283,5 +283,6 @@ def _settle_contradictions(settings: dict[str, object]) -> dict[str, object]:
     return settings
 
 
-AutoConfig.register("llava_llama", LlavaConfig)
-AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)
+# `AutoConfig` finds the config by `llava.auto_classes`. transformers has another class called LlavaConfig.
+for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto_class.register(LlavaConfig, LlavaLlamaForCausalLM, exist_ok=True)
