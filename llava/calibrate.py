@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from llava.cli import ModelSpec, add_model_options, ending_on_signals, positive, user_path
+from llava.cli import ModelSpec, add_model_options, positive, user_path
 from llava.errors import InputError, run_command
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.run import find_data_root
 from llava.files import parse_record, read_lines, write_json
 from llava.image import load_image
+from llava.signals import ending_on_signals
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -128,7 +128,7 @@ def _first_step(batch: PromptEmbeds, attention_mask: Tensor, position_ids: Tenso
 def longest(prompts: Sequence[Tensor], image_tokens: Sequence[Sequence[ImageTokens]]) -> int:
     """Return the positions that the longest prompt takes once its image tokens are in place."""
     pairs = zip(prompts, image_tokens, strict=True)
-    return max(len(prompt) - len(own) + sum(image.num_tokens for image in own) for prompt, own in pairs)
+    return max(len(prompt) - len(own) + sum(image.num_positions for image in own) for prompt, own in pairs)
 
 
 def is_plain(model: VisionLanguageModel) -> bool:
@@ -171,11 +171,13 @@ class Prefix:
     Attributes:
         num_ids: prompt ids that it replaces.
         num_images: images among them.
+        next_position: `int64[S, 1]` of the token behind it, or one number for all samples.
         states: keys and values of its positions.
     """
 
     num_ids: int = 0
     num_images: int = 0
+    next_position: Tensor | int = 0
     states: States = field(default_factory=list)
 
     @property
@@ -255,7 +257,7 @@ class GreedyDecoder:
         batch = self._embed(rests, images)
         shared = [tuple(state.expand(len(prompts), -1, -1, -1) for state in layer) for layer in prefix.states]
         mask = torch.nn.functional.pad(batch.attention_mask, (prefix.length, 0), value=True)
-        step = _first_step(batch, mask, batch.position_ids + prefix.length)
+        step = _first_step(batch, mask, batch.position_ids + prefix.next_position)
         return step, DynamicCache(shared or None, config=self._model.config)
 
     def _embed(self, prompts: Sequence[Tensor], images: list[ImageTokens]) -> PromptEmbeds:
@@ -283,7 +285,10 @@ class GreedyDecoder:
         states = self._read(inputs_embeds=batch.embeds, position_ids=batch.position_ids)
         order = list(images)
         rows = torch.tensor([order.index(id(own[0])) for own in image_tokens])  # on the host, as in `decode`
-        return Prefix(num_ids, 1, [tuple(state[rows] for state in layer) for layer in states])
+        nexts = torch.tensor([[num_ids - 1 + own[0].num_positions] for own in image_tokens])
+        return Prefix(
+            num_ids, 1, nexts.to(batch.position_ids.device), [tuple(state[rows] for state in layer) for layer in states]
+        )
 
     def _read_opening(self, prompts: Sequence[Tensor]) -> Prefix:
         """Return the ids before the first image, empty if not all prompts begin with the same."""
@@ -298,7 +303,7 @@ class GreedyDecoder:
                 break
         size = len(self._opening)
         if size and all(len(prompt) > size and torch.equal(prompt[:size], self._opening) for prompt in prompts):
-            return Prefix(size, 0, self._opening_states)
+            return Prefix(size, 0, size, self._opening_states)
         return Prefix()
 
     def _read(self, **inputs: Tensor) -> States:

@@ -66,6 +66,10 @@ class ImageTokens(Protocol):
     def num_tokens(self) -> int:
         """What the language model reads for this image."""
 
+    @property
+    def num_positions(self) -> int:
+        """The positions that it takes in the prompt."""
+
 
 class PatchedTower(Protocol):
     """A vision tower, as far as the evaluation looks at it."""

@@ -70,6 +70,7 @@ class Reduction:
         num_tokens: tokens that the language model reads, a mean token included.
         reads_text: whether patches are scored against the query.
         looks: what it looks at in the vision tower besides the patches.
+        reads_projected: whether it looks at all patches behind the projector.
         drops: where tokens leave inside the language model: (layer, tokens that are left from it on), rising layers.
     """
 
@@ -77,6 +78,7 @@ class Reduction:
     num_tokens: int
     reads_text: bool
     looks: tuple[Look, ...] = ()
+    reads_projected: bool = False
     drops: tuple[tuple[int, int], ...] = ()
 
     def tokens_per_layer(self, num_layers: int) -> list[int]:
@@ -250,6 +252,11 @@ def stage_costs(shape: ModelShape, reduction: Reduction, work: Workload, precisi
         kept = tokens * tower.vision.width * precision.tower
         costs["selection"] = Cost(size * selection_flops(tower), head + patches + kept)
     matrices, _ = projector_parameters(shape)
+    if reduction.reads_projected:
+        rows = size * tower.num_patches
+        moved = weights["projector"] + rows * (tower.vision.width + language.width) * precision.language
+        before = costs.get("selection", Cost(0, 0))
+        costs["selection"] = Cost(before.flops + 2 * rows * matrices, before.bytes + moved)
     inout = tokens * (tower.vision.width + language.width) * precision.language
     costs["projector"] = Cost(2 * tokens * matrices, weights["projector"] + inout)
     return costs | _language_costs(language, reduction, work, precision)

@@ -6,7 +6,7 @@ from typing import Any
 from llava.efficiency.cost import Look, Reduction
 from llava.efficiency.shapes import ModelShape
 from llava.model import token_reduction
-from llava.model.token_reduction.base import TEXT, Budget, make_example
+from llava.model.token_reduction.base import PROJECTED, TEXT, Budget, make_example
 
 PUBLISHED_KEPT_RATIO = 0.21
 """Share of patches that TRIM:-1 keeps on average: its abstract says that 79 % of the tokens are dropped."""
@@ -51,7 +51,13 @@ def count_left(reducer: Any, grid: tuple[int, int]) -> Reduction:
         num_tokens += share * int(reduced.lengths[0])
         num_kept += share * int(reduced.lengths[0] if reduced.kept is None else reduced.kept.sum())
     looks = [Look(need.layer, need.num_queries(num_patches)) for need in reducer.needs if need.layer is not None]
-    return Reduction(round(num_kept), round(num_tokens), reads_text=TEXT in reducer.needs, looks=tuple(looks))
+    return Reduction(
+        round(num_kept),
+        round(num_tokens),
+        reads_text=TEXT in reducer.needs,
+        looks=tuple(looks),
+        reads_projected=PROJECTED in reducer.needs,
+    )
 
 
 def fix_kept(reducer: Any, num_patches: int, kept_ratio: float) -> Any:

@@ -42,7 +42,7 @@ class Entry:
     """One method at one budget.
 
     Attributes:
-        method: as it is called in tables; the full model is "none".
+        method: as it is called in tables, with its options; the full model is "none".
         budget: tokens of the setting; None for a spec with a budget of its own, and for the full model.
         spec: canonical spec string.
     """
@@ -117,15 +117,13 @@ def plan_entries(methods: Sequence[str], budgets: Sequence[int], num_patches: in
             raise InputError(f"--budgets {budget}: an image has {num_patches} patches; use 2 to {num_patches}")
     entries = [Entry(FULL, None, FULL)]
     named = [parse_reduction(method) for method in methods]
-    known = {method_of(reduction) for reduction in named}
+    known = {name_of(reduction) for method, reduction in zip(methods, named, strict=True) if ":" not in method}
     others = [name for name in (REFERENCE, POOL) if name not in known]
     for method, reduction in [*zip(methods, named, strict=True), *((name, parse_reduction(name)) for name in others)]:
-        if method_of(reduction) == RANDOM:
-            continue
         if ":" in method:
             entries.append(Entry(reduction.spec(), None, reduction.spec()))
-        else:
-            entries += [Entry(method_of(reduction), budget, spec_at(reduction, budget)) for budget in budgets]
+        elif name_of(reduction) != RANDOM:  # it comes below
+            entries += [Entry(name_of(reduction), budget, spec_at(reduction, budget)) for budget in budgets]
     for budget in budgets:
         seeds = (f"{RANDOM}:{budget}" + f",seed={seed}" * (seed > 0) for seed in range(NUM_SEEDS))
         entries += [Entry(RANDOM, budget, parse_reduction(spec).spec()) for spec in seeds]
@@ -134,9 +132,10 @@ def plan_entries(methods: Sequence[str], budgets: Sequence[int], num_patches: in
     return entries
 
 
-def method_of(reduction: Reduction) -> str:
-    """Name a reduction's methods, without budgets: `TRIM|FastV`."""
-    return "|".join(part.spec_name for part in (reduction.before, reduction.inside) if part is not None)
+def name_of(reduction: Reduction) -> str:
+    """Name a reduction as it is called in tables, without budgets: `TRIM`, `HiPrune,object_layer=3`, `TRIM|FastV`."""
+    parts = [part for part in (reduction.before, reduction.inside) if part is not None]
+    return "|".join(part.spec().replace(f":{part.budget}", "", 1) for part in parts)
 
 
 def spec_at(reduction: Reduction, budget: int) -> str:
@@ -311,8 +310,10 @@ def run_all(
                 spec = parse_reduction(matched_to).spec()
                 first = Entry(spec, None, spec)
                 runner.add(first)
-                own.results[first] = runner.run(task, root, first, judge)
-                entries = plan_entries(methods, [match_budget(own.results[first])], num_patches)
+                result = runner.run(task, root, first, judge)
+                budget = match_budget(result)
+                own.results[replace(first, budget=budget)] = result
+                entries = plan_entries(methods, [budget], num_patches)
             for number, entry in enumerate(entries, start=1):
                 runner.notify(f"{task.name}: {entry.label} ({number} of {len(entries)})")
                 own.results |= run_entry(runner, own, entry, judge)

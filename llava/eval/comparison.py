@@ -241,9 +241,10 @@ def format_against(against: Against | None) -> str | None:
 def average_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Average what is retained over benchmarks, for methods that have all of them."""
     tasks = len({cell.task for cell in cells})
+    settings = name_settings(cells)
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(cell.label, []).append(cell)
+        groups.setdefault(f"{cell.method} {settings[cell.task, cell.budget]}".strip(), []).append(cell)
     return [
         {
             "Method": label,
@@ -257,6 +258,57 @@ def average_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         for label, own in groups.items()
         if len(own) == tasks
     ]
+
+
+def lay_out_budgets(cells: Sequence[Cell]) -> dict[str, list[dict[str, Any]]]:
+    """Lay out all benchmarks side by side, a table per budget: rows by title.
+
+    A row has the score on each benchmark, "+" or "-" behind it where it differs from TRIM's after the correction; what
+    is retained on average; and on how many benchmarks the method is better, and worse, than Random.
+    """
+    settings = name_settings(cells)
+    full = [cell for cell in cells if cell.method == FULL]
+    tables: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.method != FULL:
+            tables.setdefault(settings[cell.task, cell.budget] or "Budgets of their own", []).append(cell)
+    return {title: [_lay_out(own, cells) for own in by_method([*full, *group])] for title, group in tables.items()}
+
+
+def name_settings(cells: Sequence[Cell]) -> dict[tuple[str, int | None], str]:
+    """Name each benchmark's budgets so that the same setting has one name: `@64`, or `matched` where they differ.
+
+    Returns:
+        Names by benchmark and budget; empty for a spec with a budget of its own.
+    """
+    budgets = {own[0].task: [*dict.fromkeys(c.budget for c in own if c.budget is not None)] for own in by_task(cells)}
+    names: dict[tuple[str, int | None], str] = {(task, None): "" for task in budgets}
+    for own in zip(*budgets.values(), strict=True):
+        name = f"@{own[0]}" if len(set(own)) == 1 else "matched"
+        names |= dict.fromkeys(zip(budgets, own, strict=True), name)
+    return names
+
+
+def by_method(cells: Sequence[Cell]) -> list[list[Cell]]:
+    names = dict.fromkeys(cell.method for cell in cells)
+    return [[cell for cell in cells if cell.method == name] for name in names]
+
+
+def _lay_out(own: Sequence[Cell], cells: Sequence[Cell]) -> dict[str, Any]:
+    row: dict[str, Any] = {"Method": own[0].method, "Tokens": mean_of(cell.mean_tokens for cell in own)}
+    scores = {cell.row: f"{cell.headline:.1f}{_sign(cell.against_reference)}" for cell in own}
+    row |= {name: scores.get(name) for name in dict.fromkeys(cell.row for cell in cells)}
+    is_whole = len(own) == len({cell.row for cell in cells})
+    row["% of full"] = fmean(cell.retained for cell in own) if is_whole else None
+    compared = [cell for cell in own if cell.against_random is not None and cell.method != POOL]
+    better, worse = (count_marked(own, "against_random", sign) for sign in (1, -1))
+    row["+/- Random"] = f"{better}/{worse} of {len(compared)}" if compared else None
+    return row
+
+
+def _sign(against: Against | None) -> str:
+    """ "+" or "-" where a difference stays after the correction."""
+    return "" if against is None or not against.mark else ("+" if against.difference.value > 0 else "-")
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
@@ -281,7 +333,7 @@ NOTES = (
 def write_tables(
     folder: Path, tasks: Sequence[TaskRuns], cells: Sequence[Cell], times: dict[str, dict[str, float]]
 ) -> str:
-    """Write `table.md`, `.tex`, `.csv` and `.json`; return the tables for the terminal."""
+    """Write `table.md`, `.tex`, `.csv`, `.json` and `overview.md`; return the tables for the terminal."""
     tables = {f"{own[0].row} ({own[0].count} questions)": tabulate(own, times) for own in by_task(cells)}
     if len(tables) > 1:
         tables["Average over the benchmarks"] = average_rows(cells)
@@ -289,6 +341,8 @@ def write_tables(
     text = "\n\n".join([part for title, rows in tables.items() for part in (title, format_table(rows))])
     text = "\n\n".join([text, *NOTES, *missing])
     write_text(folder / "table.md", f"{text}\n")
+    layout = [part for title, rows in lay_out_budgets(cells).items() for part in (f"### {title}", format_table(rows))]
+    write_text(folder / "overview.md", "\n\n".join(layout) + "\n")
     latex = "\n\n".join(format_latex_table(title, rows) for title, rows in tables.items())
     write_text(folder / "table.tex", f"{latex}\n")
     write_json(folder / "table.json", {"cells": [asdict(cell) for cell in cells], "seconds": times, "missing": missing})
@@ -350,7 +404,7 @@ def write_plots(folder: Path, cells: Sequence[Cell]) -> list[Path]:
     rows = [row for row in average_rows(cells) if row["Tokens"] is not None]
     methods: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        methods.setdefault(row["Method"].split(" @")[0], []).append((row["Tokens"], row["% of full"]))
+        methods.setdefault(row["Method"].split(" ")[0], []).append((row["Tokens"], row["% of full"]))
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     for number, (method, points) in enumerate(methods.items()):

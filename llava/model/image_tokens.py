@@ -4,7 +4,7 @@ Shape letters: `C` crops of one image (1 in LLaVA-1.5), `I` crops of all images,
 width, `M` tokens of the image, `E` LLM width, `P` joint width.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,11 @@ from llava.errors import InputError
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.crops import MERGE_TYPES, layout_tiles, merge_crops
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
+from llava.model.splice import Positions
 from llava.model.token_reduction.base import PROJECTED, TEXT, ReducedTokens, TokenReducer, VisualTokens
+
+NEWLINE = -1
+"""Stands for a newline token where patches are numbered."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class ImageTokens:
         kept: `bool[C, N]` patches copied verbatim (all of them without reduction); None where tokens are synthesised.
         scores: `float32[C, N]` the reducer's probabilities, or None.
         centres: `bool[C, N]` patches that synthesised tokens are made around, or None.
+        original: where the tokens stand among the positions of the whole image; None: one after the other.
     """
 
     features: Tensor
@@ -35,11 +40,22 @@ class ImageTokens:
     kept: Tensor | None = None
     scores: Tensor | None = None
     centres: Tensor | None = None
+    original: Positions | None = None
 
     @property
     def num_tokens(self) -> int:
         """M: what the LLM reads for this image, mean and newline tokens included."""
         return self.features.shape[0]
+
+    @property
+    def positions(self) -> Positions:
+        """Where the tokens stand in the prompt, from the image's first position on."""
+        return self.original or Positions.without_gaps(self.num_tokens)
+
+    @property
+    def num_positions(self) -> int:
+        """What the text behind the image is moved on by: M, or what the whole image would take."""
+        return self.positions.num_positions
 
 
 @dataclass(frozen=True)
@@ -172,6 +188,8 @@ def project_tokens(
     merge: CropMerge,
     grid: tuple[int, int],
     image_sizes: list[tuple[int, int]] | None,
+    *,
+    keep_positions: bool = False,
 ) -> list[ImageTokens]:
     """Project the tokens that are left (and no others) to LLM width and merge each image's crops.
 
@@ -181,9 +199,13 @@ def project_tokens(
         merge: how crops are merged.
         grid: rows and columns of patches of a crop.
         image_sizes: (width, height) of each image, needed for spatial merges only.
+        keep_positions: tokens stand where they would if nothing had left.
 
     Returns:
         One record per image.
+
+    Raises:
+        InputError: positions are to be kept, and the method does not say which patches its tokens stand for.
     """
     # 1. All crops of all images in one run of tokens, without the padding of short rows.
     lengths = [length for image in reduced for length in image.lengths.tolist()]
@@ -202,8 +224,52 @@ def project_tokens(
         size = tuple(image_sizes[index]) if image_sizes is not None else None
         features = merge(crops, image.kept, grid, size)  # [M, E]
         num_patches = image.lengths.shape[0] * grid[0] * grid[1]
-        tokens.append(ImageTokens(features, num_patches, image.kept, image.scores, image.centres))
+        original = find_positions(image, merge, grid, size) if keep_positions else None
+        tokens.append(ImageTokens(features, num_patches, image.kept, image.scores, image.centres, original))
     return tokens
+
+
+def find_positions(
+    image: ReducedTokens, merge: CropMerge, grid: tuple[int, int], image_size: tuple[int, int] | None
+) -> Positions:
+    """Find where an image's tokens would stand if nothing had left.
+
+    A newline token stands behind the token before it. Arguments as for `project_tokens`, for one image.
+
+    Raises:
+        InputError: all tokens are synthesised, and none is said to stand for a patch.
+    """
+    num_crops, num_patches = image.lengths.shape[0], grid[0] * grid[1]
+    places = _find_places(image, num_patches)  # [C, M]
+    # Numbers of patches, over all crops, go through the merge in place of features: once as they are, once whole.
+    merge = replace(merge, newline=torch.tensor([NEWLINE]))
+    first = torch.arange(num_crops)[:, None] * num_patches
+    crops = _rows_as_read(replace(image, features=(places + first)[..., None]), merge)
+    kept = None if image.kept is None else image.kept.cpu()
+    numbers = merge(crops, kept, grid, image_size).flatten()
+    whole = [crop[:, None] for crop in torch.arange(num_crops * num_patches).split(num_patches)]
+    everything = torch.ones(num_crops, num_patches, dtype=torch.bool)
+    layout = merge(whole, everything, grid, image_size).flatten()
+    # A patch that an unpadded layout cuts off stands at the end.
+    position = torch.full((num_crops * num_patches,), len(layout) - 1)
+    position[layout[layout != NEWLINE]] = (layout != NEWLINE).nonzero().flatten()
+    offsets = position[numbers]
+    behind = (numbers == NEWLINE).nonzero().flatten()
+    offsets[behind] = offsets[behind - 1] + 1
+    return Positions(offsets, len(layout))
+
+
+def _find_places(image: ReducedTokens, num_patches: int) -> Tensor:
+    """The patch that each row stands for: `int64[C, M]`, on the CPU."""
+    if image.places is not None:
+        return image.places.cpu()
+    if image.kept is None:
+        raise InputError("position_ids=original: this method does not say which patches its tokens stand for")
+    places = torch.full(image.features.shape[:2], num_patches - 1)
+    for row, kept in zip(places, image.kept.cpu(), strict=True):
+        numbers = kept.nonzero().flatten()
+        row[: len(numbers)] = numbers
+    return places
 
 
 def _rows_as_read(image: ReducedTokens, merge: CropMerge) -> list[Tensor]:
@@ -212,7 +278,8 @@ def _rows_as_read(image: ReducedTokens, merge: CropMerge) -> list[Tensor]:
     # Crops that are merged by place need their patches in raster order.
     if image.order is None or (len(lengths) > 1 and merge.kind != "flat"):
         return [crop[:length] for crop, length in zip(image.features, lengths, strict=True)]
-    return [crop[row[:length]] for crop, row, length in zip(image.features, image.order, lengths, strict=True)]
+    order = image.order.to(image.features.device)
+    return [crop[row[:length]] for crop, row, length in zip(image.features, order, lengths, strict=True)]
 
 
 def keep_everything(images: list[ImageFeatures]) -> list[ReducedTokens]:

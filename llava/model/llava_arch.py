@@ -159,10 +159,18 @@ class LlavaMetaForCausalLM(ABC):
         """Reduce in this way from now on.
 
         Raises:
-            InputError: the language model has no such layer.
+            InputError: the language model has no such layer, or its attention would take gaps in positions for the
+                borders of packed sequences.
         """
         if reduction.inside is not None:
             reduction.inside.layers(self.config.num_hidden_layers)
+        if reduction.before is not None and reduction.before.position_ids == "original":
+            attention = self.config._attn_implementation or ""
+            if "flash" in attention:
+                raise InputError(
+                    f"position_ids=original leaves gaps, which {attention} takes for the borders of packed sequences: "
+                    "use --attn-implementation sdpa"
+                )
         self.token_reducer, self.layer_reducer = reduction.before, reduction.inside
 
     def note_budget(self) -> None:
@@ -239,7 +247,10 @@ class LlavaMetaForCausalLM(ABC):
         """Project what `choose_tokens` left, and no more, to LLM width: one record per image."""
         model, tower = self.get_model(), self.get_vision_tower()
         merge = CropMerge.of_config(self.config, tower.image_size, getattr(model, "image_newline", None))
-        return project_tokens(reduced, model.mm_projector, merge, tower.grid, image_sizes)
+        keep_positions = self.token_reducer is not None and self.token_reducer.position_ids == "original"
+        return project_tokens(
+            reduced, model.mm_projector, merge, tower.grid, image_sizes, keep_positions=keep_positions
+        )
 
     def make_image_tokens(
         self,
@@ -338,6 +349,7 @@ class LlavaMetaForCausalLM(ABC):
             encoded = self.encode_images([images[index] for _, index in pairs], [query for query, _ in pairs], sizes)
             image_tokens = {index: tokens for (_, index), tokens in zip(pairs, encoded, strict=True)}
         features = [[image_tokens[index].features for index in indices] for indices in owners]  # per sample [M, E] each
+        positions = [[image_tokens[index].positions for index in indices] for indices in owners]
         # 3. Embed the text. Projector first, embeddings second, with and without an image: gradients then arrive, and
         #    are exchanged, in the same order on every rank.
         anchor = self._projector_anchor(features)
@@ -352,9 +364,9 @@ class LlavaMetaForCausalLM(ABC):
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
         rows = (field.split(num_real) for field in (real_ids, text_embeds, real_labels))
-        spliced = [splice_sample(*row) for row in zip(*rows, features, strict=True)]
-        embeds, targets, image_of = ([row[:limit] for row in column] for column in zip(*spliced, strict=True))
-        batch = pad_batch(embeds, targets, image_of, side=side)
+        spliced = [splice_sample(*row) for row in zip(*rows, features, positions, strict=True)]
+        columns = ([row[:limit] for row in column] for column in zip(*spliced, strict=True))
+        batch = pad_batch(*columns, side=side)
         return batch if labels is not None else replace(batch, labels=None)
 
     def prepare_inputs_labels_for_multimodal(

@@ -22,7 +22,8 @@ class PromptEmbeds:
     Attributes:
         embeds: `[S, L, E]`, zeros at padding.
         attention_mask: `bool[S, L]`, False at padding.
-        position_ids: `int64[S, L]`, counted from each sample's first token; 0 at padding.
+        position_ids: `int64[S, L]`, counted from each sample's first token; 0 at padding. Where a reduction asks for
+            original positions they have gaps.
         image_of: `int64[S, L]` which of its sample's images each token belongs to, -1 at text and padding; on the CPU.
         labels: `int64[S, L]`, IGNORE_INDEX at image tokens and padding; None where no labels were given.
     """
@@ -32,6 +33,24 @@ class PromptEmbeds:
     position_ids: Tensor
     image_of: Tensor
     labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where an image's tokens stand among the positions that the whole image takes.
+
+    Attributes:
+        offsets: `int64[M]` from the image's first position, on the CPU.
+        num_positions: what the text behind the image is moved on by, 1 or more.
+    """
+
+    offsets: Tensor
+    num_positions: int
+
+    @classmethod
+    def without_gaps(cls, num_tokens: int) -> "Positions":
+        """One token after the other."""
+        return cls(torch.arange(num_tokens), num_tokens)
 
 
 def count_placeholders(input_ids: Tensor) -> list[int]:
@@ -72,8 +91,12 @@ def assign_images(num_placeholders: list[int], num_images: int, *, allow_dummies
 
 
 def splice_sample(
-    input_ids: Tensor, token_embeds: Tensor, labels: Tensor, image_features: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+    input_ids: Tensor,
+    token_embeds: Tensor,
+    labels: Tensor,
+    image_features: list[Tensor],
+    image_positions: list[Positions] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Replace each image placeholder by its image's tokens.
 
     Args:
@@ -82,26 +105,40 @@ def splice_sample(
         token_embeds: `[T, E]` embeddings of the ids; the rows at placeholders are not used.
         labels: `int64[T]`, where the ids are.
         image_features: one `[M, E]` per placeholder, in order; M may differ and may be 0.
+        image_positions: of the tokens of each image; None: one after the other.
 
     Returns:
-        `[L, E]` embeddings, `int64[L]` labels, IGNORE_INDEX at image tokens, and `int64[L]` the image that each token
-        belongs to, -1 at text, on the CPU.
+        `[L, E]` embeddings, `int64[L]` labels, IGNORE_INDEX at image tokens, `int64[L]` the image that each token
+        belongs to, -1 at text, and `int64[L]` positions from 0 on; the last two on the CPU.
     """
-    embeds, targets, image_of, start = [], [], [], 0
+    if image_positions is None:
+        image_positions = [Positions.without_gaps(features.shape[0]) for features in image_features]
+    embeds, targets, image_of, positions, start, position = [], [], [], [], 0, 0
     placeholders = (input_ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-    for number, (place, features) in enumerate(zip(placeholders, image_features, strict=True)):
+    images = zip(placeholders, image_features, image_positions, strict=True)
+    for number, (place, features, own_positions) in enumerate(images):
         features = features.to(token_embeds)
         # The text up to the placeholder, then the image; the placeholder itself is skipped.
         embeds += [token_embeds[start:place], features]
         targets += [labels[start:place], labels.new_full((features.shape[0],), IGNORE_INDEX)]
         image_of += [torch.full((place - start,), TEXT), torch.full((features.shape[0],), number)]
-        start = place + 1
-    image_of.append(torch.full((len(input_ids) - start,), TEXT))
-    return torch.cat([*embeds, token_embeds[start:]]), torch.cat([*targets, labels[start:]]), torch.cat(image_of)
+        first = position + place - start
+        positions += [torch.arange(position, first), first + own_positions.offsets]
+        start, position = place + 1, first + own_positions.num_positions
+    rest = len(input_ids) - start
+    image_of.append(torch.full((rest,), TEXT))
+    positions.append(torch.arange(position, position + rest))
+    embeds, targets = torch.cat([*embeds, token_embeds[start:]]), torch.cat([*targets, labels[start:]])
+    return embeds, targets, torch.cat(image_of), torch.cat(positions)
 
 
 def pad_batch(
-    embeds: list[Tensor], labels: list[Tensor], image_of: list[Tensor], *, side: str = "right"
+    embeds: list[Tensor],
+    labels: list[Tensor],
+    image_of: list[Tensor],
+    positions: list[Tensor],
+    *,
+    side: str = "right",
 ) -> PromptEmbeds:
     """Stack spliced samples of different lengths.
 
@@ -109,6 +146,7 @@ def pad_batch(
         embeds: S times `[L_i, E]`.
         labels: S times `int64[L_i]`, on any device.
         image_of: S times `int64[L_i]`, on the CPU.
+        positions: S times `int64[L_i]`, on the CPU.
         side: where the padding goes, "right" (training) or "left" (generation).
 
     Returns:
@@ -120,13 +158,12 @@ def pad_batch(
     column = torch.arange(longest)[None, :]  # [1, L]
     first = (longest - lengths)[:, None] if side == "left" else torch.zeros_like(lengths)[:, None]  # [S, 1]
     mask = (column >= first) & (column < first + lengths[:, None])  # [S, L]
-    position_ids = (column - first).clamp(min=0) * mask
 
     def stack(rows: list[Tensor], fill: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
 
     batch_labels = stack(labels, IGNORE_INDEX).to(device)
-    owners = stack(image_of, TEXT)
+    owners, position_ids = stack(image_of, TEXT), stack(positions, 0)
     return PromptEmbeds(stack(embeds, 0), mask.to(device), position_ids.to(device), owners, batch_labels)
 
 

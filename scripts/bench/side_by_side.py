@@ -53,7 +53,12 @@ TINY_TOWER = {
 TINY_MODEL = MID_MODEL | {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4} | {
     "num_attention_heads": 4, "mm_hidden_size": 96
 }  # fmt: skip
-SIZES = {"mid": (MID_MODEL, MID_TOWER), "tiny": (TINY_MODEL, TINY_TOWER)}
+# The vision tower and the projector of LLaVA-1.5-7B, and one small decoder layer: for the way to the language model.
+LARGE_TOWER = PUBLISHED_TOWERS["openai/clip-vit-large-patch14-336"]
+LARGE_MODEL = MID_MODEL | {"hidden_size": 4096, "intermediate_size": 256, "num_hidden_layers": 1} | {
+    "num_attention_heads": 32, "vocab_size": 1000, "mm_hidden_size": 1024
+}  # fmt: skip
+SIZES = {"mid": (MID_MODEL, MID_TOWER), "tiny": (TINY_MODEL, TINY_TOWER), "large": (LARGE_MODEL, LARGE_TOWER)}
 
 
 def make_parser(description: str, *, repeats: bool = True) -> argparse.ArgumentParser:

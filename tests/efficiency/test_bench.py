@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "eval_loop": ["--images", "2", "--questions-per-image", "3"],
-    "selection": ["--size", "tiny", "--batch-size", "2"],
+    "selection": ["--size", "tiny", "--batch-size", "1", "2", "--reduce", "every"],
     "end_to_end": ["--size", "tiny"],
     "growth": ["--size", "tiny", "--images", "1", "2", "--questions", "1", "2", "--sides", "8", "12"],
     "memory_flat": ["--questions", "40"],

@@ -130,6 +130,18 @@ def test_a_reduction_that_looks_at_attention_costs_the_vision_tower_more(configs
     assert costs[1].keys() == costs[0].keys()
 
 
+@pytest.mark.parametrize("spec", ["DivPrune:9", "CDPruner:9"])
+def test_a_reduction_that_looks_at_projected_patches_runs_the_projector_on_all_of_them(configs, spec):
+    looking = count_left(parse_reducer(spec), (6, 6))
+    assert looking.reads_projected and looking.reads_text == spec.startswith("CD")
+    costs = cost.stage_costs(configs.shape, looking, Workload(), Precision())
+    without = cost.stage_costs(configs.shape, replace(looking, reads_projected=False), Workload(), Precision())
+    matrices, _ = cost.projector_parameters(configs.shape)
+    extra = costs["selection"].flops - (without["selection"].flops if "selection" in without else 0)
+    assert extra == 2 * 36 * matrices
+    assert costs["projector"] == without["projector"]
+
+
 @pytest.mark.parametrize("case", CASES[:2], indirect=True)
 @pytest.mark.parametrize("num_tokens", [9, 77])
 def test_the_text_tower_is_what_torch_counts(case, num_tokens):

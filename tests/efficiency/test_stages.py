@@ -17,7 +17,7 @@ def make_questions(batch_size: int = 3, new_tokens: int = 5, **settings):
     return make_batch(batch_size, 12, new_tokens, vocab_size=120, image_size=(60, 40), **settings)
 
 
-@pytest.mark.parametrize("spec", ["TRIM:-1", "TRIM:0.3", "Random:0.2", "FasterVLM:9", "none"])
+@pytest.mark.parametrize("spec", ["TRIM:-1", "TRIM:0.3", "Random:0.2", "FasterVLM:9", "CDPruner:9", "none"])
 def test_stage_by_stage_gives_the_ids_of_generate(random_parts, spec):
     model, image_processor = random_parts
     model.set_token_reduction(spec)
@@ -67,6 +67,10 @@ def test_one_query_for_all_rows_or_another_for_each():
         ("TRIM:1.0", 576, 576),
         ("Random:0.5", 288, 288),
         ("FasterVLM:64", 64, 64),
+        ("VisPruner:64", 64, 64),
+        ("SCOPE:64", 64, 64),
+        ("DivPrune:0.098", 56, 56),
+        ("CDPruner:64", 64, 64),
         ("Pool:0.25", 144, 144),
         ("TRIM:-1", 121, 122),
         ("TextSim:-1", 121, 121),

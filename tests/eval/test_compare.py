@@ -13,6 +13,8 @@ import pytest
 
 from llava.errors import InputError
 from llava.eval.compare import NUM_SEEDS, RANDOM, plan_entries
+from llava.eval.comparison import Against, Cell, average_rows, lay_out_budgets
+from llava.eval.metrics.evidence import Interval, PairedDifference
 from tests.eval.test_scripts import ENVIRONMENT, NO_GPU
 
 METHODS = ["TRIM", "FasterVLM", "TRIM:-1", "VisionZip", "FastV,layer=1"]
@@ -31,6 +33,47 @@ def test_the_full_model_trim_pool_and_five_seeds_of_random_are_always_run():
 def test_a_setting_is_composed_as_the_method_says_and_a_spec_with_a_budget_stays():
     specs = [entry.spec for entry in plan_entries(["VisionZip", "TRIM:-1", "TRIM|FastV"], [64], 576)]
     assert "VisionZip:54" in specs and "TRIM:-1" in specs and "TRIM:64|FastV:0.5" in specs
+
+
+def test_a_method_with_other_options_is_another_row():
+    entries = plan_entries(["TRIM", "TRIM,position_ids=original", "Random,mean=true"], [64], 576)
+    names = [entry.method for entry in entries]
+    assert names.count("TRIM") == names.count("TRIM,position_ids=original") == names.count("Random,mean=true") == 1
+    assert names.count(RANDOM) == NUM_SEEDS
+
+
+def make_cell(task: str, method: str, budget: int | None, score: float, difference: float = 0.0) -> Cell:
+    """A cell whose difference from TRIM and Random holds, unless it is 0."""
+    interval = Interval(score - 1, score + 1)
+    against = Against(PairedDifference(difference, interval, 0.0, 0, 0, 100.0), 0.001) if difference else None
+    return Cell(
+        *(task, task.upper(), method, budget, method, 10, float(budget or 36), score, interval, score, interval),
+        *(0, 0, 100.0, against, against),
+    )
+
+
+def test_the_overview_has_a_table_per_budget_with_all_benchmarks_side_by_side():
+    cells = [
+        *(make_cell("a", "none", None, 80), make_cell("b", "none", None, 60)),
+        *(make_cell("a", "TRIM", 9, 70), make_cell("b", "TRIM", 9, 50)),
+        *(make_cell("a", "FastV", 9, 75, 5), make_cell("b", "FastV", 9, 40, -10)),
+        *(make_cell("a", "TRIM:-1", None, 71), make_cell("b", "SCOPE", 9, 41)),
+    ]
+    tables = lay_out_budgets(sorted(cells, key=lambda cell: cell.task))
+    assert list(tables) == ["@9", "Budgets of their own"]
+    rows = {row["Method"]: row for row in tables["@9"]}
+    assert (rows["FastV"]["A"], rows["FastV"]["B"], rows["FastV"]["% of full"]) == ("75.0+", "40.0-", 57.5)
+    assert rows["FastV"]["+/- Random"] == "1/1 of 2"
+    # A method that lacks a benchmark has no average.
+    assert (rows["SCOPE"]["A"], rows["SCOPE"]["% of full"]) == (None, None)
+    assert [row["Method"] for row in tables["Budgets of their own"]] == ["none", "TRIM:-1"]
+
+
+def test_budgets_that_are_matched_benchmark_by_benchmark_are_averaged_together():
+    cells = [make_cell("a", "none", None, 80), make_cell("a", "TRIM", 9, 70)]
+    cells += [make_cell("b", "none", None, 60), make_cell("b", "TRIM", 7, 50)]
+    assert [row["Method"] for row in average_rows(cells)] == ["none", "TRIM matched"]
+    assert [row["% of full"] for row in lay_out_budgets(cells)["matched"]] == [70, 60]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +143,7 @@ def check_tables(out: Path, text: str) -> None:
         assert cell["interval"]["low"] <= cell["headline"] <= cell["interval"]["high"]
         if against is not None and cell["method"] not in ("Pool", "Random"):
             assert against["corrected_p"] >= against["difference"]["p_value"]
-    fast = next(cell for cell in cells if cell["method"] == "FastV")
+    fast = next(cell for cell in cells if cell["method"] == "FastV,layer=1")
     assert fast["mean_tokens"] == pytest.approx((36 + 2 * 12) / 3)
     assert "FasterVLM @12" in text
     page = (out / "report.html").read_text()

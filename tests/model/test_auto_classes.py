@@ -71,6 +71,20 @@ def test_embeddings_of_embed_prompts_are_answered_as_the_prompts_themselves(load
     assert alone.tolist() == found.tolist()
 
 
+def test_embeddings_with_original_positions_need_their_position_ids(loaded, prompts):
+    model, (inputs, texts) = loaded[0], prompts
+    model.set_token_reduction("TRIM:0.25,position_ids=original")
+    try:
+        batch = model.embed_prompts(**inputs, texts=texts, padding_side="left", pad_token_id=0)
+        embeds = {"inputs_embeds": batch.embeds, "attention_mask": batch.attention_mask}
+        found = model.generate(**embeds, position_ids=batch.position_ids, **GREEDY)
+        assert found.tolist() == model.generate(**inputs, texts=texts, **GREEDY).tolist()
+        with pytest.raises(InputError, match="give the position_ids of embed_prompts as well"):
+            model.generate(**embeds, **GREEDY)
+    finally:
+        model.set_token_reduction("TRIM:-1")
+
+
 def test_embeddings_that_generate_cannot_continue_are_refused_in_one_line(loaded, prompts):
     model, (inputs, texts) = loaded[0], prompts
     batch = model.embed_prompts(**inputs, texts=texts, padding_side="right", pad_token_id=0)

@@ -13,7 +13,8 @@ from playground.shapes.world import draw_scene
 
 SHAPES = Path(__file__).parents[2] / "playground/shapes/checkpoints/llava-shapes"
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
-READS_TEXT, READS_NO_TEXT = ["TRIM:-1", "TextSim:0.25", "CDPruner:16"], ["none", "FasterVLM:16", "Pool:0.25"]
+READS_TEXT = ["TRIM:-1", "TextSim:0.25", "CDPruner:16", "TRIM:0.25,position_ids=original"]
+READS_NO_TEXT = ["none", "FasterVLM:16", "Pool:0.25"]
 
 
 @pytest.fixture(scope="module")

@@ -15,31 +15,38 @@ def embed(ids: torch.Tensor) -> torch.Tensor:
 def test_image_tokens_take_the_place_of_their_placeholder():
     ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5, IMAGE_TOKEN_INDEX])
     first, second = torch.full((2, 2), 70.0), torch.full((1, 2), 80.0)
-    embeds, labels, image_of = splice_sample(ids, embed(ids), torch.tensor([1, -100, 5, -100]), [first, second])
+    embeds, labels, image_of, positions = splice_sample(
+        ids, embed(ids), torch.tensor([1, -100, 5, -100]), [first, second]
+    )
     assert image_of.tolist() == [-1, 0, 0, -1, 1]
+    assert positions.tolist() == [0, 1, 2, 3, 4]
     assert embeds[:, 0].tolist() == [1, 70, 70, 5, 80]
     assert labels.tolist() == [1, IGNORE_INDEX, IGNORE_INDEX, 5, IGNORE_INDEX]
 
 
 def test_an_image_may_have_no_tokens():
     ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5])
-    embeds, _, image_of = splice_sample(ids, embed(ids), ids, [torch.zeros(0, 2)])
+    embeds, _, image_of, _ = splice_sample(ids, embed(ids), ids, [torch.zeros(0, 2)])
     assert embeds[:, 0].tolist() == [1, 5]
     assert image_of.tolist() == [-1, -1]
 
 
 def test_text_only_samples_stay_as_they_are():
     ids = torch.tensor([1, 4, 5])
-    embeds, labels, _ = splice_sample(ids, embed(ids), ids, [])
+    embeds, labels, _, _ = splice_sample(ids, embed(ids), ids, [])
     assert torch.equal(embeds, embed(ids))
     assert torch.equal(labels, ids)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_goes_to_the_named_side_and_positions_are_packed(side):
+def test_padding_goes_to_the_named_side_and_positions_stay(side):
     samples = [torch.ones(3, 2), torch.ones(1, 2)]
     batch = pad_batch(
-        samples, [torch.tensor([7, 8, 9]), torch.tensor([7])], [torch.tensor([-1, 0, -1]), torch.tensor([0])], side=side
+        samples,
+        [torch.tensor([7, 8, 9]), torch.tensor([7])],
+        [torch.tensor([-1, 0, -1]), torch.tensor([0])],
+        [torch.tensor([0, 1, 2]), torch.tensor([0])],
+        side=side,
     )
     embeds, mask, labels, positions = batch.embeds, batch.attention_mask, batch.labels, batch.position_ids
     assert mask.sum(dim=1).tolist() == [3, 1]

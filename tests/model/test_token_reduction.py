@@ -595,7 +595,7 @@ def test_no_spec_means_no_reduction(spec):
         ("TRIM:-1|FastV:flops=0.3", "flops= is for one method alone"),
         ("TRIM:nan", "out of range"),
         ("TRIM:inf", "out of range"),
-        ("TRIM:-1,foo=2", "known: similarity, metric, fence, min_keep, max_keep"),
+        ("TRIM:-1,foo=2", "known: position_ids, similarity, metric, fence, min_keep, max_keep"),
         ("TRIM:-1,similarty=direct", 'did you mean "similarity"?'),
         ("TRIM:-1,similarity=both", "use negated or direct"),
         ("TRIM:-1,metric=l2", "use dot or cosine"),

@@ -44,17 +44,19 @@ class Stretch:
 class ReducedCache(DynamicCache):
     """Keys and values of prompts whose image tokens leave between layers. Give it, empty, with the prompts."""
 
-    def __init__(self, config: LlamaConfig, reducer: LayerReducer, image_of: Tensor):
+    def __init__(self, config: LlamaConfig, reducer: LayerReducer, image_of: Tensor, position_ids: Tensor):
         """Start empty.
 
         Args:
             config: of the language model.
             reducer: decides what leaves.
             image_of: `int64[S, L]` of the prompts, as in `splice.PromptEmbeds`.
+            position_ids: `int64[S, L]` likewise.
         """
         super().__init__(config=config)
         self.reducer = reducer
         self.image_of = image_of
+        self.position_ids = position_ids
         self.stretches: list[Stretch] = []
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -136,10 +138,10 @@ def _start(cache: ReducedCache, embeds: Tensor, mask: Tensor | None) -> Tokens:
     num_samples, length = embeds.shape[:2]
     on_host = torch.ones(num_samples, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
     # Beam search has repeated the prompts since the cache was made.
-    image_of = cache.image_of.repeat_interleave(num_samples // cache.image_of.shape[0], dim=0)
+    repeats = num_samples // cache.image_of.shape[0]
+    image_of, positions = (each.repeat_interleave(repeats, dim=0) for each in (cache.image_of, cache.position_ids))
     places = [row.nonzero().flatten() for row in on_host]
     images = [find_images(row[own]) for row, own in zip(image_of, places, strict=True)]
-    positions = (on_host.cumsum(dim=1) - 1).clamp(min=0)
     return Tokens(embeds, on_host.to(embeds.device), positions.to(embeds.device), places, images)
 
 

@@ -173,7 +173,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             **kwargs: transformers' generation arguments, `attention_mask` among them. `past_key_values` may hold the
                 earlier turns of the same prompts; where the reduction reads the question, their images then come as the
                 `image_tokens` that the cache was made with. A method inside the language model reads all turns anew.
-                `inputs_embeds` of `embed_prompts`, with their `attention_mask`, take the place of ids and images.
+                `inputs_embeds` of `embed_prompts`, with their `attention_mask` and `position_ids`, may stand for ids and
+                images.
 
         Returns:
             `int64[S, new tokens]`: the answer alone, without the prompt.
@@ -191,7 +192,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         if input_ids is None:
             raise InputError("nothing to answer: give input ids, or inputs_embeds from embed_prompts")
         # 1. Which ids are padding.
-        kwargs.pop("position_ids", None)
+        kwargs.pop("position_ids", None)  # counted anew behind the splice
         pad_token_id = kwargs.pop("pad_token_id", None)
         if pad_token_id is None:
             pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else 0
@@ -206,7 +207,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             padding_side="left",
             pad_token_id=pad_token_id,
         )
-        self._check_length(batch.embeds.shape[1])
+        self._check_length(int(batch.position_ids.max()) + 1)
         if image_tokens is None:
             self._check_cache(kwargs.get("past_key_values"), batch)
         if self.layer_reducer is not None:
@@ -215,11 +216,18 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         return super().generate(
             inputs_embeds=batch.embeds,
             attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
             pad_token_id=pad_token_id,
             **_settle_contradictions(kwargs),
         )
 
-    def _continue_embeds(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+    def _continue_embeds(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
         """Answer prompts that are embeddings already, such as those of `embed_prompts`."""
         if self.layer_reducer is not None:
             raise InputError(
@@ -230,7 +238,11 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             raise InputError(
                 'inputs_embeds padded on the right: make them with embed_prompts(..., padding_side="left")'
             )
-        self._check_length(inputs_embeds.shape[1])
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        elif self.token_reducer is not None and self.token_reducer.position_ids == "original":
+            raise InputError("position_ids=original leaves gaps: give the position_ids of embed_prompts as well")
+        self._check_length(inputs_embeds.shape[1] if position_ids is None else int(position_ids.max()) + 1)
         kwargs.setdefault("pad_token_id", self.config.pad_token_id if self.config.pad_token_id is not None else 0)
         kwargs = _settle_contradictions(kwargs)
         return super().generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
@@ -239,7 +251,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         """Make the empty cache that these prompts are read with: here the reduction inside the language model hangs."""
         if self.layer_reducer is None:
             return DynamicCache(config=self.config)
-        return ReducedCache(self.config, self.layer_reducer, batch.image_of)
+        return ReducedCache(self.config, self.layer_reducer, batch.image_of, batch.position_ids)
 
     def _check_cache(self, cache: Cache | None, batch: PromptEmbeds) -> None:
         """Refuse a cache with tokens of images that were just reduced anew: for this question others may be kept."""

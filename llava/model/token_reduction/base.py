@@ -21,6 +21,7 @@ from llava.errors import InputError
 from llava.model.token_reduction.mixture import draw_parts, join_rows, take_rows
 
 AUTOMATIC = -1
+POSITION_IDS = ("original", "packed")
 BUDGET_RULE = "-1 (automatic), a fraction in (0, 1], a whole number above 1, or avg= with a mean number of 1 or more"
 
 
@@ -177,6 +178,8 @@ class ReducedTokens:
         centres: `bool[I, N]` patches that synthesised tokens are made around (cluster centres, merge targets), or None.
         order: `int64[I, M]` the row of `features` that the language model reads at each place; None: as they lie.
             Crops that are merged by place (`llava.model.crops`) stay in raster order.
+        places: `int64[I, M]` the patch that each row of `features` stands for where positions are original; None: kept
+            patches for themselves, every other row for the last patch.
         num_blank: `int64[I]` how many of the last rows read are zero behind the projector too, on the CPU; None: none.
     """
 
@@ -186,6 +189,7 @@ class ReducedTokens:
     scores: Tensor | None = None
     centres: Tensor | None = None
     order: Tensor | None = None
+    places: Tensor | None = None
     num_blank: Tensor | None = None
 
 
@@ -262,12 +266,15 @@ class Method(ABC):
 
     Attributes:
         budget: how many patches or tokens to keep.
+        position_ids: "original": a token has the position in the prompt that it would have if nothing had left;
+            "packed": positions are counted without gaps.
         spec_name: the method's name in spec strings.
         has_automatic_budget: whether the method has a rule of its own for how many patches an image keeps.
         takes_average: whether a mean budget mixes two fixed ones; a method that has another way to it refuses it here.
     """
 
     budget: Budget = DEFAULT_BUDGET
+    position_ids: str = field(default="packed", kw_only=True)
 
     spec_name: ClassVar[str]
     has_automatic_budget: ClassVar[bool] = False
@@ -277,7 +284,8 @@ class Method(ABC):
         """Check the options; subclasses with options to check extend this.
 
         Raises:
-            InputError: an automatic budget for a method that has no rule for one, a mean for one that takes none.
+            InputError: an automatic budget for a method that has no rule for one, a mean for one that takes none,
+                unknown positions.
             TypeError: an option that a spec string cannot write (a programming error).
         """
         for option in fields(self):
@@ -288,6 +296,8 @@ class Method(ABC):
             raise InputError(f"{name} has no automatic budget: give a fraction in (0, 1] or a count, as in {name}:0.2")
         if self.budget.is_average and not self.takes_average:
             raise InputError(self.refuse_average())
+        if self.position_ids not in POSITION_IDS:
+            raise InputError(f"position_ids={self.position_ids} is unknown: use {' or '.join(POSITION_IDS)}")
 
     def refuse_average(self) -> str:
         """Say in one line what to write in place of a mean budget that this method does not take."""

@@ -88,6 +88,17 @@ class Pool(TokenReducer):
         """Pool each image."""
         num_images, _, width = tokens.patches.shape
         grid = tokens.patches.transpose(1, 2).reshape(num_images, width, *tokens.grid)  # [I, D, rows, cols]
-        pooled = F.adaptive_avg_pool2d(grid.to(torch.float32), self.output_grid(tokens.grid)).to(tokens.patches.dtype)
+        cells = self.output_grid(tokens.grid)
+        pooled = F.adaptive_avg_pool2d(grid.to(torch.float32), cells).to(tokens.patches.dtype)
         features = pooled.flatten(2).transpose(1, 2).contiguous()  # [I, M, D]
-        return ReducedTokens(features=features, lengths=torch.full((num_images,), features.shape[1]))
+        lengths = torch.full((num_images,), features.shape[1])
+        return ReducedTokens(features, lengths, places=self._find_middles(tokens.grid, cells).expand(num_images, -1))
+
+    @staticmethod
+    def _find_middles(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+        """The patch in the middle of each cell, `int64[M]`."""
+        row, col = (
+            (torch.arange(num_cells) + 0.5) * num_patches // num_cells
+            for num_patches, num_cells in zip(grid, cells, strict=True)
+        )
+        return (row[:, None] * grid[1] + col[None, :]).long().flatten()

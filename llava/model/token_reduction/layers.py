@@ -10,7 +10,7 @@ Shape letters: `L` tokens of one sample at this layer, padding left out; `M` tok
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -22,7 +22,6 @@ from llava.model.token_reduction.base import Method
 
 PUBLISHED_LAYERS = 32
 """Layers of Vicuna-7B, for which the papers name the layers at which tokens leave."""
-POSITION_IDS = ("original", "packed")
 
 
 class LayerView(Protocol):
@@ -84,23 +83,9 @@ class Left:
 
 @dataclass(frozen=True)
 class LayerReducer(Method):
-    """Base of the methods inside the language model.
+    """Base of the methods inside the language model."""
 
-    Attributes:
-        position_ids: "original": tokens that stay keep their positions; "packed": positions are counted anew.
-    """
-
-    position_ids: str = "original"
-
-    def __post_init__(self) -> None:
-        """Check the options; subclasses with options to check extend this.
-
-        Raises:
-            InputError: as `Method`, and for unknown positions.
-        """
-        super().__post_init__()
-        if self.position_ids not in POSITION_IDS:
-            raise InputError(f"position_ids={self.position_ids} is unknown: use {' or '.join(POSITION_IDS)}")
+    position_ids: str = field(default="original", kw_only=True)
 
     @abstractmethod
     def layers(self, num_layers: int) -> tuple[int, ...]:

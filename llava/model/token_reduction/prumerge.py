@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava.model.token_reduction.base import (
@@ -128,17 +129,19 @@ class PruMerge(TokenReducer):
         orders = attention.argsort(dim=1, descending=True, stable=True)
         flat_keys = keys.transpose(1, 2).flatten(2)[:, 1:]  # [I, N, C]
         centres = torch.zeros(num_images, num_patches, dtype=torch.bool, device=patches.device)
-        rows = []
+        rows, places = [], []
         for image, count in enumerate(counts):
             kept = self.choose(orders[image], count)
             centres[image].index_fill_(0, kept, True)
             rows.append(merge_neighbours(patches[image], flat_keys[image], attention[image], kept))
-        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            places.append(F.pad(kept, (0, 1), value=num_patches - 1))
+        features, places = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (rows, places))
         lengths = torch.tensor([len(row) for row in rows])
         # With everything kept nothing is dropped, and the last token is zero: it stays away.
         if counts and min(counts) == num_patches:
             features, lengths = features[:, :num_patches], lengths.clamp(max=num_patches)
-        return ReducedTokens(features, lengths, scores=attention, centres=centres)
+            places = places[:, :num_patches]
+        return ReducedTokens(features, lengths, scores=attention, centres=centres, places=places)
 
 
 @dataclass(frozen=True)

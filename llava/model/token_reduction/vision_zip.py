@@ -116,8 +116,10 @@ class VisionZip(ClsAttentionReducer):
         num_rest = num_patches - num_kept
         contextual = min(self.contextual, num_rest)
         features, centres = [dominant, cls.to(patches.dtype)], None
+        place = (~kept).to(torch.uint8).argsort(dim=1, stable=True)  # kept patches, then the rest
+        places = [place[:, :num_kept], torch.zeros_like(place[:, :1])]
         if contextual:
-            place = (~kept).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_rest]  # [I, R]
+            place = place[:, num_kept:]  # [I, R]
             keys = tokens.require(Need("keys", self.layer)).float().mean(dim=1)[:, 1:]  # [I, N, d]
             targets = choose_targets(num_rest, contextual, place.device)
             rest, rest_keys = (
@@ -125,10 +127,13 @@ class VisionZip(ClsAttentionReducer):
             )
             features.append(merge_into_targets(rest, rest_keys, targets))
             centres = mark(place[:, targets], num_patches)
-        # 3. CLS is read first.
+            places.append(place[:, targets])
+        # 3. CLS is read first, and stands where the first patch does.
         features = torch.cat(features, dim=1)
         row = torch.arange(features.shape[1], device=patches.device)
         order = torch.cat([row[num_kept : num_kept + 1], row[:num_kept], row[num_kept + 1 :]])
         lengths = torch.full((num_images,), features.shape[1])
         order = order.expand(num_images, -1)
-        return ReducedTokens(features, lengths, kept, scores, centres=centres, order=order)
+        return ReducedTokens(
+            features, lengths, kept, scores, centres=centres, order=order, places=torch.cat(places, dim=1)
+        )
