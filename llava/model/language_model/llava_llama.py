@@ -173,7 +173,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             **kwargs: transformers' generation arguments, `attention_mask` among them. `past_key_values` may hold the
                 earlier turns of the same prompts; where the reduction reads the question, their images then come as the
                 `image_tokens` that the cache was made with. A method inside the language model reads all turns anew.
-                `inputs_embeds` of `embed_prompts`, with their `attention_mask` and `position_ids`, may stand for ids and
+                `inputs_embeds` of `embed_prompts`, with their `attention_mask` and `position_ids`, stand for ids and
                 images.
 
         Returns:
