@@ -25,6 +25,7 @@ from transformers import TextStreamer
 
 from llava.chat import ChatSession, describe_tokens, read_question
 from llava.cli import ModelSpec, guess_template
+from llava.drawing import Panel, TextLine, View, draw_figure, shrink, write_image
 from llava.errors import InputError
 from llava.eval.benchmark import Question
 from llava.eval.predict import Predictor, Settings, choose_unit_size, plan_units
@@ -34,7 +35,6 @@ from llava.picture import Picture, to_pictures
 from llava.prompt import DEFAULT_CONV_MODE, end_of_turn, find_template, place_images
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.sampling import Sampling
-from llava.visualize import TextLine, View, draw_figure, make_view, write_image
 
 if TYPE_CHECKING:
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -96,9 +96,18 @@ class Answer:
         return draw_figure(views, self.question, [TextLine("answer", self.text), TextLine(name, text)])
 
     def _make_view(self, image: Image.Image, tokens: ImageTokens) -> View:
+        shown, box = shrink(image, self._aspect_ratio)
         if tokens.kept is None:  # blended patches: no single one is kept or dropped
-            return View(image, "image")
-        return make_view(image, tokens, self._grid, self._aspect_ratio)
+            return View(shown, box)
+        # Of several crops the first, the whole view, is drawn.
+        kept, scores, centres = (
+            None if values is None else values[0].reshape(self._grid).numpy()
+            for values in (tokens.kept, tokens.scores, tokens.centres)
+        )
+        panels = [Panel(f"{kept.sum()} of {kept.size} patches kept", kept, centres)]
+        if scores is not None:
+            panels.append(Panel("score per patch", kept, centres, scores=scores))
+        return View(shown, box, panels)
 
     def save(self, path: str | Path) -> None:
         """Write the figure.

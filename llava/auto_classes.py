@@ -1,7 +1,7 @@
 """Let transformers' Auto classes know checkpoints of LLaVA after `import llava`, without importing anything for it.
 
-All of them begin with `AutoConfig`, which asks the class of a model type for its config. Ours is a gate: it imports the
-model and the processor when a checkpoint of the type is really asked for, and they register themselves.
+All of them begin with `AutoConfig`, which asks the class of a model type for its config. Ours are gates: they import
+the models and the processor when a checkpoint of their type is really asked for, and these register themselves.
 """
 
 import sys
@@ -12,29 +12,31 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-MODEL_TYPE = "llava_llama"
+MODEL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen2")
 WATCHED = "transformers.models.auto.configuration_auto"
 
 
 class ConfigGate:
-    """Stands for `LlavaConfig` in transformers' table of configs."""
+    """Stands for the config class of its model type in transformers' table of configs."""
+
+    model_type: str
 
     def __new__(cls, *arguments: object, **settings: object) -> object:
-        """Return a `LlavaConfig`."""
+        """Return a config."""
         return cls._open()(*arguments, **settings)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, object], **settings: object) -> object:
-        """Return the `LlavaConfig` of a config.json, as `AutoConfig` wants it."""
+        """Return the config of a config.json, as `AutoConfig` wants it."""
         return cls._open().from_dict(config_dict, **settings)
 
-    @staticmethod
-    def _open() -> type:
-        return import_module("llava.processor").LlavaConfig
+    @classmethod
+    def _open(cls) -> type:
+        return import_module("llava.processor").CONFIGS[cls.model_type]
 
 
 def introduce() -> None:
-    """Register the gate: now if transformers' table is there, else when it is imported."""
+    """Register the gates: now if transformers' table is there, else when it is imported."""
     if WATCHED in sys.modules:
         _register(sys.modules[WATCHED])
     else:
@@ -42,7 +44,9 @@ def introduce() -> None:
 
 
 def _register(module: ModuleType) -> None:
-    module.AutoConfig.register(MODEL_TYPE, ConfigGate, exist_ok=True)
+    for model_type in MODEL_TYPES:
+        gate = type("ConfigGate", (ConfigGate,), {"model_type": model_type, "__module__": __name__})
+        module.AutoConfig.register(model_type, gate, exist_ok=True)
 
 
 class _Watcher(MetaPathFinder):
@@ -61,7 +65,7 @@ class _Watcher(MetaPathFinder):
 
 
 class _RegisteringLoader(Loader):
-    """Loads a module as its own loader does, and registers the gate in it."""
+    """Loads a module as its own loader does, and registers the gates in it."""
 
     def __init__(self, loader: Loader):
         self._loader = loader

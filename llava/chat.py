@@ -87,7 +87,7 @@ class ChatSession:
         """Start without images.
 
         Args:
-            model: a `LlavaLlamaForCausalLM`.
+            model: a `LlavaCausalLM`.
             tokenizer: its tokenizer.
             image_processor: its vision tower's image processor.
             conv_mode: name of the conversation template; see `llava.conversation.conversation_name_for`.

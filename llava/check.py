@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from llava.errors import InputError, run_command
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from llava.model.adapter import Part
-    from llava.model.language_model.llava_llama import LlavaConfig
     from llava.model.multimodal_encoder.tower import VisionTower
     from llava.protocols import ImageProcessor
 
@@ -74,7 +75,7 @@ class CheckpointCheck:
                 yield Finding(subject, " ".join(str(error).split()), is_fault=True)
 
     @cached_property
-    def _config(self) -> "LlavaConfig":
+    def _config(self) -> "PreTrainedConfig":
         from llava.model.builder import read_config
 
         return read_config(self.path)
@@ -88,15 +89,9 @@ class CheckpointCheck:
     @cached_property
     def _tower(self) -> "VisionTower":
         """The tower's settings; its weights are not loaded."""
-        from llava.model.multimodal_encoder.builder import build_vision_tower
+        from llava.model.multimodal_encoder.builder import build_tower_of
 
-        config = self._ground("_config")
-        return build_vision_tower(
-            config.mm_vision_tower,
-            folder=self.path,
-            select_layer=config.mm_vision_select_layer,
-            select_feature=config.mm_vision_select_feature,
-        )
+        return build_tower_of(self._ground("_config"))
 
     @cached_property
     def _processor(self) -> "ImageProcessor":
@@ -143,24 +138,23 @@ class CheckpointCheck:
         """Compare names and shapes with what the config asks for, from the headers alone."""
         from llava.model.adapter import check_adapter, check_rest, find_adapter_weights, read_weights
         from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
-        from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+        from llava.model.language_model.families import classes_of
         from llava.model.multimodal_encoder.loading import build_empty, check_headers, quiet_loading, resolve_name
 
         config, part = self._ground("_config"), self._ground("_part")
         self._ground("_tower")
+        kind = classes_of(config).model
         if part is None:
             with quiet_loading(f"checkpoint {self.path}"):
-                stored = check_headers(LlavaLlamaForCausalLM, self.path, config, what="checkpoint")
+                stored = check_headers(kind, self.path, config, what="checkpoint")
             return f"{len(stored)}, as the config asks"
         values, file = read_settings(str(self.base), CONFIG_FILE, "model base")
         check_config(values, file, "model base")
         config.mm_vision_tower = resolve_name(config.mm_vision_tower, self.path)
         rest = read_weights(part.weights_file)
         with quiet_loading(f"model base {self.base}"):
-            stored = check_headers(
-                LlavaLlamaForCausalLM, str(self.base), config, what="model base", optional=tuple(rest)
-            )
-            model = build_empty(LlavaLlamaForCausalLM, config)
+            stored = check_headers(kind, str(self.base), config, what="model base", optional=tuple(rest))
+            model = build_empty(kind, config)
         check_rest(model, rest, part.weights_file, bool(values.get("mm_vision_tower")))
         if not part.is_lora:
             return f"{len(stored)} of the base model, {len(rest)} on it"

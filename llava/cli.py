@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.conversation import conversation_name_for, get_model_name_from_path
 from llava.errors import InputError
+from llava.files import parse_natural
 from llava.protocols import ImageProcessor, Tokenizer, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def natural(text: str) -> int:
 
 
 def _parse_number(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
+    number = parse_natural(text)
+    if number is None or number < least:
         raise argparse.ArgumentTypeError(f"a whole number from {least} on is needed, not {text!r}")
-    return int(text)
+    return number
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -56,6 +58,7 @@ def add_model_options(
     model_help: str = "checkpoint folder or hub id",
     base: bool = True,
     required: bool = True,
+    several: bool = False,
 ) -> None:
     """Add the options that select a model and how it runs; `ModelSpec.from_options` reads them.
 
@@ -64,6 +67,7 @@ def add_model_options(
         model_help: help text of `--model-path`.
         base: whether a checkpoint may be the part of a model that needs `--model-base`.
         required: whether `--model-path` has to be given.
+        several: whether `--reduce` takes several specs: `reduce` is then a list, or None.
     """
     add = parser.add_argument
     add("--model-path", required=required, metavar="CKPT", help=model_help)
@@ -72,6 +76,7 @@ def add_model_options(
     add(
         "--reduce",
         metavar="SPEC",
+        nargs="+" if several else None,
         help='token reduction, e.g. "TRIM:-1", "TRIM:0.25", "TRIM:flops=0.4" or "none" (default: config.json)',
     )
     add("--calibrated", type=user_path, metavar="FILE", help="the fence of --reduce TRIM:avg=64, by llava.calibrate")
@@ -197,12 +202,17 @@ class ModelSpec:
                 raise InputError(f"{option} {name}: expected {', '.join(DTYPES)}")
 
     @classmethod
-    def from_options(cls, args: object) -> "ModelSpec":
-        """Make the spec of `add_model_options`; in any object but `model_path` every attribute may be missing."""
+    def from_options(cls, args: object, **changes: Any) -> "ModelSpec":
+        """Make the spec of `add_model_options`; in any object but `model_path` every attribute may be missing.
+
+        Args:
+            args: the object.
+            changes: attributes of the spec in place of the object's.
+        """
         names = [name for name in cls.__dataclass_fields__ if name not in ("path", "base")]
         given = {name: getattr(args, name) for name in names if hasattr(args, name)}
         path = str(user_path(args.model_path))
-        return cls(path=path, base=getattr(args, "model_base", None), **given)
+        return cls(**{"path": path, "base": getattr(args, "model_base", None), **given, **changes})
 
     @property
     def name(self) -> str:

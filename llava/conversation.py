@@ -8,6 +8,7 @@ no tokenizer.
 import base64
 import dataclasses
 import html
+import json
 import re
 from collections.abc import Callable
 from enum import Enum, auto
@@ -176,6 +177,68 @@ _RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], str]] = {
 }
 
 
+# ------------------------------------------------------------------------------------------------- as a Jinja template
+_JINJA_CONTENT = """\
+{%- macro show(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for part in content if part.type == "image" -%}{{ IMAGE }}{%- endfor -%}
+{%- for part in content if part.type == "text" -%}{{ part.text }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- set system = SYSTEM -%}
+{%- if messages[0].role == "system" -%}
+{%- set system = show(messages[0].content) -%}{%- set messages = messages[1:] -%}
+{%- endif -%}
+"""
+_JINJA_TURNS = """\
+{{- system + SEP -}}
+{%- for message in messages -%}
+{%- if message.role == "user" -%}{{ USER + show(message.content) + SEP }}{%- endif -%}
+{%- if message.role == "assistant" -%}{{ ASSISTANT + show(message.content) + END }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ OPEN }}{%- endif -%}
+"""
+_JINJA_LLAMA_2 = """\
+{%- if system -%}{%- set system = "<<SYS>>\\n" + system + "\\n<</SYS>>\\n\\n" -%}{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == "user" -%}
+{{ ("[INST] " + system if loop.first else SEP + "[INST] ") + show(message.content) + " [/INST]" }}
+{%- endif -%}
+{%- if message.role == "assistant" -%}{{ " " + show(message.content) + " " + END }}{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def to_jinja(conv: Conversation) -> str | None:
+    """Write a template as Jinja, in which transformers' processors render a list of messages.
+
+    A message is a text, or a list of parts, of which the images come first, each followed by a line break. A system
+    message at the start takes the place of the template's.
+
+    Returns:
+        The Jinja source, without the start token, which the tokenizer adds; None for a template without roles.
+    """
+    if conv.sep_style is SeparatorStyle.PLAIN or conv.offset or "mmtag" in conv.version:
+        return None
+    user, assistant = conv.roles
+    colon = "" if conv.sep_style is SeparatorStyle.MPT else ": "
+    values = {
+        "IMAGE": f"{DEFAULT_IMAGE_TOKEN}\n",
+        "SYSTEM": conv.system,
+        "SEP": conv.sep,
+        "END": conv.sep if conv.sep2 is None else conv.sep2,
+        "USER": f"{user}{colon}",
+        "ASSISTANT": f"{assistant}{colon}",
+        "OPEN": f"{assistant}{colon.strip()}",
+    }
+    body = _JINJA_LLAMA_2 if conv.sep_style is SeparatorStyle.LLAMA_2 else _JINJA_TURNS
+    return re.sub(
+        r"\b[A-Z]{3,}\b",
+        lambda word: json.dumps(values[word[0]]) if word[0] in values else word[0],
+        _JINJA_CONTENT + body,
+    )
+
+
 def _fit_for_display(image: Image.Image, process_mode: str) -> Image.Image:
     """Resize an image for a web page; "Pad" and "Resize" show the model's input."""
     if process_mode == "Pad":
@@ -273,9 +336,9 @@ def _two(system: str, version: str = "v1") -> Conversation:
     return Conversation(system, roles, [], sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>", version=version)
 
 
-def _chatml(system: str) -> Conversation:
+def _chatml(system: str, sep: str = "<|im_end|>") -> Conversation:
     roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-    return Conversation(system, roles, [], sep_style=SeparatorStyle.MPT, sep="<|im_end|>", version="mpt")
+    return Conversation(system, roles, [], sep_style=SeparatorStyle.MPT, sep=sep, version="mpt")
 
 
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:
@@ -308,6 +371,9 @@ conv_templates: dict[str, Conversation] = {
     "v1_mmtag": _two(_TAGGED_SYSTEM, version="v1_mmtag"),
     "llava_llama_2": _llama_2(_LLAVA_LLAMA_2_SYSTEM),
     "mpt": _chatml(_MPT_SYSTEM),
+    # ChatML as Qwen has it, with a line break after each turn.
+    "qwen_1_5": _chatml("<|im_start|>system\nYou are a helpful assistant.", sep="<|im_end|>\n"),
+    "qwen_2": _chatml("<|im_start|>system\nYou are a helpful assistant.", sep="<|im_end|>\n"),
 }
 default_conversation = _VICUNA_V1
 
@@ -315,6 +381,9 @@ default_conversation = _VICUNA_V1
 _NAME_HINTS = (
     (("llama", "2"), "llava_llama_2"),
     (("mistral",), "mistral_instruct"),
+    (("qwen",), "qwen_1_5"),
+    (("qwen1.5",), "qwen_1_5"),
+    (("qwen2",), "qwen_2"),
     (("v1.6", "34b"), "chatml_direct"),
     (("v1",), "llava_v1"),
     (("mpt",), "mpt"),

@@ -86,6 +86,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise FileError(f"{where} is not readable JSON: {error}") from None
 
 
+def parse_natural(text: str) -> int | None:
+    """Read a whole number from 0 on; None for other text, and for more digits (4,300) than Python reads."""
+    try:
+        return int(text) if text.isdecimal() else None
+    except ValueError:
+        return None
+
+
 def _explain_syntax(error: json.JSONDecodeError) -> str:
     """Name the commonest mistake, a comma before a closing bracket, instead of what the parser missed after it."""
     before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
@@ -170,6 +178,33 @@ def atomic_write(path: Path) -> Iterator[Path]:
         finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to write into, which becomes `path` when the block ends without an error.
+
+    Args:
+        path: not there yet, or an empty folder.
+
+    Raises:
+        FileError: something is there, or the place cannot be written.
+    """
+    with explain_errors("write", path):
+        if path.is_dir() and any(path.iterdir()):
+            raise FileError(f"{path} holds files already: name another folder, or delete that one first")
+        if path.exists() and not path.is_dir():
+            raise FileError(f"{path} is not a folder: name another place")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.mkdir()
+            yield partial
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> Path:

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import KeywordsStoppingCriteria
+from llava.model.language_model.causal import sliding_window
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.splice import PromptEmbeds
 from llava.protocols import ImageTokens, Tokenizer, VisionLanguageModel
@@ -132,8 +133,12 @@ def longest(prompts: Sequence[Tensor], image_tokens: Sequence[Sequence[ImageToke
 
 
 def is_plain(model: VisionLanguageModel) -> bool:
-    """Whether a model's greedy search is the bare one, without penalties, forced tokens and the like."""
-    return isinstance(model, LlavaMetaForCausalLM) and set(model.generation_config.to_diff_dict()) <= PLAIN_KEYS
+    """Whether a model's greedy search is the bare one, without penalties, forced tokens and the like.
+
+    A sliding window forgets what a common prefix would have to keep.
+    """
+    is_bare = isinstance(model, LlavaMetaForCausalLM) and set(model.generation_config.to_diff_dict()) <= PLAIN_KEYS
+    return is_bare and sliding_window(model.config) is None
 
 
 def share_images(image_tokens: Sequence[Sequence[ImageTokens]]) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava.errors import InputError
-from llava.files import read_bytes
+from llava.files import parse_natural, read_bytes
 
 Size = tuple[int, int]
 
@@ -173,7 +173,7 @@ class _Download:
                 if len(self.content) > DOWNLOAD_BYTES:
                     return f"larger than {DOWNLOAD_BYTES // 2**20} MiB"
             expected = response.headers.get("Content-Length", "")
-        if expected.isdecimal() and len(self.content) < int(expected):
+        if len(self.content) < (parse_natural(expected) or 0):
             return f"download ended after {len(self.content)} of {expected} bytes"
         return None if self.content else "the response is empty"
 

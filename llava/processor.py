@@ -1,6 +1,6 @@
 """What transformers calls a processor: prompts and images of any kind to what `generate` takes.
 
-`AutoProcessor` makes it. Importing this module registers it, and the model.
+`AutoProcessor` makes it. Importing this module registers it, and the models.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature
+from transformers import AutoProcessor, BatchFeature, PreTrainedConfig
 
 from llava.cli import guess_template
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -17,12 +17,15 @@ from llava.errors import InputError
 from llava.generation import pad_left
 from llava.mm_utils import process_images, tokenize_prompts
 from llava.model.builder import read_config
-from llava.model.language_model.llava_llama import LlavaConfig
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.language_model.families import FAMILIES
+from llava.model.multimodal_encoder.builder import build_tower_of
 from llava.model.tokenizer import load_tokenizer
 from llava.picture import to_pictures
 from llava.prompt import find_template, place_images
 from llava.protocols import ImageProcessor, Tokenizer
+
+CONFIGS = {family.config.model_type: family.config for family in FAMILIES.values()}
+"""The config classes that transformers' table holds gates for, by model type."""
 
 
 class LlavaProcessor:
@@ -34,7 +37,7 @@ class LlavaProcessor:
         conv_mode: name of the conversation template that `apply_chat_template` writes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor, config: LlavaConfig, conv_mode: str):
+    def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor, config: PreTrainedConfig, conv_mode: str):
         """Take the parts; `from_pretrained` reads them.
 
         Raises:
@@ -62,7 +65,7 @@ class LlavaProcessor:
         """
         path = str(checkpoint)
         config = read_config(path)
-        tower = build_vision_tower(config.mm_vision_tower, folder=path)
+        tower = build_tower_of(config)
         template = conv_mode or guess_template(path, config)[0]
         return cls(load_tokenizer(path), tower.read_image_processor(), config, template)
 
@@ -183,4 +186,5 @@ def _read_content(content: object, number: int) -> tuple[str, list[object]]:
     return "\n".join(texts), images
 
 
-AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
+for config_class in CONFIGS.values():
+    AutoProcessor.register(config_class, LlavaProcessor, exist_ok=True)

@@ -24,6 +24,7 @@ MAX_TEXT = 2**20
 # (what opens a user turn, what closes it) in the known conversation templates, most specific first.
 USER_TURNS = (
     ("<|im_start|>user", "<|im_end|>"),
+    ("<|start_header_id|>user<|end_header_id|>", "<|eot_id|>"),
     ("[INST]", "[/INST]"),
     ("USER:", "ASSISTANT:"),
     ("### Human:", "### Assistant:"),
@@ -100,7 +101,11 @@ def recover_query(input_ids: "Tensor", tokenizer: Tokenizer) -> str:
         The last user turn; "" for an empty one.
     """
     ids = [token for token in input_ids.tolist() if token != IMAGE_TOKEN_INDEX]
-    return find_question(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    # The roles of ChatML may be special tokens.
+    are_roles_special = any(USER_TURNS[0][0].startswith(token) for token in tokenizer.all_special_tokens)
+    return find_question(
+        tokenizer.decode(ids, skip_special_tokens=not are_roles_special, clean_up_tokenization_spaces=False)
+    )
 
 
 def find_template(conv_mode: str) -> Conversation:

@@ -29,6 +29,7 @@ LAYERS = [
     ("llava.model.token_reduction", 1),
     ("llava.model.config_rules", 3),
     ("llava.model.stored_weights", 2),
+    ("llava.model.hf_layout", 3),
     ("llava.mm_utils", 3),
     ("llava.model.splice", 3),
     ("llava.model.crops", 3),
@@ -53,10 +54,15 @@ LAYERS = [
     # What uses a model.
     ("llava.generation", 8),
     ("llava.chat", 9),
+    ("llava.hf", 8),
     ("llava.fence", 9),
     ("llava.calibrate", 9),
     ("llava.check", 9),
-    ("llava.visualize", 9),
+    ("llava.drawing", 3),
+    ("llava.looks", 8),
+    ("llava.what_if", 9),
+    ("llava.convert", 9),
+    ("llava.visualize", 10),
     ("llava.assistant", 10),
     ("llava.processor", 9),
     ("llava.serve", 10),
@@ -155,6 +161,12 @@ def test_train_eval_and_serve_never_import_each_other(path):
     own = next((face for face in FACES if is_in(name, face)), None)
     others = {imported for imported in imports_of(path) for face in FACES if face != own and is_in(imported, face)}
     assert own is None or not others
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_its_user_imports_the_reduction_in_transformers(path):
+    name = module_name(path)
+    assert is_in(name, "llava.hf") or not any(is_in(imported, "llava.hf") for imported in imports_of(path))
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if module_name(path).startswith(PURE)], ids=module_name)

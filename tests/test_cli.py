@@ -283,6 +283,72 @@ def test_visualize_refuses_a_checkpoint_that_keeps_everything(command, tmp_path)
     assert command(visualize_main, *arguments, "--reduce", "Random:0.25")[0] == 0
 
 
+VISUALIZE = ("--model-path", TRIM, "--image-file", TALL, "--query", BUS, "--conv-mode", "vicuna_v1")
+
+
+def test_visualize_prints_the_answers_of_the_full_model_and_of_each_method(command, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = (
+        "--reduce",
+        "TRIM:9",
+        "FastV:0.5,layer=1",
+        "--answer",
+        "--max-new-tokens",
+        "3",
+        "--out",
+        tmp_path / "a.png",
+    )
+    code, out, err = command(visualize_main, *VISUALIZE, *options)
+    rows = [line.split() for line in out.splitlines()]
+    assert (code, err) == (0, "") and [row[0] for row in rows] == ["full", "TRIM:9", "FastV:0.5,layer=1"]
+    assert out.splitlines()[0].endswith("36 tokens") and out.splitlines()[2].endswith("36, then 18 tokens")
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+
+
+def test_visualize_prints_a_row_for_each_block_that_is_given_back(command, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = (
+        "--reduce",
+        "Random:9",
+        "--what-if",
+        "--block",
+        "3",
+        "--max-new-tokens",
+        "2",
+        "--out",
+        tmp_path / "a.png",
+    )
+    code, out, err = command(visualize_main, *VISUALIZE, *options)
+    lines = out.splitlines()
+    assert (code, err) == (0, "") and lines[0].split() == ["given", "back", "patches", "answer"]
+    assert [line.split("  ")[0] for line in lines[3:-1]] == [
+        f"rows {row}, columns {col}" for row in ("0-2", "3-5") for col in ("0-2", "3-5")
+    ]
+    assert sum(int(line.split("  ")[1]) for line in lines[3:-1]) == 27
+    assert "of 4 blocks" in lines[-1] and Image.open(tmp_path / "a.png").format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--what-if", "--reduce", "TRIM:9", "Pool:9"], "--what-if tries one method, and --reduce names 2"),
+        (["--what-if", "--answer"], "leave out --answer"),
+        (["--what-if", "--block", "7"], "--block 7: an image has 6 x 6 patches; use 1 to 6"),
+        (["--block", "2"], "--block has no effect without --what-if"),
+        (["--max-new-tokens", "2"], "--max-new-tokens has no effect without --answer or --what-if"),
+        (["--reduce", "TRIM:9", "TRIMM:9"], 'did you mean "TRIM"'),
+        (["--reduce", "none", "--what-if"], "this checkpoint keeps every patch"),
+        (["--answer", "--conv-mode", "vicuna_v2"], 'did you mean "vicuna_v1"'),
+        (["--reduce", "TRIM:9", "TRIM:9"], "--reduce names TRIM:9 twice"),
+        (["--reduce", "TRIM:9", "HiPrune:9,object_layer=40"], "HiPrune:9,object_layer=40: "),
+    ],
+)
+def test_visualize_refuses_options_that_do_not_go_together_in_one_line(command, tmp_path, options, says):
+    code, _, err = command(visualize_main, *VISUALIZE, *options, "--out", tmp_path / "a.png")
+    assert code == 2 and says in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_the_template_is_the_options_the_stored_one_or_that_of_the_name_and_is_named(capsys):
     args = SimpleNamespace(model_path="/a/llava-v1.5-7b")
     assert choose_template(args) == "llava_v1"

@@ -9,9 +9,10 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
-from llava.conversation import SeparatorStyle, conv_templates, conversation_name_for, default_conversation
+from llava.conversation import SeparatorStyle, conv_templates, conversation_name_for, default_conversation, to_jinja
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = json.loads((GOLDEN / "conv_prompts.json").read_text(encoding="utf-8"))
@@ -29,8 +30,34 @@ def start(name, texts):
     return conversation
 
 
-def test_the_template_table_has_exactly_llavas_names():
-    assert set(conv_templates) == set(RECORDED)
+def test_the_template_table_has_exactly_llavas_names_and_those_of_qwen():
+    assert set(conv_templates) == set(RECORDED) | {"qwen_1_5", "qwen_2"}
+
+
+def test_qwens_chatml_ends_each_turn_with_a_line():
+    prompt = start("qwen_1_5", ["<image>\nHello?", "Hi.", "More?", None]).get_prompt()
+    assert prompt == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nHello?<|im_end|>\n"
+        "<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(conv_templates))
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_jinja_template_renders_what_the_template_does(name, turns):
+    source = to_jinja(conv_templates[name])
+    if source is None:
+        assert conv_templates[name].offset or "mmtag" in name or "plain" in name
+        return
+    texts = ['What\'s <b> & "that"?', "Hi.", "More?"][:turns]
+    conversation = start(name, [f"<image>\n{texts[0]}", *texts[1:], None])
+    parts = [{"type": "text", "text": texts[0]}, {"type": "image"}]
+    messages = [
+        {"role": ("user", "assistant")[number % 2], "content": text if number else parts}
+        for number, text in enumerate(texts)
+    ]
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    assert template.render(messages=messages, add_generation_prompt=True) == conversation.get_prompt()
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -14,6 +14,7 @@ from llava.files import (
     atomic_write,
     make_folder,
     parse_json,
+    parse_natural,
     read_bytes,
     read_json,
     read_jsonl,
@@ -24,6 +25,14 @@ from llava.files import (
     write_jsonl,
     write_text,
 )
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("42", 42), ("-1", None), ("1.5", None), ("", None), (" 1", None), ("²", None), ("9" * 5000, None)],
+)
+def test_a_whole_number_is_read_and_nothing_else(text, number):
+    assert parse_natural(text) == number
 
 
 def test_what_is_written_is_read_back(tmp_path):

@@ -65,7 +65,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     done = run_script(tmp_path, "speed")
     assert (done.returncode, done.stderr) == (
         2,
-        'error: part "speed" is unknown: use parity, stages, loop, training, tests\n',
+        'error: part "speed" is unknown: use parity, stages, methods, loop, training, tests\n',
     )
     done = report(tmp_path)
     assert done.returncode == 2

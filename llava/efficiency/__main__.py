@@ -16,7 +16,7 @@ from llava.cli import ModelSpec, add_model_options, positive
 from llava.efficiency.cost import Precision, Workload
 from llava.efficiency.shapes import ModelSource, read_source
 from llava.errors import InputError, run_command
-from llava.files import write_json
+from llava.files import parse_natural, write_json
 
 if TYPE_CHECKING:
     from llava.budgets import FoundBudget
@@ -37,7 +37,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_options(
         parser, "folder (a config.json is enough to count), or a name such as llava-v1.5-7b, llava-v1.5-13b", base=False
     )
-    add("--against", metavar="SPEC", help='a second token reduction, measured in turns with the first, such as "none"')
+    add(
+        "--against",
+        metavar="SPEC",
+        nargs="+",
+        default=[],
+        help='further token reductions, measured in turns with the first, such as "none"',
+    )
     add("--kept", type=float, metavar="SHARE", help="share of patches that an automatic budget keeps; default: what it "
         "keeps of --image-file for --query where there are weights, else 0.21, the mean of the paper")  # fmt: skip
     add("--image-file", metavar="FILE", help="image to measure with; default: a drawn one")
@@ -119,10 +125,10 @@ def read_size(text: str) -> tuple[int, int]:
     Raises:
         InputError: for something else.
     """
-    words = text.lower().split("x")
-    if len(words) > 2 or not all(word.isdigit() and int(word) > 0 for word in words):
+    sides = [parse_natural(word) for word in text.lower().split("x")]
+    if len(sides) > 2 or not all(sides):
         raise InputError(f"--image-size {text}: expected WIDTHxHEIGHT in pixels, such as 640x480")
-    return int(words[0]), int(words[-1])
+    return sides[0], sides[-1]
 
 
 def choose_dtype(args: argparse.Namespace, source: ModelSource, measures: bool) -> str:
@@ -137,7 +143,7 @@ def choose_dtype(args: argparse.Namespace, source: ModelSource, measures: bool) 
 def choose_specs(
     args: argparse.Namespace, source: ModelSource, work: Workload
 ) -> "tuple[list[str], list[FoundBudget]]":
-    """Return the spec strings of the runs, one or two that differ, and what was found for targets among them.
+    """Return the spec strings of the runs, all different, and what was found for targets among them.
 
     A target in milliseconds stays as it is: its budget has to be measured.
 
@@ -147,8 +153,7 @@ def choose_specs(
     from llava.budgets import assume_mean, find_budget, find_by_flops
     from llava.model.token_reduction import parse_reduction, read_target
 
-    given = [args.reduce if args.reduce is not None else source.config.get(CONFIG_KEY)]
-    given += [] if args.against is None else [args.against]
+    given = [args.reduce if args.reduce is not None else source.config.get(CONFIG_KEY), *args.against]
     specs, found = [], []
     for spec in given:
         target = read_target(spec)
@@ -165,8 +170,9 @@ def choose_specs(
         else:
             found.append(assume_mean(target))
         specs.append(found[-1].spec)
-    if len(specs) == 2 and specs[0] == specs[1]:
-        raise InputError(f"--reduce and --against are both {specs[0]}: there is nothing to compare")
+    twice = next((spec for number, spec in enumerate(specs) if spec in specs[:number]), None)
+    if twice is not None:
+        raise InputError(f"--reduce and --against name {twice} twice: there is nothing to compare")
     return specs, found
 
 

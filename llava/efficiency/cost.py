@@ -205,7 +205,8 @@ def count_parameters(shape: ModelShape) -> dict[str, int]:
     text = encoder_parameters(tower.text) + text_width * (
         tower.text_vocabulary + tower.text_context + 2 + tower.joint_width
     )
-    decoder = language.layers * (decoder_weights(language) + 2 * language.width) + language.width
+    biases = (language.query_width + 2 * language.cache_width) if language.has_biases else 0
+    decoder = language.layers * (decoder_weights(language) + 2 * language.width + biases) + language.width
     embeddings = (1 if language.is_tied else 2) * language.vocabulary * language.width
     return {
         "vision tower": vision,

@@ -73,17 +73,20 @@ def build_random_model(
         seed: of the weights.
 
     Returns:
-        (`LlavaLlamaForCausalLM` in evaluation mode, image processor). It has no tokenizer: pass `texts`.
+        (a `LlavaCausalLM` in evaluation mode, image processor). It has no tokenizer: pass `texts`.
     """
     from transformers.initialization import no_init_weights
 
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from llava.model.config_rules import family_of
+    from llava.model.language_model.families import FAMILIES
 
     values = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with no_init_weights(), torch.device(device):
-        llava_config = LlavaConfig.from_dict(values | {"mm_vision_tower": TOWER_NAME})
-        model = LlavaLlamaForCausalLM._from_config(llava_config, dtype=dtype, **settings)
+        family = FAMILIES[family_of(config.get("model_type"))]
+        llava_config = family.config.from_dict(values | {"mm_vision_tower": TOWER_NAME})
+        model = family.model._from_config(llava_config, dtype=dtype, **settings)
+        model.tie_weights()  # where the config ties them
         vision, text_tower = _build_clip(tower_config, tower_dtype)
     tower = model.get_vision_tower()
     tower.provide({TEXT, *needs})

@@ -59,7 +59,7 @@ def describe(setting: Setting, runs: Sequence[Run]) -> dict[str, Any]:
         "workload": asdict(setting.work),
         "parameters": cost.count_parameters(setting.shape),
         "runs": [describe_run(setting, run) for run in runs],
-        "ratios": compare(setting, runs[0], runs[1]) if len(runs) > 1 else None,
+        "ratios": [compare(setting, runs[0], run) for run in runs[1:]],
     }
 
 
@@ -127,8 +127,8 @@ def format_table(report: dict[str, Any]) -> str:
         ]
     lines += _stage_lines(runs)
     lines += [f"kept patches of {run['reduce']}: {run['kept_source']}" for run in runs if run["kept_source"]]
-    if report["ratios"]:
-        lines += [f"{runs[1]['reduce']} / {runs[0]['reduce']}: {_format_ratios(report['ratios'])}"]
+    for run, ratios in zip(runs[1:], report["ratios"], strict=True):
+        lines.append(f"{run['reduce']} / {runs[0]['reduce']}: {_format_ratios(ratios)}")
     return "\n".join(lines)
 
 

@@ -68,6 +68,9 @@ OPEN_CLIP_TOWERS = {
 }
 
 
+BIASED_TYPES = ("qwen2", "llava_qwen2", "llava_qwen")
+
+
 @dataclass(frozen=True)
 class TransformerShape:
     """A stack of CLIP's encoder layers: `layers` of width `width`, MLPs of width `inner`."""
@@ -114,7 +117,7 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """A Llama.
+    """A Llama, Mistral or Qwen2.
 
     Attributes:
         layers: decoder layers.
@@ -124,6 +127,7 @@ class LanguageShape:
         cache_width: width of the keys, and of the values, of one position in one layer.
         vocabulary: V.
         is_tied: whether the output layer is the embedding matrix.
+        has_biases: whether queries, keys and values have biases, as in Qwen2.
     """
 
     layers: int
@@ -133,6 +137,7 @@ class LanguageShape:
     cache_width: int
     vocabulary: int
     is_tied: bool
+    has_biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,11 +189,33 @@ def read_source(model_path: str) -> ModelSource:
                 f"no folder {model_path}: give one with a config.json, or one of {', '.join(PUBLISHED_MODELS)}"
             )
         config = PUBLISHED_MODELS[published]
+    vision = None
+    if isinstance(config.get("text_config"), dict) and isinstance(config.get("vision_config"), dict):
+        config, vision = _from_hf_layout(config)
     if not config.get("mm_vision_tower"):
         raise InputError(f"{model_path}: its config.json names no mm_vision_tower: a language model without eyes")
     tower_config = read_tower_config(str(config["mm_vision_tower"]), folder)
+    if vision is not None:
+        tower_config = {**tower_config, "vision_config": vision}
     shape = read_shape(config, tower_config, f"config of {model_path}")
     return ModelSource(model_path, config, tower_config, shape, has_weights)
+
+
+def _from_hf_layout(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put the sizes of a llava-hf folder, transformers' own LLaVA, in LLaVA's keys; the vision half's come apart.
+
+    What its files leave out is what transformers assumes: the sizes of the 7B model and its tower.
+    """
+    usual = PUBLISHED_TOWERS[_LLAVA_1_5["mm_vision_tower"]]["vision_config"]
+    vision = {**usual, **config["vision_config"]}
+    own = {key: value for key, value in config.items() if key.startswith("mm_")}
+    aspect = "anyres" if config.get("model_type") == "llava_next" else "pad"
+    sizes = {
+        "mm_hidden_size": vision["hidden_size"],
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "image_aspect_ratio": aspect,
+    }
+    return {**PUBLISHED_MODELS["llava-v1.5-7b"], **config["text_config"], **sizes, **own}, vision
 
 
 def read_tower_config(name: str, folder: Path) -> dict[str, Any]:
@@ -230,7 +257,9 @@ def read_shape(config: Mapping[str, Any], tower_config: Mapping[str, Any], origi
         raise InputError(f"{origin}: image_aspect_ratio anyres (several crops per picture) is not counted")
     try:
         return ModelShape(
-            _tower_shape(config, tower_config), projector_depth(config.get("mm_projector_type")), _llama_shape(config)
+            _tower_shape(config, tower_config),
+            projector_depth(config.get("mm_projector_type")),
+            _language_shape(config),
         )
     except KeyError as error:
         raise InputError(f"{origin} lacks {error.args[0]}") from None
@@ -253,7 +282,7 @@ def projector_depth(kind: str | None) -> int:
     return int(depth)
 
 
-def _llama_shape(config: Mapping[str, Any]) -> LanguageShape:
+def _language_shape(config: Mapping[str, Any]) -> LanguageShape:
     width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     head_width = int(config.get("head_dim") or width // heads)
     return LanguageShape(
@@ -264,6 +293,7 @@ def _llama_shape(config: Mapping[str, Any]) -> LanguageShape:
         cache_width=int(config.get("num_key_value_heads") or heads) * head_width,
         vocabulary=int(config["vocab_size"]),
         is_tied=bool(config.get("tie_word_embeddings", False)),
+        has_biases=config.get("model_type") in BIASED_TYPES,
     )
 
 

@@ -106,7 +106,7 @@ class Runner:
         """Take the parts.
 
         Args:
-            model: `LlavaLlamaForCausalLM`.
+            model: `LlavaCausalLM`.
             image_processor: of its tower.
             compile_decode: decode with a static cache and `torch.compile`.
         """

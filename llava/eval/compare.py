@@ -123,7 +123,7 @@ def plan_entries(methods: Sequence[str], budgets: Sequence[int], num_patches: in
         if ":" in method:
             entries.append(Entry(reduction.spec(), None, reduction.spec()))
         elif name_of(reduction) != RANDOM:  # it comes below
-            entries += [Entry(name_of(reduction), budget, spec_at(reduction, budget)) for budget in budgets]
+            entries += [Entry(name_of(reduction), budget, reduction.at_budget(budget).spec()) for budget in budgets]
     for budget in budgets:
         seeds = (f"{RANDOM}:{budget}" + f",seed={seed}" * (seed > 0) for seed in range(NUM_SEEDS))
         entries += [Entry(RANDOM, budget, parse_reduction(spec).spec()) for spec in seeds]
@@ -136,13 +136,6 @@ def name_of(reduction: Reduction) -> str:
     """Name a reduction as it is called in tables, without budgets: `TRIM`, `HiPrune,object_layer=3`, `TRIM|FastV`."""
     parts = [part for part in (reduction.before, reduction.inside) if part is not None]
     return "|".join(part.spec().replace(f":{part.budget}", "", 1) for part in parts)
-
-
-def spec_at(reduction: Reduction, budget: int) -> str:
-    """Write a method at its setting of so many tokens; of a composition the method before the model gets the budget."""
-    if reduction.before is not None:
-        return replace(reduction, before=reduction.before.at_budget(budget)).spec()
-    return replace(reduction, inside=reduction.inside.at_budget(budget)).spec()
 
 
 def match_budget(result: Result) -> int:

@@ -124,7 +124,7 @@ def answer_questions(
     """Ask every question that has no answer yet. On the CPU the process keeps freed memory from then on.
 
     Args:
-        model: a `LlavaLlamaForCausalLM`, or another with the methods of the protocol.
+        model: a `LlavaCausalLM`, or another with the methods of the protocol.
         tokenizer: of the language model.
         image_processor: of the vision tower.
         questions: all of them, answered or not: all workers plan from the same list.

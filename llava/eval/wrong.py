@@ -25,11 +25,14 @@ from llava.eval.protocol import require_one_protocol
 from llava.eval.report import clean
 from llava.eval.results import Result, base_key, format_line
 from llava.files import FileError, explain_errors, make_folder, read_json, read_text, write_text
+from llava.prompt import DEFAULT_CONV_MODE
 
 if TYPE_CHECKING:
-    from llava.visualize import TextLine, View
+    from llava.drawing import TextLine, View
 
 RIGHT_COLOR, WRONG_COLOR = "#1a7f37", "#c0262d"
+Asked = tuple[tuple[ImageSource, ...], str, str]
+"""A question's images, query and prompt."""
 GENERATOR = '<meta name="generator" content="llava.eval wrong">'
 """Marks a page as ours: the PNGs that it shows may be removed when the folder is drawn into again."""
 PAGE = """<!doctype html>
@@ -221,11 +224,13 @@ class DrawnRun:
         spec: the model.
         file: the `.run.json` that names it; None: an option does.
         note: how its token reduction differs from the run's; empty where it does not.
+        conv_mode: the run's conversation template, which matters to methods inside the language model.
     """
 
     spec: ModelSpec
     file: Path | None = None
     note: str = ""
+    conv_mode: str = DEFAULT_CONV_MODE
 
 
 def drawing_folder(text: str) -> Path:
@@ -278,7 +283,7 @@ def read_run(answers_file: Path) -> DrawnRun | None:
         dtype=run.get("dtype"),
         tower_dtype=run.get("tower_dtype"),
     )
-    return DrawnRun(spec, file)
+    return DrawnRun(spec, file, conv_mode=run.get("conv_mode") or DEFAULT_CONV_MODE)
 
 
 def choose_run(
@@ -291,6 +296,7 @@ def choose_run(
     """
     run = read_run(answers_file)
     file, spec = (run.file, run.spec) if run else (None, None)
+    conv_mode = run.conv_mode if run else DEFAULT_CONV_MODE
     if model_path is not None:
         # The run's base belongs to the run's checkpoint.
         file, spec = None, replace(spec or ModelSpec(model_path), path=model_path, base=None)
@@ -298,7 +304,7 @@ def choose_run(
         raise InputError(f"no {answers_file}.run.json says which model answered: name one by --model-path")
     spec = replace(spec, base=model_base or spec.base)
     note = compare_reduction(reduce, run.spec if run else None) if reduce else ""
-    return DrawnRun(replace(spec, reduce=reduce or spec.reduce), file, note)
+    return DrawnRun(replace(spec, reduce=reduce or spec.reduce), file, note, conv_mode)
 
 
 def compare_reduction(drawn: str, run: ModelSpec | None) -> str:
@@ -349,38 +355,47 @@ def load_run(run: DrawnRun, can_choose: bool) -> LoadedModel:
         ) from error
 
 
-def look(run: DrawnRun, can_choose: bool, name: str, cases: Sequence[Listed]) -> dict[tuple[ImageSource, str], "View"]:
+def asked(question: Question) -> Asked:
+    """What a model's choice depends on."""
+    return question.images, question.query, question.prompt
+
+
+def look(run: DrawnRun, can_choose: bool, name: str, cases: Sequence[Listed]) -> dict[Asked, list["View"]]:
     """Compute what a run keeps of the images of some questions.
 
     Args:
         run: its model; loaded here, unless it reduces nothing.
         can_choose: see `load_run`.
         name: what the run is called in the figures.
-        cases: whose images are looked at, each for its question's query.
+        cases: whose images are looked at.
 
     Returns:
-        What is drawn, by image and query; nothing for a run that keeps everything or blends patches, and for images
-        that cannot be read.
+        What is drawn of each image; nothing for a run that keeps everything, and for questions with an image that
+        cannot be read.
     """
     if run.spec.reduce == "none":
         return {}
     # Only drawing needs the model and the drawing library.
     from llava.image import load_image
-    from llava.visualize import make_view, reduce_image
+    from llava.looks import look_at_images, make_ids, make_view
+    from llava.mm_utils import process_images
 
     _, model, image_processor = load_run(run, can_choose)
-    if model.token_reducer is None:
+    if model.token_reducer is None and model.layer_reducer is None:
         return {}
     grid, aspect_ratio = model.get_vision_tower().grid, getattr(model.config, "image_aspect_ratio", None)
     views = {}
-    for image, query in {(image, listed.question.query): None for listed in cases for image in listed.question.images}:
+    for images, query, prompt in dict.fromkeys(asked(listed.question) for listed in cases if listed.question.images):
         try:
-            pixels = load_image(image)
-            tokens = reduce_image(model, image_processor, pixels, query)
+            pixels = [load_image(image) for image in images]
+            features = model.encode_patches(list(process_images(pixels, image_processor, model.config)))
+            ids = make_ids(model, prompt, len(images), run.conv_mode)
+            looks = look_at_images(model, features, [image.size for image in pixels], query, ids)
         except (ValueError, OSError):  # the question has no answer, or the figure says why
             continue
-        if tokens.kept is not None:
-            views[image, query] = make_view(pixels, tokens, grid, aspect_ratio, name)
+        views[images, query, prompt] = [
+            make_view(image, own, grid, aspect_ratio, name) for image, own in zip(pixels, looks, strict=True)
+        ]
     return views
 
 
@@ -398,7 +413,7 @@ def draw_listing(listing: Listing, runs: Sequence[DrawnRun | None], title: str, 
     Returns:
         The page, `index.html`.
     """
-    from llava.visualize import draw_figure, write_image
+    from llava.drawing import draw_figure, write_image
 
     page = make_folder(folder) / "index.html"
     earlier, files = list_drawn(page), []
@@ -459,19 +474,19 @@ def _show_listed(listed: Listed, names: Sequence[str], file: str) -> str:
 
 
 def _lay_out(
-    listed: Listed, names: Sequence[str], looks: Sequence[Mapping[tuple[ImageSource, str], "View"]]
+    listed: Listed, names: Sequence[str], looks: Sequence[Mapping[Asked, Sequence["View"]]]
 ) -> tuple[list["View"], list["TextLine"]]:
     """Return the panels and the lines of text of a question's figure."""
+    from llava.drawing import TextLine, View
     from llava.image import load_image
-    from llava.visualize import TextLine, View
 
     colors = {None: "black", True: RIGHT_COLOR, False: WRONG_COLOR}
     lines = [TextLine(name, text, colors[right]) for name, text, right in describe_answers(listed, names)]
     views: list[View] = []
-    for image in listed.question.images:
-        seen = [look[image, listed.question.query] for look in looks if (image, listed.question.query) in look]
+    for number, image in enumerate(listed.question.images):
+        seen = [look[key][number] for look in looks if (key := asked(listed.question)) in look]
         try:
-            views += seen or [View(load_image(image), "image")]
+            views += seen or [View(load_image(image))]
         except InputError as error:
             lines.append(TextLine("image", str(error), WRONG_COLOR))
     return views, lines

@@ -9,12 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from llava.errors import InputError
 from llava.files import parse_record, read_text
 from llava.model.checkpoint_folder import PROJECTOR_FILE
-from llava.model.config_rules import ADAPTER_RULES, CONFIG_FILE, check_config, check_values, read_settings, require
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.config_rules import (
+    ADAPTER_RULES,
+    CONFIG_FILE,
+    check_config,
+    check_values,
+    family_of,
+    read_settings,
+    require,
+)
+from llava.model.language_model.causal import LlavaCausalLM
+from llava.model.language_model.families import classes_of
 from llava.model.multimodal_encoder.loading import build_empty, load_quietly, resolve_name
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import (
@@ -74,7 +84,7 @@ def find_part(path: str) -> Part | None:
     return None if projector is None else Part(path, projector)
 
 
-def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, merge: bool) -> LlavaLlamaForCausalLM:
+def load_on_base(part: Part, base: str, config: PreTrainedConfig, settings: dict, merge: bool) -> LlavaCausalLM:
     """Load a base model and put a part's weights into it.
 
     Args:
@@ -92,19 +102,24 @@ def load_on_base(part: Part, base: str, config: LlavaConfig, settings: dict, mer
     """
     values, file = read_settings(base, CONFIG_FILE, "model base")
     check_config(values, file, "model base")
+    if family_of(values.get("model_type")) != family_of(config.model_type):
+        raise InputError(
+            f'model base {base} has model_type "{values.get("model_type")}", and {part.path} was trained on another '
+            f"language model (model_type {config.model_type})"
+        )
+    kind = classes_of(config).model
     weights = read_weights(part.weights_file)
     tower = getattr(config, "mm_vision_tower", None)
     if tower:
         config.mm_vision_tower = resolve_name(tower, part.path)  # relative names start at the part, not at its base
-    empty, base_has_projector = build_empty(LlavaLlamaForCausalLM, config), bool(values.get("mm_vision_tower"))
+    config._name_or_path = base  # whose weights may hold the tower
+    empty, base_has_projector = build_empty(kind, config), bool(values.get("mm_vision_tower"))
     check_rest(empty, weights, part.weights_file, base_has_projector)
     num_tokens, num_known = config.vocab_size, values.get("vocab_size", config.vocab_size)
     adds_tokens = EMBEDDING_KEY in weights and num_tokens > num_known
     if adds_tokens:
         config.vocab_size = num_known
-    model, _ = load_quietly(
-        LlavaLlamaForCausalLM, base, what="model base", optional=tuple(weights), config=config, **settings
-    )
+    model, _ = load_quietly(kind, base, what="model base", optional=tuple(weights), config=config, **settings)
     if adds_tokens:
         model.add_token_rows(num_tokens)
     model.config.mm_vision_tower, model.config._name_or_path = tower, part.path
@@ -129,9 +144,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
     return weights
 
 
-def check_rest(
-    model: LlavaLlamaForCausalLM, weights: Mapping[str, Tensor], file: str, base_has_projector: bool
-) -> None:
+def check_rest(model: LlavaCausalLM, weights: Mapping[str, Tensor], file: str, base_has_projector: bool) -> None:
     """Refuse weights that do not fit the model, or leave it without a projector.
 
     Args:
@@ -154,7 +167,7 @@ def check_rest(
         refuse_missing({name for name in own if PROJECTOR_PREFIX in name} - set(weights), file)
 
 
-def _attach(model: LlavaLlamaForCausalLM, part: Part, base: str, merge: bool) -> LlavaLlamaForCausalLM:
+def _attach(model: LlavaCausalLM, part: Part, base: str, merge: bool) -> LlavaCausalLM:
     from peft import PeftModel, get_peft_model_state_dict  # takes seconds, and few checkpoints need it
 
     file = find_adapter_weights(part)
@@ -183,7 +196,7 @@ def find_adapter_weights(part: Part) -> str:
     return file
 
 
-def check_adapter(model: LlavaLlamaForCausalLM, file: str, base: str) -> Shapes:
+def check_adapter(model: LlavaCausalLM, file: str, base: str) -> Shapes:
     """Refuse an adapter of another base: each pair must fit a linear layer of the model, `[r, in]` and `[out, r]`.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 
 from llava.errors import InputError
@@ -17,10 +17,14 @@ from llava.model.config_rules import (
     CONFIG_FILE,
     check_config,
     check_pinpoints,
+    family_of,
+    is_hf_layout,
     read_settings,
     refuse,
 )
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.hf_layout import to_llava_config
+from llava.model.language_model.causal import LlavaCausalLM
+from llava.model.language_model.families import FAMILIES, classes_of
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.stored_weights import NO_WEIGHTS, first_line, holds_weights, list_weight_files
@@ -50,7 +54,7 @@ def load_pretrained_model(
     tower_dtype: torch.dtype | str | None = None,
     customized_config: str | None = None,
     multimodal: bool = True,
-) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, object, int]:
+) -> tuple[PreTrainedTokenizerBase, LlavaCausalLM, object, int]:
     """Load tokenizer, model and image processor; name, argument order and results are LLaVA's.
 
     Args:
@@ -93,7 +97,8 @@ def load_pretrained_model(
     check_vocabulary(tokenizer, config.vocab_size, model_path)
     # 2. Language model and projector.
     if part is None:
-        model, _ = load_quietly(LlavaLlamaForCausalLM, model_path, what="checkpoint", config=config, **settings)
+        kind = classes_of(config).model
+        model, _ = load_quietly(kind, model_path, what="checkpoint", config=config, **settings)
     else:
         model = load_on_base(part, model_base, config, settings, merge=not (load_8bit or load_4bit))
     if "device_map" not in settings:
@@ -165,7 +170,7 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def read_config(model_path: str, customized_config: str | None = None, reduce: str | None = None) -> LlavaConfig:
+def read_config(model_path: str, customized_config: str | None = None, reduce: str | None = None) -> PreTrainedConfig:
     """Read and check the config of a checkpoint, full or part.
 
     Args:
@@ -185,6 +190,8 @@ def read_config(model_path: str, customized_config: str | None = None, reduce: s
         values, file = parse_record(read_text(Path(customized_config)), customized_config), customized_config
     else:
         values, file = read_settings(customized_config or model_path, CONFIG_FILE, "checkpoint")
+    if is_hf_layout(values):
+        values = to_llava_config(values, file, model_path)
     check_config(values, file)
     config = make_config(values, file)
     if not getattr(config, "mm_vision_tower", None):
@@ -196,25 +203,26 @@ def read_config(model_path: str, customized_config: str | None = None, reduce: s
     return config
 
 
-def make_config(values: dict, file: str) -> LlavaConfig:
+def make_config(values: dict, file: str) -> PreTrainedConfig:
     """Turn a checked config.json into a config.
 
     Raises:
         InputError: transformers refuses it.
     """
+    kind = FAMILIES[family_of(values.get("model_type"))].config
     # Released checkpoints have "llava", a model type that transformers took for its own class.
-    values = values | {"model_type": LlavaConfig.model_type}
+    values = values | {"model_type": kind.model_type}
     values["dtype"] = values.pop("torch_dtype", values.get("dtype"))  # the name transformers 5 uses
-    methods = sorted(key for key in values if callable(getattr(LlavaConfig, key, None)))
+    methods = sorted(key for key in values if callable(getattr(kind, key, None)))
     if methods:
         raise InputError(f"{file}: {methods[0]} cannot be a setting (transformers has a function of that name)")
     try:
-        return LlavaConfig.from_dict(values)
+        return kind.from_dict(values)
     except Exception as error:  # transformers' own checks, of many kinds
         raise InputError(f"{file} can't be used: {' '.join(str(error).split())[:200] or first_line(error)}") from error
 
 
-def check_tower_fits(config: LlavaConfig, tower: VisionTower, model_path: str) -> None:
+def check_tower_fits(config: PreTrainedConfig, tower: VisionTower, model_path: str) -> None:
     """Compare a config with the config of its vision tower.
 
     Raises:

@@ -1,7 +1,8 @@
 """Write a checkpoint's folder in LLaVA's layout: movable, shareable, readable by LLaVA's code.
 
-Towers are not saved: they are frozen and come from `mm_vision_tower`. Where that is a relative path, it is written
-relative to the checkpoint's own folder, so that checkpoint and tower can move together.
+Towers are not saved, but for those that came with a checkpoint: they are frozen and come from `mm_vision_tower`. Where
+that is a relative path, it is written relative to the checkpoint's own folder, so that checkpoint and tower can move
+together.
 """
 
 import os
@@ -27,7 +28,7 @@ READABLE = 0o644  # safetensors writes files that their owner alone may read
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a full checkpoint: config, weights without towers, tokenizer.
+    """Write a full checkpoint: config, weights, tokenizer.
 
     Args:
         model: a LLaVA model, in the dtype to be saved.
@@ -35,8 +36,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) 
         folder: made if it is not there.
     """
     make_folder(folder)
-    with portable_config(model, folder):
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     copy_sentencepiece_model(tokenizer, folder)
     tidy_checkpoint(folder)

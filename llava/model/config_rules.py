@@ -25,6 +25,7 @@ Values = Mapping[str, object]
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 ASPECT_RATIOS = ("square", "pad", "anyres")
 MAX_LAYERS = 1000  # ten times as deep as any Llama; more is a typing error, and would take minutes to build
 MAX_WIDTH = 2**18
@@ -253,6 +254,18 @@ LLAMA_RULES = {
     "chunk_size_feed_forward": whole(0, 2**31),
 }
 
+_WINDOW_RULES = {
+    "sliding_window": whole(1, 2**31),
+    "layer_types": listing(choice("full_attention", "sliding_attention", null=False)),
+}
+LANGUAGE_RULES = {
+    "llama": LLAMA_RULES,
+    "mistral": LLAMA_RULES | _WINDOW_RULES,
+    "qwen2": LLAMA_RULES
+    | _WINDOW_RULES
+    | {"use_sliding_window": flag(), "max_window_layers": whole(0, MAX_LAYERS), "mlp_bias": flag(only=False)},
+}
+
 _ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ROPE_RULES = {
     "rope_type": choice(*_ROPE_TYPES),
@@ -290,6 +303,8 @@ LLAVA_RULES = {
     "mm_projector_lr": number(0),
     "mm_use_im_start_end": flag(),
     "mm_use_im_patch_token": flag(),
+    "unfreeze_mm_vision_tower": flag(),
+    "vision_config": record(),
     "use_mm_proj": flag(),
     "tune_mm_mlp_adapter": flag(),
     "freeze_mm_mlp_adapter": flag(),
@@ -417,17 +432,35 @@ TOKENIZER_RULES = {
 
 
 # -------------------------------------------------------------------------------------------------- model types
-LLAMA_TYPES = ("llama", "llava", "llava_llama")
+# The language model's family by model_type, LLaVA or not.
+LANGUAGE_TYPES = {
+    **dict.fromkeys(("llama", "llava", "llava_llama"), "llama"),
+    **dict.fromkeys(("mistral", "llava_mistral"), "mistral"),
+    **dict.fromkeys(("qwen2", "llava_qwen2", "llava_qwen"), "qwen2"),
+}
+_ARCHITECTURE_WORDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
+HF_TYPES = ("llava", "llava_next")  # transformers' own, with the language model in `text_config`
 CLIP_TYPES = ("clip", "clip_vision_model")
 _TOWER_TYPES = ("clip", "siglip", "dinov2", "dinov3", "vit", "eva", "convnext", "blip", "altclip", "chinese_clip")
 # What each role is filled by.
 ROLES = {
-    "checkpoint": "a LLaVA on Llama (model_type llava or llava_llama), such as liuhaotian/llava-v1.5-7b",
-    "model base": "the Llama or LLaVA model that the adapter or projector was trained on, such as lmsys/vicuna-7b-v1.5",
-    "model to train": "a Llama or a LLaVA on Llama, such as lmsys/vicuna-7b-v1.5",
-    "adapter": "the config.json that LLaVA's training writes beside an adapter or projector (model_type llava_llama)",
+    "checkpoint": "a LLaVA on Llama, Mistral or Qwen2 (model_type llava, llava_llama, llava_mistral, llava_qwen2), "
+    "such as liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf",
+    "model base": "the Llama, Mistral, Qwen2 or LLaVA that the adapter or projector was trained on, such as "
+    "lmsys/vicuna-7b-v1.5",
+    "model to train": "a Llama, Mistral, Qwen2 or a LLaVA on one of them, such as lmsys/vicuna-7b-v1.5",
     "vision tower": "a CLIP in Hugging Face's layout, such as openai/clip-vit-large-patch14-336",
 }
+
+
+def family_of(kind: object) -> str:
+    """Return the family of a known model_type: llama (also for none, as in the oldest files), mistral or qwen2."""
+    return LANGUAGE_TYPES.get(kind, "llama")
+
+
+def is_hf_layout(values: Values) -> bool:
+    """Return whether a config.json is that of a llava-hf folder, transformers' own LLaVA."""
+    return values.get("model_type") in HF_TYPES and "text_config" in values
 
 
 def check_model_type(values: Values, file: str, role: str) -> None:
@@ -442,17 +475,21 @@ def check_model_type(values: Values, file: str, role: str) -> None:
         InputError: what the model is, and what the role needs.
     """
     kind = values.get("model_type")
-    known = CLIP_TYPES if role == "vision tower" else LLAMA_TYPES
+    known = CLIP_TYPES if role == "vision tower" else tuple(LANGUAGE_TYPES)
     if kind is not None and not isinstance(kind, str):
         refuse(file, "model_type", kind, f"one of {', '.join(known)}: {ROLES[role]}")
     names = values.get("architectures") or []
     architectures = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     is_known = kind in known or (kind is None and role != "vision tower")
     if role != "vision tower":
-        is_known = is_known and "text_config" not in values and all("Llama" in name for name in architectures)
+        is_known = is_known and "text_config" not in values and _are_of(family_of(kind), architectures)
     if not is_known:
         given = "has no model_type" if kind is None else f'has model_type "{kind}"'
         raise InputError(f"{file} {given}{_describe(kind, values, architectures)}; the {role} must be {ROLES[role]}")
+
+
+def _are_of(family: str, architectures: list[str]) -> bool:
+    return all(_ARCHITECTURE_WORDS[family] in name for name in architectures)
 
 
 def _describe(kind: str | None, values: Values, architectures: list[str]) -> str:
@@ -460,14 +497,19 @@ def _describe(kind: str | None, values: Values, architectures: list[str]) -> str
     names = " ".join(architectures)
     kind = kind or ""
     if "text_config" in values and kind.startswith(("llava", "vipllava", "video_llava")):
-        return ", transformers' own LLaVA format (LlavaForConditionalGeneration): take the original checkpoint instead"
-    if kind.startswith(("llava_", "llava-")) and kind not in LLAMA_TYPES:
+        advice = (
+            "convert it first (python -m llava.convert --to llava)"
+            if is_hf_layout(values)
+            else "take the original checkpoint instead"
+        )
+        return f", transformers' own LLaVA format ({names or 'LlavaForConditionalGeneration'}): {advice}"
+    if kind.startswith(("llava_", "llava-")) and kind not in LANGUAGE_TYPES:
         return f", a LLaVA on another language model ({kind[6:]})"
     if kind.startswith(_TOWER_TYPES):
         return ", a vision tower (mm_vision_tower names those)" if kind not in CLIP_TYPES else ", a CLIP vision tower"
-    if kind in LLAMA_TYPES and architectures and not all("Llama" in name for name in architectures):
+    if kind in LANGUAGE_TYPES and not _are_of(family_of(kind), architectures):
         return f" and architectures {names}, another model"
-    return ", another language model" if kind in ("llama", *LLAMA_TYPES) or kind else ""
+    return ", another language model" if kind else ""
 
 
 # ------------------------------------------------------------------------------------------------------- the files
@@ -518,7 +560,7 @@ def check_config(values: Values, file: str, role: str = "checkpoint") -> None:
         InputError: the first key that is wrong, or contradicts another.
     """
     check_model_type(values, file, role)
-    check_values(values, LLAMA_RULES | GENERATION_RULES | LLAVA_RULES, file)
+    check_values(values, LANGUAGE_RULES[family_of(values.get("model_type"))] | GENERATION_RULES | LLAVA_RULES, file)
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(inner := values.get(key), dict):
             check_values(inner, ROPE_RULES, file, key)
@@ -552,6 +594,8 @@ def _check_heads(values: Values, file: str) -> None:
 
 def _check_vision(values: Values, file: str) -> None:
     require(values, ("mm_hidden_size",), file)
+    if isinstance(inner := values.get("vision_config"), dict):
+        _check_half(inner, VISION_RULES, file, "vision_config")
     kind = values.get("mm_projector_type") or "linear"
     try:
         parse_projector_type(kind)
@@ -580,12 +624,7 @@ def check_pinpoints(pinpoints: object, file: str, crop_size: int | None = None) 
     Raises:
         InputError: not a list of pairs, or canvases that crops do not tile.
     """
-    canvases = pinpoints
-    if isinstance(pinpoints, str):
-        try:
-            canvases = ast.literal_eval(pinpoints)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            canvases = None
+    canvases = read_canvases(pinpoints)
     side = crop_size or 336
     example = f"[[{side}, {2 * side}], [{2 * side}, {side}]] (width, height) for image_aspect_ratio anyres"
     is_list = isinstance(canvases, list | tuple) and len(canvases) > 0
@@ -597,6 +636,16 @@ def check_pinpoints(pinpoints: object, file: str, crop_size: int | None = None) 
         if width % crop_size or height % crop_size or width * height > MAX_TILES * crop_size**2:
             sides = f"multiples of the vision tower's {crop_size} pixels, at most {MAX_TILES} crops in all"
             refuse(file, "image_grid_pinpoints", [width, height], f"sides that are {sides}")
+
+
+def read_canvases(pinpoints: object) -> object:
+    """Return `image_grid_pinpoints` as a list where a config has it as text; None for a text that is no list."""
+    if not isinstance(pinpoints, str):
+        return pinpoints
+    try:
+        return ast.literal_eval(pinpoints)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def _is_canvas(canvas: object) -> bool:
@@ -639,10 +688,10 @@ def _check_half(values: Values, rules: Mapping[str, Rule], file: str, inside: st
 
 
 def check_preprocessor(values: Values, file: str, image_size: int) -> None:
-    """Check a preprocessor_config.json against the tower that reads its pixels.
+    """Check the settings of an image processor against the tower that reads its pixels.
 
     Args:
-        values: the JSON object.
+        values: of preprocessor_config.json.
         file: for the message.
         image_size: side of the images that the tower reads, in pixels.
 
@@ -650,7 +699,7 @@ def check_preprocessor(values: Values, file: str, image_size: int) -> None:
         InputError: a wrong value, another library's processor, or another image size than the tower's.
     """
     kind = values.get("image_processor_type") or values.get("feature_extractor_type")
-    if kind is not None and not (isinstance(kind, str) and kind.startswith("CLIP")):
+    if kind is not None and not (isinstance(kind, str) and kind.startswith(("CLIP", "Llava"))):
         refuse(file, "image_processor_type", kind, '"CLIPImageProcessor"')
     check_values(values, PREPROCESSOR_RULES, file)
     for key in ("size", "crop_size"):

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from llava.errors import InputError
 from llava.files import FileError, read_json, write_json
+from llava.model.config_rules import is_hf_layout
+from llava.model.hf_layout import USUAL_TOWER
 from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX
 from llava.model.multimodal_encoder.loading import resolve_name
 from llava.model.stored_weights import INDEX_FILES, find_file
@@ -33,7 +35,7 @@ from llava.model.stored_weights import INDEX_FILES, find_file
 CONFIG_FILE = "config.json"
 SETTINGS_FILES = (
     *(CONFIG_FILE, "generation_config.json", "preprocessor_config.json", "adapter_config.json"),
-    *("open_clip_config.json", *INDEX_FILES),
+    *("open_clip_config.json", "processor_config.json", *INDEX_FILES),
 )
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -79,12 +81,18 @@ def identify_tower(name: str, folder: str | Path | None = None) -> str | None:
 
 
 def identify_tower_of(checkpoint: str) -> str | None:
-    """Fingerprint the vision tower that a checkpoint's config.json names; None if none can be read."""
+    """Fingerprint the vision tower that a checkpoint's config.json names; None if none can be read.
+
+    A llava-hf folder holds its vision half itself, and the CLIP that it names gives the text half at most.
+    """
     folder = Path(checkpoint).expanduser()
     file = folder / CONFIG_FILE if folder.is_dir() else find_file(checkpoint, CONFIG_FILE)
     try:
-        name = read_json(Path(file))[TOWER] if file else None
-    except (InputError, KeyError, TypeError):
+        values = read_json(Path(file)) if file else {}
+        if is_hf_layout(values):
+            return identify_tower(values.get(TOWER, USUAL_TOWER), folder) or "in the checkpoint"
+        name = values.get(TOWER)
+    except (InputError, AttributeError):
         return None
     return identify_tower(name, folder) if isinstance(name, str) else None
 

@@ -20,6 +20,8 @@ from llava.model.token_reduction.base import PROJECTED, TEXT, ReducedTokens, Tok
 
 NEWLINE = -1
 """Stands for a newline token where patches are numbered."""
+MADE = -1
+"""In `find_sources`: a token that is no patch's copy."""
 
 
 @dataclass(frozen=True)
@@ -272,11 +274,34 @@ def _find_places(image: ReducedTokens, num_patches: int) -> Tensor:
     return places
 
 
+def is_reordered(image: ReducedTokens, merge: CropMerge) -> bool:
+    """Whether tokens are read in the method's own order; crops merged by place need their patches in raster order."""
+    return image.order is not None and (image.lengths.shape[0] == 1 or merge.kind == "flat")
+
+
+def find_sources(image: ReducedTokens, merge: CropMerge) -> Tensor:
+    """Find the patch that each token of an image's first crop is a copy of.
+
+    Whatever the merge, the language model reads the first crop's tokens first, in this order.
+
+    Args:
+        image: what the reduction left of the image.
+        merge: how its crops are merged.
+
+    Returns:
+        `int64[M_0]` numbers of patches, -1 for a token that is made of several, on the CPU.
+    """
+    sources = torch.full((int(image.lengths[0]),), MADE)
+    if image.kept is not None:
+        kept = image.kept[0].cpu().nonzero().flatten()
+        sources[: len(kept)] = kept
+    return sources[image.order[0, : len(sources)].cpu()] if is_reordered(image, merge) else sources
+
+
 def _rows_as_read(image: ReducedTokens, merge: CropMerge) -> list[Tensor]:
     """Each crop's tokens `[M_c, D]` in the order in which the language model reads them."""
     lengths = image.lengths.tolist()
-    # Crops that are merged by place need their patches in raster order.
-    if image.order is None or (len(lengths) > 1 and merge.kind != "flat"):
+    if not is_reordered(image, merge):
         return [crop[:length] for crop, length in zip(image.features, lengths, strict=True)]
     order = image.order.to(image.features.device)
     return [crop[row[:length]] for crop, row, length in zip(image.features, order, lengths, strict=True)]

@@ -26,7 +26,7 @@ from llava.model.image_tokens import (
     project_tokens,
     reduce_patches,
 )
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_tower_of
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_vision_projector
 from llava.model.splice import PromptEmbeds, assign_images, count_placeholders, pad_batch, splice_sample, strip_padding
@@ -67,13 +67,7 @@ class LlavaMetaModel:
             raise InputError(
                 f"{CONFIG_KEY} works on patches: set mm_vision_select_feature to patch, not {select_feature}"
             )
-        return build_vision_tower(
-            config.mm_vision_tower,
-            folder=getattr(config, "_name_or_path", None),
-            select_layer=getattr(config, "mm_vision_select_layer", -2),
-            select_feature=select_feature,
-            needs=reducer.needs if reducer else frozenset(),
-        )
+        return build_tower_of(config, reducer.needs if reducer else frozenset())
 
     def _add_newline(self, config: PreTrainedConfig) -> None:
         if "unpad" in (getattr(config, "mm_patch_merge_type", None) or "flat"):

@@ -6,7 +6,7 @@
 from importlib import import_module
 from pathlib import Path
 
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from llava.errors import InputError
 from llava.files import parse_record, read_text
@@ -16,6 +16,8 @@ from llava.model.stored_weights import find_file, first_line
 SETTINGS_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 LLAMA_START = "<s>"
+TOKENIZERS = {"Llama": LlamaTokenizer, "Qwen2": Qwen2Tokenizer}
+"""By the start of the class's name; others are `AutoTokenizer`'s."""
 
 
 def has_tokenizer(model_path: str) -> bool:
@@ -44,14 +46,14 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     settings_file = find_file(model_path, SETTINGS_FILE)
     settings = {} if settings_file is None else parse_record(read_text(Path(settings_file)), settings_file)
     check_values(settings, TOKENIZER_RULES, str(settings_file))
-    is_llama = (settings.get("tokenizer_class") or "LlamaTokenizer").startswith("Llama")
+    name = settings.get("tokenizer_class") or "LlamaTokenizer"
+    is_llama = name.startswith("Llama")
+    kind = next((kind for start, kind in TOKENIZERS.items() if name.startswith(start)), AutoTokenizer)
     # Llama's default for a bare tokenizer.model; transformers 5 has it the other way round.
     is_bare = is_llama and "add_bos_token" not in settings and find_file(model_path, "tokenizer.json") is None
     repair_sentencepiece()
     try:
-        tokenizer = (LlamaTokenizer if is_llama else AutoTokenizer).from_pretrained(
-            model_path, **({"add_bos_token": True} if is_bare else {})
-        )
+        tokenizer = kind.from_pretrained(model_path, **({"add_bos_token": True} if is_bare else {}))
         ids = tokenizer("a").input_ids
         num_real = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
         has_words = bool(num_real and set(ids) - set(tokenizer.all_special_ids))
@@ -69,11 +71,13 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
 def _check_start(tokenizer: PreTrainedTokenizerBase, ids: list[int], settings: dict, model_path: str) -> None:
     """Refuse a tokenizer whose prompts do not start as Llama was trained to read them.
 
-    Models on Llama's architecture that were trained without a start token (Yi: `<|startoftext|>`, not added) have
-    another one than `<s>`.
+    Qwen2 reads no start token. Models on Llama's architecture that were trained without one (Yi: `<|startoftext|>`, not
+    added) have another one than `<s>`.
     """
     where = f"tokenizer of {model_path}"
     start = tokenizer.bos_token_id
+    if start is None and (settings.get("tokenizer_class") or "").startswith("Qwen2"):
+        return
     if start is None or start >= tokenizer.vocab_size:
         raise InputError(
             f"{where} has no beginning-of-sequence token; set bos_token in {SETTINGS_FILE} (Llama's: {LLAMA_START})"

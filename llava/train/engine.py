@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from llava.errors import InputError
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.causal import LlavaCausalLM
 from llava.train.arguments import TrainingArguments
 
 # gloo's thread may release its last work object while Python shuts down, which aborts a process that has finished;
@@ -126,7 +126,7 @@ def gathered(parameters: Iterable[nn.Parameter], writable: bool = False) -> Abst
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if writable else None)
 
 
-def detach_tower(model: LlavaLlamaForCausalLM, device: torch.device) -> None:
+def detach_tower(model: LlavaCausalLM, device: torch.device) -> None:
     """Take the frozen tower out of the module tree, so that the engine does not find it; the model still uses it.
 
     DeepSpeed would cast its weights to the run's dtype, and patches would be chosen by other scores than at inference;

@@ -19,6 +19,7 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,8 @@ from transformers.trainer_utils import TrainOutput
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
-from llava.model.language_model.llava_llama import TOWER_PREFIX
+from llava.model.language_model.causal import TOWER_PREFIX
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import adds_tokens, data_only, load_lora_rest, save_lora_rest, save_projector
 from llava.train.collator import Batch
@@ -255,7 +257,9 @@ class LlavaTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.args.lora_enable:
             save_lora_rest(self.model, folder, is_writer=self.args.should_save)
-        with portable_config(self.model, folder):
+        # A LLaVA does it itself, and a plain language model or an adapter does not.
+        is_llava = isinstance(self.model, LlavaMetaForCausalLM)
+        with nullcontext() if is_llava else portable_config(self.model, folder):
             super()._save(str(folder), state_dict)
         if self.args.should_save:
             tidy_checkpoint(folder)
@@ -268,9 +272,12 @@ class LlavaTrainer(Trainer):
             load_lora_rest(self.model, Path(resume_from_checkpoint))
 
     def _issue_warnings_after_load(self, load_result: _IncompatibleKeys) -> None:
-        # A checkpoint holds no towers: they are frozen, and loaded from their own folder.
-        missing = [name for name in load_result.missing_keys if not name.startswith(TOWER_PREFIX)]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+        # Towers are frozen, and loaded from their own folder or from the checkpoint that the training started from.
+        missing, unexpected = (
+            [name for name in names if not name.startswith(TOWER_PREFIX)]
+            for names in (load_result.missing_keys, load_result.unexpected_keys)
+        )
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing, unexpected_keys=unexpected))
 
 
 def split_projector(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:

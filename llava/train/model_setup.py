@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.errors import InputError
 from llava.model.adapter import EMBEDDING_KEY
 from llava.model.builder import make_config
 from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.causal import LlavaCausalLM
+from llava.model.language_model.families import classes_of
 from llava.model.multimodal_encoder.loading import load_quietly
+from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
 from llava.model.token_reduction import CONFIG_KEY
@@ -35,7 +37,7 @@ VISION_DEFAULTS = {
 IMAGE_DEFAULTS = {"image_aspect_ratio": "square", "image_grid_pinpoints": None}
 
 
-def read_config(model_args: ModelArguments) -> LlavaConfig:
+def read_config(model_args: ModelArguments) -> PreTrainedConfig:
     """Read the config of the model to start from, LLaVA or not.
 
     Raises:
@@ -53,7 +55,7 @@ def read_config(model_args: ModelArguments) -> LlavaConfig:
 
 
 def complete_arguments(
-    model_args: ModelArguments, data_args: DataArguments, config: LlavaConfig
+    model_args: ModelArguments, data_args: DataArguments, config: PreTrainedConfig
 ) -> tuple[ModelArguments, DataArguments]:
     """Fill flags that were not given from the starting checkpoint, else from LLaVA-1.5's settings.
 
@@ -76,7 +78,7 @@ def complete_arguments(
     return replace(model_args, **chosen), replace(data_args, **images)
 
 
-def _fill(arguments: object, config: LlavaConfig, defaults: dict[str, object]) -> dict[str, object]:
+def _fill(arguments: object, config: PreTrainedConfig, defaults: dict[str, object]) -> dict[str, object]:
     given = {name: getattr(arguments, name) for name in defaults}
     return {
         name: getattr(config, name, default) if given[name] is None else given[name]
@@ -90,7 +92,7 @@ def _refuse_vision_flags(model_args: ModelArguments) -> None:
             raise InputError(f"--{flag}: {model_args.model_name_or_path} has no vision tower; give --vision_tower")
 
 
-def check_start(model_args: ModelArguments, training_args: TrainingArguments, config: LlavaConfig) -> None:
+def check_start(model_args: ModelArguments, training_args: TrainingArguments, config: PreTrainedConfig) -> None:
     """Check what is trained from, as far as that takes no model.
 
     Raises:
@@ -140,7 +142,7 @@ def load_training_tokenizer(model_args: ModelArguments, training_args: TrainingA
 
 
 def load_language_model(
-    model_args: ModelArguments, training_args: TrainingArguments, config: LlavaConfig
+    model_args: ModelArguments, training_args: TrainingArguments, config: PreTrainedConfig
 ) -> PreTrainedModel:
     """Load the weights to start from: LLaVA if there is a vision tower, else the plain language model.
 
@@ -158,12 +160,19 @@ def load_language_model(
     settings |= quantisation_settings(training_args, settings["dtype"])
     path = model_args.model_name_or_path
     if model_args.vision_tower is None:
-        model, _ = load_quietly(LlamaForCausalLM, path, what="language model", **settings)
-        model.accepts_loss_kwargs = False  # the loss of LlavaLlamaForCausalLM: a mean over micro-batches
+        model, _ = load_quietly(classes_of(config).plain, path, what="language model", **settings)
+        model.accepts_loss_kwargs = False  # the loss of LlavaCausalLM: a mean over micro-batches
     else:
-        if getattr(config, "mm_vision_tower", None):
+        named = getattr(config, "mm_vision_tower", None)
+        if named:
             config.mm_vision_tower = model_args.vision_tower  # the checkpoint's own may not exist here
-        model, _ = load_quietly(LlavaLlamaForCausalLM, path, what="language model", config=config, **settings)
+        model, _ = load_quietly(classes_of(config).model, path, what="language model", config=config, **settings)
+        if named != model_args.vision_tower and isinstance(model.get_vision_tower(), StoredVisionTower):
+            logger.warning(
+                "%s holds its vision tower, which stays; --vision_tower %s gives the text half alone",
+                path,
+                model_args.vision_tower,
+            )
     return model
 
 
@@ -175,7 +184,7 @@ def _choose_weight_dtype(training_args: TrainingArguments, is_trained: bool = Tr
 
 
 def add_vision(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -214,7 +223,7 @@ def add_vision(
         detach_tower(model, training_args.device)
 
 
-def load_projector(model: LlavaLlamaForCausalLM, path: str | None, training_args: TrainingArguments) -> None:
+def load_projector(model: LlavaCausalLM, path: str | None, training_args: TrainingArguments) -> None:
     """Give the projector its starting weights, and under DeepSpeed the dtype of the language model.
 
     Args:
@@ -232,9 +241,7 @@ def load_projector(model: LlavaLlamaForCausalLM, path: str | None, training_args
     projector.to(_choose_weight_dtype(training_args))
 
 
-def add_image_tokens(
-    model: LlavaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments
-) -> None:
+def add_image_tokens(model: LlavaCausalLM, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments) -> None:
     """Add the tokens that `mm_use_im_start_end` and `mm_use_im_patch_token` ask for (LLaVA-1.5 asks for none).
 
     Raises:
@@ -247,7 +254,7 @@ def add_image_tokens(
         load_token_embeddings(model, model_args.pretrain_mm_mlp_adapter)
 
 
-def load_token_embeddings(model: LlavaLlamaForCausalLM, path: str) -> None:
+def load_token_embeddings(model: LlavaCausalLM, path: str) -> None:
     """Copy the embeddings of the image start and end tokens from a stage-1 file that trained them.
 
     Args:

@@ -46,7 +46,7 @@ def main() -> None:
     setting = report.Setting(f"{args.size} model, random weights", shape, work, Precision(size, size), {})
     figures = report.describe(setting, runs)
     print(report.format_table(figures))
-    predicted, found = figures["ratios"]["total_flops"], figures["ratios"]["end_to_end_seconds"]["median"]
+    predicted, found = figures["ratios"][0]["total_flops"], figures["ratios"][0]["end_to_end_seconds"]["median"]
     print(
         f"{NONE} over {args.reduce}: predicted by FLOPs {predicted:.2f}, measured {found:.2f} ({found / predicted:.2f})"
     )

@@ -2,6 +2,7 @@
 
     parity     the recorded cases in float32, float16 and bfloat16: kept patches and ids; batches against single samples
     stages     LLaVA-1.5-7B with random weights, stage by stage: batch sizes, precisions, attention, compiled decoding
+    methods    every method at 192, 128, 64 and 32 tokens, on the same model
     loop       the evaluation loop against a plain loop
     training   steps of LoRA training, with and without token reduction
     tests      the tests that run on any device
@@ -20,7 +21,7 @@ from pathlib import Path
 from llava.errors import InputError, run_command
 from llava.files import make_folder
 
-PARTS = ("parity", "stages", "loop", "training", "tests")
+PARTS = ("parity", "stages", "methods", "loop", "training", "tests")
 EXIT_AGAIN = 3
 """Exit code when a part stopped because its time was up."""
 

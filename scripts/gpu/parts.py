@@ -3,7 +3,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from llava.efficiency.random_model import build_random_model, check_memory
 from llava.efficiency.shapes import ModelSource, read_shape, read_source
 from llava.errors import InputError
 from llava.files import read_json, write_json
-from llava.model.token_reduction import CONFIG_KEY
+from llava.model.token_reduction import CONFIG_KEY, Need
 from scripts.bench.side_by_side import SIZES
 
 PART_SECONDS = 460
@@ -73,14 +73,17 @@ class Scale:
             "transformers": transformers.__version__,
         }
 
-    def build(self, tower_dtype: torch.dtype, attention: str | None = None) -> tuple[Any, Any]:
-        """Build the model with random weights in bfloat16: model, image processor."""
+    def build(
+        self, tower_dtype: torch.dtype, attention: str | None = None, needs: Collection[Need] = frozenset()
+    ) -> tuple[Any, Any]:
+        """Build the model with random weights in bfloat16, ready for reductions with these needs: model, processor."""
         gc.collect()
         precision = Precision(torch.bfloat16.itemsize, tower_dtype.itemsize)
         check_memory(self.source, precision, self.device, 0)
         return build_random_model(
             {**self.source.config, CONFIG_KEY: None},
             self.source.tower_config,
+            needs=needs,
             device=self.device,
             dtype=torch.bfloat16,
             tower_dtype=tower_dtype,

@@ -38,6 +38,7 @@ def write_part(part: str, figures: Figures) -> list[str]:
     for name, step in steps.items():
         if name not in measured:
             lines.append(f"- {name}: {step.get('skipped') or 'out of memory'}")
+        lines += [f"- {name}, left out: {reason}" for reason in step.get("left_out", {}).values()]
     return [*lines, ""]
 
 
@@ -55,11 +56,17 @@ def write_stages(steps: dict[str, Figures]) -> list[str]:
     for name, step in steps.items():
         for run in step["runs"]:
             seconds = [run["stages"].get(stage, {}).get("seconds") for stage in STAGES]
-            ratio = spread(step["ratios"]["end_to_end_seconds"], 1, 2) if run["reduce"] != "none" else ""
+            ratio = _over(step, run)
             times = [middle(one) for one in [*seconds, run["end_to_end_seconds"]]]
             rows.append([name, run["reduce"], *times, size(run["peak_bytes_beyond_weights"]), ratio])
     heads = ["", "reduction", *(f"{stage}, ms" for stage in STAGES), "end to end, ms", "peak beyond weights"]
     return table([*heads, "none over it"], rows)
+
+
+def _over(step: Figures, run: Figures) -> str:
+    """How much longer the full model takes than a run of the same step."""
+    seconds = {each["reduce"]: each["end_to_end_seconds"]["median"] for each in step["runs"]}
+    return "" if run["reduce"] == "none" else f"{seconds['none'] / seconds[run['reduce']]:.2f}"
 
 
 def write_loop(steps: dict[str, Figures]) -> list[str]:
@@ -94,6 +101,7 @@ def write_tests(steps: dict[str, Figures]) -> list[str]:
 WRITERS: dict[str, Callable[[dict[str, Figures]], list[str]]] = {
     "parity": write_parity,
     "stages": write_stages,
+    "methods": write_stages,
     "loop": write_loop,
     "training": write_training,
     "tests": write_tests,

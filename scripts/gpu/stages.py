@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from llava.efficiency import report
 from llava.efficiency.cost import Precision, Workload
-from llava.efficiency.estimate import PUBLISHED_KEPT_RATIO, count_left, fix_kept
+from llava.efficiency.estimate import PUBLISHED_KEPT_RATIO, count_reduction, fix_kept
 from llava.efficiency.stages import Runner, make_batch, measure_reductions
 from llava.model.builder import DTYPES
 from llava.model.token_reduction import Reduction, parse_reducer
@@ -65,26 +65,39 @@ def measure(
     """Measure one setting, with and without reduction in turns, and draw it."""
     if attention == FLASH and not is_flash_attn_2_available():
         raise Skip("flash_attn is not installed")
-    scale, shape = bench.scale, bench.scale.source.shape
+    scale, num_patches = bench.scale, bench.scale.source.shape.tower.num_patches
     runner = Runner(*bench.load(towers, attention), compile_decode=compiled)
+    reductions = {
+        spec: Reduction(fix_kept(parse_reducer(spec), num_patches, PUBLISHED_KEPT_RATIO)) for spec in REDUCTIONS
+    }
+    figures = measure_in_turns(scale, runner, reductions, batch_size, new_tokens, DTYPES[towers])
+    if importlib.util.find_spec("matplotlib"):
+        report.draw_bars(figures, out / f"{name.replace(', ', '_').replace(' ', '-')}.png")
+    return figures
+
+
+def measure_in_turns(
+    scale: Scale,
+    runner: Runner,
+    reductions: dict[str, Reduction],
+    batch_size: int,
+    new_tokens: int,
+    tower_dtype: torch.dtype,
+) -> Figures:
+    """Measure reductions, by label, in turns on one workload."""
+    shape = scale.source.shape
     work = Workload(batch_size, PROMPT_TOKENS, shape.tower.text_context, new_tokens)
     batch = make_batch(
         batch_size, PROMPT_TOKENS, new_tokens, vocab_size=shape.language.vocabulary, image_size=IMAGE_SIZE
     )
-    num_patches = shape.tower.num_patches
-    reducers = {spec: fix_kept(parse_reducer(spec), num_patches, PUBLISHED_KEPT_RATIO) for spec in REDUCTIONS}
     rounds = {"repeats": 1, "warmup": 1} if scale.is_rehearsal else {"repeats": 5, "warmup": 2}
     # A rehearsal compiles nothing: that takes minutes on the CPU.
     with torch.compiler.set_stance("force_eager" if scale.is_rehearsal else "default"):
-        reductions = {spec: Reduction(reducer) for spec, reducer in reducers.items()}
         measured = measure_reductions(runner, batch, reductions, **rounds)
-    side = shape.tower.image_size // shape.tower.patch_size
     runs = []
-    for spec, found in measured.items():
-        left = replace(count_left(reducers[spec], (side, side)), num_tokens=round(found.num_tokens))
-        runs.append(report.Run(spec, left, f"given, {PUBLISHED_KEPT_RATIO} of the patches", found))
-    precision = Precision(torch.bfloat16.itemsize, DTYPES[towers].itemsize)
-    figures = report.describe(report.Setting(scale.source.name, shape, work, precision, {}), runs)
-    if importlib.util.find_spec("matplotlib"):
-        report.draw_bars(figures, out / f"{name.replace(', ', '_').replace(' ', '-')}.png")
-    return figures
+    for label, found in measured.items():
+        counted = count_reduction(reductions[label], shape)
+        left = replace(counted, num_tokens=round(found.num_tokens))
+        runs.append(report.Run(label, left, "", found))
+    precision = Precision(torch.bfloat16.itemsize, tower_dtype.itemsize)
+    return report.describe(report.Setting(scale.source.name, shape, work, precision, {}), runs)

@@ -38,7 +38,7 @@ def test_a_7b_is_counted_without_weights(run, tmp_path):
     trim, none = figures["runs"]
     assert (trim["prompt_length"], none["prompt_length"]) == (186, 640)
     assert trim["end_to_end_seconds"] is None
-    assert figures["ratios"]["prefill_flops_per_prompt"] == pytest.approx(3.50, abs=0.01)
+    assert figures["ratios"][0]["prefill_flops_per_prompt"] == pytest.approx(3.50, abs=0.01)
     assert none["kv_cache_bytes"] == 656 * 2**19
 
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_measured(run, tmp_path):
     for each in figures["runs"]:
         assert each["stages"]["prefill"]["seconds"]["median"] > 0
     assert figures["runs"][0]["kept_patches"] == 13
-    assert "end_to_end_seconds" in figures["ratios"]
+    assert "end_to_end_seconds" in figures["ratios"][0]
     assert Image.open(tmp_path / "deep" / "x.png").width > 300
 
 
@@ -149,6 +149,7 @@ def test_random_weights_need_no_files(run, tmp_path, configs):
         (["--kept", "0"], "--kept 0"),
         (["--kept", "2"], "--kept 2"),
         (["--image-size", "640x"], "--image-size 640x"),
+        (["--image-size", "9" * 5000], "--image-size 999"),
         (["--reduce", "TRIMM:-1"], 'unknown token reducer "TRIMM"'),
         (["--reduce", "none", "--against", ""], "nothing to compare"),
         (["--random-weights", "--count-only"], "--count-only"),

@@ -28,6 +28,7 @@ from llava.model.token_reduction import Need, parse_reducer
 
 LARGE = "openai/clip-vit-large-patch14-336"
 CASES = ["tiny", "llava-v1.5-7b", "llava-v1.5-13b"]
+FAMILIES = {"llava_mistral": {"sliding_window": None}, "llava_qwen2": {}, "llava_qwen": {"tie_word_embeddings": True}}
 
 
 @pytest.fixture
@@ -179,6 +180,26 @@ def test_parameters_are_those_of_the_loaded_model(configs, random_parts):
     }
     real["language model"] = sum(weight.numel() for weight in model.parameters()) - sum(real.values())
     assert counts == real
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_other_language_models_are_what_torch_counts(configs, kind):
+    config = configs.model | {"model_type": kind} | FAMILIES[kind]
+    shape = read_shape(config, configs.tower, "test")
+    model, _ = build_random_model(config, configs.tower, device=torch.device("cpu"), dtype=torch.float32)
+    assert type(model).__name__ == {"llava_mistral": "LlavaMistralForCausalLM"}.get(kind, "LlavaQwen2ForCausalLM")
+    parts = (model.get_vision_tower(), model.get_model().mm_projector)
+    others = sum(weight.numel() for part in parts for weight in part.parameters())
+    counts = cost.count_parameters(shape)
+    assert counts["language model"] == sum(weight.numel() for weight in model.parameters()) - others
+    model.to("meta")
+    embeds = torch.zeros(1, 70, 48, device="meta")
+    with torch.no_grad():
+        cache = model(inputs_embeds=embeds, use_cache=True).past_key_values
+    counted = count_flops(lambda: model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1))
+    assert cost.prefill_flops(shape.language, 70, 1) == counted
+    counted = count_flops(lambda: model(inputs_embeds=embeds[:, :1], past_key_values=cache, use_cache=True))
+    assert cost.decode_flops(shape.language, 71) == counted
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED_MODELS))

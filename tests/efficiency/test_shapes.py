@@ -35,6 +35,18 @@ def test_weights_in_the_folder_are_seen(folder):
     assert read_source(str(folder)).has_weights
 
 
+def test_a_llava_hf_folder_has_the_sizes_of_its_model(folder, configs):
+    llama = {key: value for key, value in configs.model.items() if not key.startswith(("mm_", "image_"))}
+    own = {"model_type": "llava", "vision_feature_layer": -2, "mm_vision_tower": "../clip"}
+    hf = own | {"text_config": llama, "vision_config": configs.tower["vision_config"]}
+    (folder / "config.json").write_text(json.dumps(hf))
+    assert read_source(str(folder)).shape == configs.shape
+    # What published folders leave out is the 7B model's.
+    short = {"model_type": "llava", "text_config": {"vocab_size": 32000}, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(short))
+    assert read_source(str(folder)).shape == read_source("llava-v1.5-7b").shape
+
+
 @pytest.mark.parametrize("name", ["llava-v1.5-7b", "liuhaotian/llava-v1.5-7b"])
 def test_published_names_need_no_files(name):
     shape = read_source(name).shape

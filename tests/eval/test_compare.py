@@ -10,11 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava.errors import InputError
-from llava.eval.compare import NUM_SEEDS, RANDOM, plan_entries
+from llava.eval.benchmark import Question, Verdict
+from llava.eval.compare import NUM_SEEDS, RANDOM, Entry, plan_entries
 from llava.eval.comparison import Against, Cell, average_rows, lay_out_budgets
+from llava.eval.comparison_page import (
+    MAX_FAILURES,
+    MAX_QUESTIONS,
+    Failure,
+    choose_questions,
+    describe_look,
+    list_failures,
+)
 from llava.eval.metrics.evidence import Interval, PairedDifference
+from llava.looks import Look, Stage
+from llava.model.image_tokens import ImageTokens
+from llava.model.token_reduction import parse_reduction
 from tests.eval.test_scripts import ENVIRONMENT, NO_GPU
 
 METHODS = ["TRIM", "FasterVLM", "TRIM:-1", "VisionZip", "FastV,layer=1"]
@@ -90,6 +103,64 @@ def test_mistakes_end_in_one_line(methods: list[str], budgets: list[int], says: 
         plan_entries(methods, budgets, 576)
 
 
+NONE, TRIM, OTHER, THIRD, SMALL, OWN = (
+    Entry(*fields)
+    for fields in (
+        ("none", None, "none"), ("TRIM", 8, "TRIM:8"), ("A", 8, "A:8"), ("B", 8, "B:8"), ("A", 4, "A:4"),
+        ("C", None, "C:-1"),
+    )
+)  # fmt: skip
+
+
+def judge(right: dict[Entry, str]) -> dict[Entry, dict[str, Verdict]]:
+    """Verdicts of questions 0, 1, ...: 1 right, 0 wrong, - not answered."""
+    return {
+        entry: {
+            str(number): Verdict(str(number), "", "", float(mark)) for number, mark in enumerate(marks) if mark != "-"
+        }
+        for entry, marks in right.items()
+    }
+
+
+def test_failures_come_by_how_many_other_methods_at_that_budget_have_them_right():
+    verdicts = judge({NONE: "111101", TRIM: "000001", OTHER: "001101", THIRD: "011-11", SMALL: "111111", OWN: "101001"})
+    # Question 4 is wrong in the full model too, and 5 is right; A at another budget does not count.
+    assert list_failures(verdicts, TRIM) == [
+        Failure("2", 3, 3), Failure("0", 1, 3), Failure("1", 1, 3), Failure("3", 1, 2)
+    ]  # fmt: skip
+    # A spec with a budget of its own is compared with all.
+    assert list_failures(verdicts, OWN) == [Failure("1", 2, 4), Failure("3", 2, 3)]
+    assert list_failures(verdicts, NONE) == []
+
+
+def test_the_report_holds_the_questions_that_flip_most_and_each_methods_first_failures():
+    number = MAX_QUESTIONS + 100
+    # Two methods differ from the full model on the first questions, TRIM alone on 40 others, of which 12 are shown.
+    first, late = "0" * MAX_QUESTIONS, "0" * 40
+    verdicts = judge(
+        {NONE: "1" * number, OTHER: first.ljust(number, "1"), THIRD: first.ljust(number, "1"), TRIM: "1" * 120 + late}
+    )
+    questions = {str(key): Question(id=key) for key in range(number)}
+    failures = {entry: list_failures(verdicts, entry) for entry in verdicts}
+    shown, left_out = choose_questions(questions, verdicts, list(verdicts), failures)
+    expected = [*range(MAX_QUESTIONS), *range(120, 120 + MAX_FAILURES)]
+    assert [each.question.id for each in shown] == expected and left_out == number - len(expected)
+
+
+def test_the_report_draws_layers_centres_and_cells():
+    kept = torch.tensor([True, True, False, False])
+    stages = (Stage(0, 2, ~kept | kept, 0, 4), Stage(2, 6, kept, 0, 2))
+    tokens = ImageTokens(torch.zeros(4, 2), 4)
+    look = Look(parse_reduction("FastV"), tokens, torch.arange(4), stages)
+    assert describe_look(look) == {"levels": "9933", "centres": [], "cells": None}
+    centred = ImageTokens(torch.zeros(3, 2), 4, kept[None], centres=torch.tensor([[False, False, False, True]]))
+    look = Look(parse_reduction("VisionZip"), centred, torch.tensor([0, 1, -1]), (Stage(0, 6, kept, 1, 3),))
+    assert describe_look(look) == {"levels": "9909", "centres": [3], "cells": None}
+    pooled = (Stage(0, 6, kept & ~kept, 2, 2),)
+    look = Look(parse_reduction("Pool"), ImageTokens(torch.zeros(2, 2), 4), torch.tensor([-1, -1]), pooled, (1, 2))
+    assert describe_look(look) == {"levels": "9999", "centres": [], "cells": (1, 2)}
+
+
 def start(repository: Path, checkpoint: Path, root: Path, out: Path, *options: str) -> subprocess.Popen:
     command = ["compare", "--model-path", checkpoint, "--methods", *METHODS, "--budgets", "12", "7", "--tasks", "pope"]
     return subprocess.Popen(
@@ -150,6 +221,10 @@ def check_tables(out: Path, text: str) -> None:
     data = json.loads(re.search(r"<script type=application/json id=data>(.*?)</script>", page, re.DOTALL)[1])
     question = data["pope"]["questions"][0]
     assert question["image"].startswith("data:image/jpeg;base64,")
-    kept = [answer["kept"].count("1") for answer in question["answers"] if answer and answer["kept"]]
+    kept = [answer["left"]["levels"].count("9") for answer in question["answers"] if answer and answer["left"]]
     assert 12 in kept and 7 in kept
+    for run in data["pope"]["runs"]:
+        assert len(run["failures"]) == min(run["num_failures"], MAX_FAILURES)
+        rights = [failure["right"] for failure in run["failures"]]
+        assert rights == sorted(rights, reverse=True)
     assert not re.search(r"(src|href)=.?https?:", page)

@@ -182,6 +182,16 @@ def test_a_hub_id_is_the_commit_that_the_cache_resolves_it_to(tmp_path: Path) ->
 
 
 # --------------------------------------------------------------------------------------------------------------- images
+def test_a_llava_hf_folder_is_known_with_and_without_its_clip(checkpoint: Path) -> None:
+    with_tower = identify_model(ModelSpec(str(checkpoint)))["vision_tower"]
+    hf = {"model_type": "llava", "text_config": {}, "mm_vision_tower": "tower"}
+    (checkpoint / "config.json").write_text(json.dumps(hf))
+    assert identify_model(ModelSpec(str(checkpoint)))["vision_tower"] == with_tower
+    shutil.rmtree(checkpoint / "tower")
+    (checkpoint / "config.json").write_text(json.dumps(hf | {"mm_vision_tower": "./tower"}))
+    assert identify_model(ModelSpec(str(checkpoint)))["vision_tower"] == "in the checkpoint"
+
+
 @pytest.fixture
 def question(tmp_path: Path) -> Callable[..., Question]:
     """Ask about images in files of these names."""

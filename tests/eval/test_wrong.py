@@ -219,7 +219,7 @@ def test_the_title_of_a_figure_names_the_question_and_the_setting(
     headings = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "llava.visualize.draw_figure", lambda views, heading, lines: headings.append(heading) or views[0].image
+            "llava.drawing.draw_figure", lambda views, heading, lines: headings.append(heading) or views[0].image
         )
         done = wrong(answered, "--draw", tmp_path / "drawn", "--limit", 1, "--reduce", "TRIM:4")
     assert done.returncode == 0, done.stderr
@@ -241,6 +241,26 @@ def test_each_listed_question_is_drawn_and_the_page_shows_them_all(
     assert wrong(answered, "--draw", folder, "--limit", 1, "--model-path", "x", "--reduce", "none").returncode == 0
     alone = Image.open(folder / names[0]).size
     assert alone[0] < reduced[0]
+
+
+@pytest.mark.parametrize(
+    ("reduce", "says"),
+    [("Pool:9", "36 patches averaged to 3 x 3"), ("FastV:9,layer=1", "layers 1 to 2: 9 of 36 patches kept")],
+)
+def test_methods_that_blend_and_methods_inside_the_language_model_are_drawn(
+    answered: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: Path, reduce: str, says: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    captions = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "llava.drawing.draw_figure",
+            lambda views, heading, lines: captions.extend(views[0].panels) or views[0].image,
+        )
+        options = ("--draw", tmp_path / "drawn", "--limit", 1, "--model-path", tiny_checkpoint, "--reduce", reduce)
+        done = wrong(answered, *options)
+    assert done.returncode == 0, done.stderr
+    assert [panel.caption.split("\n")[1].split(", ")[0] for panel in captions] == [says]
 
 
 def test_flips_are_drawn_with_the_run_that_reduces_or_both(

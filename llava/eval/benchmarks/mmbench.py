@@ -39,7 +39,7 @@ from llava.eval.metrics.choice import (
 )
 from llava.eval.metrics.means import collect, mean_percent
 from llava.eval.metrics.overlap import choose_option
-from llava.files import atomic_write, read_text
+from llava.files import atomic_write, parse_natural, read_text
 from llava.image import EmbeddedImage
 from llava.prompt import query_of
 
@@ -259,8 +259,7 @@ def read_table(path: Path) -> list[TableRow]:
     table = []
     for number, (record, fit) in enumerate(zip(frame[columns].to_dict("records"), fits, strict=True), start=1):
         cells = {str(name): cell if isinstance(cell, str) else None for name, cell in record.items()}
-        index = cells["index"] or ""
-        table.append(TableRow(number, int(index) if index.isdecimal() and fit else None, cells))
+        table.append(TableRow(number, parse_natural(cells["index"] or "") if fit else None, cells))
     # 3. Answers are found by index.
     seen: dict[int, int] = {}
     for row in table:

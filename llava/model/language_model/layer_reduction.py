@@ -8,7 +8,7 @@ Shape letters: `S` samples, `L` tokens of a batch or of one sample, `Q` new toke
 heads of the keys, `d` width of a head, `R` rows of an attention map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llava.errors import InputError
 from llava.model.token_reduction.layers import LayerReducer, Left
+
+MERGED = -1
+"""In `trace_image`: a token that is no token of the first layer."""
 
 
 @dataclass
@@ -41,6 +46,19 @@ class Stretch:
         self.mask, self.next_position = (each[rows.to(each.device)] for each in (self.mask, self.next_position))
 
 
+@dataclass(frozen=True)
+class Departure:
+    """What was left of one image when tokens left.
+
+    Attributes:
+        kept: `int64[K]` places of those that stay among the tokens that the image had.
+        num_merged: tokens that were added behind them.
+    """
+
+    kept: Tensor
+    num_merged: int
+
+
 class ReducedCache(DynamicCache):
     """Keys and values of prompts whose image tokens leave between layers. Give it, empty, with the prompts."""
 
@@ -58,6 +76,8 @@ class ReducedCache(DynamicCache):
         self.image_of = image_of
         self.position_ids = position_ids
         self.stretches: list[Stretch] = []
+        # Behind each stretch but the last, by sample and image of the prompts as they were read.
+        self.departures: list[list[list[Departure]]] = []
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these samples."""
@@ -95,6 +115,27 @@ class Tokens:
     positions: Tensor
     places: list[Tensor]
     images: list[list[slice]]
+
+
+def read(
+    model: LlamaModel, cache: ReducedCache, embeds: Tensor, mask: Tensor | None, options: Mapping[str, object]
+) -> BaseModelOutputWithPast:
+    """Read prompts, or what follows them where the cache is filled, in place of the decoder's own forward pass.
+
+    Args:
+        model: the decoder.
+        cache: of these prompts.
+        embeds: `[S, L, E]`.
+        mask: as in `read_prompts`; not looked at behind the prompts.
+        options: what else the forward pass was asked for.
+
+    Raises:
+        InputError: attention maps or hidden states were asked for.
+    """
+    if options.get("output_attentions") or options.get("output_hidden_states"):
+        raise InputError("attention maps and hidden states have no common shape where tokens leave between layers")
+    hidden = read_on(model, cache, embeds) if cache.stretches else read_prompts(model, cache, embeds, mask)
+    return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
 
 
 def read_prompts(model: LlamaModel, cache: ReducedCache, embeds: Tensor, mask: Tensor | None) -> Tensor:
@@ -143,6 +184,27 @@ def _start(cache: ReducedCache, embeds: Tensor, mask: Tensor | None) -> Tokens:
     places = [row.nonzero().flatten() for row in on_host]
     images = [find_images(row[own]) for row, own in zip(image_of, places, strict=True)]
     return Tokens(embeds, on_host.to(embeds.device), positions.to(embeds.device), places, images)
+
+
+def trace_image(cache: ReducedCache, row: int, image: int, num_tokens: int) -> list[Tensor]:
+    """Follow an image's tokens through the layers.
+
+    Args:
+        cache: prompts have been read with it.
+        row: which of the prompts.
+        image: which of its images.
+        num_tokens: of this image at the first layer.
+
+    Returns:
+        For each of `cache.stretches` the tokens that its layers read, `int64` places among those at the first layer; -1
+        for a merged one. On the CPU.
+    """
+    tokens = [torch.arange(num_tokens)]
+    for departures in cache.departures:
+        departure = departures[row][image]
+        merged = torch.full((departure.num_merged,), MERGED)
+        tokens.append(torch.cat([tokens[-1][departure.kept.cpu()], merged]))
+    return tokens
 
 
 def find_images(image_of: Tensor) -> list[slice]:
@@ -199,7 +261,7 @@ def _drop(
 ) -> Tokens:
     """Let image tokens leave before a layer, sample by sample, and pad what is left on the left."""
     is_packed = cache.reducer.position_ids == "packed"
-    rows, positions, images = [], [], []
+    rows, positions, images, departures = [], [], [], []
     for row, (places, own_images) in _samples(tokens):
         hidden, old_positions = tokens.hidden[row, places], tokens.positions[row, places]
         # 1. Every image on its own, all of them seen before any token leaves.
@@ -215,11 +277,13 @@ def _drop(
                     )
                 )
             )
+        departures.append([Departure(left.kept, 0 if left.merged is None else len(left.merged)) for left in lefts])
         # 2. Text and what is left of the images, in order.
         pieces, kept_positions, spans = _join(hidden, old_positions, own_images, lefts)
         rows.append(pieces)
         positions.append(torch.arange(len(pieces), device=pieces.device) if is_packed else kept_positions)
         images.append(spans)
+    cache.departures.append(departures)
     # 3. A batch again.
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())

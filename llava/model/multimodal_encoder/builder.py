@@ -4,10 +4,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from llava.errors import InputError
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.loading import resolve_name
+from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower, holds_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.token_reduction import Need
 
@@ -21,6 +23,8 @@ def build_vision_tower(
     select_layer: int = -2,
     select_feature: str = "patch",
     needs: Collection[Need] = frozenset(),
+    is_stored: bool = False,
+    vision_config: dict | None = None,
 ) -> VisionTower:
     """Build a tower without loading its weights.
 
@@ -30,6 +34,9 @@ def build_vision_tower(
         select_layer: `mm_vision_select_layer`.
         select_feature: `mm_vision_select_feature`.
         needs: what token reductions look at besides the patches.
+        is_stored: `unfreeze_mm_vision_tower`: the checkpoint's own weights hold the vision half, where they do; `name`
+            is the CLIP that it comes from.
+        vision_config: the vision half's settings, where the checkpoint has them too.
 
     Returns:
         The tower, empty until `load_model`.
@@ -42,7 +49,22 @@ def build_vision_tower(
         from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
 
         return OpenClipVisionTower(name.removeprefix(OPEN_CLIP_PREFIX), folder=folder, **settings)
+    if is_stored and folder and holds_tower(str(folder)):
+        return StoredVisionTower(str(folder), name, vision_config, **settings)
     return CLIPVisionTower(resolve_name(name, folder), **settings)
+
+
+def build_tower_of(config: PreTrainedConfig, needs: Collection[Need] = frozenset()) -> VisionTower:
+    """Build the tower of a checkpoint's config, without loading its weights; see `build_vision_tower`."""
+    return build_vision_tower(
+        config.mm_vision_tower,
+        folder=getattr(config, "_name_or_path", None),
+        select_layer=getattr(config, "mm_vision_select_layer", -2),
+        select_feature=getattr(config, "mm_vision_select_feature", "patch"),
+        needs=needs,
+        is_stored=bool(getattr(config, "unfreeze_mm_vision_tower", False)),
+        vision_config=getattr(config, "vision_config", None),
+    )
 
 
 def load_tower(

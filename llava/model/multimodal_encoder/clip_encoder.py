@@ -1,6 +1,8 @@
 """The vision tower of LLaVA-1.5: a CLIP in Hugging Face layout."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +10,14 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.errors import InputError
-from llava.model.config_rules import check_preprocessor, read_settings, read_tower_config
+from llava.model.config_rules import PREPROCESSOR_FILE, check_preprocessor, read_settings, read_tower_config
+from llava.model.hf_layout import rename
 from llava.model.multimodal_encoder.clip_text import CLIPTextTower
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.tower import VisionTower
-from llava.model.stored_weights import first_line
+from llava.model.stored_weights import first_line, iterate_tensors, list_weight_files
 from llava.model.token_reduction import TEXT
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
 # Stored weights that the vision half has no place for: the text half, the loss's scale, and counters of old versions.
 OTHER_WEIGHTS = (r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"\.position_ids$")
 JOINT_WEIGHT = "visual_projection.weight"  # absent from vision-only checkpoints, and then not needed
@@ -30,6 +32,9 @@ class CLIPVisionTower(VisionTower):
     vision_tower: CLIPVisionModelWithProjection
     text_tower: CLIPTextTower
     has_joint_head = False
+    # How the files name the vision half: what all of its names hold, and what they become.
+    marker = vision_prefix = "vision_model."
+    names: Mapping[str, str] = MappingProxyType({})
 
     def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
@@ -44,7 +49,6 @@ class CLIPVisionTower(VisionTower):
             self.load_text_tower()
 
     def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
-        self.num_layers_to_run(self.needs)  # settings that do not fit are refused before the weights
         self.num_layers_to_run(self.needs)  # settings that do not fit are refused before the weights are read
         image_processor = self.read_image_processor()
         vision, missing = load_quietly(
@@ -93,6 +97,16 @@ class CLIPVisionTower(VisionTower):
         del self.layers[self.num_layers_to_run(self.needs) :]
         self.freeze()
 
+    def stored_weights(self) -> dict[str, Tensor]:
+        """Read the vision half as its files hold it, all layers, under CLIP's names, on the CPU."""
+        return {
+            own: value
+            for file in list_weight_files(self.name, containing=self.marker)
+            for name, value in iterate_tensors(file, containing=self.marker)
+            if (own := rename(name, self.names)).startswith(self.vision_prefix)
+            and not own.endswith(".position_ids")  # a counter of old versions
+        }
+
     def load_text_tower(self) -> None:
         if "text_tower" in self._modules:
             return
@@ -108,12 +122,16 @@ class CLIPVisionTower(VisionTower):
         return self.config.num_hidden_layers
 
     @property
+    def vision_model(self) -> nn.Module:
+        """The encoder: embeddings, layers and final norm."""
+        return self.vision_tower.vision_model
+
+    @property
     def layers(self) -> nn.ModuleList:
-        return self.vision_tower.vision_model.encoder.layers
+        return self.vision_model.encoder.layers
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        vision = self.vision_tower.vision_model
-        return vision.pre_layrnorm(vision.embeddings(pixels))
+        return self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
 
     def run_layer(self, layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
         return layer(hidden, None)
@@ -123,7 +141,7 @@ class CLIPVisionTower(VisionTower):
         return attention.q_proj(normed[:, :num_queries]), attention.k_proj(normed), attention.num_heads
 
     def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        return self.vision_tower.vision_model.post_layernorm, self.vision_tower.visual_projection.weight
+        return self.vision_model.post_layernorm, self.vision_tower.visual_projection.weight
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.text_tower(texts)

@@ -1,7 +1,7 @@
 """Load one Hugging Face module completely, or raise one line with what is missing."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from llava.errors import InputError
 from llava.model.config_rules import check_generation_config
+from llava.model.hf_layout import rename
 from llava.model.stored_weights import (
     COPY_AGAIN,
     check_dtypes,
@@ -67,6 +68,7 @@ def load_quietly(
     optional: tuple[str, ...] = (),
     ignored: tuple[str, ...] = (),
     config: PreTrainedConfig | None = None,
+    names: Mapping[str, str] | None = None,
     **kwargs: object,
 ) -> tuple[PreTrainedModel, set[str]]:
     """`from_pretrained` without the report on the checkpoint's other half, but strict about this one.
@@ -78,6 +80,7 @@ def load_quietly(
         optional: weights that may be missing (the caller then must not use them).
         ignored: patterns of stored weights that are for something else; those that the class ignores are known.
         config: of the model; None: the one beside the weights.
+        names: the stored weights' names into the model's, as in `hf_layout`; None: those that the class reads.
         **kwargs: passed on.
 
     Returns:
@@ -88,6 +91,7 @@ def load_quietly(
             the model, another shape, or hold inf or NaN.
     """
     subject, hint = f"{what} {name}", HINTS.get(what, COPY_AGAIN)
+    names = stored_names(module) if names is None else names
     ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
     with quiet_loading(subject):
         if config is None:
@@ -95,11 +99,17 @@ def load_quietly(
         check_generation_config(name, getattr(config, "vocab_size", 2**31))
         # 1. The headers alone: what does not fit is refused before memory is spent on it.
         if holds_weights(Path(name)):
-            check_headers(module, name, config, what=what, optional=optional, ignored=ignored)
+            check_headers(module, name, config, what=what, optional=optional, ignored=ignored, names=names)
         # 2. The weights.
         loaded, report = module.from_pretrained(
-            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            name,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            key_mapping=dict(names),
+            **kwargs,
         )
+    loaded._weight_conversions = []  # it is saved under its own names, whatever it was read under
     # 3. What a hub id brought, whose headers were not at hand before.
     refuse_missing(set(report["missing_keys"]) - set(optional), subject, hint)
     for weight, stored_shape, shape in report["mismatched_keys"]:
@@ -134,6 +144,7 @@ def check_headers(
     what: str,
     optional: Collection[str] = (),
     ignored: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Compare the names and shapes in a checkpoint's weight files with those of the model, without reading values.
 
@@ -144,16 +155,18 @@ def check_headers(
         what: the role, for messages.
         optional: weights that may be missing.
         ignored: patterns of stored weights that are for something else, besides those that the class ignores.
+        names: as in `load_quietly`.
 
     Returns:
-        Names and shapes as stored.
+        Names, in the model's terms, and shapes as stored.
 
     Raises:
         InputError: as in `check_shapes` (not for quantised checkpoints, which pack their weights), or plain weights
             that the config calls quantised.
     """
     files = list_weight_files(name)
-    stored = {key: shape for file in files for key, shape in read_shapes(file).items()}
+    names = stored_names(module) if names is None else names
+    stored = {rename(key, names): shape for file in files for key, shape in read_shapes(file).items()}
     ignored = (*ignored, *(module._keys_to_ignore_on_load_unexpected or ()))
     expected, hint = build_shapes(build_empty(module, config)), HINTS.get(what, COPY_AGAIN)
     try:
@@ -164,8 +177,14 @@ def check_headers(
     else:
         _refuse_quantised(config, name)
         for file in files:
-            check_dtypes(read_dtypes(file), expected, f"{what} {name}")
+            dtypes = {rename(key, names): dtype for key, dtype in read_dtypes(file).items()}
+            check_dtypes(dtypes, expected, f"{what} {name}")
     return stored
+
+
+def stored_names(module: type[PreTrainedModel]) -> Mapping[str, str]:
+    """Return the other names under which a class reads its weights."""
+    return getattr(module, "stored_names", {})
 
 
 def _refuse_quantised(config: PreTrainedConfig, name: str) -> None:

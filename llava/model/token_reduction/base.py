@@ -329,10 +329,14 @@ class TokenReducer(Method):
 
     Attributes:
         needs: what the method looks at besides the patches; a property where that depends on its options.
+        scores_name: what `ReducedTokens.scores` are, in a few words for a person; empty where the method gives none.
+        made_name: what the tokens are that are no patches, likewise; empty where all are patches.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     takes_average: ClassVar[bool] = True
+    scores_name: ClassVar[str] = ""
+    made_name: ClassVar[str] = ""
 
     def __init_subclass__(cls, **options: object) -> None:
         """Let a method be called for one fixed count at a time, so that it needs no code for mean budgets."""
@@ -417,6 +421,8 @@ class ClsAttentionReducer(TokenReducer):
     """
 
     layer: int = -2
+
+    scores_name: ClassVar[str] = "CLS attention"
 
     @property
     def cls_attention(self) -> Need:

@@ -37,6 +37,7 @@ class RandomChoice(TokenReducer):
     mean: bool = False
 
     spec_name: ClassVar[str] = "Random"
+    made_name: ClassVar[str] = "mean of the rest"
 
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Draw for each image."""
@@ -73,6 +74,7 @@ class Pool(TokenReducer):
     """
 
     spec_name: ClassVar[str] = "Pool"
+    made_name: ClassVar[str] = "means of cells"
 
     def output_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns after pooling a grid."""

@@ -98,6 +98,7 @@ class CDPruner(TokenReducer):
     """Diverse patches that have to do with the question, in raster order."""
 
     spec_name: ClassVar[str] = "CDPruner"
+    scores_name: ClassVar[str] = "relevance to the question"
     needs: ClassVar[frozenset[Need]] = frozenset({TEXT, PROJECTED})
 
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:

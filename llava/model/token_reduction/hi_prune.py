@@ -67,6 +67,7 @@ class HiPrune(TokenReducer):
     layer: int = -2
 
     spec_name: ClassVar[str] = "HiPrune"
+    scores_name: ClassVar[str] = "attention received in the deep layer"
 
     def __post_init__(self) -> None:
         """Check the options.

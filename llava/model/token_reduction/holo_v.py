@@ -114,6 +114,7 @@ class HoloV(ClsAttentionReducer):
     faithful: bool = True
 
     spec_name: ClassVar[str] = "HoloV"
+    made_name: ClassVar[str] = "zeros"
 
     def __post_init__(self) -> None:
         """Check the options.

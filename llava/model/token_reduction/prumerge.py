@@ -102,6 +102,8 @@ class PruMerge(TokenReducer):
     budget: Budget = AUTOMATIC_BUDGET
 
     spec_name: ClassVar[str] = "PruMerge"
+    scores_name: ClassVar[str] = "CLS attention of the last layer"
+    made_name: ClassVar[str] = "centres with neighbours added, sum of the rest"
     needs: ClassVar[frozenset[Need]] = frozenset({Need("cls_query", LAST_LAYER), Need("keys", LAST_LAYER)})
     has_automatic_budget: ClassVar[bool] = True
 

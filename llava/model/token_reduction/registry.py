@@ -8,7 +8,7 @@ inside the language model is written in the same way, and may stand behind one t
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 
 from llava.errors import InputError
 from llava.model.token_reduction.base import BUDGET_RULE, Budget, Method, TokenReducer
@@ -60,6 +60,12 @@ class Reduction:
 
     before: TokenReducer | None = None
     inside: LayerReducer | None = None
+
+    def at_budget(self, num_tokens: int) -> "Reduction":
+        """The same at a setting of so many tokens; of two methods the one before the language model gets the budget."""
+        if self.before is not None:
+            return replace(self, before=self.before.at_budget(num_tokens))
+        return self if self.inside is None else replace(self, inside=self.inside.at_budget(num_tokens))
 
     def spec(self) -> str | None:
         """The spec string that parses back to the same reduction; None for none."""

@@ -70,6 +70,7 @@ class SCOPE(ClsAttentionReducer):
     combine: str = "multi"
 
     spec_name: ClassVar[str] = "SCOPE"
+    scores_name: ClassVar[str] = "saliency: CLS attention to the power alpha"
 
     def __post_init__(self) -> None:
         """Check the options.

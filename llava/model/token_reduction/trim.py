@@ -135,6 +135,7 @@ class Trim(TokenReducer):
     max_keep: int = 0
 
     spec_name: ClassVar[str] = "TRIM"
+    made_name: ClassVar[str] = "mean of the rest"
     needs: ClassVar[frozenset[Need]] = frozenset({TEXT})
     has_automatic_budget: ClassVar[bool] = True
     takes_average: ClassVar[bool] = False
@@ -158,6 +159,10 @@ class Trim(TokenReducer):
                 f"{self.spec_name}: min_keep={self.min_keep}, max_keep={self.max_keep} must be >= 0 "
                 "and min_keep <= max_keep (max_keep=0: no limit)"
             )
+
+    @property
+    def scores_name(self) -> str:
+        return f"softmax of {'minus ' * (self.similarity == 'negated')}the similarity to the question"
 
     def refuse_average(self) -> str:
         """Name the command that finds the fence of a mean."""

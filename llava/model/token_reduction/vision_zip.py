@@ -77,6 +77,8 @@ class VisionZip(ClsAttentionReducer):
     contextual: int = 10
 
     spec_name: ClassVar[str] = "VisionZip"
+    scores_name: ClassVar[str] = "CLS attention, summed over heads"
+    made_name: ClassVar[str] = "CLS, rest merged around centres"
 
     def __post_init__(self) -> None:
         """Check the options.

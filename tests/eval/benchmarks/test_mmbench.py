@@ -396,6 +396,7 @@ def test_of_two_versions_llavas_is_taken_and_the_other_by_name(mmbench: Path) ->
         (b"index\tquestion\n1\t?\n", "it lacks the column A, B, image"),
         (b"index\tquestion\tA\tB\timage\n", "has no row with an index"),
         (b"index\tquestion\tA\tB\timage\n1\t?\ta\tb\tx\n1\t?\ta\tb\tx\n", "rows 1 and 2 share the index 1"),
+        (b"index\tquestion\tA\tB\timage\n" + b"9" * 5000 + b"\t?\ta\tb\tx\n", "has no row with an index"),
         (b"index\tquestion\tA\tB\timage\n1\t\xff\ta\tb\tx\n", "is not UTF-8 text"),
         (b'index\tquestion\tA\tB\timage\n1\t"?\ta\tb\tx\n', "is not a tab-separated table"),
     ],
