@@ -12,6 +12,8 @@ from llava.packages import start_command
 __version__ = "1.1.0"
 
 _EXPORTS = {
+    "Answer": "llava.assistant",
+    "Llava": "llava.assistant",
     "LlavaConfig": "llava.model.language_model.llava_llama",
     "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
     "load_pretrained_model": "llava.model.builder",
@@ -19,8 +21,9 @@ _EXPORTS = {
 
 if sys.argv[:1] == ["-m"]:  # `python -m llava...` is looking for its module: a command starts
     start_command()
+import_module("llava.auto_classes").introduce()  # not before a Python that is too old has been told so
 
-__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "__version__", "load_pretrained_model"]
+__all__ = ["Answer", "Llava", "LlavaConfig", "LlavaLlamaForCausalLM", "__version__", "load_pretrained_model"]
 
 
 def __getattr__(name: str) -> object:

@@ -104,7 +104,7 @@ def add_prompt_options(parser: argparse.ArgumentParser, *, conv_mode: str | None
     )
     draw = "" if temperature == 0 else "; tokens are drawn, in each run others"
     parser.add_argument(
-        "--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature}{draw})"
+        "--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature:g}{draw})"
     )
 
 
@@ -136,15 +136,22 @@ def choose_template(args: object, config: object = None) -> str:
         args: with `model_path` and possibly `conv_mode`.
         config: of the loaded model; training stores `conv_mode` in it.
     """
-    given, stored = getattr(args, "conv_mode", None), getattr(config, "conv_mode", None)
-    if given:
-        return given
-    name = get_model_name_from_path(args.model_path)
-    template, source = (
-        (stored, "from config.json") if stored else (conversation_name_for(name), f'by the name "{name}"')
-    )
+    if getattr(args, "conv_mode", None):
+        return args.conv_mode
+    template, source = guess_template(args.model_path, config)
     sys.stderr.write(f"conversation template {template}, {source} (--conv-mode names another)\n")
     return template
+
+
+def guess_template(model_path: str, config: object = None) -> tuple[str, str]:
+    """Return the conversation template of a checkpoint, and for a person where it is from.
+
+    Args:
+        model_path: checkpoint folder or hub id.
+        config: of the loaded model; training stores `conv_mode` in it.
+    """
+    stored, name = getattr(config, "conv_mode", None), get_model_name_from_path(model_path)
+    return (stored, "from config.json") if stored else (conversation_name_for(name), f'by the name "{name}"')
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

@@ -75,6 +75,8 @@ class Generator:
         Raises:
             InputError: a prompt is longer than the model's positions.
         """
+        if end is not None and self._ends_at(end):
+            end = None
         is_ours = self._decoder is not None and sampling.is_greedy and end is None and streamer is None
         # A prompt beyond the model's positions is for `generate` to refuse.
         if is_ours and longest(prompts, image_tokens) < self._model.config.max_position_embeddings:
@@ -83,6 +85,13 @@ class Generator:
             output_ids = self._generate(prompts, image_tokens, sampling, end, streamer)
         texts = (text.strip() for text in self._tokenizer.batch_decode(output_ids, skip_special_tokens=True))
         return [text.removesuffix(end).strip() if end else text for text in texts]
+
+    def _ends_at(self, end: str) -> bool:
+        """Whether a text is the tokenizer's name for a token that ends every answer: nothing has to watch for it."""
+        if end != getattr(self._tokenizer, "eos_token", None):
+            return False
+        known = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
+        return self._tokenizer.eos_token_id in ([known] if isinstance(known, int) else known or [])
 
     def _generate(
         self,

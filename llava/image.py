@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -222,17 +222,43 @@ def _describe_status(code: int) -> str:
 
 
 def _decode(stream: BinaryIO, address: str, upright: bool) -> Image.Image:
+    with _explain_damage(address), Image.open(stream) as image:
+        return _read_pixels(image, address, upright)
+
+
+def read_image(image: Image.Image, address: str, upright: bool = False) -> Image.Image:
+    """Read an image that Pillow has opened already.
+
+    Args:
+        image: of any mode; it stays open, and its pixels stay as they are.
+        address: how an error names it.
+        upright: rotate it as its EXIF tag says.
+
+    Returns:
+        A new image of mode RGB.
+
+    Raises:
+        InputError: damaged, or too large.
+    """
+    with _explain_damage(address):
+        return _read_pixels(image, address, upright)
+
+
+def _read_pixels(image: Image.Image, address: str, upright: bool) -> Image.Image:
+    if max(image.size) > MAX_SIDE:
+        raise InputError(f"image {address}: {image.width} x {image.height} pixels; a side has {MAX_SIDE:,} at most")
+    image.load()
+    return to_rgb(ImageOps.exif_transpose(image) if upright else image, address)
+
+
+@contextmanager
+def _explain_damage(address: str) -> Iterator[None]:
+    """Raise one line for everything that can go wrong with the pixels of an image."""
     try:
         with warnings.catch_warnings():
             # Images between Pillow's warning and its error limit are large but fine.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(stream) as image:
-                if max(image.size) > MAX_SIDE:
-                    raise InputError(
-                        f"image {address}: {image.width} x {image.height} pixels; a side has {MAX_SIDE:,} at most"
-                    )
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image) if upright else image, address)
+            yield
     except InputError:
         raise
     except UnidentifiedImageError:

@@ -4,6 +4,7 @@ Apart from `llava.generation`, so that a command can check its options before to
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from llava.errors import InputError
 
@@ -27,7 +28,7 @@ class Sampling:
         seed: of the draw, set anew for each answer; None: every draw is another.
 
     Raises:
-        InputError: a value is out of its range.
+        InputError: a value is out of its range, or no number.
     """
 
     temperature: float = 0.0
@@ -37,6 +38,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "num_beams", "max_new_tokens", "seed"):
+            self._check_type(name)
         checks = (
             (
                 self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
@@ -54,6 +57,16 @@ class Sampling:
         for holds, message in checks:
             if not holds:
                 raise InputError(message)
+
+    def _check_type(self, name: str) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if name in ("num_beams", "max_new_tokens", "seed"):
+            is_number, wanted = is_number and isinstance(value, Integral), "a whole number"
+        else:
+            wanted = "a number"
+        if not is_number and not (value is None and name in ("top_p", "seed")):
+            raise InputError(f"{name} {value!r}: expected {wanted}")
 
     @property
     def is_greedy(self) -> bool:

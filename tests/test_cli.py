@@ -245,8 +245,16 @@ def test_a_draw_is_repeated_by_its_seed_and_help_says_that_there_is_one(command)
     draw = ["--temperature", "5", "--seed"]
     assert ask_command(command, *draw, "3") == ask_command(command, *draw, "3")
     assert len({ask_command(command, *draw, str(seed))[1] for seed in range(4)}) > 1
-    text = " ".join(command(run_llava.main, "--help")[1].split())
+    text = " ".join(command(cli.main, "--help")[1].split())
     assert "default: 0.2; tokens are drawn, in each run others" in text and "--seed" in text
+
+
+def test_run_llava_is_greedy_unless_a_temperature_is_given(command):
+    arguments = ("--model-path", TRIM, "--image-file", NOISE, "--query", BUS, "--max_new_tokens", "4")
+    assert command(run_llava.main, *arguments) == command(run_llava.main, *arguments, "--temperature", "0")
+    assert len({command(run_llava.main, *arguments)[1] for _ in range(3)}) == 1
+    text = " ".join(command(run_llava.main, "--help")[1].split())
+    assert "0 is greedy (default: 0)" in text and "--seed" in text
 
 
 @pytest.mark.parametrize("query", ["half \ud83d", "word " * 300_000])

@@ -35,7 +35,7 @@ importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in
 
 import torch
 from llava.efficiency.stages import Runner, make_batch
-from llava.efficiency.timing import StageClock
+from llava.clock import StageClock
 from llava.efficiency.random_model import build_random_model
 from llava.eval.metrics.yes_no import count_yes_no
 from llava.generation import GreedyDecoder

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.clock import StageClock
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.memory import measure_peak
-from llava.efficiency.timing import Spread, StageClock
+from llava.efficiency.timing import Spread
 from llava.image import EmbeddedImage, load_image
 from llava.mm_utils import process_images
 from llava.model.token_reduction import Reduction

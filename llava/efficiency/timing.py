@@ -3,13 +3,13 @@
 A ratio is taken round by round, so that what slows the machine down for a while slows both sides of it.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
+
+from llava.clock import StageClock
 
 
 @dataclass(frozen=True)
@@ -32,34 +32,6 @@ class Spread:
         """Write `median [q1, q3]`, multiplied by `scale`."""
         middle, low, high = (f"{value * scale:.{digits}f}" for value in (self.median, self.q1, self.q3))
         return f"{middle} [{low}, {high}]"
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all its work; the CPU always has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-class StageClock:
-    """Adds up the time of named stages; the device is drained before and after each."""
-
-    def __init__(self, device: torch.device):
-        """Start at zero.
-
-        Args:
-            device: where the work runs.
-        """
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what runs inside."""
-        synchronize(self.device)
-        start = time.perf_counter()
-        yield
-        synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def time_in_turns(

@@ -15,6 +15,7 @@ from llava.errors import InputError
 from llava.eval.hub import HubForm
 from llava.eval.metrics.means import COUNT, POINTS, collect
 from llava.image import EmbeddedImage
+from llava.picture import Picture
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,8 +23,8 @@ Result = TypeVar("Result")
 Row = dict[str, Any]
 """One line of an answers file: question_id, prompt, text, answer_id, model_id, metadata and a benchmark's own keys."""
 
-ImageSource = Path | EmbeddedImage
-"""An image file, or an image inside a file of the benchmark; equal ones are encoded once."""
+ImageSource = Path | EmbeddedImage | Picture
+"""An image file, an image inside a file of the benchmark, or what a Python user has; equal ones are encoded once."""
 
 DEFAULT_KEY_FIELDS = ("question_id",)
 LOADER_MAX_NEW_TOKENS = 128

@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from llava.clock import StageClock
 from llava.eval.benchmark import ImageSource
 from llava.files import atomic_write
 from llava.image import load_image
@@ -28,6 +29,7 @@ from llava.mm_utils import process_images
 from llava.model.identity import fingerprint, hash_files
 from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.token_reduction import Need
+from llava.picture import Picture
 from llava.protocols import ImageProcessor, ImageSettings, VisionLanguageModel
 
 Item = TypeVar("Item")
@@ -77,6 +79,7 @@ class FeatureCache:
         """
         self._model = model
         self._store = store
+        self.clock = StageClock(model.device)  # "read": waiting for images; "encode": the vision tower
         self._reader = ImageReader(image_processor, model.config)
         self._kept: RecentlyUsed[ImageSource, EncodedImage] = RecentlyUsed(capacity)
 
@@ -106,14 +109,16 @@ class FeatureCache:
         faults: dict[ImageSource, str] = {}
         for start in range(0, len(absent), TOWER_BATCH):
             pixels: dict[ImageSource, Pixels] = {}
-            for image in absent[start : start + TOWER_BATCH]:
-                try:
-                    pixels[image] = self._reader.take(image)
-                except (ValueError, OSError) as error:
-                    # InputError is a ValueError; so is what image processors raise for images of impossible shapes.
-                    faults[image] = str(error)
+            with self.clock.stage("read"):
+                for image in absent[start : start + TOWER_BATCH]:
+                    try:
+                        pixels[image] = self._reader.take(image)
+                    except (ValueError, OSError) as error:
+                        # InputError is a ValueError; so is what image processors raise for images of impossible shapes.
+                        faults[image] = str(error)
             encode = self._model.encode_patches if self._store is None else self._store.encode
-            encoded = apply_in_parts(encode, [values for values, _ in pixels.values()], TOWER_BATCH)
+            with self.clock.stage("encode"):
+                encoded = apply_in_parts(encode, [values for values, _ in pixels.values()], TOWER_BATCH)
             for (image, (_, size)), features in zip(pixels.items(), encoded, strict=True):
                 found[image] = EncodedImage(features, size)
                 if self._store is not None:
@@ -304,7 +309,7 @@ class ImageReader:
             self._started[image] = self._pool.submit(self._read, image)
 
     def _read(self, source: ImageSource) -> Pixels:
-        image = load_image(source)
+        image = source.load() if isinstance(source, Picture) else load_image(source)
         pixels = process_images([image], self._image_processor, self._settings)[0]
         return torch.as_tensor(pixels), image.size
 

@@ -14,7 +14,7 @@ Shape letters: `S` samples, `T` prompt ids, `P` width of the joint space.
 import ctypes
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -74,6 +74,8 @@ class Settings:
         batch_size: questions that the language model reads at once; None: as many as memory allows (`choose_limits`).
         cached_images: encoded images kept from one unit of work to the next.
         num_workers: workers that share the questions.
+        end: text that ends an answer besides the tokens that the checkpoint names, as a dialogue's template has it;
+            None: none, as in the released evaluation.
     """
 
     model_id: str
@@ -82,6 +84,7 @@ class Settings:
     batch_size: int | None = None
     cached_images: int = CACHED_IMAGES
     num_workers: int = 1
+    end: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,19 +147,17 @@ def answer_questions(
         closing(Predictor(model, tokenizer, image_processor, settings, store)) as predictor,
         tqdm(total=len(questions), desc=settings.model_id, unit="q", smoothing=0.05) as progress,
     ):
-        # 2. Take the units that no other worker has; threads read the images of the next one meanwhile.
-        for todo in look_ahead(claim_units(units, sink), predictor.announce):
-            progress.update(sum(key in sink.done for key in keys) - progress.n)
-            # 3. Prompts and image tokens of the unit: encode each image once, reduce it for each question.
-            prepared, failed = predictor.prepare(todo)
+
+        def claim() -> Iterator[list[Question]]:
+            for todo in claim_units(units, sink):
+                progress.update(sum(key in sink.done for key in keys) - progress.n)
+                yield todo
+
+        # 2. Take the units that no other worker has, and put the answers of a batch on the disk before the next one.
+        for answered, failed in predictor.run(claim()):
+            sink.append([make_row(each.question, each.text, settings.model_id, each.metadata) for each in answered])
             faults += failed
-            # 4. Batches of sequences of like length, as large as memory allows.
-            for batch in predictor.make_batches(prepared):
-                # 5. Generate, and put the answers on the disk before the next batch.
-                rows, failed = predictor.answer(batch)
-                sink.append(rows)
-                faults += failed
-                progress.update(len(rows))
+            progress.update(len(answered))
     return faults
 
 
@@ -192,23 +193,20 @@ def look_ahead(units: Iterable[list[Question]], announce: Callable[[list[Questio
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A question ready for the language model.
+class Answered:
+    """A question with its answer.
 
     Attributes:
-        question: what is asked.
-        input_ids: int64[T] prompt with a sentinel per image.
+        question: what was asked.
+        text: the answer.
         image_tokens: one record per image.
+        seconds: by stage; where a stage works on many questions at once, each has an equal share of its time.
     """
 
     question: Question
-    input_ids: Tensor
+    text: str
     image_tokens: tuple[ImageTokens, ...]
-
-    @property
-    def length(self) -> int:
-        """Positions that the language model reads."""
-        return len(self.input_ids) - len(self.image_tokens) + sum(image.num_tokens for image in self.image_tokens)
+    seconds: Mapping[str, float]
 
     @property
     def metadata(self) -> dict[str, int]:
@@ -217,6 +215,28 @@ class Prepared:
             "num_tokens": sum(image.num_tokens for image in self.image_tokens),
             "num_patches": sum(image.num_patches for image in self.image_tokens),
         }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question ready for the language model.
+
+    Attributes:
+        question: what is asked.
+        input_ids: int64[T] prompt with a sentinel per image.
+        image_tokens: one record per image.
+        seconds: this question's share of the time that preparing took, by stage.
+    """
+
+    question: Question
+    input_ids: Tensor
+    image_tokens: tuple[ImageTokens, ...]
+    seconds: Mapping[str, float]
+
+    @property
+    def length(self) -> int:
+        """Positions that the language model reads."""
+        return len(self.input_ids) - len(self.image_tokens) + sum(image.num_tokens for image in self.image_tokens)
 
 
 class Predictor:
@@ -234,6 +254,7 @@ class Predictor:
         self.tokenizer = tokenizer
         self.settings = settings
         self.features = FeatureCache(model, image_processor, settings.cached_images, store)
+        self.clock = self.features.clock
         self.queries = QueryCache(model)
         self.generator = Generator(model, tokenizer)
         self.limits = choose_limits(model, settings.batch_size)
@@ -246,6 +267,26 @@ class Predictor:
     def close(self) -> None:
         """Stop reading images."""
         self.features.close()
+
+    def run(self, units: Iterable[list[Question]]) -> Iterator[tuple[list[Answered], list[Fault]]]:
+        """Answer units of work.
+
+        Args:
+            units: questions that are prepared together.
+
+        Yields:
+            Batch by batch the answers, and the faults of the batch; those of the preparation come first.
+        """
+        # 1. Threads read the images of the next unit meanwhile.
+        for todo in look_ahead(units, self.announce):
+            # 2. Prompts and image tokens of the unit: encode each image once, reduce it for each question.
+            prepared, faults = self.prepare(todo)
+            if faults:
+                yield [], faults
+            # 3. Batches of sequences of like length, as large as memory allows.
+            for batch in self.make_batches(prepared):
+                # 4. Generate.
+                yield self.answer(batch)
 
     def prepare(self, questions: Sequence[Question]) -> tuple[list[Prepared], list[Fault]]:
         """Make prompts and image tokens; report the questions for which that is impossible."""
@@ -263,8 +304,11 @@ class Predictor:
             except InputError as error:
                 faults.append(Fault(question, str(error)))
         input_ids = map(torch.tensor, tokenize_prompts(prompts, self.tokenizer))
-        image_tokens = self.reduce(asked, encoded)
-        return [Prepared(*each) for each in zip(asked, input_ids, image_tokens, strict=True)], faults
+        with self.clock.stage("reduce"):
+            image_tokens = self.reduce(asked, encoded)
+        seconds = _share(self.clock.take(), len(asked))
+        rows = zip(asked, input_ids, image_tokens, strict=True)
+        return [Prepared(*each, seconds) for each in rows], faults
 
     def wrap(self, question: Question) -> str:
         use_im_start_end = getattr(self.model.config, "mm_use_im_start_end", False)
@@ -302,25 +346,35 @@ class Predictor:
 
         return batch_by_length(prepared, lambda item: item.length + sampling.max_new_tokens, self.limits.allow, group)
 
-    def answer(self, batch: Sequence[Prepared]) -> tuple[list[Row], list[Fault]]:
+    def answer(self, batch: Sequence[Prepared]) -> tuple[list[Answered], list[Fault]]:
         """Answer a batch in one call; if that fails, its halves, so that only the guilty question is lost."""
         try:
-            texts = self.generator.answer(
-                [item.input_ids for item in batch], [item.image_tokens for item in batch], self.settings.sampling
-            )
+            with self.clock.stage("generate"):
+                texts = self.generator.answer(
+                    [item.input_ids for item in batch],
+                    [item.image_tokens for item in batch],
+                    self.settings.sampling,
+                    end=self.settings.end,
+                )
         except (InputError, torch.OutOfMemoryError) as error:
             reason = " ".join(str(error).split())
         else:
-            name = self.settings.model_id
+            seconds = _share(self.clock.take(), len(batch))
             pairs = zip(batch, texts, strict=True)
-            return [make_row(item.question, text, name, item.metadata) for item, text in pairs], []
+            return [
+                Answered(item.question, text, item.image_tokens, {**item.seconds, **seconds}) for item, text in pairs
+            ], []
         # Outside the handler, so that the failed call's tensors are gone before the next one.
         if len(batch) == 1:
             return [], [Fault(batch[0].question, reason)]
         middle = len(batch) // 2
-        rows, faults = self.answer(batch[:middle])
-        more_rows, more_faults = self.answer(batch[middle:])
-        return rows + more_rows, faults + more_faults
+        answered, faults = self.answer(batch[:middle])
+        more_answered, more_faults = self.answer(batch[middle:])
+        return answered + more_answered, faults + more_faults
+
+
+def _share(seconds: Mapping[str, float], num_questions: int) -> dict[str, float]:
+    return {stage: value / max(1, num_questions) for stage, value in seconds.items()}
 
 
 # ------------------------------------------------------------------------------------------------ which together

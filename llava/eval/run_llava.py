@@ -1,7 +1,7 @@
 """Ask one question about one or several images: `python -m llava.eval.run_llava --model-path ... --query ...`.
 
-The answer goes to standard output; how many visual tokens it took goes to standard error. `eval_model` is LLaVA's entry
-point for scripts.
+The answer goes to standard output; how many visual tokens it took goes to standard error. The search is greedy; with
+`--temperature` tokens are drawn, and `--seed` repeats a draw. `eval_model` is LLaVA's entry point for scripts.
 """
 
 import argparse
@@ -20,8 +20,6 @@ from llava.errors import InputError, run_command
 from llava.prompt import find_template
 from llava.sampling import Sampling
 
-DEFAULT_TEMPERATURE = 0.2
-
 
 def eval_model(args: object) -> str:
     """Answer `args.query` about `args.image_file`, print the answer and return it.
@@ -29,7 +27,7 @@ def eval_model(args: object) -> str:
     Args:
         args: the parsed options, or any object with LLaVA's attributes `model_path`, `model_base`, `query`,
             `conv_mode`, `image_file`, `sep`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, and `seed`; all but
-            the checkpoint, the query and the image may be missing.
+            the checkpoint, the query and the image may be missing. Without a temperature the search is greedy.
 
     Raises:
         InputError: an option, the checkpoint, an image or the question is not usable.
@@ -58,7 +56,7 @@ def eval_model(args: object) -> str:
 
 def _read_sampling(args: object) -> Sampling:
     return Sampling(
-        temperature=getattr(args, "temperature", DEFAULT_TEMPERATURE) or 0.0,
+        temperature=getattr(args, "temperature", None) or 0.0,
         top_p=getattr(args, "top_p", None),
         num_beams=getattr(args, "num_beams", 1),
         max_new_tokens=getattr(args, "max_new_tokens", 512),
@@ -72,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add_image_options(parser)
     parser.add_argument("--query", required=True, help="the question; one <image> per image shows where they go")
-    add_prompt_options(parser, conv_mode=None, temperature=DEFAULT_TEMPERATURE)
+    add_prompt_options(parser, conv_mode=None, temperature=0.0)
     add_seed_option(parser)
     parser.add_argument("--top_p", type=float, help="draw among the likeliest tokens of this probability together")
     parser.add_argument("--num_beams", type=int, default=1, help="width of the beam search (default: 1, none)")

@@ -40,6 +40,7 @@ from llava.model.token_reduction import (
     TokenReducer,
     parse_reduction,
 )
+from llava.model.tokenizer import load_tokenizer
 from llava.prompt import recover_query
 from llava.protocols import Tokenizer, VisionArguments
 
@@ -121,9 +122,8 @@ class LlavaMetaForCausalLM(ABC):
 
     token_reducer: TokenReducer | None = None
     layer_reducer: LayerReducer | None = None
-    tokenizer: Tokenizer | None = (
-        None  # set by the loader; lets `recover_queries` read prompts of clients without texts
-    )
+    tokenizer: Tokenizer | None = None
+    """For `recover_queries`, in prompts of clients without texts: set by the loader, else read from the checkpoint."""
 
     @abstractmethod
     def get_model(self) -> LlavaMetaModel:
@@ -183,6 +183,18 @@ class LlavaMetaForCausalLM(ABC):
     def _needs(self) -> frozenset[Need]:
         return self.token_reducer.needs if self.token_reducer else frozenset()
 
+    def ready_tower(self) -> VisionTower:
+        """Return the tower, with its weights read now if nobody has: `AutoModelForCausalLM` leaves them out.
+
+        Raises:
+            InputError: they can't be loaded.
+        """
+        tower = self.get_vision_tower()
+        if not tower.is_loaded:
+            with torch.inference_mode(False):  # weights may be trained later
+                tower.load_model(device=self.get_input_embeddings().weight.device)
+        return tower
+
     def encode_patches(
         self, images: Tensor | list[Tensor], needs: Collection[Need] | None = None
     ) -> list[ImageFeatures]:
@@ -199,7 +211,7 @@ class LlavaMetaForCausalLM(ABC):
         crops = [image[None] if image.dim() == 3 else image for image in images]
         if not crops:
             return []
-        features = self.get_vision_tower().extract(torch.cat(crops), self._needs if needs is None else needs)
+        features = self.ready_tower().extract(torch.cat(crops), self._needs if needs is None else needs)
         return features.split([image.shape[0] for image in crops])
 
     def embed_queries(self, texts: list[str]) -> Tensor | None:
@@ -208,7 +220,7 @@ class LlavaMetaForCausalLM(ABC):
         Returns:
             `float32[I, P]`, one row per text; None where the token reduction reads no text.
         """
-        return embed_distinct(self.get_vision_tower(), texts) if TEXT in self._needs else None
+        return embed_distinct(self.ready_tower(), texts) if TEXT in self._needs else None
 
     def choose_tokens(
         self, images: list[ImageFeatures], texts: list[str], text_embeds: Tensor | None = None
@@ -264,10 +276,13 @@ class LlavaMetaForCausalLM(ABC):
         """Recover the question of each sample of `int64[S, T]` from its ids, the last user turn.
 
         Raises:
-            ValueError: when no tokenizer was attached (`load_pretrained_model` attaches it).
+            InputError: when no tokenizer was attached (`load_pretrained_model` does) and the checkpoint has none.
         """
         if self.tokenizer is None:
-            raise ValueError("recovering the query needs model.tokenizer; set it, or pass texts=[...]")
+            checkpoint = getattr(self.config, "_name_or_path", None)
+            if not checkpoint:
+                raise InputError("recovering the query needs model.tokenizer; set it, or pass texts=[...]")
+            self.tokenizer = load_tokenizer(checkpoint)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         return [recover_query(row[keep], self.tokenizer) for row, keep in zip(input_ids, real, strict=True)]
 
@@ -297,6 +312,8 @@ class LlavaMetaForCausalLM(ABC):
         pad_token_id: int | None = None,
     ) -> PromptEmbeds:
         """Turn prompt ids and images into the embeddings that the decoder reads.
+
+        What comes back can be looked at, changed, and handed to `forward` or, padded on the left, to `generate`.
 
         Args:
             input_ids: `int64[S, T]` with IMAGE_TOKEN_INDEX at placeholders, padded on either side.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from llava.clock import StageClock
 from llava.efficiency.stages import Runner, make_batch
-from llava.efficiency.timing import StageClock
 from llava.model.multimodal_encoder.tower import ImageFeatures
 
 

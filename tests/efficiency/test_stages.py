@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from llava.clock import StageClock
 from llava.efficiency.estimate import count_left, fix_kept
 from llava.efficiency.memory import measure_peak, release_memory
 from llava.efficiency.stages import Runner, make_batch, measure_reductions
-from llava.efficiency.timing import Spread, StageClock, ratio_by_round, time_in_turns
+from llava.efficiency.timing import Spread, ratio_by_round, time_in_turns
 from llava.model.token_reduction import Reduction, parse_reducer
 
 CPU = torch.device("cpu")

@@ -19,8 +19,9 @@ from llava.model.image_tokens import ImageTokens
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
+from llava.model.splice import TEXT as NO_IMAGE
 from llava.model.splice import PromptEmbeds
-from llava.model.token_reduction import CONFIG_KEY, Reduction, parse_reduction
+from llava.model.token_reduction import CONFIG_KEY, TEXT, Reduction, parse_reduction
 
 TOWER_PREFIX = "model.vision_tower."
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
@@ -168,19 +169,28 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             image_sizes: (width, height) per image.
             texts: the query of each sample for the CLIP text tower; None: recovered from the ids.
             image_tokens: instead of `images`: records from `encode_images`.
-            **kwargs: transformers' generation arguments, `attention_mask` among them.
+            **kwargs: transformers' generation arguments, `attention_mask` among them. `past_key_values` may hold the
+                earlier turns of the same prompts; where the reduction reads the question, their images then come as the
+                `image_tokens` that the cache was made with. A method inside the language model reads all turns anew.
+                `inputs_embeds` of `embed_prompts`, with their `attention_mask` and `position_ids`, stand for ids and
+                images.
 
         Returns:
             `int64[S, new tokens]`: the answer alone, without the prompt.
 
         Raises:
-            InputError: when images, placeholders and texts do not fit, or the prompt is longer than the model's
-                positions.
+            InputError: when images, placeholders and texts do not fit, the prompt is longer than the model's positions,
+                or a cache holds image tokens that this question would choose anew.
         """
-        if "inputs_embeds" in kwargs:
-            raise ValueError("generate builds inputs_embeds itself: pass input ids with images or image_tokens")
-        # 1. Which ids are padding.
         input_ids = kwargs.pop("input_ids", inputs)
+        if kwargs.get("inputs_embeds") is not None:
+            if any(given is not None for given in (input_ids, images, texts, image_tokens)):
+                raise InputError("inputs_embeds hold the whole prompt: leave out ids, images, texts and image_tokens")
+            return self._continue_embeds(**kwargs)
+        kwargs.pop("inputs_embeds", None)
+        if input_ids is None:
+            raise InputError("nothing to answer: give input ids, or inputs_embeds from embed_prompts")
+        # 1. Which ids are padding.
         kwargs.pop("position_ids", None)  # counted anew behind the splice
         pad_token_id = kwargs.pop("pad_token_id", None)
         if pad_token_id is None:
@@ -197,29 +207,59 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             pad_token_id=pad_token_id,
         )
         self._check_length(int(batch.position_ids.max()) + 1)
+        if image_tokens is None:
+            self._check_cache(kwargs.get("past_key_values"), batch)
         if self.layer_reducer is not None:
             kwargs["past_key_values"] = self.make_cache(batch)
-        # 3. Settings that contradict each other, of which transformers would warn.
-        if not kwargs.get("do_sample"):
-            # LLaVA's callers pass temperature=0 with greedy decoding.
-            kwargs = {key: value for key, value in kwargs.items() if key not in SAMPLING_ARGUMENTS}
-        if kwargs.get("max_new_tokens") is not None:
-            # Released generation configs set max_length too; the call's own limit counts.
-            kwargs.setdefault("max_length", None)
-        # 4. Decode. With embeddings as input, what comes back is the answer alone.
+        # 3. Decode. With embeddings as input, what comes back is the answer alone.
         return super().generate(
             inputs_embeds=batch.embeds,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             pad_token_id=pad_token_id,
-            **kwargs,
+            **_settle_contradictions(kwargs),
         )
+
+    def _continue_embeds(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Answer prompts that are embeddings already, such as those of `embed_prompts`."""
+        if self.layer_reducer is not None:
+            raise InputError(
+                f"{self.layer_reducer.spec()} has to know which embeddings are image tokens: give input ids with "
+                "images or image_tokens instead of inputs_embeds"
+            )
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise InputError(
+                'inputs_embeds padded on the right: make them with embed_prompts(..., padding_side="left")'
+            )
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        elif self.token_reducer is not None and self.token_reducer.position_ids == "original":
+            raise InputError("position_ids=original leaves gaps: give the position_ids of embed_prompts as well")
+        self._check_length(inputs_embeds.shape[1] if position_ids is None else int(position_ids.max()) + 1)
+        kwargs.setdefault("pad_token_id", self.config.pad_token_id if self.config.pad_token_id is not None else 0)
+        kwargs = _settle_contradictions(kwargs)
+        return super().generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
     def make_cache(self, batch: PromptEmbeds) -> DynamicCache:
         """Make the empty cache that these prompts are read with: here the reduction inside the language model hangs."""
         if self.layer_reducer is None:
             return DynamicCache(config=self.config)
         return ReducedCache(self.config, self.layer_reducer, batch.image_of, batch.position_ids)
+
+    def _check_cache(self, cache: Cache | None, batch: PromptEmbeds) -> None:
+        """Refuse a cache with tokens of images that were just reduced anew: for this question others may be kept."""
+        length = 0 if cache is None else int(cache.get_seq_length())
+        if TEXT in self._needs and bool((batch.image_of[:, :length] != NO_IMAGE).any()):
+            raise InputError(
+                f"past_key_values holds image tokens that {self.token_reducer.spec()} chose for an earlier question: "
+                "give the same ones as image_tokens= (from encode_images, made once per image) instead of images="
+            )
 
     def _check_length(self, num_positions: int) -> None:
         limit = self.config.max_position_embeddings
@@ -250,6 +290,17 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             super().save_pretrained(save_directory, state_dict=own, **kwargs)
         if isinstance(tower, StoredVisionTower):
             tower.save_image_processor(Path(save_directory))
+
+
+def _settle_contradictions(settings: dict[str, object]) -> dict[str, object]:
+    """Leave out generation arguments that contradict others, of which transformers would warn."""
+    if not settings.get("do_sample"):
+        # LLaVA's callers pass temperature=0 with greedy decoding.
+        settings = {key: value for key, value in settings.items() if key not in SAMPLING_ARGUMENTS}
+    if settings.get("max_new_tokens") is not None:
+        # Released generation configs set max_length too; the call's own limit counts.
+        settings = {"max_length": None} | settings
+    return settings
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

@@ -1,6 +1,6 @@
 """LLaVA on Llama (Vicuna): LLaVA-1.5, LLaVA-1.6 on Vicuna and Yi."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llava.model.language_model.causal import LlavaCausalLM, LlavaDecoder
 
@@ -28,5 +28,6 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
         self.build(config, LlavaLlamaModel)
 
 
-AutoConfig.register("llava_llama", LlavaConfig)
-AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)
+# `AutoConfig` finds the config by `llava.auto_classes`. transformers has another class called LlavaConfig.
+for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto_class.register(LlavaConfig, LlavaLlamaForCausalLM, exist_ok=True)

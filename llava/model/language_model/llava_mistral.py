@@ -1,6 +1,12 @@
 """LLaVA on Mistral: LLaVA-1.6, with a sliding window or without."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+)
 
 from llava.model.language_model.causal import LlavaCausalLM, LlavaDecoder
 
@@ -28,5 +34,6 @@ class LlavaMistralForCausalLM(LlavaCausalLM, MistralForCausalLM):
         self.build(config, LlavaMistralModel)
 
 
-AutoConfig.register("llava_mistral", LlavaMistralConfig)
-AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)
+# `AutoConfig` finds the config by `llava.auto_classes`.
+for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto_class.register(LlavaMistralConfig, LlavaMistralForCausalLM, exist_ok=True)

@@ -1,6 +1,6 @@
 """LLaVA on Qwen2 and Qwen1.5, whose queries, keys and values have biases."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from llava.model.language_model.causal import LlavaCausalLM, LlavaDecoder
 
@@ -28,5 +28,6 @@ class LlavaQwen2ForCausalLM(LlavaCausalLM, Qwen2ForCausalLM):
         self.build(config, LlavaQwen2Model)
 
 
-AutoConfig.register("llava_qwen2", LlavaQwen2Config)
-AutoModelForCausalLM.register(LlavaQwen2Config, LlavaQwen2ForCausalLM)
+# `AutoConfig` finds the config by `llava.auto_classes`.
+for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto_class.register(LlavaQwen2Config, LlavaQwen2ForCausalLM, exist_ok=True)

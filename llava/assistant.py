@@ -1,0 +1,497 @@
+"""A checkpoint as one object that answers questions about images: `llava.Llava`, and its `Answer`.
+
+    model = Llava.from_pretrained("liuhaotian/llava-v1.5-7b", reduce="TRIM:-1")
+    answer = model.ask("bus.jpg", "What color is the bus?")
+
+`ask` and `chat` are a `ChatSession` each, as in `llava.eval.run_llava`; `ask_many` is the evaluation's loop. Both give
+the same answers. docs/python.md shows what to do with it.
+"""
+
+import base64
+import html
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields, replace
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import TextStreamer
+
+from llava.chat import ChatSession, describe_tokens, read_question
+from llava.cli import ModelSpec, guess_template
+from llava.drawing import Panel, TextLine, View, draw_figure, shrink, write_image
+from llava.errors import InputError
+from llava.eval.benchmark import Question
+from llava.eval.predict import Predictor, Settings, choose_unit_size, plan_units
+from llava.model.image_tokens import ImageTokens
+from llava.model.token_reduction import CONFIG_KEY
+from llava.picture import Picture, to_pictures
+from llava.prompt import DEFAULT_CONV_MODE, end_of_turn, find_template, place_images
+from llava.protocols import ImageProcessor, Tokenizer
+from llava.sampling import Sampling
+
+if TYPE_CHECKING:
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+Stream = bool | Callable[[str], object]
+"""True: the answer is written to standard output as it comes. A function: it is called with each new piece of text."""
+
+Grids = tuple[np.ndarray | None, ...]
+"""A value per patch for each image: `[rows, cols]`, or `[C, rows, cols]` where an image has several crops; None where
+the method has none."""
+
+
+# -------------------------------------------------------------------------------------------------------------- answer
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The answer to one question. In a notebook it shows itself, with the kept patches.
+
+    Attributes:
+        text: the answer.
+        question: as it was asked.
+        num_tokens: visual tokens that the language model read, over all images.
+        num_patches: visual tokens before reduction, over all images.
+        kept: bool per image, the patches that the language model read; None where the method blends patches. With a
+            method inside the language model, the patches that enter it.
+        scores: float32 per image, the method's score of each patch; None where it has none.
+        seconds: by stage: "read" (files to pixel values), "encode" (the vision tower), "reduce" (text tower, selection,
+            projector), "generate". The device is drained around each. Of `ask_many`, where a stage works on many
+            questions at once, an equal share of its time. A chat's later turns read and encode nothing.
+    """
+
+    text: str
+    question: str
+    num_tokens: int
+    num_patches: int
+    kept: Grids = field(repr=False)
+    scores: Grids = field(repr=False)
+    seconds: Mapping[str, float] = field(repr=False)
+    _pictures: Sequence[Picture] = field(repr=False)
+    _image_tokens: Sequence[ImageTokens] = field(repr=False)  # without their features
+    _grid: tuple[int, int] = field(repr=False)
+    _aspect_ratio: str | None = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def describe_tokens(self) -> str:
+        """Describe for a person how many of the visual tokens are read."""
+        return describe_tokens(self.num_tokens, self.num_patches)
+
+    def figure(self) -> Image.Image:
+        """Draw question, answer, and of each image the kept patches and their scores.
+
+        Raises:
+            InputError: an image of `ask_many`, which keeps no copies, is not there any more.
+        """
+        pairs = zip(self._pictures, self._image_tokens, strict=True)
+        views = [self._make_view(picture.load(), tokens) for picture, tokens in pairs]
+        name, _, text = self.describe_tokens().partition(": ")
+        return draw_figure(views, self.question, [TextLine("answer", self.text), TextLine(name, text)])
+
+    def _make_view(self, image: Image.Image, tokens: ImageTokens) -> View:
+        shown, box = shrink(image, self._aspect_ratio)
+        if tokens.kept is None:  # blended patches: no single one is kept or dropped
+            return View(shown, box)
+        # Of several crops the first, the whole view, is drawn.
+        kept, scores, centres = (
+            None if values is None else values[0].reshape(self._grid).numpy()
+            for values in (tokens.kept, tokens.scores, tokens.centres)
+        )
+        panels = [Panel(f"{kept.sum()} of {kept.size} patches kept", kept, centres)]
+        if scores is not None:
+            panels.append(Panel("score per patch", kept, centres, scores=scores))
+        return View(shown, box, panels)
+
+    def save(self, path: str | Path) -> None:
+        """Write the figure.
+
+        Raises:
+            InputError: the name does not end in `.png`, or the file cannot be written.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise InputError(f"{path}: the figure is a PNG; give a name that ends in .png")
+        write_image(Path(path).expanduser(), self.figure())
+
+    def _repr_html_(self) -> str:
+        """Return the answer as HTML that needs no other file."""
+        text = f"<p>{html.escape(self.text)}</p><p><small>{html.escape(self.describe_tokens())}</small></p>"
+        if not self._pictures:
+            return text
+        try:
+            buffer = BytesIO()
+            self.figure().save(buffer, format="PNG")
+        except InputError as error:
+            return f"{text}<p><small>{html.escape(str(error))}</small></p>"
+        content = base64.b64encode(buffer.getvalue()).decode("ascii")
+        alt = html.escape(f"{self.question} {self.text}", quote=True)
+        return f'{text}<img alt="{alt}" style="max-width: 100%" src="data:image/png;base64,{content}">'
+
+
+# -------------------------------------------------------------------------------------------------------------- object
+class Llava:
+    """A model that answers questions about images.
+
+    Images are a path, an http(s) address, a Pillow image, a NumPy array (`uint8[height, width, channels]`), a tensor
+    (`[channels, height, width]`, uint8, or floats in [0, 1]), a list of these, or None for a question about no image.
+    Every method takes the settings of `llava.sampling.Sampling` by name (`temperature`, `top_p`, `num_beams`,
+    `max_new_tokens`, `seed`); without any the search is greedy.
+
+    Attributes:
+        model: the `LlavaLlamaForCausalLM`.
+        tokenizer: its tokenizer.
+        image_processor: its vision tower's image processor.
+        conv_mode: name of the conversation template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model: "LlavaLlamaForCausalLM",
+        image_processor: ImageProcessor,
+        conv_mode: str = DEFAULT_CONV_MODE,
+        spec: ModelSpec | None = None,
+    ):
+        """Take the first three results of `load_pretrained_model`; `from_pretrained` loads them.
+
+        Args:
+            tokenizer: of the model.
+            model: loaded.
+            image_processor: of its vision tower.
+            conv_mode: conversation template.
+            spec: how the model was loaded; targets such as "TRIM:flops=0.35" are found for it.
+
+        Raises:
+            InputError: there is no such template.
+        """
+        find_template(conv_mode)
+        self.tokenizer = tokenizer
+        self.model = model
+        self.image_processor = image_processor
+        self.conv_mode = conv_mode
+        self._spec = spec
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | os.PathLike,
+        *,
+        reduce: str | None = None,
+        base: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        tower_dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        load_8bit: bool = False,
+        load_4bit: bool = False,
+        calibrated: str | os.PathLike | None = None,
+        conv_mode: str | None = None,
+    ) -> "Llava":
+        """Load a checkpoint in LLaVA's layout.
+
+        Args:
+            checkpoint: folder or hub id.
+            reduce: token reduction, such as "TRIM:-1"; "none": none; None: what the checkpoint's config.json says.
+            base: base model of a LoRA or projector-only checkpoint.
+            device: "cpu", "cuda", "cuda:1", ...; None: the accelerator if there is one, else the CPU.
+            dtype: "float16", "bfloat16" or "float32"; None: float16 on an accelerator, float32 on the CPU.
+            tower_dtype: of the vision and text towers; None: float32, as in LLaVA.
+            attn_implementation: attention of the language model: "sdpa", "eager", "flash_attention_2", ...
+            load_8bit: quantise the language model to 8 bit.
+            load_4bit: quantise it to 4 bit.
+            calibrated: the fence of `reduce="TRIM:avg=64"`, a file of `llava.calibrate`.
+            conv_mode: conversation template; None: the one that training stored, else by the checkpoint's name.
+
+        Raises:
+            InputError: one line for everything that is not as it should be.
+        """
+        # 1. All that can be refused before torch looks at a weight.
+        _check_reduce(reduce)
+        if conv_mode is not None:
+            find_template(conv_mode)
+        path = _to_path("checkpoint", checkpoint)
+        spec = ModelSpec(
+            path=path,
+            base=None if base is None else _to_path("base", base),
+            reduce=reduce,
+            device=None if device is None else str(device),
+            dtype=_to_dtype_name(dtype),
+            tower_dtype=_to_dtype_name(tower_dtype),
+            attn_implementation=attn_implementation,
+            load_8bit=load_8bit,
+            load_4bit=load_4bit,
+            calibrated=_to_file("calibrated", calibrated),
+        )
+        # 2. Load, and find the template.
+        tokenizer, model, image_processor = spec.load()
+        return cls(tokenizer, model, image_processor, conv_mode or guess_template(path, model.config)[0], spec)
+
+    def __repr__(self) -> str:
+        name = "" if self._spec is None else f"{self._spec.path!r}, "
+        return f"Llava({name}reduce={self.reduce!r}, conv_mode={self.conv_mode!r}, device={str(self.model.device)!r})"
+
+    # Token reduction -------------------------------------------------------------------------------------------
+    @property
+    def reduce(self) -> str:
+        """The token reduction, as `from_pretrained` takes it; "none" for none."""
+        return getattr(self.model.config, CONFIG_KEY, None) or "none"
+
+    def set_token_reduction(self, reduce: str, calibrated: str | os.PathLike | None = None) -> None:
+        """Reduce in another way from the next question on; chats that are open show their images anew first.
+
+        Args:
+            reduce: as in `from_pretrained`; "none": none.
+            calibrated: as in `from_pretrained`.
+
+        Raises:
+            InputError: not a token reduction, or one that needs what the vision tower does not have.
+        """
+        if reduce is None:
+            raise InputError('reduce None: expected a token reduction such as "TRIM:-1", or "none" for none')
+        _check_reduce(reduce)
+        if self._spec is not None:
+            spec = replace(self._spec, reduce=reduce, calibrated=_to_file("calibrated", calibrated))
+            reduce = spec.resolve().reduce
+        self.model.set_token_reduction(reduce)
+
+    # Questions -------------------------------------------------------------------------------------------------
+    def ask(self, images: object, question: str, *, stream: Stream = False, **sampling: object) -> Answer:
+        """Ask one question.
+
+        Args:
+            images: what it is about; see the class.
+            question: the user's text. One `<image>` per image may show where each goes, else the images come first.
+            stream: show the answer as it comes; see `Stream`.
+            **sampling: see the class.
+
+        Raises:
+            InputError: one line that says what is wrong with an image, the question or a setting.
+        """
+        settings = make_sampling(sampling)
+        streamer = _make_streamer(self.tokenizer, stream, settings)
+        read_question(question)
+        return self.chat(images).answer(question, settings, streamer)
+
+    def chat(self, images: object = None) -> "Chat":
+        """Begin a dialogue about images (see the class), which stay in view.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        return Chat(self, images)
+
+    def ask_many(
+        self,
+        pairs: Iterable[tuple[object, str]],
+        *,
+        batch_size: int | None = None,
+        progress: bool = True,
+        **sampling: object,
+    ) -> list[Answer]:
+        """Ask many questions, in batches; greedily, the answers are those of `ask`.
+
+        Each image is encoded once, however many questions it has: name it by the same path, or give the same object.
+
+        Args:
+            pairs: (images, question) each, as for `ask`.
+            batch_size: questions that the language model reads at once; None: as many as memory allows.
+            progress: whether a bar on standard error counts the answers.
+            **sampling: see the class; what is drawn with a temperature depends on the batch.
+
+        Returns:
+            The answers, in the order of the questions.
+
+        Raises:
+            InputError: one line for the first question that cannot be asked, such as `pairs[3]: image a.png: ...`;
+                types, empty questions and missing files are found before the first question is answered.
+        """
+        # 1. What is wrong with a pair is told before any work.
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"batch_size {batch_size!r}: expected a whole number from 1 on, or None")
+        end = end_of_turn(find_template(self.conv_mode))
+        settings = Settings("llava", make_sampling(sampling), self.conv_mode, batch_size, end=end)
+        asked = [_to_question(number, pair) for number, pair in enumerate(_list_pairs(pairs))]
+        # 2. The loop of the evaluation: units in which equal images meet, batches of like length.
+        answers: dict[int, Answer] = {}
+        parts = (self.model, self.tokenizer, self.image_processor)
+        with (
+            torch.inference_mode(),
+            closing(Predictor(*parts, settings)) as predictor,
+            tqdm(total=len(asked), desc="questions", unit="q", disable=not progress) as bar,
+        ):
+            for answered, faults in predictor.run(plan_units(asked, choose_unit_size(self.model))):
+                for fault in faults:
+                    raise InputError(f"pairs[{fault.question.id}]: {fault.reason}")
+                for each in answered:
+                    text, images = each.question.prompt, each.question.images
+                    answer = _make_answer(self.model, each.text, text, images, each.image_tokens, each.seconds)
+                    answers[each.question.id] = answer
+                bar.update(len(answered))
+        return [answers[number] for number in range(len(asked))]
+
+
+class Chat:
+    """A dialogue: the images stay in view, and each question is asked after the turns before it.
+
+    Attributes:
+        turns: the answers so far, in order.
+    """
+
+    def __init__(self, owner: Llava, images: object = None):
+        """Begin; `Llava.chat` does."""
+        self._owner = owner
+        self._session = ChatSession(owner.model, owner.tokenizer, owner.image_processor, owner.conv_mode)
+        self.show(images)
+
+    def show(self, images: object) -> None:
+        """Replace the images in view (see `Llava`), and begin a new dialogue.
+
+        Raises:
+            InputError: an image cannot be read; the dialogue is as it was before.
+        """
+        self._session.show(to_pictures(images))
+        self._pictures = tuple(map(Picture, self._session.images))
+        self.turns: list[Answer] = []
+
+    def ask(self, question: str, *, stream: Stream = False, **sampling: object) -> Answer:
+        """Ask the next question; arguments as for `Llava.ask`. After an error the dialogue is as it was before."""
+        settings = make_sampling(sampling)
+        return self.answer(question, settings, _make_streamer(self._owner.tokenizer, stream, settings))
+
+    def answer(self, question: str, sampling: Sampling, streamer: TextStreamer | None = None) -> Answer:
+        """Ask the next question with settings and a streamer that are objects already."""
+        turn = self._session.ask(question, sampling, streamer)
+        pictures, model = self._pictures, self._owner.model
+        answer = _make_answer(model, turn.text, question, pictures, turn.image_tokens, turn.seconds)
+        self.turns.append(answer)
+        return answer
+
+
+# ------------------------------------------------------------------------------------------------------ what was given
+def make_sampling(settings: Mapping[str, object]) -> Sampling:
+    """Read the settings of a search from keyword arguments.
+
+    Raises:
+        InputError: one that is unknown, of another type or out of range.
+    """
+    known = [each.name for each in fields(Sampling)]
+    for name in settings:
+        if name not in known:
+            raise InputError(f"there is no setting {name}: expected {', '.join(known)}")
+    return Sampling(**settings)
+
+
+def _list_pairs(pairs: object) -> list[object]:
+    if isinstance(pairs, (str, Mapping)) or not isinstance(pairs, Iterable):
+        raise InputError(f"pairs: expected a list of (images, question), not {type(pairs).__name__}")
+    return list(pairs)
+
+
+def _to_question(number: int, pair: object) -> Question:
+    """Read and check one of `ask_many`'s pairs."""
+    try:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InputError(f"expected (images, question), not {type(pair).__name__}")
+        images = to_pictures(pair[0])
+        text, query = read_question(pair[1])
+        place_images(text, len(images))
+    except InputError as error:
+        raise InputError(f"pairs[{number}]: {error}") from None
+    return Question(id=number, prompt=text, query=query, images=images)
+
+
+def _check_reduce(reduce: object) -> None:
+    if reduce is not None and not isinstance(reduce, str):
+        raise InputError(
+            f'reduce {reduce!r}: expected a token reduction such as "TRIM:-1", not {type(reduce).__name__}'
+        )
+
+
+def _to_path(name: str, value: object) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{name} {value!r}: expected a folder or a hub id, not {type(value).__name__}")
+    return str(Path(value).expanduser()) if str(value).startswith("~") else str(value)
+
+
+def _to_file(name: str, value: object) -> Path | None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{name} {value!r}: expected a file, not {type(value).__name__}")
+    return None if value is None else Path(value).expanduser()
+
+
+def _to_dtype_name(dtype: object) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+# -------------------------------------------------------------------------------------------------------- what is given
+def _make_answer(
+    model: "LlavaLlamaForCausalLM",
+    text: str,
+    question: str,
+    pictures: Sequence[Picture],
+    image_tokens: Sequence[ImageTokens],
+    seconds: Mapping[str, float],
+) -> Answer:
+    """Put an answer together; of the image tokens only the choice is kept, not the features."""
+    grid = model.get_vision_tower().grid
+    chosen = tuple(_drop_features(tokens) for tokens in image_tokens)
+    return Answer(
+        text=text,
+        question=question,
+        num_tokens=sum(tokens.num_tokens for tokens in chosen),
+        num_patches=sum(tokens.num_patches for tokens in chosen),
+        kept=tuple(_to_grid(tokens.kept, grid) for tokens in chosen),
+        scores=tuple(_to_grid(tokens.scores, grid) for tokens in chosen),
+        seconds=dict(seconds),
+        _pictures=tuple(pictures),
+        _image_tokens=chosen,
+        _grid=grid,
+        _aspect_ratio=getattr(model.config, "image_aspect_ratio", None),
+    )
+
+
+def _drop_features(tokens: ImageTokens) -> ImageTokens:
+    """Return the record on the CPU, with as many features of no width."""
+    empty = torch.empty(tokens.num_tokens, 0)
+    moved = {name: getattr(tokens, name) for name in ("kept", "scores", "centres")}
+    return replace(
+        tokens, features=empty, **{name: None if values is None else values.cpu() for name, values in moved.items()}
+    )
+
+
+def _to_grid(values: torch.Tensor | None, grid: tuple[int, int]) -> np.ndarray | None:
+    """Shape `[C, N]` as `[rows, cols]`, or `[C, rows, cols]` for several crops."""
+    if values is None:
+        return None
+    grids = values.reshape(len(values), *grid).numpy()
+    return grids[0] if len(grids) == 1 else grids
+
+
+class _PieceStreamer(TextStreamer):
+    """Hands the text on, piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer, take: Callable[[str], object]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._take = take
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._take(text)
+
+
+def _make_streamer(tokenizer: Tokenizer, stream: Stream, sampling: Sampling) -> TextStreamer | None:
+    if stream is False:
+        return None
+    if sampling.num_beams > 1:
+        raise InputError("an answer of a beam search is known at its end only: leave out stream or num_beams")
+    if stream is True:
+        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if not callable(stream):
+        raise InputError(f"stream {stream!r}: expected True, False or a function of a text")
+    return _PieceStreamer(tokenizer, stream)

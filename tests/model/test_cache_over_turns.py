@@ -1,0 +1,89 @@
+"""A cache of earlier turns gives the tokens that no cache gives, or is refused in one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from llava.errors import InputError
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from playground.shapes.world import draw_scene
+
+SHAPES = Path(__file__).parents[2] / "playground/shapes/checkpoints/llava-shapes"
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+READS_TEXT = ["TRIM:-1", "TextSim:0.25", "CDPruner:16", "TRIM:0.25,position_ids=original"]
+READS_NO_TEXT = ["none", "FasterVLM:16", "Pool:0.25"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer, model, processor, _ = load_pretrained_model(str(SHAPES), device="cpu")
+    return model, tokenizer, processor
+
+
+class Dialogue:
+    """Two turns about an image: ids of the first, and of both with the first answer between them."""
+
+    def __init__(self, parts, number):
+        model, tokenizer, processor = parts
+        image, scene = draw_scene(9, 1, number)
+        self.model, self.question = model, f"What color is the {scene.objects[0].shape}?"
+        self.images = process_images([image], processor, model.config)
+        self.first = self.encode(tokenizer, f"USER: <image>\n{self.question} ASSISTANT:")
+        self.second = self.encode(tokenizer, "USER: Describe the image. ASSISTANT:")[:, 1:]
+
+    @staticmethod
+    def encode(tokenizer, text):
+        return tokenizer_image_token(text, tokenizer, return_tensors="pt")[None]
+
+    def ask_twice(self, **images):
+        """Answer the second turn with the cache of the first, and without one."""
+        cache = DynamicCache(config=self.model.config)
+        answer = self.model.generate(self.first, past_key_values=cache, **GREEDY, **images)
+        both = torch.cat([self.first, answer, self.second], dim=1)
+        kept = cache.get_seq_length()
+        found = self.model.generate(both, past_key_values=cache, **GREEDY, **images).tolist()
+        assert 0 < kept < cache.get_seq_length()  # it was read, and continued
+        return found, self.model.generate(both, **GREEDY, **images).tolist()
+
+
+@pytest.mark.parametrize("spec", READS_TEXT)
+def test_images_are_refused_beside_a_cache_whose_tokens_an_earlier_question_chose(parts, spec):
+    parts[0].set_token_reduction(spec)
+    with pytest.raises(
+        InputError, match=r"past_key_values holds image tokens that .* give the same ones as image_tokens="
+    ):
+        Dialogue(parts, 0).ask_twice(images=Dialogue(parts, 0).images)
+
+
+@pytest.mark.parametrize("spec", READS_TEXT)
+def test_image_tokens_that_are_given_again_fit_the_cache(parts, spec):
+    parts[0].set_token_reduction(spec)
+    for number in range(6):
+        dialogue = Dialogue(parts, number)
+        tokens = parts[0].encode_images(dialogue.images, [dialogue.question])
+        with_cache, without = dialogue.ask_twice(image_tokens=tokens)
+        assert with_cache == without
+
+
+@pytest.mark.parametrize("spec", READS_NO_TEXT)
+def test_where_no_question_is_read_images_fit_every_cache(parts, spec):
+    parts[0].set_token_reduction(spec)
+    for number in range(3):
+        dialogue = Dialogue(parts, number)
+        with_cache, without = dialogue.ask_twice(images=dialogue.images)
+        assert with_cache == without
+
+
+def test_a_cache_of_text_alone_takes_an_image_after_it(parts):
+    model, tokenizer, _ = parts
+    model.set_token_reduction("TRIM:-1")
+    dialogue = Dialogue(parts, 0)
+    cache = DynamicCache(config=model.config)
+    opening = Dialogue.encode(tokenizer, "USER: Repeat. ASSISTANT:")
+    answer = model.generate(opening, past_key_values=cache, **GREEDY)
+    both = torch.cat([opening, answer, dialogue.first[:, 1:]], dim=1)
+    with_cache = model.generate(both, images=dialogue.images, past_key_values=cache, **GREEDY)
+    assert with_cache.tolist() == model.generate(both, images=dialogue.images, **GREEDY).tolist()
