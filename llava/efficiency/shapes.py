@@ -263,6 +263,8 @@ def read_shape(config: Mapping[str, Any], tower_config: Mapping[str, Any], origi
         )
     except KeyError as error:
         raise InputError(f"{origin} lacks {error.args[0]}") from None
+    except ZeroDivisionError:
+        raise InputError(f"{origin} holds a size of 0") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{origin} holds a size that is no number: {error}") from None
 
@@ -276,7 +278,7 @@ def projector_depth(kind: str | None) -> int:
     kind = kind or "linear"
     if kind in ("identity", "linear"):
         return int(kind == "linear")
-    depth = kind.removeprefix("mlp").removesuffix("x_gelu")
+    depth = kind.removeprefix("mlp").removesuffix("x_gelu") if isinstance(kind, str) else ""
     if kind != f"mlp{depth}x_gelu" or not depth.isdigit():
         raise InputError(f'mm_projector_type "{kind}" is unknown: use linear, mlp2x_gelu (any depth) or identity')
     return int(depth)

@@ -455,7 +455,7 @@ ROLES = {
 
 def family_of(kind: object) -> str:
     """Return the family of a known model_type: llama (also for none, as in the oldest files), mistral or qwen2."""
-    return LANGUAGE_TYPES.get(kind, "llama")
+    return LANGUAGE_TYPES.get(kind, "llama") if isinstance(kind, str) else "llama"
 
 
 def is_hf_layout(values: Values) -> bool:

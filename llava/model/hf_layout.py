@@ -116,7 +116,7 @@ def to_llava_config(values: Values, file: str, path: str) -> dict:
     require(values, ("text_config", "vision_config"), file)
     language, vision = values["text_config"], values["vision_config"]
     family = language.get("model_type") or "llama"
-    if family not in _MODELS:
+    if not isinstance(family, str) or family not in _MODELS:
         refuse(file, "text_config.model_type", family, f"one of {', '.join(_MODELS)}")
     if vision.get("model_type", _VISION_TYPE) != _VISION_TYPE:
         refuse(file, "vision_config.model_type", vision["model_type"], f'"{_VISION_TYPE}"')

@@ -433,6 +433,7 @@ def test_damaged_folders_are_refused_as_llavas_are(place):
             {"model_type": "gemma"},
             'text_config.model_type is "gemma"; expected one of llama, mistral, qwen2',
         ),
+        ("text_config", {"model_type": ["llama"]}, "text_config.model_type is ['llama']; expected one of"),
         ("text_config", None, "has no text_config"),
         (
             "vision_config",
