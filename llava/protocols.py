@@ -25,6 +25,7 @@ class Tokenizer(Protocol):
     name_or_path: str
     is_fast: bool
     bos_token_id: int | None
+    eos_token_id: int | None
 
     def __call__(self, text: str | list[str], **options: object) -> Encoding:
         """Encode one text or several, special tokens included."""
