@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     is_fast: bool
     bos_token_id: int | None
     all_special_tokens: list[str]
+    eos_token_id: int | None
 
     def __call__(self, text: str | list[str], **options: object) -> Encoding:
         """Encode one text or several, special tokens included."""

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.generation import GreedyDecoder, is_plain, share_images
+from llava.generation import Generator, GreedyDecoder, is_plain, share_images
 from llava.model.builder import load_pretrained_model
 from llava.model.image_tokens import ImageTokens
+from llava.sampling import Sampling
 
 DEVICE = os.environ.get("LLAVA_TEST_DEVICE", "cpu")
 LIMIT = 12
@@ -170,3 +171,16 @@ def test_anything_but_plain_greedy_search_is_left_to_generate(model: Any, monkey
     assert not is_plain(object())
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.2)
     assert not is_plain(model)
+
+
+def test_an_end_of_turn_that_the_model_ends_at_itself_leaves_the_greedy_decoder_to_work(
+    model: Any, prompts: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, images = prompts[0][:6], prompts[1][:6]
+    generator, sampling = Generator(model, model.tokenizer), Sampling(max_new_tokens=LIMIT)
+    watched = generator.answer(rows, images, sampling, end="###")
+    monkeypatch.setattr(model, "generate", lambda *arguments, **options: pytest.fail("transformers was asked"))
+    assert generator.answer(rows, images, sampling, end="</s>") == generator.answer(rows, images, sampling) == watched
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 5)  # then nobody else stops at the end of turn
+    with pytest.raises(pytest.fail.Exception):
+        generator.answer(rows, images, sampling, end="</s>")
