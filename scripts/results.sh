@@ -12,8 +12,8 @@ OUT=$(absolute_path "${1:?use: bash scripts/results.sh OUT}")
 IMAGES=${RESULTS_IMAGES:-60} # images per benchmark
 BENCHMARKS=${BENCHMARKS:-all}
 METHODS=(
-    TRIM:-1 TRIM TRIM,position_ids=original VisionZip FasterVLM VisPruner DivPrune CDPruner SCOPE HiPrune,object_layer=2 HoloV
-    PruMerge PruMerge+ FastV PyramidDrop SparseVLM DART
+    TRIM:-1 TRIM "TRIM,position_ids=original" VisionZip FasterVLM VisPruner DivPrune CDPruner SCOPE "HiPrune,object_layer=2"
+    HoloV PruMerge PruMerge+ FastV PyramidDrop SparseVLM DART
 )
 export LLAVA_EVAL_ROOT=$OUT/data/eval HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
