@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -384,24 +383,16 @@ def write_llava_tokenizer(tokenizer: object, family: str, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-@dataclass
 class Shards:
-    """Safetensors files that are written while tensors come: one, or several with an index.
+    """Safetensors files that are written while tensors come: one, or several with an index."""
 
-    Attributes:
-        folder: for the files.
-        pending: tensors of the next file.
-        names: of the tensors in each file that is written.
-        num_bytes: of all tensors.
-    """
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        self.pending: dict[str, Tensor] = {}
+    def __init__(self, folder: Path):
+        """Start without tensors; the files go into `folder`."""
+        self.folder = folder
+        self.pending: dict[str, Tensor] = {}  # of the next file
         self.pending_bytes = 0
-        self.names: list[list[str]] = []
-        self.num_bytes = 0
+        self.names: list[list[str]] = []  # of the tensors in each file that is written
+        self.num_bytes = 0  # of all tensors
 
     def add(self, name: str, value: "Tensor") -> None:
         """Take a tensor; what it shares memory with is copied."""

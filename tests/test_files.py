@@ -11,6 +11,7 @@ from llava.errors import InputError
 from llava.files import (
     FileError,
     append_line,
+    atomic_folder,
     atomic_write,
     make_folder,
     parse_json,
@@ -236,3 +237,26 @@ def test_a_file_that_may_not_be_read_is_one_error(tmp_path, monkeypatch, use):
     monkeypatch.setattr(type(tmp_path), "read_bytes", refuse)
     with pytest.raises(FileError, match=r"cannot read .*data: Permission denied"):
         use(path)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    place = tmp_path / "new/folder"
+    with atomic_folder(place) as partial:
+        (partial / "a").write_text("1")
+        assert not place.exists()
+    assert [path.name for path in place.iterdir()] == ["a"]
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "other") as partial:
+        (partial / "a").write_text("1")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert [path.name for path in place.parent.iterdir()] == ["folder"]
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_and_of_nothing_else(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty") as partial:
+        (partial / "a").touch()
+    for name, words in (("empty", "holds files already"), ("empty/a", "is not a folder")):
+        with pytest.raises(FileError, match=words), atomic_folder(tmp_path / name):
+            pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "empty"]
