@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from llava.packages import NEEDED_BY_SOME
-from llava.signals import describe_stop, raising_on
+from llava.signals import describe_stop, note_told, raising_on
 
 PACKAGES = {**NEEDED_BY_SOME, "bitsandbytes": "bitsandbytes"}
 """Packages that single parts of llava need: the name to import, the name to install."""
@@ -67,6 +67,7 @@ def run_command(main: Callable[[], None]) -> None:
     else:
         return
     _finish_streams(f"{line}\n" if line else "")
+    note_told()
     raise SystemExit(code)
 
 

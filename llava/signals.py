@@ -39,6 +39,7 @@ class _State:
     def __init__(self) -> None:
         self.owner = 0
         self.stopped_by = 0
+        self.is_told = False
         self.is_watched = False
 
 
@@ -48,6 +49,11 @@ _STATE = _State()
 def describe_stop(error: KeyboardInterrupt) -> tuple[int, str]:
     """Return the exit code and the line for a process that a signal ends."""
     return _describe(error.number if isinstance(error, Stopped) else signal.SIGINT)
+
+
+def note_told() -> None:
+    """Note that the line of `describe_stop` is written: whoever ends this process from now on adds nothing."""
+    _STATE.is_told = True
 
 
 def _describe(number: int) -> tuple[int, str]:
@@ -66,7 +72,7 @@ def raising_on(numbers: Sequence[int]) -> Iterator[None]:
         return
     free = (signal.SIG_DFL, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in free}
-    _STATE.owner, _STATE.stopped_by = os.getpid(), 0
+    _STATE.owner, _STATE.stopped_by, _STATE.is_told = os.getpid(), 0, False
     for number in before:
         signal.signal(number, _raise)
     try:
@@ -134,9 +140,11 @@ def _end_after_signal(reading: int, numbers: Sequence[int], grace_seconds: float
         if received[0] in numbers:
             time.sleep(grace_seconds)
             code, line = _describe(received[0])
-            # Not through `sys.stderr`, which the main thread may hold.
-            with suppress(OSError):
-                os.write(2, f"\n{line}\n".encode())
+            # A thread that outlives the command keeps its process alive behind the last line.
+            if not _STATE.is_told:
+                # Not through `sys.stderr`, which the main thread may hold.
+                with suppress(OSError):
+                    os.write(2, f"\n{line}\n".encode())
             os._exit(code)
     os.close(reading)
 

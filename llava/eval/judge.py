@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -207,15 +207,27 @@ class ApiJudge:
     def map(self, judge_one: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Judge items, several at a time; after a failure nothing more is sent, and replies on their way are kept."""
         pool = ThreadPoolExecutor(self._num_threads)
+        failures: list[Exception] = []
+
+        def judge_unless_failed(item: Item) -> Result:
+            # Here, not where results are collected: that thread may be late.
+            if failures:
+                raise CancelledError
+            try:
+                return judge_one(item)
+            except Exception as error:
+                failures.append(error)
+                raise
+
         try:
-            futures = [pool.submit(judge_one, item) for item in items]
+            futures = [pool.submit(judge_unless_failed, item) for item in items]
             for future in tqdm(as_completed(futures), total=len(futures), desc=f"judge {self.name}"):
                 future.result()
             return [future.result() for future in futures]
         except Exception:
             self._loop.call_soon_threadsafe(self._stopped.set)
             pool.shutdown(cancel_futures=True)
-            raise
+            raise failures[0] from None
         finally:
             # Ctrl-C, also while replies are on their way, waits for nothing.
             self._loop.call_soon_threadsafe(self._stopped.set)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from llava.efficiency.timing import time_in_turns
-from llava.errors import run_command
+from llava.errors import InputError, run_command
 from llava.model.token_reduction import REDUCERS, TokenReducer, parse_reducer
 from scripts.bench import side_by_side
 
@@ -47,7 +47,7 @@ def measure(
         # The tower runs once for all reductions, with all that they look at.
         needs = frozenset().union(*(reducer.needs for reducer in reducers))
         patches = tower.extract(pixels, needs).split([1] * batch_size)
-        text = tower.embed_queries(queries, needs)
+        text = tower.embed_text(queries)
 
         def select(reducer: TokenReducer) -> Callable[[], object]:
             def run() -> object:
@@ -73,8 +73,14 @@ def main() -> None:
     args = parser.parse_args()
     reducers = choose_reducers(args.reduce)
     model, _ = side_by_side.build_model(args)
-    for reducer in reducers:
-        model.set_token_reduction(reducer.spec())  # the towers get ready for it
+    for reducer in list(reducers):
+        try:
+            model.set_token_reduction(reducer.spec())  # the towers get ready for it
+        except InputError as error:
+            if args.reduce != [EVERY]:
+                raise
+            reducers.remove(reducer)
+            print(f"left out: {error}")
     figures = {}
     for batch_size in args.batch_size:
         seconds = measure(model, reducers, batch_size, args)

@@ -40,6 +40,10 @@ def in_thread():
     with ThreadPoolExecutor() as pool:
         pool.submit(time.sleep, 60).result()
 
+def behind_the_command():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    time.sleep(60)
+
 def main():
     with ending_on_signals():
         print("ready", flush=True)
@@ -90,7 +94,7 @@ def describe(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.parametrize("where", ["in_library", "in_python", "in_thread"])
+@pytest.mark.parametrize("where", ["in_library", "in_python", "in_thread", "behind_the_command"])
 def test_a_signal_ends_a_process_whatever_it_waits_for(repository: Path, where: str, name: str) -> None:
     command = [sys.executable, "-c", WAIT, where]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(repository)}

@@ -177,7 +177,7 @@ def strip_text_half(tower: Path) -> None:
         ("no vision tower", "names no mm_vision_tower"),
         ("misspelt reducer", 'did you mean "TRIM"?'),
         ("budget is no number", '"abc" is not a budget'),
-        ("unknown option", "known: similarity"),
+        ("unknown option", "known: position_ids, similarity"),
         ("unknown projector", "use linear, mlp2x_gelu"),
         ("unknown layer", "has 4 layers"),
         ("CLS row with reduction", "set mm_vision_select_feature to patch"),
