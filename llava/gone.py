@@ -10,20 +10,29 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _MPT = "MPT is not a language model here: use Llama, Mistral or Qwen2"
-_DELTA = "LLaVA-1.5 is published whole, not as deltas: make whole weights with LLaVA 1.1 first"
+_DELTA = "LLaVA-1.5 is published whole, not as deltas: make whole weights with the code that came with them"
 _CHAT = "use python -m llava.serve.cli, or llava.Llava in Python"
 _SERVER = f"there is no web server: {_CHAT}"
 _TEMPLATE = "use llava.conversation.conv_templates[NAME]"
 _RECORDS = "use llava.train.records.read_records and llava.train.dataset.ConversationDataset"
 _TARGETS = "use llava.train.targets.render and build_targets"
+_ADAPTER = "use llava.train.checkpoint.get_mm_adapter_state_maybe_zero_3"
 _LENGTHS = "use llava.train.sampler.ModalityLengthSampler"
 _ATTENTION = "use --attn_implementation"
 _NO_REFERENCE = "ST-VQA and TextCaps are not benchmarks here: use their own scorers"
+_REVIEW = "use llava.eval.eval_gpt_review_bench"
+_SCIENCE = "answers are not joined with GPT-4's: use llava.eval.eval_science_qa"
+_COMMAND = "run the command; its options are in --help"
 _ANSWERS = "use llava.eval.predict.make_answers"
 
 GONE_MODULES = {
+    "llava.eval.eval_gpt_review": _REVIEW,
+    "llava.eval.eval_gpt_review_visual": _REVIEW,
+    "llava.eval.eval_science_qa_gpt4": _SCIENCE,
+    "llava.eval.eval_science_qa_gpt4_requery": _SCIENCE,
+    "llava.eval.generate_webpage_data_from_table": "use python -m llava.eval wrong TASK --answers FILE --draw DIR",
     "llava.eval.model_qa": "questions without images are the language model's own matter: use transformers",
-    "llava.eval.run_llava_batch": "use llava.Llava.ask_many",
+    "llava.eval.qa_baseline_gpt35": _REVIEW,
     "llava.model.apply_delta": _DELTA,
     "llava.model.language_model.llava_mpt": _MPT,
     "llava.model.make_delta": _DELTA,
@@ -57,7 +66,9 @@ GONE_NAMES = {
     "llava.eval.eval_gpt_review_bench.parse_score": "use llava.eval.benchmarks.llavabench.make_review",
     "llava.eval.eval_pope.eval_pope": "use llava.eval.benchmarks.pope.score_pope, which pairs by id",
     "llava.eval.eval_science_qa.convert_caps": "captions are no part of the scores: use python -m llava.eval score sqa",
+    "llava.eval.eval_science_qa.get_args": _COMMAND,
     "llava.eval.eval_science_qa.get_pred_idx": "use llava.eval.benchmarks.sqa.find_option",
+    "llava.eval.eval_textvqa.get_args": _COMMAND,
     "llava.eval.eval_textvqa.prompt_processor": "use llava.eval.benchmarks.textvqa.extract_question",
     "llava.eval.m4c_evaluator.STVQAANLSEvaluator": _NO_REFERENCE,
     "llava.eval.m4c_evaluator.STVQAAccuracyEvaluator": _NO_REFERENCE,
@@ -67,6 +78,7 @@ GONE_NAMES = {
     "llava.eval.model_vqa_loader.create_data_loader": _ANSWERS,
     "llava.eval.model_vqa_mmbench.get_options": "use llava.eval.benchmarks.mmbench.load_table_questions",
     "llava.eval.model_vqa_mmbench.is_none": "use llava.eval.benchmarks.mmbench.load_table_questions",
+    "llava.eval.summarize_gpt_review.parse_args": _COMMAND,
     "llava.model.LlavaMptConfig": _MPT,
     "llava.model.LlavaMptForCausalLM": _MPT,
     "llava.model.multimodal_encoder.clip_encoder.CLIPVisionTowerS2": "towers of several scales are not built here",
@@ -75,13 +87,14 @@ GONE_NAMES = {
     "llava.train.llava_trainer.LengthGroupedSampler": _LENGTHS,
     "llava.train.llava_trainer.get_length_grouped_indices": _LENGTHS,
     "llava.train.llava_trainer.get_modality_length_grouped_indices": _LENGTHS,
+    "llava.train.llava_trainer.maybe_zero_3": _ADAPTER,
     "llava.train.llava_trainer.split_to_even_chunks": _LENGTHS,
     "llava.train.train.DataCollatorForSupervisedDataset": "use llava.train.collator.Collator",
     "llava.train.train.LazySupervisedDataset": _RECORDS,
     "llava.train.train.get_peft_state_maybe_zero_3": "PEFT's save_pretrained writes the adapter",
     "llava.train.train.get_peft_state_non_lora_maybe_zero_3": "use llava.train.checkpoint.save_lora_rest",
     "llava.train.train.make_supervised_data_module": f"{_RECORDS}, with llava.train.collator.Collator",
-    "llava.train.train.maybe_zero_3": "use llava.train.checkpoint.get_mm_adapter_state_maybe_zero_3",
+    "llava.train.train.maybe_zero_3": _ADAPTER,
     "llava.train.train.preprocess": _TARGETS,
     "llava.train.train.preprocess_llama_2": _TARGETS,
     "llava.train.train.preprocess_mpt": _TARGETS,

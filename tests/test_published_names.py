@@ -50,7 +50,7 @@ WORKS = {
     "llava.model.multimodal_encoder.clip_encoder": "CLIPVisionTower",
     "llava.model.multimodal_projector.builder": "build_vision_projector",
     "llava.serve.cli": "load_image main",
-    "llava.train.llava_trainer": "LLaVATrainer",
+    "llava.train.llava_trainer": "LLaVATrainer get_mm_adapter_state_maybe_zero_3",
     "llava.train.train": "DataArguments ModelArguments TrainingArguments find_all_linear_names "
     "get_mm_adapter_state_maybe_zero_3 train",
     "llava.train.train_mem": "",
@@ -62,16 +62,17 @@ GONE = {
     "conv_vicuna_v1",
     "llava.eval.eval_gpt_review_bench": "get_eval parse_score",
     "llava.eval.eval_pope": "eval_pope",
-    "llava.eval.eval_science_qa": "convert_caps get_pred_idx",
-    "llava.eval.eval_textvqa": "prompt_processor",
+    "llava.eval.eval_science_qa": "convert_caps get_args get_pred_idx",
+    "llava.eval.eval_textvqa": "get_args prompt_processor",
     "llava.eval.m4c_evaluator": "STVQAANLSEvaluator STVQAAccuracyEvaluator TextCapsBleu4Evaluator",
     "llava.eval.model_vqa_loader": "CustomDataset collate_fn create_data_loader",
     "llava.eval.model_vqa_mmbench": "get_options is_none",
+    "llava.eval.summarize_gpt_review": "parse_args",
     "llava.model": "LlavaMptConfig LlavaMptForCausalLM",
     "llava.model.multimodal_encoder.clip_encoder": "CLIPVisionTowerS2",
     "llava.model.multimodal_projector.builder": "IdentityMap SimpleResBlock",
     "llava.train.llava_trainer": "LengthGroupedSampler get_length_grouped_indices get_modality_length_grouped_indices "
-    "split_to_even_chunks",
+    "maybe_zero_3 split_to_even_chunks",
     "llava.train.train": "DataCollatorForSupervisedDataset LazySupervisedDataset get_peft_state_maybe_zero_3 "
     "get_peft_state_non_lora_maybe_zero_3 make_supervised_data_module maybe_zero_3 preprocess preprocess_llama_2 "
     "preprocess_mpt preprocess_multimodal preprocess_plain preprocess_v1 rank0_print safe_save_model_for_hf_trainer "
@@ -79,7 +80,9 @@ GONE = {
     "llava.utils": "StreamToLogger build_logger moderation_msg pretty_print_semaphore server_error_msg "
     "violates_moderation",
 }
-GONE_WHOLE = """llava.eval.model_qa llava.eval.run_llava_batch llava.model.apply_delta
+GONE_WHOLE = """llava.eval.eval_gpt_review llava.eval.eval_gpt_review_visual llava.eval.eval_science_qa_gpt4
+    llava.eval.eval_science_qa_gpt4_requery llava.eval.generate_webpage_data_from_table llava.eval.model_qa
+    llava.eval.qa_baseline_gpt35 llava.model.apply_delta
     llava.model.language_model.llava_mpt llava.model.make_delta llava.model.utils llava.serve.controller
     llava.serve.gradio_web_server llava.serve.model_worker llava.serve.register_worker llava.serve.sglang_worker
     llava.serve.test_message llava.train.llama_flash_attn_monkey_patch llava.train.llama_xformers_attn_monkey_patch
@@ -212,7 +215,7 @@ def test_other_names_are_missing_as_python_says_it():
 
 def test_what_is_to_be_used_instead_is_there():
     words = " ".join([*GONE_NAMES.values(), *GONE_MODULES.values()])
-    paths = set(re.findall(r"\bllava(?:\.\w+)+", words, flags=re.IGNORECASE))
+    paths = set(re.findall(r"\bllava(?:\.\w+)+", words))
     assert len(paths) > 15
     for path in paths:
         assert resolve(path) is not None

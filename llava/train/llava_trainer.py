@@ -39,6 +39,7 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.protocols import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import adds_tokens, data_only, load_lora_rest, save_lora_rest, save_projector
+from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Batch
 from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
