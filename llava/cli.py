@@ -132,10 +132,9 @@ def complete_options(parser: argparse.ArgumentParser, args: object) -> argparse.
         if action.required and getattr(args, action.dest, None) is None:
             raise InputError(f"{action.dest} is missing: {action.help}")
         value = getattr(args, action.dest, action.default)
-        # Scripts give paths as text.
-        setattr(
-            options, action.dest, user_path(value) if action.type is user_path and isinstance(value, str) else value
-        )
+        if action.type is user_path and isinstance(value, str):
+            value = user_path(value)  # scripts give paths as text
+        setattr(options, action.dest, value)
     return options
 
 
