@@ -21,7 +21,9 @@ _EXPORTS = {
 
 if sys.argv[:1] == ["-m"]:  # `python -m llava...` is looking for its module: a command starts
     start_command()
-import_module("llava.auto_classes").introduce()  # not before a Python that is too old has been told so
+# Not before a Python that is too old has been told so.
+import_module("llava.auto_classes").introduce()
+import_module("llava.gone").watch()
 
 __all__ = ["Answer", "Llava", "LlavaConfig", "LlavaLlamaForCausalLM", "__version__", "load_pretrained_model"]
 

@@ -89,9 +89,9 @@ class CheckpointCheck:
     @cached_property
     def _tower(self) -> "VisionTower":
         """The tower's settings; its weights are not loaded."""
-        from llava.model.multimodal_encoder.builder import build_tower_of
+        from llava.model.multimodal_encoder.builder import build_vision_tower
 
-        return build_tower_of(self._ground("_config"))
+        return build_vision_tower(self._ground("_config"), delay_load=True)
 
     @cached_property
     def _processor(self) -> "ImageProcessor":

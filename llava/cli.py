@@ -115,8 +115,31 @@ def add_seed_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def complete_options(parser: argparse.ArgumentParser, args: object) -> argparse.Namespace:
+    """Give options that a script made the command's defaults where they are missing.
+
+    Args:
+        parser: of the command.
+        args: parsed options, or any object with some of them as attributes.
+
+    Raises:
+        InputError: one that the command requires is missing.
+    """
+    options = argparse.Namespace()
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        if action.required and getattr(args, action.dest, None) is None:
+            raise InputError(f"{action.dest} is missing: {action.help}")
+        value = getattr(args, action.dest, action.default)
+        if action.type is user_path and isinstance(value, str):
+            value = user_path(value)  # scripts give paths as text
+        setattr(options, action.dest, value)
+    return options
+
+
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name images; `load_images` reads them."""
+    """Add the options that name images; `list_image_sources` and `load_images` read them."""
     parser.add_argument(
         "--image-file",
         action="append",
@@ -279,12 +302,17 @@ def list_image_sources(image_files: str | Sequence[str], sep: str) -> list[str]:
     return sources
 
 
-def load_images(image_files: str | Sequence[str], sep: str = ",") -> "list[Image.Image]":
-    """Read the images of `add_image_options`, turned upright.
+def load_image(image_file: str) -> "Image.Image":
+    """Read an image by its path or address, turned upright.
 
     Raises:
-        InputError: one of them cannot be read.
+        InputError: it cannot be read.
     """
-    from llava.image import load_image
+    from llava import image
 
-    return [load_image(source, upright=True) for source in list_image_sources(image_files, sep)]
+    return image.load_image(image_file, upright=True)
+
+
+def load_images(image_files: Sequence[str]) -> "list[Image.Image]":
+    """Read the images that `list_image_sources` lists; see `load_image`."""
+    return [load_image(image_file) for image_file in image_files]

@@ -17,6 +17,9 @@ from io import BytesIO
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.gone import look_up
+
+__getattr__ = look_up(__name__)
 
 # A message is None (the answer is still to come), a text, or (text, image, how to show the image).
 Message = None | str | tuple[str, Image.Image, str]

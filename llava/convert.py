@@ -74,7 +74,7 @@ def convert_to_hf(source: str, folder: Path) -> str:
     from llava.model.config_rules import CONFIG_FILE, is_hf_layout, read_settings
     from llava.model.hf_layout import HF_NAMES, STORED_PREFIX, rename, to_hf_config
     from llava.model.language_model.families import classes_of
-    from llava.model.multimodal_encoder.builder import build_tower_of
+    from llava.model.multimodal_encoder.builder import build_vision_tower
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
     from llava.model.multimodal_encoder.loading import check_headers, quiet_loading
     from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
@@ -86,7 +86,7 @@ def convert_to_hf(source: str, folder: Path) -> str:
     if is_hf_layout(values):
         raise InputError(f"{source} has the layout of llava-hf already")
     find_weights(source, None)  # refuses a part of a checkpoint
-    tower = build_tower_of(config)
+    tower = build_vision_tower(config, delay_load=True)
     if not isinstance(tower, CLIPVisionTower):
         raise InputError(f"{file}: transformers' LLaVA has no tower like {config.mm_vision_tower}: a Hugging Face CLIP")
     check_tower_fits(config, tower, source)
@@ -272,7 +272,7 @@ def convert_to_llava(source: str, folder: Path) -> str:
     )
     from llava.model.hf_layout import STORED_PREFIX, to_llava_config
     from llava.model.language_model.families import classes_of
-    from llava.model.multimodal_encoder.builder import build_tower_of
+    from llava.model.multimodal_encoder.builder import build_vision_tower
     from llava.model.multimodal_encoder.loading import check_headers, quiet_loading
     from llava.model.tokenizer import load_tokenizer
 
@@ -282,7 +282,7 @@ def convert_to_llava(source: str, folder: Path) -> str:
     if not is_hf_layout(values):
         raise InputError(f"{source} does not have the layout of llava-hf (config.json without text_config)")
     find_weights(source, None)
-    tower = build_tower_of(config)
+    tower = build_vision_tower(config, delay_load=True)
     check_tower_fits(config, tower, source)
     with quiet_loading(f"checkpoint {source}"):
         check_headers(classes_of(config).model, source, config, what="checkpoint")

@@ -18,7 +18,7 @@ from llava.generation import pad_left
 from llava.mm_utils import process_images, tokenize_prompts
 from llava.model.builder import read_config
 from llava.model.language_model.families import FAMILIES
-from llava.model.multimodal_encoder.builder import build_tower_of
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.tokenizer import load_tokenizer
 from llava.picture import to_pictures
 from llava.prompt import find_template, place_images
@@ -65,7 +65,7 @@ class LlavaProcessor:
         """
         path = str(checkpoint)
         config = read_config(path)
-        tower = build_tower_of(config)
+        tower = build_vision_tower(config, delay_load=True)
         template = conv_mode or guess_template(path, config)[0]
         return cls(load_tokenizer(path), tower.read_image_processor(), config, template)
 

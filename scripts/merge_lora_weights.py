@@ -16,9 +16,9 @@ def main() -> None:
     parser.add_argument("--save-model-path", required=True, help="new folder")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the merged weights; default: the base's")
     arguments = parser.parse_args()
-    from llava.model.consolidate import consolidate  # torch, after the arguments are right
+    from llava.model.consolidate import consolidate_ckpt  # torch, after the arguments are right
 
-    consolidate(arguments.model_path, arguments.save_model_path, arguments.model_base, arguments.dtype)
+    consolidate_ckpt(arguments.model_path, arguments.save_model_path, arguments.model_base, arguments.dtype)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ LAYERS = [
     # The ground: no torch.
     ("llava.constants", 0),
     ("llava.errors", 0),
+    ("llava.gone", 0),
     ("llava.protocols", 0),
     ("llava.signals", 0),
     ("llava.files", 1),
@@ -194,6 +195,8 @@ def test_no_module_calls_cuda_directly(path):
     "module",
     [
         "llava",
+        "llava.model",
+        "llava.utils",
         "llava.files",
         "llava.prompt",
         "llava.sampling",

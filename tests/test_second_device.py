@@ -25,7 +25,7 @@ from llava.model.token_reduction import REDUCERS
 from llava.train.arguments import TrainingArguments
 from llava.train.collator import Collator
 from llava.train.dataset import Sample
-from llava.train.llava_trainer import LlavaTrainer
+from llava.train.llava_trainer import LLaVATrainer
 
 DEVICE = torch.device("cuda", 0)
 FIRST_MADE_UP, NUM_MADE_UP = 3, 3
@@ -276,7 +276,7 @@ def test_generate_finds_everything_on_the_device(model, device, spec):
 
 
 @pytest.fixture
-def trainer(loaded: Loaded, model, device, tmp_path, monkeypatch) -> LlavaTrainer:
+def trainer(loaded: Loaded, model, device, tmp_path, monkeypatch) -> LLaVATrainer:
     """The trainer, in a process that computes on the device; two samples with an image, one without."""
     generator = torch.Generator().manual_seed(1)
     samples = []
@@ -286,7 +286,7 @@ def trainer(loaded: Loaded, model, device, tmp_path, monkeypatch) -> LlavaTraine
     args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=3, report_to=[], use_cpu=True)
     monkeypatch.setattr(TrainingArguments, "device", DEVICE)
     monkeypatch.setattr(TrainingArguments, "place_model_on_device", False)  # it is there
-    trainer = LlavaTrainer(model=model, args=args, train_dataset=samples, data_collator=Collator(0, 2048))
+    trainer = LLaVATrainer(model=model, args=args, train_dataset=samples, data_collator=Collator(0, 2048))
     monkeypatch.setattr(trainer.accelerator.state, "device", DEVICE)
     return trainer
 

@@ -3,8 +3,10 @@
 # ruff: noqa: T201 (a command prints)
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from llava.cli import (
     ModelSpec,
@@ -46,6 +48,8 @@ from llava.files import make_folder, write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE, find_template
 from llava.sampling import Sampling
 from llava.signals import ending_on_signals
+
+Item = TypeVar("Item")
 
 
 def main() -> None:
@@ -252,6 +256,18 @@ def answer_task(arguments: argparse.Namespace) -> None:
     answer_and_exit(arguments, task.load(arguments.root), arguments.answers, max_new_tokens, task.key_fields)
 
 
+def split_list(lst: Sequence[Item], n: int) -> list[list[Item]]:
+    """Cut a list into at most `n` consecutive slices of ceil(length / n) items; the last may be shorter."""
+    size = -(-len(lst) // n) or 1
+    return [list(lst[start : start + size]) for start in range(0, len(lst), size)]
+
+
+def get_chunk(lst: Sequence[Item], n: int, k: int) -> list[Item]:
+    """Return slice `k` of `split_list`; an empty one where there are fewer."""
+    chunks = split_list(lst, n)
+    return chunks[k] if k < len(chunks) else []
+
+
 def answer_and_exit(
     arguments: argparse.Namespace,
     questions: list[Question],
@@ -290,11 +306,11 @@ def answer_and_exit(
     find_template(arguments.conv_mode)
     # 2. Only this command needs torch; the others answer at once.
     with ending_on_signals():
-        from llava.eval.predict import Settings, make_answers, take_chunk
+        from llava.eval.predict import Settings, make_answers
 
         outcome = make_answers(
             spec,
-            take_chunk(questions, arguments.num_chunks, arguments.chunk_idx),
+            get_chunk(questions, arguments.num_chunks, arguments.chunk_idx),
             answers_file,
             Settings(
                 model_id=spec.name,

@@ -25,6 +25,9 @@ from llava.eval.judge import make_judge
 from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import require_complete
 from llava.files import write_jsonl
+from llava.gone import look_up
+
+__getattr__ = look_up(__name__)
 
 NUM_ANSWER_FILES = 2
 

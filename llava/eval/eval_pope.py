@@ -15,6 +15,9 @@ from llava.eval.benchmarks.pope import IMAGE_FOLDER, Pope, score_pope
 from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import Result, format_line, require_complete
 from llava.files import append_line
+from llava.gone import look_up
+
+__getattr__ = look_up(__name__)
 
 
 def main() -> None:

@@ -28,6 +28,9 @@ from llava.eval.benchmarks.sqa import (
 from llava.eval.predictions import pair_answers, read_answers
 from llava.eval.results import Result, format_line, require_complete
 from llava.files import append_line, write_json
+from llava.gone import look_up
+
+__getattr__ = look_up(__name__)
 
 
 def main() -> None:

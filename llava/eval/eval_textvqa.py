@@ -11,6 +11,9 @@ from llava.errors import InputError, run_command
 from llava.eval.benchmarks.textvqa import TextVqa, score_textvqa
 from llava.eval.predictions import read_answers
 from llava.files import append_line
+from llava.gone import look_up
+
+__getattr__ = look_up(__name__)
 
 
 def main() -> None:
@@ -28,15 +31,20 @@ def main() -> None:
     if not files:
         raise InputError(f"no answers files (*.jsonl) in {arguments.result_dir}")
     for path in files:
-        score_file(path, arguments.annotation_file, arguments.path_to_all_results)
+        eval_single(arguments.annotation_file, path, arguments.path_to_all_results)
 
 
-def score_file(path: Path, annotation_file: Path, results: Path | None) -> None:
-    """Print the name of an answers file, the number of answers and their accuracy; append the accuracy to `results`."""
+def eval_single(annotation_file: str | Path, result_file: str | Path, results: Path | None = None) -> None:
+    """Print the name of an answers file, the number of answers and their accuracy; append the accuracy to `results`.
+
+    Raises:
+        InputError: a file cannot be read, has no answers, or does not fit the other.
+    """
+    path = Path(result_file)
     rows = read_answers(path)
     if not rows:
         raise InputError(f"{path} has no answers")
-    scores = score_textvqa(rows, annotation_file)
+    scores = score_textvqa(rows, Path(annotation_file))
     print(path.stem)
     print(f"Samples: {scores.count}\nAccuracy: {scores.headline:.2f}%\n")
     if results:

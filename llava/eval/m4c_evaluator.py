@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from llava.eval.metrics.vqa_accuracy import grade_textvqa
 from llava.eval.metrics.vqa_text import normalize_m4c
+from llava.gone import look_up
+
+__getattr__ = look_up(__name__)
 
 
 class EvalAIAnswerProcessor:

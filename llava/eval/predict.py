@@ -434,12 +434,6 @@ def batch_by_length(
     return batches
 
 
-def take_chunk(items: Sequence[Item], num_chunks: int, chunk_index: int) -> list[Item]:
-    """Return one of `num_chunks` consecutive slices of ceil(n / num_chunks) items; late ones may be empty."""
-    size = -(-len(items) // num_chunks)
-    return list(items[chunk_index * size : (chunk_index + 1) * size])
-
-
 # ----------------------------------------------------------------------------------------------------- how much at once
 @dataclass(frozen=True)
 class BatchLimits:

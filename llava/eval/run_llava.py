@@ -14,8 +14,11 @@ from llava.cli import (
     add_prompt_options,
     add_seed_option,
     choose_template,
+    complete_options,
+    list_image_sources,
     load_images,
 )
+from llava.cli import load_image as load_image
 from llava.errors import InputError, run_command
 from llava.prompt import find_template
 from llava.sampling import Sampling
@@ -33,14 +36,21 @@ def eval_model(args: object) -> str:
         InputError: an option, the checkpoint, an image or the question is not usable.
     """
     # 1. What needs no library: options out of range, unknown templates, an empty question.
-    sampling = _read_sampling(args)
     spec = ModelSpec.from_options(args)
-    if getattr(args, "conv_mode", None):
+    args = complete_options(build_parser(), args)
+    sampling = Sampling(
+        temperature=args.temperature or 0.0,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
+    if args.conv_mode:
         find_template(args.conv_mode)
     if not args.query.strip():
         raise InputError("--query is empty: write what you want to know about the image")
     # 2. Images before the model: they load fast, and a wrong path is the commonest mistake.
-    images = load_images(args.image_file, getattr(args, "sep", ","))
+    images = load_images(image_parser(args))
     tokenizer, model, image_processor = spec.load(quiet=True)
     # 3. Ask.
     from llava.chat import ChatSession
@@ -54,14 +64,9 @@ def eval_model(args: object) -> str:
     return answer.text
 
 
-def _read_sampling(args: object) -> Sampling:
-    return Sampling(
-        temperature=getattr(args, "temperature", None) or 0.0,
-        top_p=getattr(args, "top_p", None),
-        num_beams=getattr(args, "num_beams", 1),
-        max_new_tokens=getattr(args, "max_new_tokens", 512),
-        seed=getattr(args, "seed", None),
-    )
+def image_parser(args: object) -> list[str]:
+    """List the images that `args.image_file` names, joined by `args.sep` (a comma)."""
+    return list_image_sources(args.image_file, getattr(args, "sep", ","))
 
 
 def build_parser() -> argparse.ArgumentParser:

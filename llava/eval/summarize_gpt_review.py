@@ -12,6 +12,9 @@ from llava.cli import user_path
 from llava.errors import InputError, run_command
 from llava.eval.benchmarks._files import read_records
 from llava.eval.benchmarks.llavabench import UNREADABLE, Summary, summarize_ratings
+from llava.gone import look_up
+
+__getattr__ = look_up(__name__)
 
 REVIEW_PREFIXES = ("gpt4_text", "reviews_", "review_")
 LONG_RULE = "================================="

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from llava.errors import InputError
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.token_reduction import TEXT
@@ -58,7 +58,7 @@ class HostTower(CLIPVisionTower):
         Raises:
             InputError: it can't be loaded, holds no text half, or this tower is not its vision half.
         """
-        other = build_vision_tower(clip, select_layer=self.select_layer, needs={TEXT})
+        other = build_named_tower(clip, select_layer=self.select_layer, needs={TEXT})
         other.load_model(device=self.device)
         read = [(tower.image_size, tower.grid, tower.hidden_size, tower.num_layers) for tower in (self, other)]
         if read[0] != read[1]:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 # Every function imports what it needs of torch: the command answers --help and mistaken options before that.
 
 
-def consolidate(source: str, destination: str, base: str | None = None, dtype: str | None = None) -> None:
+def consolidate_ckpt(src_path: str, dst_path: str, base: str | None = None, dtype: str | None = None) -> None:
     """Load a checkpoint and save it as a full one.
 
     Weights are merged in float32 and rounded once, at the end.
 
     Args:
-        source: folder or hub id.
-        destination: the new folder; one that holds a checkpoint already is refused.
+        src_path: folder or hub id.
+        dst_path: the new folder; one that holds a checkpoint already is refused.
         base: base model of LoRA or projector weights.
         dtype: of the new checkpoint; None: the one in the config of the base (else of the source).
 
@@ -37,15 +37,15 @@ def consolidate(source: str, destination: str, base: str | None = None, dtype: s
     from llava.model.config_rules import CONFIG_FILE
     from llava.model.stored_weights import holds_weights
 
-    folder = Path(destination)
-    if Path(source).resolve() == folder.resolve():
-        raise InputError(f"{destination}: the checkpoint cannot be written over itself; name another folder")
+    folder = Path(dst_path)
+    if Path(src_path).resolve() == folder.resolve():
+        raise InputError(f"{dst_path}: the checkpoint cannot be written over itself; name another folder")
     if holds_weights(folder) or (folder / CONFIG_FILE).exists():
-        raise InputError(f"{destination} holds a checkpoint already: name another folder, or delete that one first")
+        raise InputError(f"{dst_path} holds a checkpoint already: name another folder, or delete that one first")
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{destination} is a file: name a folder")
-    tokenizer, model, _, _ = load_pretrained_model(source, base, device="cpu", dtype="float32")
-    chosen = resolve_dtype(dtype) if dtype else _stored_dtype(base or source)
+        raise InputError(f"{dst_path} is a file: name a folder")
+    tokenizer, model, _, _ = load_pretrained_model(src_path, base, device="cpu", dtype="float32")
+    chosen = resolve_dtype(dtype) if dtype else _stored_dtype(base or src_path)
     before = set(folder.glob("*"))
     try:
         save_checkpoint(model.to(chosen), tokenizer, folder)
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--model-base", help="base model, where --src holds LoRA or projector weights")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the new weights; default: as stored")
     arguments = parser.parse_args()
-    consolidate(arguments.src, arguments.dst, arguments.model_base, arguments.dtype)
+    consolidate_ckpt(arguments.src, arguments.dst, arguments.model_base, arguments.dtype)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from llava.model.image_tokens import (
     project_tokens,
     reduce_patches,
 )
-from llava.model.multimodal_encoder.builder import build_tower_of
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_vision_projector
 from llava.model.splice import PromptEmbeds, assign_images, count_placeholders, pad_batch, splice_sample, strip_padding
@@ -67,7 +68,7 @@ class LlavaMetaModel:
             raise InputError(
                 f"{CONFIG_KEY} works on patches: set mm_vision_select_feature to patch, not {select_feature}"
             )
-        return build_tower_of(config, reducer.needs if reducer else frozenset())
+        return build_vision_tower(config, delay_load=True, needs=reducer.needs if reducer else frozenset())
 
     def _add_newline(self, config: PreTrainedConfig) -> None:
         if "unpad" in (getattr(config, "mm_patch_merge_type", None) or "flat"):
@@ -266,11 +267,44 @@ class LlavaMetaForCausalLM(ABC):
             return []
         return self.project_chosen(self.choose_tokens(images, texts, text_embeds), image_sizes)
 
+    @overload
     def encode_images(
         self, images: Tensor | list[Tensor], texts: list[str], image_sizes: list[tuple[int, int]] | None = None
-    ) -> list[ImageTokens]:
-        """`encode_patches` and `make_image_tokens` in one: one query per image, one record per image."""
-        return self.make_image_tokens(self.encode_patches(images), texts, image_sizes)
+    ) -> list[ImageTokens]: ...
+
+    @overload
+    def encode_images(
+        self, images: Tensor | list[Tensor], texts: None = None, image_sizes: list[tuple[int, int]] | None = None
+    ) -> Tensor | list[Tensor]: ...
+
+    def encode_images(
+        self,
+        images: Tensor | list[Tensor],
+        texts: list[str] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+    ) -> list[ImageTokens] | Tensor | list[Tensor]:
+        """`encode_patches` and `make_image_tokens` in one.
+
+        Args:
+            images: see `encode_patches`.
+            texts: one query per image; None, as in LLaVA's clients: for a token reduction that reads none.
+            image_sizes: see `make_image_tokens`.
+
+        Returns:
+            One record per image; without texts the features alone, as in LLaVA: `[I, M, E]`, or a list of I times
+            `[M, E]` where the images have different numbers of tokens.
+
+        Raises:
+            InputError: no texts, and the token reduction reads them.
+        """
+        if texts is not None:
+            return self.make_image_tokens(self.encode_patches(images), texts, image_sizes)
+        if TEXT in self._needs:
+            raise InputError(f"{self.token_reducer.spec()} reads the question: give texts=, one for each image")
+        tokens = self.encode_images(images, [""] * len(images), image_sizes)
+        features = [image.features for image in tokens]
+        is_even = len({image.num_tokens for image in tokens}) == 1
+        return torch.stack(features) if is_even else features
 
     def recover_queries(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """Recover the question of each sample of `int64[S, T]` from its ids, the last user turn.

@@ -15,8 +15,11 @@ from llava.cli import (
     add_prompt_options,
     add_seed_option,
     choose_template,
+    complete_options,
+    list_image_sources,
     load_images,
 )
+from llava.cli import load_image as load_image
 from llava.errors import InputError, run_command
 from llava.prompt import find_template
 from llava.sampling import Sampling
@@ -84,15 +87,24 @@ def _print(text: str = "", end: str = "\n") -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def main(args: object = None) -> None:
+    """Chat as the options say.
+
+    Args:
+        args: parsed options, or any object with LLaVA's attributes, of which all but the checkpoint and the image may
+            be missing; None: those of the command line.
+
+    Raises:
+        InputError: an option, the checkpoint or an image is not usable.
+    """
+    args = build_parser().parse_args() if args is None else complete_options(build_parser(), args)
     # 1. What needs no library: options out of range, unknown templates.
     sampling = Sampling(temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed)
     spec = ModelSpec.from_options(args)
     if getattr(args, "conv_mode", None):
         find_template(args.conv_mode)
     # 2. Images before the model: they load fast, and a wrong path is the commonest mistake.
-    images = load_images(args.image_file, args.sep)
+    images = load_images(list_image_sources(args.image_file, args.sep))
     tokenizer, model, image_processor = spec.load(quiet=True)
     # 3. Talk.
     from llava.chat import ChatSession

@@ -4,7 +4,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,9 +43,7 @@ def save_projector(model: PreTrainedModel, folder: Path, is_writer: bool = True)
         is_writer: whether this rank writes; all ranks have to call, each may hold a part of the weights.
     """
     parts = ("mm_projector", *TOKEN_PARTS) if adds_tokens(model) else ("mm_projector",)
-    weights = copy_weights(
-        {name: value for name, value in model.named_parameters() if any(part in name for part in parts)}
-    )
+    weights = get_mm_adapter_state_maybe_zero_3(model.named_parameters(), parts)
     if not is_writer:
         return
     save_weights(weights, folder / PROJECTOR_FILE)
@@ -89,6 +87,18 @@ def save_config(model: PreTrainedModel, folder: Path) -> None:
     with portable_config(model, folder):
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
+
+
+def get_mm_adapter_state_maybe_zero_3(
+    named_params: Iterable[tuple[str, nn.Parameter]], keys_to_match: Sequence[str]
+) -> dict[str, Tensor]:
+    """Copy the parameters whose names contain one of some texts; see `copy_weights`.
+
+    Args:
+        named_params: as `model.named_parameters()` gives them.
+        keys_to_match: the texts, e.g. `["mm_projector"]`.
+    """
+    return copy_weights({name: value for name, value in named_params if any(part in name for part in keys_to_match)})
 
 
 def copy_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -32,15 +32,20 @@ from transformers.trainer_utils import TrainOutput
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
+from llava.gone import look_up
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
 from llava.model.language_model.causal import TOWER_PREFIX
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.protocols import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import adds_tokens, data_only, load_lora_rest, save_lora_rest, save_projector
+from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Batch
 from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
 from llava.train.stopping import begin_training, is_requested, keep_worker
+
+__getattr__ = look_up(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +99,7 @@ def count_unlearnable(model: PreTrainedModel, tally: Tally) -> None:
     model.loss_function = loss_function
 
 
-class LlavaTrainer(Trainer):
+class LLaVATrainer(Trainer):
     """Trains a LLaVA model, or a plain language model if there is no vision tower.
 
     Attributes:
@@ -104,8 +109,9 @@ class LlavaTrainer(Trainer):
 
     was_stopped = False
 
-    def __init__(self, **arguments: object) -> None:
-        super().__init__(**arguments)
+    def __init__(self, *arguments: object, tokenizer: Tokenizer | None = None, **options: object) -> None:
+        """As transformers' `Trainer`; `tokenizer` is what LLaVA's scripts call its `processing_class`."""
+        super().__init__(*arguments, **{"processing_class": tokenizer, **options})
         self.tally = Tally()
         count_unlearnable(unwrap(self.model), self.tally)
 

@@ -16,6 +16,9 @@ from llava.train.flags import FULL_BITS
 if TYPE_CHECKING:
     from peft import PeftModel
 
+NO_DECODER = ("lm_head", "mm_projector", "vision_tower")
+"""In the names of linear layers that get no adapter."""
+
 
 def quantisation_settings(training_args: TrainingArguments, dtype: torch.dtype) -> dict[str, object]:
     """Return the arguments by which `from_pretrained` quantises the language model; none with 16 bits.
@@ -64,13 +67,18 @@ def add_lora(model: PreTrainedModel, training_args: TrainingArguments) -> "PreTr
         lora_alpha=training_args.lora_alpha,
         lora_dropout=training_args.lora_dropout,
         bias=training_args.lora_bias,
-        target_modules=list_linear_names(model.model.layers),
+        target_modules=find_all_linear_names(model),
         task_type="CAUSAL_LM",
     )
     # Adapters are float32 masters like other trained weights; DeepSpeed keeps masters itself and needs one dtype.
     return get_peft_model(model, settings, autocast_adapter_dtype=not training_args.runs_deepspeed)
 
 
-def list_linear_names(layers: nn.Module) -> list[str]:
-    """List the last names of the linear layers, e.g. `q_proj`, sorted."""
-    return sorted({name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)})
+def find_all_linear_names(model: nn.Module) -> list[str]:
+    """List the last names of the decoder's linear layers, e.g. `q_proj`, sorted.
+
+    Args:
+        model: its output head, towers and projector, where it has them, are left out.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return sorted({name.rsplit(".", 1)[-1] for name in names if not any(part in name for part in NO_DECODER)})

@@ -21,14 +21,17 @@ if __name__ == "__main__":
 from transformers import set_seed
 
 from llava.files import make_folder
+from llava.gone import look_up
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
 from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
+from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
 from llava.train.engine import leave_engine, start_engine
-from llava.train.llava_trainer import LlavaTrainer
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
+from llava.train.lora import find_all_linear_names as find_all_linear_names
 from llava.train.model_setup import (
     add_vision,
     check_start,
@@ -44,8 +47,10 @@ from llava.train.records import Record, check_image_files, read_records, report_
 from llava.train.run import Run, RunSettings
 from llava.train.targets import choose_placeholder, choose_template
 
+__getattr__ = look_up(__name__)
 
-def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sdpa") -> LlavaTrainer | None:
+
+def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sdpa") -> LLaVATrainer | None:
     """Run one training stage, from flags to saved files.
 
     Args:
@@ -108,12 +113,12 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         records, tokenizer, describe_text(model_args), image_format, data_args.skip_broken_records
     )
     with explaining_refusals("training arguments"):
-        trainer = LlavaTrainer(
+        trainer = LLaVATrainer(
             model=trained,
             args=training_args,
             train_dataset=dataset,
             data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
-            processing_class=tokenizer,
+            tokenizer=tokenizer,
         )
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.report_tally()

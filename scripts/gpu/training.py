@@ -61,10 +61,10 @@ def add_adapters(scale: Scale) -> Any:
     """Build the model as LoRA training has it: frozen bfloat16, float32 adapters, a projector that is trained."""
     from peft import LoraConfig, get_peft_model
 
-    from llava.train.lora import list_linear_names
+    from llava.train.lora import find_all_linear_names
 
     model, _ = scale.build(torch.float32)
-    pattern = rf"model\.layers\..*\.({'|'.join(list_linear_names(model.model.layers))})"  # not the tower's layers
+    pattern = rf"model\.layers\..*\.({'|'.join(find_all_linear_names(model))})"  # not the tower's layers
     get_peft_model(
         model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=pattern)
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.eval.__main__ import get_chunk
 from llava.eval.benchmark import Question, Row, row_key
 from llava.eval.benchmarks.pope import Pope
 from llava.eval.predict import (
@@ -28,7 +29,6 @@ from llava.eval.predict import (
     claim_units,
     keep_freed_memory,
     plan_units,
-    take_chunk,
 )
 from llava.model.builder import load_pretrained_model
 from llava.sampling import Sampling
@@ -338,13 +338,13 @@ def test_groups_stay_together_and_the_longest_so_far_counts() -> None:
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 4, 9, 12])
 def test_chunks_are_consecutive_slices_that_make_the_whole(num_chunks: int) -> None:
-    chunks = [take_chunk(range(9), num_chunks, index) for index in range(num_chunks)]
+    chunks = [get_chunk(range(9), num_chunks, index) for index in range(num_chunks)]
     assert [item for chunk in chunks for item in chunk] == list(range(9))
     assert len(chunks[0]) == -(-9 // num_chunks)
 
 
 def test_a_chunk_past_the_end_is_empty() -> None:
-    assert take_chunk(range(9), 4, 3) == []
+    assert get_chunk(range(9), 4, 3) == []
 
 
 def make_shapes(**config: Any) -> SimpleNamespace:

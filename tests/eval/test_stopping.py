@@ -271,7 +271,7 @@ def test_reading_an_image_from_a_silent_address_ends(
     code = f"""
 from llava.cli import load_images
 from llava.errors import run_command
-run_command(lambda: load_images("http://127.0.0.1:{silent_server.server_port}/a.jpg"))
+run_command(lambda: load_images(["http://127.0.0.1:{silent_server.server_port}/a.jpg"]))
 """
     environment = {**ENVIRONMENT, "PYTHONPATH": str(repository), "NO_PROXY": "127.0.0.1"}
     process = subprocess.Popen(

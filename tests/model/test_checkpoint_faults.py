@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
-from llava.model.consolidate import consolidate
+from llava.model.consolidate import consolidate_ckpt
 from llava.train.flags import ModelArguments
 from llava.train.model_setup import read_config as read_training_config
 
@@ -571,11 +571,11 @@ def test_a_projector_of_whole_numbers_is_refused(place: Path):
 def test_consolidate_never_writes_over_another_checkpoint(place: Path):
     before = (place / SHARDED / "config.json").read_bytes()
     with pytest.raises(InputError, match=f"{SHARDED} holds a checkpoint already: name another folder"):
-        consolidate(NAME, SHARDED)
+        consolidate_ckpt(NAME, SHARDED)
     with pytest.raises(InputError, match=r"config\.json is a file: name a folder"):
-        consolidate(NAME, f"{SHARDED}/config.json")
+        consolidate_ckpt(NAME, f"{SHARDED}/config.json")
     assert (place / SHARDED / "config.json").read_bytes() == before
-    consolidate(NAME, "new")
+    consolidate_ckpt(NAME, "new")
     load_pretrained_model("new", device="cpu")
 
 

@@ -9,7 +9,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.generation import GreedyDecoder
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.token_reduction import LAYER_REDUCERS, REDUCERS, parse_reduction
 
 CHECKPOINT = "llava-v1.5-tiny84-TRIM"
@@ -30,7 +30,7 @@ def model_and_tokenizer(request, golden, clips):
         patch.chdir(golden / "checkpoints")
         tokenizer, model, _, _ = load_pretrained_model(CHECKPOINT, device="cpu", dtype="float32", reduce="none")
         if request.param == "open_clip":
-            tower = build_vision_tower("open_clip:local-dir:oc", folder=clips)
+            tower = build_named_tower("open_clip:local-dir:oc", folder=clips)
             tower.load_model()
             model.get_model().vision_tower = tower
         yield model, tokenizer

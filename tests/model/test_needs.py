@@ -10,7 +10,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.token_reduction import TEXT, Need, ReducedTokens, TokenReducer
 from llava.model.token_reduction.base import PROJECTED, gather_kept
@@ -27,7 +27,7 @@ def pixels(count: int = 3) -> torch.Tensor:
 def load(clips: Path, kind: str, needs=(), **settings):
     if kind == "open_clip":
         pytest.importorskip("open_clip")
-    tower = build_vision_tower(
+    tower = build_named_tower(
         str(clips / "hf") if kind == "hf" else TOWERS[kind], folder=clips, needs=needs, **settings
     )
     tower.load_model()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import InputError
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.token_reduction import TEXT
 
 open_clip = pytest.importorskip("open_clip")
@@ -113,7 +113,7 @@ def broken(wrong_folders, monkeypatch) -> Path:
 @pytest.mark.parametrize("spec", MISTAKES)
 def test_mistake_ends_in_one_line_that_says_what_would_be_right(broken, spec):
     with pytest.raises(InputError) as caught:
-        build_vision_tower(f"open_clip:{spec}", folder=broken, needs={TEXT}).load_model()
+        build_named_tower(f"open_clip:{spec}", folder=broken, needs={TEXT}).load_model()
     message = str(caught.value)
     assert MISTAKES[spec].replace("{folder}", str(broken)) in message
     assert "\n" not in message and f"open_clip:{spec}" in message
@@ -121,4 +121,4 @@ def test_mistake_ends_in_one_line_that_says_what_would_be_right(broken, spec):
 
 def test_missing_layer_is_named_before_weights_are_read(clips):
     with pytest.raises(InputError, match=r"mm_vision_select_layer -6 does not exist: open_clip:.* has 4 layers"):
-        build_vision_tower("open_clip:local-dir:oc", folder=clips, select_layer=-6).load_model()
+        build_named_tower("open_clip:local-dir:oc", folder=clips, select_layer=-6).load_model()

@@ -17,7 +17,7 @@ from llava.image import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.multimodal_encoder.builder import build_vision_tower, load_tower
+from llava.model.multimodal_encoder.builder import build_named_tower, load_tower
 from llava.model.token_reduction import TEXT
 
 open_clip = pytest.importorskip("open_clip")
@@ -39,7 +39,7 @@ def plain_names(clips, monkeypatch) -> dict:
 
 def load_pair(clips: Path, needs=frozenset({TEXT}), **settings):
     pair = [
-        build_vision_tower(name, folder=clips, needs=needs, **settings)
+        build_named_tower(name, folder=clips, needs=needs, **settings)
         for name in (str(clips / "hf"), "open_clip:local-dir:oc")
     ]
     for tower in pair:
@@ -78,7 +78,7 @@ def test_text_embeddings_equal_the_hugging_face_tower_also_beyond_77_tokens(clip
 
 
 def test_size_grid_and_width_are_known_before_loading(clips):
-    tower = build_vision_tower("open_clip:local-dir:oc", folder=clips)
+    tower = build_named_tower("open_clip:local-dir:oc", folder=clips)
     assert not tower.is_loaded
     assert (tower.image_size, tower.grid, tower.num_patches, tower.hidden_size) == (84, (6, 6), 36, 64)
 
@@ -180,7 +180,7 @@ def write_weights(weights: dict, path: Path) -> None:
 @pytest.mark.parametrize("file", ["w.safetensors", "w.bin", "w.pt", "openai.pt"])
 def test_weights_file_of_any_kind_is_found_beside_the_checkpoint(clips, plain_names, tmp_path, file):
     write_weights(load_file(clips / "oc/open_clip_model.safetensors"), tmp_path / file)
-    tower = build_vision_tower(f"open_clip:tiny-quickgelu,pretrained={file}", folder=tmp_path, needs={TEXT})
+    tower = build_named_tower(f"open_clip:tiny-quickgelu,pretrained={file}", folder=tmp_path, needs={TEXT})
     tower.load_model()
     theirs, _ = load_pair(clips)
     tolerance = {"atol": 2e-2, "rtol": 0} if file == "openai.pt" else TOLERANCE  # that one is float16

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaTokenizer
 
-from llava.train.llava_trainer import LlavaTrainer
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import train
 
 LLM = "lmsys/vicuna-tiny-v1.5"
@@ -39,10 +39,10 @@ def write_records(tmp_path: Path) -> Callable[[list], Path]:
 
 
 @pytest.fixture
-def run_training(golden: Path, checkpoints: Path, tmp_path: Path) -> Callable[..., LlavaTrainer]:
+def run_training(golden: Path, checkpoints: Path, tmp_path: Path) -> Callable[..., LLaVATrainer]:
     """Train a tiny model; flags as keywords override these, None leaves one out."""
 
-    def run(**flags: object) -> LlavaTrainer:
+    def run(**flags: object) -> LLaVATrainer:
         chosen = {
             "model_name_or_path": LLM,
             "vision_tower": TOWER,

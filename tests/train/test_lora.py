@@ -15,7 +15,7 @@ from transformers.utils import is_bitsandbytes_available
 from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.consolidate import consolidate, extract_projector
+from llava.model.consolidate import consolidate_ckpt, extract_projector
 
 ROOT = Path(__file__).parents[2]
 BASE = "lmsys/vicuna-tiny-v1.5"
@@ -104,7 +104,7 @@ def test_stage_1_loads_on_its_base_and_merges(run_training: Callable, captions: 
     in_memory = logits(trainer.model, trainer.processing_class)
     tokenizer, on_base, _, _ = load_pretrained_model(str(tmp_path / "run"), BASE, device="cpu")
     assert torch.equal(logits(on_base, tokenizer), in_memory)
-    consolidate(str(tmp_path / "run"), str(tmp_path / "merged"), BASE, "float32")
+    consolidate_ckpt(str(tmp_path / "run"), str(tmp_path / "merged"), BASE, "float32")
     tokenizer, merged, _, _ = load_pretrained_model(str(tmp_path / "merged"), device="cpu")
     assert torch.equal(logits(merged, tokenizer), in_memory)
     extract_projector(str(tmp_path / "merged"), str(tmp_path / "again"))
@@ -139,7 +139,7 @@ def test_added_tokens_are_saved_load_on_the_base_and_merge(
     for part in ("get_input_embeddings", "get_output_embeddings"):
         assert torch.equal(getattr(on_base, part)().weight, getattr(trained, part)().weight)
     assert torch.allclose(first_answer_logits(on_base, tokenizer), in_memory, atol=1e-4)
-    consolidate(folder, str(tmp_path / "merged"), BASE, "float32")
+    consolidate_ckpt(folder, str(tmp_path / "merged"), BASE, "float32")
     tokenizer, merged, _, _ = load_pretrained_model(str(tmp_path / "merged"), device="cpu")
     assert torch.allclose(first_answer_logits(merged, tokenizer), in_memory, atol=1e-4)
 

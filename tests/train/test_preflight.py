@@ -14,7 +14,7 @@ from transformers import LlamaTokenizer
 from llava.errors import InputError
 from llava.train import llava_trainer, preflight, train
 from llava.train.dataset import TextFormat
-from llava.train.llava_trainer import LlavaTrainer
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preflight import ImageTokens, find_broken_images, inspect_records, sample
 from llava.train.records import Record, parse_record
 from llava.train.targets import choose_template
@@ -37,7 +37,7 @@ def talk(question: str, answer: str, **fields: object) -> dict:
     return {"id": "r", "conversations": turns, **fields}
 
 
-def losses(trainer: LlavaTrainer) -> list[float]:
+def losses(trainer: LLaVATrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -306,19 +306,19 @@ def test_a_loss_that_is_nan_ends_the_run_in_one_line_and_is_never_logged(
     run_training: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     logged, num_calls = [], itertools.count(1)
-    plain_log, plain_step = LlavaTrainer.log, LlavaTrainer.training_step
+    plain_log, plain_step = LLaVATrainer.log, LLaVATrainer.training_step
 
-    def log(self: LlavaTrainer, logs: dict, *rest: object) -> None:
+    def log(self: LLaVATrainer, logs: dict, *rest: object) -> None:
         logged.append(logs)
         plain_log(self, logs, *rest)
 
-    def poisoned_step(self: LlavaTrainer, model: torch.nn.Module, *rest: object) -> torch.Tensor:
+    def poisoned_step(self: LLaVATrainer, model: torch.nn.Module, *rest: object) -> torch.Tensor:
         if next(num_calls) == 3:
             next(model.parameters()).data.fill_(torch.nan)
         return plain_step(self, model, *rest)
 
-    monkeypatch.setattr(LlavaTrainer, "log", log)
-    monkeypatch.setattr(LlavaTrainer, "training_step", poisoned_step)
+    monkeypatch.setattr(LLaVATrainer, "log", log)
+    monkeypatch.setattr(LLaVATrainer, "training_step", poisoned_step)
     with pytest.raises(InputError, match=r"the loss or its gradient is nan at step 3: nothing of this step was saved"):
         run_training(max_steps=6, save_strategy="steps", save_steps=1)
     assert [entry["loss"] > 0 for entry in logged if "loss" in entry] == [True, True]

@@ -16,7 +16,7 @@ from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint_folder import locate_tower
-from llava.train.llava_trainer import LlavaTrainer
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.records import parse_record
 from llava.train.targets import choose_template, render
 
@@ -38,15 +38,15 @@ def texts(conversations: list[dict], write_records: Callable) -> Path:
     return write_records([raw for raw in conversations if "image" not in raw] * 4, "texts.json")
 
 
-def losses(trainer: LlavaTrainer) -> list[float]:
+def losses(trainer: LLaVATrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trainable(trainer: LlavaTrainer) -> set[str]:
+def trainable(trainer: LLaVATrainer) -> set[str]:
     return {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
 
 
-def optimized(trainer: LlavaTrainer) -> set[str]:
+def optimized(trainer: LLaVATrainer) -> set[str]:
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     return {names[id(parameter)] for group in trainer.optimizer.param_groups for parameter in group["params"]}
 
@@ -83,7 +83,7 @@ def test_every_step_equals_the_published_training(
         for raw in conversations
     }
     seen = []
-    plain_step = LlavaTrainer.training_step
+    plain_step = LLaVATrainer.training_step
 
     def record_step(self, model, inputs, *rest):
         loss = plain_step(self, model, inputs, *rest).item()
@@ -91,7 +91,7 @@ def test_every_step_equals_the_published_training(
         seen.append((inputs, loss, norms))
         return torch.tensor(loss)
 
-    monkeypatch.setattr(LlavaTrainer, "training_step", record_step)
+    monkeypatch.setattr(LLaVATrainer, "training_step", record_step)
     run_training(
         data_path=write_records([prompts[text] for step in recorded for text in step["texts"]]),
         train_sampling_strategy="sequential",  # transformers 5 shuffles otherwise than 4 did

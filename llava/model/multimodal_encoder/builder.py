@@ -16,7 +16,7 @@ from llava.model.token_reduction import Need
 OPEN_CLIP_PREFIX = "open_clip:"
 
 
-def build_vision_tower(
+def build_named_tower(
     name: str,
     *,
     folder: str | Path | None = None,
@@ -54,17 +54,31 @@ def build_vision_tower(
     return CLIPVisionTower(resolve_name(name, folder), **settings)
 
 
-def build_tower_of(config: PreTrainedConfig, needs: Collection[Need] = frozenset()) -> VisionTower:
-    """Build the tower of a checkpoint's config, without loading its weights; see `build_vision_tower`."""
-    return build_vision_tower(
-        config.mm_vision_tower,
-        folder=getattr(config, "_name_or_path", None),
-        select_layer=getattr(config, "mm_vision_select_layer", -2),
-        select_feature=getattr(config, "mm_vision_select_feature", "patch"),
+def build_vision_tower(
+    vision_tower_cfg: PreTrainedConfig, delay_load: bool = False, *, needs: Collection[Need] = frozenset()
+) -> VisionTower:
+    """Build the tower of a checkpoint's config.
+
+    Args:
+        vision_tower_cfg: the config, with `mm_vision_tower`.
+        delay_load: leave the weights to `load_model`.
+        needs: what token reductions look at besides the patches.
+
+    Raises:
+        InputError: as `build_named_tower`, and for weights that can't be loaded.
+    """
+    tower = build_named_tower(
+        vision_tower_cfg.mm_vision_tower,
+        folder=getattr(vision_tower_cfg, "_name_or_path", None),
+        select_layer=getattr(vision_tower_cfg, "mm_vision_select_layer", -2),
+        select_feature=getattr(vision_tower_cfg, "mm_vision_select_feature", "patch"),
         needs=needs,
-        is_stored=bool(getattr(config, "unfreeze_mm_vision_tower", False)),
-        vision_config=getattr(config, "vision_config", None),
+        is_stored=bool(getattr(vision_tower_cfg, "unfreeze_mm_vision_tower", False)),
+        vision_config=getattr(vision_tower_cfg, "vision_config", None),
     )
+    if not delay_load:
+        tower.load_model()
+    return tower
 
 
 def load_tower(
@@ -77,7 +91,7 @@ def load_tower(
     """Build and load a tower on its own, outside any LLaVA checkpoint.
 
     Args:
-        name: as in `build_vision_tower`.
+        name: as in `build_named_tower`.
         needs: what token reductions look at besides the patches; `TEXT` loads the text half.
         device: where to put it.
         dtype: what to run it in.
@@ -90,6 +104,6 @@ def load_tower(
     """
     if not name:
         raise InputError("no vision tower given: name a folder, a hub id or open_clip:<model>")
-    tower = build_vision_tower(name, needs=needs)
+    tower = build_named_tower(name, needs=needs)
     tower.load_model(device=device, dtype=dtype)
     return tower

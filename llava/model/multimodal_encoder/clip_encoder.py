@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.errors import InputError
+from llava.gone import look_up
 from llava.model.config_rules import PREPROCESSOR_FILE, check_preprocessor, read_settings, read_tower_config
 from llava.model.hf_layout import rename
 from llava.model.multimodal_encoder.clip_text import CLIPTextTower
@@ -17,6 +18,8 @@ from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.stored_weights import first_line, iterate_tensors, list_weight_files
 from llava.model.token_reduction import TEXT
+
+__getattr__ = look_up(__name__)
 
 # Stored weights that the vision half has no place for: the text half, the loss's scale, and counters of old versions.
 OTHER_WEIGHTS = (r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"\.position_ids$")

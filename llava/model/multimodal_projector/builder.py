@@ -6,7 +6,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from llava.errors import InputError
+from llava.gone import look_up
 from llava.model.stored_weights import check_dtypes, check_finite, check_shapes, iterate_tensors, list_dtypes
+
+__getattr__ = look_up(__name__)
 
 PROJECTOR_PREFIX = "mm_projector."
 MAX_DEPTH = 16  # LLaVA's have two layers; a number far above is a typing error, and would take minutes to build
