@@ -72,15 +72,15 @@ def main() -> None:
     parser.add_argument("--reduce", nargs="+", default=["TRIM:-1"], help=f'specs, or "{EVERY}" (default: TRIM:-1)')
     args = parser.parse_args()
     reducers = choose_reducers(args.reduce)
-    model, _ = side_by_side.build_model(args)
+    num_layers = side_by_side.SIZES[args.size][1]["vision_config"]["num_hidden_layers"]
     for reducer in list(reducers):
-        try:
-            model.set_token_reduction(reducer.spec())  # the towers get ready for it
-        except InputError as error:
-            if args.reduce != [EVERY]:
-                raise
+        deep = [need for need in reducer.needs if need.layer is not None and abs(need.layer) > num_layers]
+        if deep and args.reduce != [EVERY]:
+            raise InputError(f"{reducer.spec()}: {deep[0]}: this tower has {num_layers} layers")
+        if deep:
             reducers.remove(reducer)
-            print(f"left out: {error}")
+            print(f"left out: {reducer.spec()}: {deep[0]}: this tower has {num_layers} layers")
+    model, _ = side_by_side.build_model(args, needs=frozenset().union(*(reducer.needs for reducer in reducers)))
     figures = {}
     for batch_size in args.batch_size:
         seconds = measure(model, reducers, batch_size, args)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llava.efficiency.shapes import PUBLISHED_TOWERS
 from llava.efficiency.timing import Spread, ratio_by_round
 from llava.errors import InputError
 from llava.eval.benchmark import Question, Row
+from llava.model.token_reduction import Need
 from playground.shapes import sentence
 from playground.shapes.world import draw_scene
 
@@ -77,18 +78,22 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
 
 
-def build_model(args: argparse.Namespace, size: str | None = None, **changes: Any) -> tuple[Any, Any]:
+def build_model(
+    args: argparse.Namespace, size: str | None = None, needs: Collection[Need] = frozenset(), **changes: Any
+) -> tuple[Any, Any]:
     """Build the model that the options describe; returns model and image processor.
 
     Args:
         args: parsed options with `size`, `device` and `dtype`.
         size: overrides `args.size`.
+        needs: what token reductions that the model will be switched to look at, besides text.
         **changes: entries of the vision tower's config to replace.
     """
     config, tower = SIZES[size or args.size]
     tower = tower | {"vision_config": tower["vision_config"] | changes}
     dtype = getattr(torch, args.dtype)
-    return build_random_model(config, tower, device=torch.device(args.device), dtype=dtype, tower_dtype=dtype)
+    device = torch.device(args.device)
+    return build_random_model(config, tower, needs=needs, device=device, dtype=dtype, tower_dtype=dtype)
 
 
 def draw_questions(folder: Path, num_images: int, questions_per_image: int, hint: str = "") -> list[Question]:
