@@ -12,7 +12,7 @@ from llava.packages import start_command
 __version__ = "1.1.0"
 
 _EXPORTS = {
-    "Answer": "llava.assistant",
+    "Answer": "llava.answer",
     "Llava": "llava.assistant",
     "LlavaConfig": "llava.model.language_model.llava_llama",
     "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",

@@ -1,4 +1,4 @@
-"""A checkpoint as one object that answers questions about images: `llava.Llava`, and its `Answer`.
+"""A checkpoint as one object that answers questions about images: `llava.Llava`.
 
     model = Llava.from_pretrained("liuhaotian/llava-v1.5-7b", reduce="TRIM:-1")
     answer = model.ask("bus.jpg", "What color is the bus?")
@@ -7,29 +7,23 @@
 the same answers. docs/python.md shows what to do with it.
 """
 
-import base64
-import html
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
-from io import BytesIO
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from llava.chat import ChatSession, describe_tokens, read_question
+from llava.answer import Answer, make_answer
+from llava.chat import ChatSession, read_question
 from llava.cli import ModelSpec, guess_template
-from llava.drawing import Panel, TextLine, View, draw_figure, shrink, write_image
 from llava.errors import InputError
 from llava.eval.benchmark import Question
 from llava.eval.predict import Predictor, Settings, choose_unit_size, plan_units
-from llava.model.image_tokens import ImageTokens
 from llava.model.token_reduction import CONFIG_KEY
 from llava.picture import Picture, to_pictures
 from llava.prompt import DEFAULT_CONV_MODE, end_of_turn, find_template, place_images
@@ -37,101 +31,10 @@ from llava.protocols import ImageProcessor, Tokenizer
 from llava.sampling import Sampling
 
 if TYPE_CHECKING:
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.language_model.causal import LlavaCausalLM
 
 Stream = bool | Callable[[str], object]
 """True: the answer is written to standard output as it comes. A function: it is called with each new piece of text."""
-
-Grids = tuple[np.ndarray | None, ...]
-"""A value per patch for each image: `[rows, cols]`, or `[C, rows, cols]` where an image has several crops; None where
-the method has none."""
-
-
-# -------------------------------------------------------------------------------------------------------------- answer
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """The answer to one question. In a notebook it shows itself, with the kept patches.
-
-    Attributes:
-        text: the answer.
-        question: as it was asked.
-        num_tokens: visual tokens that the language model read, over all images.
-        num_patches: visual tokens before reduction, over all images.
-        kept: bool per image, the patches that the language model read; None where the method blends patches. With a
-            method inside the language model, the patches that enter it.
-        scores: float32 per image, the method's score of each patch; None where it has none.
-        seconds: by stage: "read" (files to pixel values), "encode" (the vision tower), "reduce" (text tower, selection,
-            projector), "generate". The device is drained around each. Of `ask_many`, where a stage works on many
-            questions at once, an equal share of its time. A chat's later turns read and encode nothing.
-    """
-
-    text: str
-    question: str
-    num_tokens: int
-    num_patches: int
-    kept: Grids = field(repr=False)
-    scores: Grids = field(repr=False)
-    seconds: Mapping[str, float] = field(repr=False)
-    _pictures: Sequence[Picture] = field(repr=False)
-    _image_tokens: Sequence[ImageTokens] = field(repr=False)  # without their features
-    _grid: tuple[int, int] = field(repr=False)
-    _aspect_ratio: str | None = field(repr=False)
-
-    def __str__(self) -> str:
-        return self.text
-
-    def describe_tokens(self) -> str:
-        """Describe for a person how many of the visual tokens are read."""
-        return describe_tokens(self.num_tokens, self.num_patches)
-
-    def figure(self) -> Image.Image:
-        """Draw question, answer, and of each image the kept patches and their scores.
-
-        Raises:
-            InputError: an image of `ask_many`, which keeps no copies, is not there any more.
-        """
-        pairs = zip(self._pictures, self._image_tokens, strict=True)
-        views = [self._make_view(picture.load(), tokens) for picture, tokens in pairs]
-        name, _, text = self.describe_tokens().partition(": ")
-        return draw_figure(views, self.question, [TextLine("answer", self.text), TextLine(name, text)])
-
-    def _make_view(self, image: Image.Image, tokens: ImageTokens) -> View:
-        shown, box = shrink(image, self._aspect_ratio)
-        if tokens.kept is None:  # blended patches: no single one is kept or dropped
-            return View(shown, box)
-        # Of several crops the first, the whole view, is drawn.
-        kept, scores, centres = (
-            None if values is None else values[0].reshape(self._grid).numpy()
-            for values in (tokens.kept, tokens.scores, tokens.centres)
-        )
-        panels = [Panel(f"{kept.sum()} of {kept.size} patches kept", kept, centres)]
-        if scores is not None:
-            panels.append(Panel("score per patch", kept, centres, scores=scores))
-        return View(shown, box, panels)
-
-    def save(self, path: str | Path) -> None:
-        """Write the figure.
-
-        Raises:
-            InputError: the name does not end in `.png`, or the file cannot be written.
-        """
-        if Path(path).suffix.lower() != ".png":
-            raise InputError(f"{path}: the figure is a PNG; give a name that ends in .png")
-        write_image(Path(path).expanduser(), self.figure())
-
-    def _repr_html_(self) -> str:
-        """Return the answer as HTML that needs no other file."""
-        text = f"<p>{html.escape(self.text)}</p><p><small>{html.escape(self.describe_tokens())}</small></p>"
-        if not self._pictures:
-            return text
-        try:
-            buffer = BytesIO()
-            self.figure().save(buffer, format="PNG")
-        except InputError as error:
-            return f"{text}<p><small>{html.escape(str(error))}</small></p>"
-        content = base64.b64encode(buffer.getvalue()).decode("ascii")
-        alt = html.escape(f"{self.question} {self.text}", quote=True)
-        return f'{text}<img alt="{alt}" style="max-width: 100%" src="data:image/png;base64,{content}">'
 
 
 # -------------------------------------------------------------------------------------------------------------- object
@@ -144,7 +47,7 @@ class Llava:
     `max_new_tokens`, `seed`); without any the search is greedy.
 
     Attributes:
-        model: the `LlavaLlamaForCausalLM`.
+        model: the `LlavaCausalLM`, of the checkpoint's language model.
         tokenizer: its tokenizer.
         image_processor: its vision tower's image processor.
         conv_mode: name of the conversation template.
@@ -153,7 +56,7 @@ class Llava:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        model: "LlavaLlamaForCausalLM",
+        model: "LlavaCausalLM",
         image_processor: ImageProcessor,
         conv_mode: str = DEFAULT_CONV_MODE,
         spec: ModelSpec | None = None,
@@ -330,7 +233,7 @@ class Llava:
                     raise InputError(f"pairs[{fault.question.id}]: {fault.reason}")
                 for each in answered:
                     text, images = each.question.prompt, each.question.images
-                    answer = _make_answer(self.model, each.text, text, images, each.image_tokens, each.seconds)
+                    answer = make_answer(self.model, each.text, text, images, each.image_tokens, each.seconds)
                     answers[each.question.id] = answer
                 bar.update(len(answered))
         return [answers[number] for number in range(len(asked))]
@@ -368,7 +271,7 @@ class Chat:
         """Ask the next question with settings and a streamer that are objects already."""
         turn = self._session.ask(question, sampling, streamer)
         pictures, model = self._pictures, self._owner.model
-        answer = _make_answer(model, turn.text, question, pictures, turn.image_tokens, turn.seconds)
+        answer = make_answer(model, turn.text, question, pictures, turn.image_tokens, turn.seconds)
         self.turns.append(answer)
         return answer
 
@@ -429,50 +332,7 @@ def _to_dtype_name(dtype: object) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-# -------------------------------------------------------------------------------------------------------- what is given
-def _make_answer(
-    model: "LlavaLlamaForCausalLM",
-    text: str,
-    question: str,
-    pictures: Sequence[Picture],
-    image_tokens: Sequence[ImageTokens],
-    seconds: Mapping[str, float],
-) -> Answer:
-    """Put an answer together; of the image tokens only the choice is kept, not the features."""
-    grid = model.get_vision_tower().grid
-    chosen = tuple(_drop_features(tokens) for tokens in image_tokens)
-    return Answer(
-        text=text,
-        question=question,
-        num_tokens=sum(tokens.num_tokens for tokens in chosen),
-        num_patches=sum(tokens.num_patches for tokens in chosen),
-        kept=tuple(_to_grid(tokens.kept, grid) for tokens in chosen),
-        scores=tuple(_to_grid(tokens.scores, grid) for tokens in chosen),
-        seconds=dict(seconds),
-        _pictures=tuple(pictures),
-        _image_tokens=chosen,
-        _grid=grid,
-        _aspect_ratio=getattr(model.config, "image_aspect_ratio", None),
-    )
-
-
-def _drop_features(tokens: ImageTokens) -> ImageTokens:
-    """Return the record on the CPU, with as many features of no width."""
-    empty = torch.empty(tokens.num_tokens, 0)
-    moved = {name: getattr(tokens, name) for name in ("kept", "scores", "centres")}
-    return replace(
-        tokens, features=empty, **{name: None if values is None else values.cpu() for name, values in moved.items()}
-    )
-
-
-def _to_grid(values: torch.Tensor | None, grid: tuple[int, int]) -> np.ndarray | None:
-    """Shape `[C, N]` as `[rows, cols]`, or `[C, rows, cols]` for several crops."""
-    if values is None:
-        return None
-    grids = values.reshape(len(values), *grid).numpy()
-    return grids[0] if len(grids) == 1 else grids
-
-
+# ----------------------------------------------------------------------------------------------------------- streaming
 class _PieceStreamer(TextStreamer):
     """Hands the text on, piece by piece."""
 

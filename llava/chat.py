@@ -25,8 +25,8 @@ from llava.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The answer to one question.
+class Turn:
+    """A question of a dialogue, answered.
 
     Attributes:
         text: without surrounding white space and without the template's end of turn.
@@ -124,7 +124,7 @@ class ChatSession:
         self._showing = clock.take() if opened else {}
 
     @torch.inference_mode()
-    def ask(self, question: str, sampling: Sampling | None = None, streamer: BaseStreamer | None = None) -> Answer:
+    def ask(self, question: str, sampling: Sampling | None = None, streamer: BaseStreamer | None = None) -> Turn:
         """Ask the next question of the dialogue.
 
         Args:
@@ -156,7 +156,7 @@ class ChatSession:
         self.conversation = conversation
         seconds, self._showing = self._showing | clock.take(), {}
         num_tokens, num_patches = sum(t.num_tokens for t in tokens), sum(t.num_patches for t in tokens)
-        return Answer(text, num_tokens, num_patches, prompt, tuple(tokens), seconds)
+        return Turn(text, num_tokens, num_patches, prompt, tuple(tokens), seconds)
 
     def _with_question(self, text: str) -> Conversation:
         """Return the dialogue with one more question and its open answer."""

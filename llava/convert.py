@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from llava.errors import InputError, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
@@ -68,35 +70,20 @@ def convert_to_hf(source: str, folder: Path) -> str:
     Raises:
         InputError: a part of a checkpoint, a damaged one, or a setting that transformers' LLaVA does not have.
     """
-    from llava.files import write_json, write_text
-    from llava.model.builder import check_tower_fits, find_weights, read_config
+    from llava.files import write_json
     from llava.model.checkpoint_folder import locate_tower
-    from llava.model.config_rules import CONFIG_FILE, is_hf_layout, read_settings
+    from llava.model.config_rules import CONFIG_FILE
     from llava.model.hf_layout import HF_NAMES, STORED_PREFIX, rename, to_hf_config
-    from llava.model.language_model.families import classes_of
-    from llava.model.multimodal_encoder.builder import build_vision_tower
-    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-    from llava.model.multimodal_encoder.loading import check_headers, quiet_loading
     from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
-    from llava.model.tokenizer import load_tokenizer
 
     # 1. All that can be refused before weights are read.
-    config = read_config(source)
-    values, file = read_settings(source, CONFIG_FILE, "checkpoint")
-    if is_hf_layout(values):
-        raise InputError(f"{source} has the layout of llava-hf already")
-    find_weights(source, None)  # refuses a part of a checkpoint
-    tower = build_vision_tower(config, delay_load=True)
-    if not isinstance(tower, CLIPVisionTower):
-        raise InputError(f"{file}: transformers' LLaVA has no tower like {config.mm_vision_tower}: a Hugging Face CLIP")
-    check_tower_fits(config, tower, source)
+    given = open_source(source, is_hf=False)
+    values, tower, tokenizer = given.values, given.tower, given.tokenizer
     values["unfreeze_mm_vision_tower"] = isinstance(tower, StoredVisionTower)
     values["mm_vision_tower"] = locate_tower(values["mm_vision_tower"], source, folder)
-    tokenizer = load_tokenizer(source)
     vision = json.loads(tower.config.to_json_string(use_diff=False))
-    settings = to_hf_config(values, file, vision, tower.num_patches, len(tokenizer))
-    with quiet_loading(f"checkpoint {source}"):
-        check_headers(classes_of(config).model, source, config, what="checkpoint")
+    settings = to_hf_config(values, given.file, vision, tower.num_patches, len(tokenizer))
+    check_weights(source, given.config)
     # 2. The weights.
     shards = Shards(folder)
     num_rows = settings["text_config"]["vocab_size"]
@@ -110,6 +97,76 @@ def convert_to_hf(source: str, folder: Path) -> str:
     write_json(folder / CONFIG_FILE, settings, indent=2)
     write_tokenizer(tokenizer, settings, folder)
     write_processor(tower, settings, folder)
+    shown = write_card(source, values, settings, folder)
+    vocab_size = given.config.vocab_size
+    return f"{written}; vocabulary {vocab_size}, with <image> and <pad> {num_rows} rows; chat template {shown}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that is going to be converted.
+
+    Attributes:
+        config: LLaVA's, whatever the layout.
+        values, file: config.json as it is stored, and its name.
+        tower: without weights.
+        tokenizer: of the language model.
+    """
+
+    config: "PreTrainedConfig"
+    values: dict
+    file: str
+    tower: "CLIPVisionTower"
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def open_source(source: str, *, is_hf: bool) -> Source:
+    """Read all of a checkpoint but its weights.
+
+    Args:
+        source: folder or hub id.
+        is_hf: whether it shall have the layout of llava-hf, or LLaVA's.
+
+    Raises:
+        InputError: it has the other layout, is a part of a checkpoint, or has another tower than a CLIP.
+    """
+    from llava.model.builder import check_tower_fits, find_weights, read_config
+    from llava.model.config_rules import CONFIG_FILE, is_hf_layout, read_settings
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+    from llava.model.tokenizer import load_tokenizer
+
+    config = read_config(source)
+    values, file = read_settings(source, CONFIG_FILE, "checkpoint")
+    if is_hf and not is_hf_layout(values):
+        raise InputError(f"{source} does not have the layout of llava-hf (config.json without text_config)")
+    if not is_hf and is_hf_layout(values):
+        raise InputError(f"{source} has the layout of llava-hf already")
+    find_weights(source, None)  # refuses a part of a checkpoint
+    tower = build_vision_tower(config, delay_load=True)
+    if not isinstance(tower, CLIPVisionTower):
+        raise InputError(f"{file}: transformers' LLaVA has no tower like {config.mm_vision_tower}: a Hugging Face CLIP")
+    check_tower_fits(config, tower, source)
+    return Source(config, values, file, tower, load_tokenizer(source))
+
+
+def check_weights(source: str, config: "PreTrainedConfig") -> None:
+    """Compare the headers of a checkpoint's weight files with its config.
+
+    Raises:
+        InputError: tensors are missing, unexpected or of another shape.
+    """
+    from llava.model.language_model.families import classes_of
+    from llava.model.multimodal_encoder.loading import check_headers, quiet_loading
+
+    with quiet_loading(f"checkpoint {source}"):
+        check_headers(classes_of(config).model, source, config, what="checkpoint")
+
+
+def write_card(source: str, values: dict, settings: dict, folder: Path) -> str:
+    """Write the chat template and the model card; returns the template's name, for a person."""
+    from llava.files import write_text
+
     name = get_model_name_from_path(source)
     template = values.get("conv_mode") or conversation_name_for(name)
     jinja = to_jinja(conv_templates[template])
@@ -120,7 +177,7 @@ def convert_to_hf(source: str, folder: Path) -> str:
     architecture = settings["architectures"][0]
     card = README.format(name=name, source=name, architecture=architecture, aspect=aspect, template=shown)
     write_text(folder / "README.md", card)
-    return f"{written}; vocabulary {config.vocab_size}, with <image> and <pad> {num_rows} rows; chat template {shown}"
+    return shown
 
 
 def read_own(source: str) -> Iterator[tuple[str, "Tensor"]]:
@@ -261,33 +318,15 @@ def convert_to_llava(source: str, folder: Path) -> str:
         InputError: another layout, a damaged checkpoint, or another language model or tower than LLaVA's.
     """
     from llava.files import write_json
-    from llava.model.builder import check_tower_fits, find_weights, read_config
     from llava.model.checkpoint_folder import locate_tower
-    from llava.model.config_rules import (
-        CONFIG_FILE,
-        check_config,
-        family_of,
-        is_hf_layout,
-        read_settings,
-    )
+    from llava.model.config_rules import CONFIG_FILE, check_config, family_of
     from llava.model.hf_layout import STORED_PREFIX, to_llava_config
-    from llava.model.language_model.families import classes_of
-    from llava.model.multimodal_encoder.builder import build_vision_tower
-    from llava.model.multimodal_encoder.loading import check_headers, quiet_loading
-    from llava.model.tokenizer import load_tokenizer
 
     # 1. All that can be refused before weights are read.
-    config = read_config(source)
-    values, file = read_settings(source, CONFIG_FILE, "checkpoint")
-    if not is_hf_layout(values):
-        raise InputError(f"{source} does not have the layout of llava-hf (config.json without text_config)")
-    find_weights(source, None)
-    tower = build_vision_tower(config, delay_load=True)
-    check_tower_fits(config, tower, source)
-    with quiet_loading(f"checkpoint {source}"):
-        check_headers(classes_of(config).model, source, config, what="checkpoint")
-    tokenizer = load_tokenizer(source)
-    settings = to_llava_config(values, file, source)
+    given = open_source(source, is_hf=True)
+    values, tower, tokenizer = given.values, given.tower, given.tokenizer
+    check_weights(source, given.config)
+    settings = to_llava_config(values, given.file, source)
     vocab_size = find_vocabulary(tokenizer, values, settings["vocab_size"])
     # 2. The weights; the tower's where they are more than a copy.
     shards = Shards(folder)

@@ -98,14 +98,19 @@ def recover_query(input_ids: "Tensor", tokenizer: Tokenizer) -> str:
         tokenizer: the language model's tokenizer.
 
     Returns:
-        The last user turn; "" for an empty one.
+        The last user turn; "" for an empty one; the whole prompt where it has no known role.
     """
+    # Some templates mark their roles with special tokens, so these are cut out behind the search, not before it.
+    question = find_question(decode_prompt(input_ids, tokenizer))
+    for token in tokenizer.all_special_tokens:
+        question = question.replace(token, "")
+    return question.strip()
+
+
+def decode_prompt(input_ids: "Tensor", tokenizer: Tokenizer) -> str:
+    """Turn a sample's ids `int64[T]` into text, special tokens included and images left out."""
     ids = [token for token in input_ids.tolist() if token != IMAGE_TOKEN_INDEX]
-    # The roles of ChatML may be special tokens.
-    are_roles_special = any(USER_TURNS[0][0].startswith(token) for token in tokenizer.all_special_tokens)
-    return find_question(
-        tokenizer.decode(ids, skip_special_tokens=not are_roles_special, clean_up_tokenization_spaces=False)
-    )
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def find_template(conv_mode: str) -> Conversation:

@@ -64,6 +64,7 @@ LAYERS = [
     ("llava.what_if", 9),
     ("llava.convert", 9),
     ("llava.visualize", 10),
+    ("llava.answer", 10),
     ("llava.assistant", 10),
     ("llava.processor", 9),
     ("llava.serve", 10),

@@ -213,7 +213,7 @@ def _milliseconds(spread: dict[str, float]) -> str:
 
 
 def _row(title: str, cells: Sequence[str]) -> str:
-    return f"{title:<{NAME_WIDTH}}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
+    return f"{title:<{NAME_WIDTH}}" + "".join(f"  {cell:>{CELL_WIDTH}}" for cell in cells)
 
 
 def _format_ratios(ratios: dict[str, Any]) -> str:

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
-from llava.prompt import find_question
-from llava.protocols import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -96,27 +94,3 @@ def write_ids(prompts: list[Prompt], lengths: list[int], image_id: int, pad_id: 
         repeats[is_image] = torch.tensor([lengths[image] for image in prompt.images], dtype=torch.int64)
         rows.append(prompt.ids.masked_fill(is_image, image_id).repeat_interleave(repeats))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-
-
-def find_query(ids: Tensor, tokenizer: Tokenizer) -> str:
-    """Recover the question from a sample's ids, in any template that `llava.prompt` knows.
-
-    Chat templates mark their roles with special tokens, so these are cut out behind the search, not before it.
-
-    Args:
-        ids: `int64[L]` with IMAGE_TOKEN_INDEX at images.
-        tokenizer: the language model's tokenizer.
-
-    Returns:
-        The last user turn; the whole prompt where it has no known role.
-    """
-    question = find_question(decode(ids, tokenizer))
-    for token in tokenizer.all_special_tokens:
-        question = question.replace(token, "")
-    return question.strip()
-
-
-def decode(ids: Tensor, tokenizer: Tokenizer) -> str:
-    """Turn a sample's ids `int64[L]` into text, special tokens included and images left out."""
-    text = [token for token in ids.tolist() if token != IMAGE_TOKEN_INDEX]
-    return tokenizer.decode(text, skip_special_tokens=False, clean_up_tokenization_spaces=False)

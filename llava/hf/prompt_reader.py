@@ -13,12 +13,13 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.hf.host_tower import HostTower
-from llava.hf.placeholders import Prompt, collapse_images, decode, find_query
+from llava.hf.placeholders import Prompt, collapse_images
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.crops import layout_tiles
 from llava.model.image_tokens import CropMerge, ImageTokens, keep_everything, project_tokens, reduce_patches
 from llava.model.splice import PromptEmbeds, pad_batch, splice_sample, strip_padding
 from llava.model.token_reduction import TEXT, TokenReducer
+from llava.prompt import decode_prompt, recover_query
 from llava.protocols import Tokenizer
 
 Texts = str | Sequence[str] | Callable[[str], str] | None
@@ -117,9 +118,9 @@ class PromptReader:
     def _find_queries(self, prompts: list[Prompt]) -> list[str]:
         """What CLIP's text half reads, one query per prompt."""
         if self._texts is None:
-            return [find_query(prompt.ids, self._tokenizer) for prompt in prompts]
+            return [recover_query(prompt.ids, self._tokenizer) for prompt in prompts]
         if callable(self._texts):
-            return [self._texts(decode(prompt.ids, self._tokenizer)) for prompt in prompts]
+            return [self._texts(decode_prompt(prompt.ids, self._tokenizer)) for prompt in prompts]
         texts = [self._texts] * len(prompts) if isinstance(self._texts, str) else list(self._texts)
         if len(texts) != len(prompts):
             raise InputError(f"{len(texts)} texts for {len(prompts)} prompts: give one query per prompt, or one string")

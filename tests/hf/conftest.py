@@ -32,11 +32,13 @@ class Sample:
     """One prompt for both sides.
 
     Attributes:
+        question: what is asked.
         ids: `int64[T]` with IMAGE_TOKEN_INDEX at images.
         images: pixel values, `[C, 3, 84, 84]` each.
         sizes: (width, height) of each image.
     """
 
+    question: str
     ids: torch.Tensor
     images: list[torch.Tensor]
     sizes: list[tuple[int, int]]
@@ -147,7 +149,7 @@ def samples(pair) -> list[Sample]:
         counts = [num_crops(size) if is_next(held) else 1 for size in sizes]
         crops = [torch.randn(count, 3, 6, 6, generator=generator) for count in counts]
         images = [torch.nn.functional.interpolate(each, size=84, mode="bilinear") for each in crops]
-        samples.append(Sample(ids, images, sizes))
+        samples.append(Sample(question, ids, images, sizes))
     return samples
 
 

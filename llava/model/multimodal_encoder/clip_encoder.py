@@ -35,9 +35,11 @@ class CLIPVisionTower(VisionTower):
     vision_tower: CLIPVisionModelWithProjection
     text_tower: CLIPTextTower
     has_joint_head = False
-    # How the files name the vision half: what all of its names hold, and what they become.
+    # How the files name the vision half: what all of its names hold, what they become, and what is beside it.
     marker = vision_prefix = "vision_model."
     names: Mapping[str, str] = MappingProxyType({})
+    ignored: tuple[str, ...] = OTHER_WEIGHTS
+    role = "vision tower"
 
     def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
@@ -58,10 +60,11 @@ class CLIPVisionTower(VisionTower):
             CLIPVisionModelWithProjection,
             self.name,
             dtype=dtype,
-            what="vision tower",
+            what=self.role,
             optional=(JOINT_WEIGHT,),
-            ignored=OTHER_WEIGHTS,
+            ignored=self.ignored,
             config=self.config,
+            names=self.names,
         )
         self.take_parts(vision, image_processor, has_joint_head=not missing)
         self.vision_tower.to(device)

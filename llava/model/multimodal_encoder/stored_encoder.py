@@ -4,7 +4,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from llava.errors import InputError
 from llava.files import write_json
@@ -12,7 +12,7 @@ from llava.model.config_rules import PREPROCESSOR_FILE, PREPROCESSOR_RULES, chec
 from llava.model.hf_layout import NAMES, read_preprocessor, rename
 from llava.model.multimodal_encoder.clip_encoder import JOINT_WEIGHT, CLIPVisionTower
 from llava.model.multimodal_encoder.clip_text import CLIPTextTower
-from llava.model.multimodal_encoder.loading import load_quietly, resolve_name
+from llava.model.multimodal_encoder.loading import resolve_name
 from llava.model.stored_weights import first_line, iterate_tensors, list_weight_files, read_shapes, refuse_shape
 
 # From the names of either layout to those of a CLIP's vision half; one after the other.
@@ -37,6 +37,8 @@ class StoredVisionTower(CLIPVisionTower):
 
     marker = MARKER
     names = VISION_NAMES
+    ignored = OTHER_WEIGHTS
+    role = "vision tower of checkpoint"
 
     def __init__(self, place: str, clip: str, vision_config: dict | None = None, **settings):
         """Store where the halves are; the other settings are those of `VisionTower`."""
@@ -45,23 +47,11 @@ class StoredVisionTower(CLIPVisionTower):
         self.vision_config = vision_config
 
     def load_vision_tower(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
-        self.num_layers_to_run(self.needs)  # settings that do not fit are refused before the weights are read
-        image_processor = self.read_image_processor()
-        vision, missing = load_quietly(
-            CLIPVisionModelWithProjection,
-            self.name,
-            dtype=dtype,
-            what="vision tower of checkpoint",
-            optional=(JOINT_WEIGHT,),
-            ignored=OTHER_WEIGHTS,
-            config=self.config,
-            names=VISION_NAMES,
-        )
         projection = self.vision_tower.visual_projection if self.has_joint_head else None  # of the CLIP, read before
-        self.take_parts(vision, image_processor, has_joint_head=not missing or projection is not None)
-        if missing and projection is not None:
-            self.vision_tower.visual_projection = projection
-        self.vision_tower.to(device)
+        super().load_vision_tower(device, dtype)
+        if projection is not None and not self.has_joint_head:
+            self.vision_tower.visual_projection = projection.to(device)
+            self.has_joint_head = True
 
     def load_text_tower(self) -> None:
         if "text_tower" in self._modules:
