@@ -37,6 +37,25 @@ Stream = bool | Callable[[str], object]
 """True: the answer is written to standard output as it comes. A function: it is called with each new piece of text."""
 
 
+class UnansweredError(InputError):
+    """Some of many questions could not be answered.
+
+    Attributes:
+        answers: of every question, in order; None where there is none.
+        reasons: why, by the number of the question.
+    """
+
+    def __init__(self, reasons: Mapping[int, str], answers: list[Answer | None]):
+        first = min(reasons)
+        more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        super().__init__(
+            f"pairs[{first}]: {reasons[first]}{more}; the other {len(answers) - len(reasons)} answers are in this "
+            "error's `answers`"
+        )
+        self.answers = answers
+        self.reasons = dict(reasons)
+
+
 # -------------------------------------------------------------------------------------------------------------- object
 class Llava:
     """A model that answers questions about images.
@@ -211,8 +230,9 @@ class Llava:
             The answers, in the order of the questions.
 
         Raises:
-            InputError: one line for the first question that cannot be asked, such as `pairs[3]: image a.png: ...`;
-                types, empty questions and missing files are found before the first question is answered.
+            InputError: a type, an empty question or a missing file, found before the first question is answered.
+            UnansweredError: questions could not be answered, such as `pairs[3]: image a.png: ...`; all others were,
+                and the error has their answers.
         """
         # 1. What is wrong with a pair is told before any work.
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -221,7 +241,8 @@ class Llava:
         settings = Settings("llava", make_sampling(sampling), self.conv_mode, batch_size, end=end)
         asked = [_to_question(number, pair) for number, pair in enumerate(_list_pairs(pairs))]
         # 2. The loop of the evaluation: units in which equal images meet, batches of like length.
-        answers: dict[int, Answer] = {}
+        answers: list[Answer | None] = [None] * len(asked)
+        reasons: dict[int, str] = {}
         parts = (self.model, self.tokenizer, self.image_processor)
         with (
             torch.inference_mode(),
@@ -229,14 +250,15 @@ class Llava:
             tqdm(total=len(asked), desc="questions", unit="q", disable=not progress) as bar,
         ):
             for answered, faults in predictor.run(plan_units(asked, choose_unit_size(self.model))):
-                for fault in faults:
-                    raise InputError(f"pairs[{fault.question.id}]: {fault.reason}")
+                reasons |= {fault.question.id: fault.reason for fault in faults}
                 for each in answered:
                     text, images = each.question.prompt, each.question.images
                     answer = make_answer(self.model, each.text, text, images, each.image_tokens, each.seconds)
                     answers[each.question.id] = answer
-                bar.update(len(answered))
-        return [answers[number] for number in range(len(asked))]
+                bar.update(len(answered) + len(faults))
+        if reasons:
+            raise UnansweredError(reasons, answers)
+        return answers
 
 
 class Chat:

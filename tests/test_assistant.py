@@ -17,6 +17,7 @@ from PIL import Image
 
 import llava
 from llava import Answer, Llava
+from llava.assistant import UnansweredError
 from llava.cli import ModelSpec
 from llava.conversation import conv_templates
 from llava.errors import InputError
@@ -390,11 +391,20 @@ def test_what_cannot_be_loaded_is_refused_in_words(checkpoint, settings, reason,
     assert reason in refusal(Llava.from_pretrained, checkpoint, **settings)
 
 
-def test_an_image_that_breaks_off_names_its_place_among_many(model, files, scenes):
-    files[4].write_bytes(files[4].read_bytes()[:200])
+def test_images_that_break_off_are_named_and_cost_no_other_answer(model, files, scenes):
     pairs = [(path, question) for path, (_, question, _) in zip(files, scenes, strict=True)]
-    line = refusal(model.ask_many, pairs, progress=False)
-    assert line.startswith(f"pairs[4]: image {files[4]}: damaged")
+    whole = [answer.text for answer in model.ask_many(pairs, progress=False)]
+    for number in (4, 1):
+        files[number].write_bytes(files[number].read_bytes()[:200])
+    with pytest.raises(UnansweredError) as caught:
+        model.ask_many(pairs, progress=False)
+    line = str(caught.value)
+    assert line.startswith(f"pairs[1]: image {files[1]}: damaged") and "\n" not in line
+    assert line.endswith("and 1 more; the other 4 answers are in this error's `answers`")
+    assert [answer and answer.text for answer in caught.value.answers] == [
+        None if number in (1, 4) else text for number, text in enumerate(whole)
+    ]
+    assert set(caught.value.reasons) == {1, 4} and "damaged" in caught.value.reasons[4]
 
 
 def test_pictures_are_equal_by_path_or_by_object():
