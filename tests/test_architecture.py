@@ -59,6 +59,7 @@ LAYERS = [
     ("llava.fence", 9),
     ("llava.calibrate", 9),
     ("llava.check", 9),
+    ("llava.doctor", 10),
     ("llava.drawing", 3),
     ("llava.looks", 8),
     ("llava.what_if", 9),
@@ -183,7 +184,9 @@ def test_pure_packages_know_only_torch_and_the_standard_library(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_no_module_calls_cuda_directly(path):
+def test_no_module_but_the_one_that_looks_for_it_calls_cuda_directly(path):
+    if path == PACKAGE / "doctor.py":
+        return
     calls = [
         node.lineno
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
