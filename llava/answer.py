@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from llava.chat import describe_tokens
-from llava.drawing import Panel, TextLine, View, draw_figure, shrink, write_image
+from llava.drawing import Drawing, Panel, TextLine, View, shrink
 from llava.errors import InputError
 from llava.model.image_tokens import ImageTokens
 from llava.picture import Picture
@@ -68,10 +68,13 @@ class Answer:
         Raises:
             InputError: an image of `ask_many`, which keeps no copies, is not there any more.
         """
+        return self._draw().image()
+
+    def _draw(self) -> Drawing:
         pairs = zip(self._pictures, self._image_tokens, strict=True)
         views = [self._make_view(picture.load(), tokens) for picture, tokens in pairs]
         name, _, text = self.describe_tokens().partition(": ")
-        return draw_figure(views, self.question, [TextLine("answer", self.text), TextLine(name, text)])
+        return Drawing(views, self.question, [TextLine("answer", self.text), TextLine(name, text)])
 
     def _make_view(self, image: Image.Image, tokens: ImageTokens) -> View:
         shown, box = shrink(image, self._aspect_ratio)
@@ -88,14 +91,12 @@ class Answer:
         return View(shown, box, panels)
 
     def save(self, path: str | Path) -> None:
-        """Write the figure.
+        """Write the figure as a PNG, PDF or SVG, as the file's ending says.
 
         Raises:
-            InputError: the name does not end in `.png`, or the file cannot be written.
+            InputError: another ending, or the file cannot be written.
         """
-        if Path(path).suffix.lower() != ".png":
-            raise InputError(f"{path}: the figure is a PNG; give a name that ends in .png")
-        write_image(Path(path).expanduser(), self.figure())
+        self._draw().write(Path(path).expanduser())
 
     def _repr_html_(self) -> str:
         """Return the answer as HTML that needs no other file."""

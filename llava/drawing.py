@@ -6,7 +6,8 @@ cropped or squeezed. What is padding, or cut off, is hatched.
 
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from llava.errors import InputError
 from llava.files import write_bytes
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ CAPTION = 48
 """Letters that fit above a panel; a longer line is set smaller, and one of more than twice as many is cut."""
 SMALLEST = 5
 """Points: size of the letters in a block, where it is narrow."""
+FORMATS = (".png", ".pdf", ".svg")
 KEPT_COLOR, CENTRE_COLOR = "#ffd60a", "#ff3fd1"
 LINEAR_RANGE, LOG_RANGE, NARROW_RANGE = 20, 1e30, 100
 """Ratios of scores: largest to median from which the scale is logarithmic; its largest range; the range below which 2
@@ -240,31 +243,57 @@ def lay_out(views: Sequence[View]) -> list[list[tuple[View, Panel | None]]]:
     return [row for row in rows if row]
 
 
-def draw_figure(views: Sequence[View], heading: str, lines: Sequence[TextLine] = ()) -> Image.Image:
-    """Draw a question, lines of text, and the panels of all views.
+@dataclass(frozen=True)
+class Drawing:
+    """A question, lines of text, and the panels of all views.
 
-    Args:
+    Attributes:
         views: what is drawn; may be none.
-        heading: the question.
+        heading: the question, or what all panels have in common.
         lines: what else is known of it.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    # 1. Sizes, in inches.
-    rows = lay_out(views)
-    columns = measure_columns(rows)
-    width = max(sum(columns) + GAP * (len(columns) - 1) + 2 * MARGIN, MIN_WIDTH)
-    text = _wrap_text(heading, lines, width)
-    heights = [PANEL * max(view.aspect for view, _ in row) for row in rows]
-    headrooms = [LINE + CAPTION_LINE * max(_caption(*each).count("\n") + 1 for each in row) for row in rows]
-    height = 2 * MARGIN + len(text) * LINE + sum(heights) + sum(headrooms)
-    with mpl.rc_context({"font.family": _list_fonts(), "text.parse_math": False}), warnings.catch_warnings():
-        # A letter that no installed font has becomes a box; the drawing is still right.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+    views: Sequence[View]
+    heading: str
+    lines: Sequence[TextLine] = ()
+
+    def image(self) -> Image.Image:
+        """Draw at `DPI` dots per inch: mode RGB."""
+        with _style():
+            figure = self._compose()
+            figure.canvas.draw()
+            return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+    def write(self, path: str | Path) -> None:
+        """Write a PNG, or a PDF or SVG whose text and outlines are vectors, as the file's ending says.
+
+        Raises:
+            FileError: the file cannot be written.
+            InputError: another ending.
+        """
+        kind = find_format(path)
+        if kind == "png":
+            return write_image(path, self.image())
+        buffer = BytesIO()
+        with _style():
+            # Without a date, the same drawing is the same file.
+            self._compose().savefig(buffer, format=kind, metadata={"CreationDate" if kind == "pdf" else "Date": None})
+        return write_bytes(Path(path), buffer.getvalue())
+
+    def _compose(self) -> "Figure":
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        # 1. Sizes, in inches.
+        rows = lay_out(self.views)
+        columns = measure_columns(rows)
+        width = max(sum(columns) + GAP * (len(columns) - 1) + 2 * MARGIN, MIN_WIDTH)
+        text = _wrap_text(self.heading, self.lines, width)
+        heights = [PANEL * max(view.aspect for view, _ in row) for row in rows]
+        headrooms = [LINE + CAPTION_LINE * max(_caption(*each).count("\n") + 1 for each in row) for row in rows]
+        height = 2 * MARGIN + len(text) * LINE + sum(heights) + sum(headrooms)
         figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-        canvas = FigureCanvasAgg(figure)
+        FigureCanvasAgg(figure)
         place = height - MARGIN
         # 2. Text.
         for pieces in text:
@@ -278,8 +307,30 @@ def draw_figure(views: Sequence[View], heading: str, lines: Sequence[TextLine] =
                 left = MARGIN + sum(columns[:column]) + GAP * column
                 frame = (left / width, place / height, PANEL / width, row_height / height)
                 _draw_panel(figure, frame, view, panel)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        return figure
+
+
+def find_format(path: str | Path) -> str:
+    """Return what a drawing is written as by the ending of its file: png, pdf or svg.
+
+    Raises:
+        InputError: another ending.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in FORMATS:
+        raise InputError(f"{path}: a drawing is written as {', '.join(FORMATS)}, not {ending or 'without an ending'}")
+    return ending.removeprefix(".")
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib as mpl
+
+    settings = {"font.family": _list_fonts(), "text.parse_math": False, "svg.hashsalt": "llava", "pdf.fonttype": 42}
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        # A letter that no installed font has becomes a box; the drawing is still right.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
 
 
 def measure_columns(rows: Sequence[Sequence[tuple[View, Panel | None]]]) -> list[float]:
@@ -457,9 +508,9 @@ def find_borders(areas: np.ndarray, box: Box) -> list[tuple[tuple[float, float],
 
 
 def _list_fonts() -> list[str]:
-    import matplotlib as mpl
+    from matplotlib import font_manager
 
-    installed = set(mpl.font_manager.get_font_names())
+    installed = set(font_manager.get_font_names())
     return ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
 
 

@@ -6,7 +6,7 @@ Of an image of several crops the first, the whole view, is looked at.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -134,15 +134,24 @@ def prepare(
     Raises:
         InputError: the model cannot serve a method, or the question is one that no tokenizer takes.
     """
-    question = recover_text(question)
-    check_text(question)
     needs: set[Need] = set()
     for reduction in reductions:
         with reduced_by(model, reduction):
             needs |= reduction.before.needs if reduction.before is not None else set()
     values = process_images([image], image_processor, model.config)
     (features,) = model.encode_patches(values, needs)
-    return Case(image, features, question, query_of(question), make_ids(model, question, 1, conv_mode))
+    return ask_else(model, Case(image, features, "", "", torch.empty(0)), question, conv_mode)
+
+
+def ask_else(model: LlavaCausalLM, case: Case, question: str, conv_mode: str = DEFAULT_CONV_MODE) -> Case:
+    """Put another question to a case's image, which is not encoded again.
+
+    Raises:
+        InputError: the question is one that no tokenizer takes.
+    """
+    question = recover_text(question)
+    check_text(question)
+    return replace(case, question=question, query=query_of(question), ids=make_ids(model, question, 1, conv_mode))
 
 
 def make_ids(model: LlavaCausalLM, question: str, num_images: int, conv_mode: str) -> Tensor:

@@ -3,7 +3,8 @@
 `python -m llava.visualize --model-path CKPT --image-file IMG --query TEXT --out OUT.png [--reduce SPEC ...]`
 
 The figure shows the image once, then for each method the kept patches, outlined, with the dropped ones dimmed, and
-each patch's score with a color scale. A method inside the language model has a panel for each stretch of layers.
+each patch's score with a color scale. A method inside the language model has a panel for each stretch of layers. For
+several questions it shows the image once, then the patches that one method keeps for each.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llava.cli import ModelSpec, add_model_options, choose_template, positive
-from llava.drawing import Panel, TextLine, draw_figure, write_image
-from llava.errors import InputError, run_command
+from llava.drawing import Drawing, Panel, TextLine, find_format
+from llava.errors import InputError, one_line, run_command
 from llava.image import load_image
 from llava.prompt import DEFAULT_CONV_MODE, find_template
 
@@ -61,7 +62,7 @@ def visualize(
 
     reductions = read_reductions(model, specs)
     case = prepare(model, image_processor, image, question, reductions, conv_mode)
-    return draw_looks(model, case, [look_at(model, case, reduction) for reduction in reductions])
+    return draw_looks(model, case, [look_at(model, case, reduction) for reduction in reductions]).image()
 
 
 def read_reductions(model: "LlavaCausalLM", specs: Sequence[str]) -> "list[Reduction]":
@@ -87,7 +88,7 @@ def draw_looks(
     looks: "Sequence[Look]",
     lines: Sequence[TextLine] = (),
     extra: Sequence[Panel] = (),
-) -> "Image.Image":
+) -> Drawing:
     """Draw what methods leave of a case.
 
     Args:
@@ -108,10 +109,47 @@ def draw_looks(
         (look,) = looks
         name, _, text = describe_tokens(look.tokens.num_tokens, look.tokens.num_patches).partition(": ")
         lines = [TextLine(name, text if look.reduction.inside is None else look.describe_tokens())]
-    return draw_figure(views, case.question, lines)
+    return Drawing(views, case.question, lines)
 
 
-def show_answers(model: "LlavaCausalLM", case: "Case", looks: "Sequence[Look]", max_new_tokens: int) -> "Image.Image":
+def draw_questions(
+    model: "LlavaCausalLM", cases: "Sequence[Case]", looks: "Sequence[Look]", answers: Sequence[str]
+) -> Drawing:
+    """Draw what one method leaves of an image for several questions.
+
+    Args:
+        model: that was looked at.
+        cases: the same image with each question.
+        looks: one for each.
+        answers: to each question; none: they are not shown.
+    """
+    from llava.looks import make_view
+
+    grid, aspect_ratio = model.get_vision_tower().grid, getattr(model.config, "image_aspect_ratio", None)
+    views = []
+    for number, (case, look) in enumerate(zip(cases, looks, strict=True)):
+        caption = one_line(f"{case.question} {answers[number]}" if answers else case.question)
+        view = make_view(case.image, look, grid, aspect_ratio, caption)
+        views.append(replace(view, panels=[panel for panel in view.panels if panel.scores is None]))
+    return Drawing(views, looks[0].reduction.spec())
+
+
+def answer_questions(
+    model: "LlavaCausalLM", cases: "Sequence[Case]", looks: "Sequence[Look]", max_new_tokens: int
+) -> list[str]:
+    """Answer each question with what is left of the image, and print the answers."""
+    from llava.sampling import Sampling
+    from llava.what_if import ask, show
+
+    sampling, answers = Sampling(max_new_tokens=max_new_tokens), []
+    for case, look in zip(cases, looks, strict=True):
+        answers += map(show, ask(model, case, sampling, [look.tokens], look.reduction))
+    rows = zip(cases, answers, looks, strict=True)
+    print_table([(one_line(case.question), answer, look.describe_tokens()) for case, answer, look in rows])
+    return answers
+
+
+def show_answers(model: "LlavaCausalLM", case: "Case", looks: "Sequence[Look]", max_new_tokens: int) -> Drawing:
     """Print the answers of the full model and of each method, and draw them with what was kept."""
     from llava.looks import look_at
     from llava.model.token_reduction import Reduction
@@ -132,7 +170,7 @@ def show_answers(model: "LlavaCausalLM", case: "Case", looks: "Sequence[Look]", 
 
 def show_what_if(
     model: "LlavaCausalLM", case: "Case", reduction: "Reduction", max_new_tokens: int, side: int | None
-) -> "Image.Image":
+) -> Drawing:
     """Print the answer with each block of dropped patches, and draw which blocks bring the full model's back."""
     from llava.sampling import Sampling
     from llava.what_if import show, try_blocks
@@ -187,21 +225,28 @@ def main() -> None:
     specs = [replace(spec, reduce=each).resolve().reduce for each in specs]
     _, model, image_processor = replace(spec, reduce=specs[0] if specs else None, calibrated=None).load(quiet=True)
     # 3. The prompt matters where something is answered, or a method works inside the language model.
-    from llava.looks import look_at, prepare
+    from llava.looks import ask_else, look_at, prepare
 
     reductions = read_reductions(model, specs)
     answers = args.answer or args.what_if
     reads_prompt = answers or any(reduction.inside is not None for reduction in reductions)
     conv_mode = choose_template(args, model.config) if reads_prompt else DEFAULT_CONV_MODE
-    case = prepare(model, image_processor, image, args.query, reductions, conv_mode)
+    first, *further = args.query
+    case = prepare(model, image_processor, image, first, reductions, conv_mode)
     # 4. Look and draw.
     limit = args.max_new_tokens or MAX_NEW_TOKENS
-    if args.what_if:
+    if further:
+        cases = [case, *(ask_else(model, case, question, conv_mode) for question in further)]
+        looks = [look_at(model, each, reductions[0]) for each in cases]
+        answered = answer_questions(model, cases, looks, limit) if args.answer else []
+        drawing = draw_questions(model, cases, looks, answered)
+    elif args.what_if:
         drawing = show_what_if(model, case, reductions[0], limit, args.block)
     else:
         looks = [look_at(model, case, reduction) for reduction in reductions]
         drawing = show_answers(model, case, looks, limit) if args.answer else draw_looks(model, case, looks)
-    write_image(args.out, drawing)
+    drawing.write(args.out)
+    sys.stdout.write(f"written to {args.out}\n")
 
 
 def check_options(args: argparse.Namespace, specs: Sequence[str]) -> None:
@@ -210,8 +255,11 @@ def check_options(args: argparse.Namespace, specs: Sequence[str]) -> None:
     Raises:
         InputError: an empty question, an unknown template, or options that do not go together.
     """
-    if not args.query.strip():
+    find_format(args.out)
+    if not all(question.strip() for question in args.query):
         raise InputError("--query is empty: write what you want to know about the image")
+    if len(args.query) > 1:
+        _check_several(args, specs)
     if args.conv_mode is not None:
         find_template(args.conv_mode)
     if args.what_if and len(specs) > 1:
@@ -224,13 +272,32 @@ def check_options(args: argparse.Namespace, specs: Sequence[str]) -> None:
         raise InputError("--max-new-tokens has no effect without --answer or --what-if: add one or leave it out")
 
 
+def _check_several(args: argparse.Namespace, specs: Sequence[str]) -> None:
+    """Check the options of several questions."""
+    if args.what_if:
+        raise InputError(f"--what-if is about one question, and there are {len(args.query)} --query: choose one")
+    if len(specs) > 1:
+        raise InputError(
+            f"there are {len(args.query)} --query, and --reduce names {len(specs)} methods: several of one and one of "
+            "the other can be drawn"
+        )
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.visualize", description=__doc__.split("\n")[0])
     add_model_options(parser, several=True)
     parser.add_argument("--image-file", required=True, metavar="FILE", help="image file or http(s) address")
-    parser.add_argument("--query", required=True, help="the question")
-    parser.add_argument("--out", required=True, metavar="PNG", help="file that the drawing is written to")
+    parser.add_argument(
+        "--query",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="the question; repeat it to draw several side by side",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="the drawing: a .png, or a .pdf or .svg whose outlines are vectors"
+    )
     parser.add_argument(
         "--answer", action="store_true", help="answer, too: print the full model's answer and each method's"
     )

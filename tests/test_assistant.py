@@ -252,7 +252,7 @@ def test_a_figure_is_saved_and_a_notebook_shows_it_without_another_file(model, s
     (content,) = re.findall(r'src="data:image/png;base64,([^"]+)"', shown)
     assert Image.open(BytesIO(base64.b64decode(content))).tobytes() == saved.tobytes()
     assert answer.text in shown and "http" not in shown
-    assert "kept.jpg: the figure is a PNG" in refusal(answer.save, "kept.jpg")
+    assert "kept.jpg: a drawing is written as .png, .pdf, .svg, not .jpg" in refusal(answer.save, "kept.jpg")
 
 
 def test_html_shows_questions_and_answers_as_text_whatever_is_in_them(model, scenes):

@@ -300,9 +300,20 @@ def test_visualize_prints_the_answers_of_the_full_model_and_of_each_method(comma
     )
     code, out, err = command(visualize_main, *VISUALIZE, *options)
     rows = [line.split() for line in out.splitlines()]
-    assert (code, err) == (0, "") and [row[0] for row in rows] == ["full", "TRIM:9", "FastV:0.5,layer=1"]
+    assert (code, err) == (0, "") and [row[0] for row in rows] == ["full", "TRIM:9", "FastV:0.5,layer=1", "written"]
     assert out.splitlines()[0].endswith("36 tokens") and out.splitlines()[2].endswith("36, then 18 tokens")
     assert Image.open(tmp_path / "a.png").format == "PNG"
+
+
+def test_visualize_prints_a_row_for_each_question_and_says_where_the_drawing_is(command, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "a.svg"
+    options = ("--query", "And the sign?", "--reduce", "TRIM:9", "--answer", "--max-new-tokens", "2", "--out", out)
+    code, lines, _ = command(visualize_main, *VISUALIZE, *options)
+    assert code == 0 and out.read_bytes().startswith(b"<?xml")
+    first, second, last = lines.splitlines()
+    assert first.startswith(BUS) and second.startswith("And the sign?  ") and last == f"written to {out}"
+    assert first.endswith("10 tokens") and second.endswith("10 tokens")
 
 
 def test_visualize_prints_a_row_for_each_block_that_is_given_back(command, tmp_path):
@@ -319,7 +330,8 @@ def test_visualize_prints_a_row_for_each_block_that_is_given_back(command, tmp_p
         tmp_path / "a.png",
     )
     code, out, err = command(visualize_main, *VISUALIZE, *options)
-    lines = out.splitlines()
+    *lines, last = out.splitlines()
+    assert last == f"written to {tmp_path / 'a.png'}"
     assert (code, err) == (0, "") and lines[0].split() == ["given", "back", "patches", "answer"]
     assert [line.split("  ")[0] for line in lines[3:-1]] == [
         f"rows {row}, columns {col}" for row in ("0-2", "3-5") for col in ("0-2", "3-5")
@@ -335,6 +347,10 @@ def test_visualize_prints_a_row_for_each_block_that_is_given_back(command, tmp_p
         (["--what-if", "--answer"], "leave out --answer"),
         (["--what-if", "--block", "7"], "--block 7: an image has 6 x 6 patches; use 1 to 6"),
         (["--block", "2"], "--block has no effect without --what-if"),
+        (["--query", "Why?", "--what-if"], "--what-if is about one question, and there are 2 --query"),
+        (["--query", "Why?", "--reduce", "TRIM:9", "Pool:9"], "there are 2 --query, and --reduce names 2 methods"),
+        (["--query", " "], "--query is empty"),
+        (["--out", "a.gif"], "a.gif: a drawing is written as .png, .pdf, .svg, not .gif"),
         (["--max-new-tokens", "2"], "--max-new-tokens has no effect without --answer or --what-if"),
         (["--reduce", "TRIM:9", "TRIMM:9"], 'did you mean "TRIM"'),
         (["--reduce", "none", "--what-if"], "this checkpoint keeps every patch"),
@@ -344,7 +360,7 @@ def test_visualize_prints_a_row_for_each_block_that_is_given_back(command, tmp_p
     ],
 )
 def test_visualize_refuses_options_that_do_not_go_together_in_one_line(command, tmp_path, options, says):
-    code, _, err = command(visualize_main, *VISUALIZE, *options, "--out", tmp_path / "a.png")
+    code, _, err = command(visualize_main, *VISUALIZE, "--out", tmp_path / "a.png", *options)
     assert code == 2 and says in err and err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "a.png").exists()
 

@@ -16,12 +16,12 @@ from llava.drawing import (
     KEPT_COLOR,
     MAX_COLUMNS,
     Block,
+    Drawing,
     Panel,
     TextLine,
     View,
     count_unseen,
     dim_dropped,
-    draw_figure,
     find_borders,
     find_view_box,
     lay_out,
@@ -30,13 +30,24 @@ from llava.drawing import (
 )
 from llava.errors import InputError
 from llava.image import load_image
-from llava.looks import Case, Look, Stage, describe_stage, look_at, make_stages, make_view, prepare, read_prompt
+from llava.looks import (
+    Case,
+    Look,
+    Stage,
+    ask_else,
+    describe_stage,
+    look_at,
+    make_stages,
+    make_view,
+    prepare,
+    read_prompt,
+)
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.image_tokens import ImageTokens
 from llava.model.token_reduction import LAYER_REDUCERS, REDUCERS, Reduction, parse_reduction
 from llava.sampling import Sampling
-from llava.visualize import visualize
+from llava.visualize import draw_questions, read_reductions, visualize
 from llava.what_if import FULL_COLOR, Sparing, ask, choose_block, give_back, is_same, list_blocks, try_blocks
 from playground.shapes.world import SPLITS, draw_scene
 
@@ -97,13 +108,13 @@ def test_a_figure_shows_padding_and_cut_off_parts_outlines_and_an_image_once():
     assert cropped.extent == (0, 0, 80, 40) and cropped.aspect == 0.5
     lines = [TextLine("reference", "no"), TextLine("prediction", "Yes, " * 100, "red")]
     other = View(Image.new("RGB", (80, 40)))
-    sizes = [draw_figure(views, "A $x$?\n" * 3, lines).size for views in ([], [padded], [padded, cropped, other])]
+    sizes = [Drawing(views, "A $x$?\n" * 3, lines).image().size for views in ([], [padded], [padded, cropped, other])]
     assert sizes[0][0] < sizes[1][0] < sizes[2][0] and sizes[0][1] < sizes[1][1] < sizes[2][1]
     assert [[panel for _, panel in row] for row in lay_out([padded, cropped, other])] == [
         [None, *looks, looks[0]],
         [None],
     ]
-    assert colors_of(draw_figure([padded], "?")) >= {KEPT_COLOR, "#ececec"}
+    assert colors_of(Drawing([padded], "?").image()) >= {KEPT_COLOR, "#ececec"}
 
 
 def colors_of(image: Image.Image) -> set[str]:
@@ -131,7 +142,7 @@ def test_centres_cells_and_blocks_are_drawn_apart_from_kept_patches():
     one[1, 2] = True
 
     def colors(panel: Panel) -> set[str]:
-        return colors_of(draw_figure([View(image, (0, 0, 8, 8), [panel])], "?"))
+        return colors_of(Drawing([View(image, (0, 0, 8, 8), [panel])], "?").image())
 
     assert not {KEPT_COLOR, CENTRE_COLOR} & colors(Panel("", kept))
     assert CENTRE_COLOR in colors(Panel("", kept, one)) and KEPT_COLOR not in colors(Panel("", kept, one))
@@ -148,7 +159,7 @@ def test_scores_of_any_range_are_drawn(scores, kept):
     pytest.importorskip("matplotlib")
     image, grid = Image.new("RGB", (8, 8)), (2, 2)
     panel = Panel("", np.array(kept).reshape(grid), scores=np.float32(scores).reshape(grid))
-    assert draw_figure([View(image, (0, 0, 8, 8), [panel])], "?").width > 1000
+    assert Drawing([View(image, (0, 0, 8, 8), [panel])], "?").image().width > 1000
 
 
 @pytest.mark.parametrize("least", [0.49, 0.2, 0.05, 1e-9])
@@ -169,7 +180,7 @@ def test_the_color_scale_has_readable_labels_for_any_range_of_kept_scores(least)
     kept[0, :2], scores[0, :2] = True, (least, 0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "colorbar", keep_scale)
-        draw_figure([View(Image.new("RGB", (8, 8)), (0, 0, 8, 8), [Panel("", kept, scores=scores)])], "?")
+        Drawing([View(Image.new("RGB", (8, 8)), (0, 0, 8, 8), [Panel("", kept, scores=scores)])], "?").image()
     axis = scales[0].ax.yaxis
     assert not any(tick.label2.get_text() for tick in axis.get_minor_ticks())
     low, high = sorted(scales[0].ax.get_ylim())
@@ -231,7 +242,7 @@ def test_images_of_any_shape_are_drawn(size, aspect_ratio):
     generator = torch.Generator().manual_seed(0)
     look = make_look("TRIM", torch.rand(16, generator=generator) > 0.5, scores=torch.rand(1, 16, generator=generator))
     view = make_view(Image.new("RGB", size, (9, 9, 9)), look, (4, 4), aspect_ratio)
-    drawing = draw_figure([view], "What is $x^2 \\frac?")
+    drawing = Drawing([view], "What is $x^2 \\frac?").image()
     assert drawing.mode == "RGB" and min(drawing.size) > 100
 
 
@@ -496,3 +507,42 @@ def test_a_model_has_its_own_reduction_again_whatever_was_tried(pocket):
     assert (model.token_reducer, model.layer_reducer) == (None, own.inside)
     assert model.config.mm_vision_token_reduce_func == "FastV:8"
     model.set_token_reduction(None)
+
+
+def test_several_questions_are_drawn_side_by_side_with_what_each_keeps(pocket):
+    pytest.importorskip("matplotlib")
+    model, image_processor = pocket
+    image, _ = draw_scene(SPLITS["eval"], 1, 3)
+    (trim,) = read_reductions(model, ["TRIM:9"])
+    case = prepare(model, image_processor, image, "What color is the circle?", [trim])
+    calls, encode = [], model.encode_patches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "encode_patches", lambda *args: calls.append(args) or encode(*args))
+        other = ask_else(model, case, "Where is\nthe square?")
+    assert not calls and other.features is case.features
+    looks = [look_at(model, each, trim) for each in (case, other)]
+    alone = look_at(model, prepare(model, image_processor, image, "Where is\nthe square?", [trim]), trim)
+    assert torch.equal(looks[1].stages[0].kept, alone.stages[0].kept)
+    drawing = draw_questions(model, [case, other], looks, ["Red.", "Left."])
+    assert drawing.heading == "TRIM:9"
+    assert [[panel and panel.caption.split("\n")[0] for _, panel in row] for row in lay_out(drawing.views)] == [
+        [None, "What color is the circle? Red.", "Where is the square? Left."]
+    ]
+
+
+def test_a_drawing_is_a_png_or_vectors_by_its_ending_and_the_same_each_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    kept = np.eye(4, dtype=bool)
+    views = [View(Image.new("RGB", (8, 8)), (0, 0, 8, 8), [Panel("2 kept", kept), Panel("s", kept, scores=kept * 1.0)])]
+    drawing = Drawing(views, "What is $x$?", [TextLine("answer", "No")])
+    starts = {"a.png": b"\x89PNG", "a.PDF": b"%PDF", "a.svg": b"<?xml"}
+    for name, start in starts.items():
+        drawing.write(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        assert content.startswith(start)
+        drawing.write(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+    assert Image.open(tmp_path / "a.png").size == drawing.image().size
+    for name, ending in (("a.jpg", r"\.jpg"), ("a", "without an ending")):
+        with pytest.raises(InputError, match=rf"a drawing is written as \.png, \.pdf, \.svg, not {ending}"):
+            drawing.write(tmp_path / name)

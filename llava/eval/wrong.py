@@ -413,7 +413,7 @@ def draw_listing(listing: Listing, runs: Sequence[DrawnRun | None], title: str, 
     Returns:
         The page, `index.html`.
     """
-    from llava.drawing import draw_figure, write_image
+    from llava.drawing import Drawing
 
     page = make_folder(folder) / "index.html"
     earlier, files = list_drawn(page), []
@@ -436,7 +436,7 @@ def draw_listing(listing: Listing, runs: Sequence[DrawnRun | None], title: str, 
             heading += f"\n{listed.question.query or listed.question.prompt}"
             name = re.sub(r"[^A-Za-z0-9._-]+", "_", str(listed.question.id))[:60]
             files.append(f"{len(files) + 1:04d}_{name}.png")
-            write_image(folder / files[-1], draw_figure(views, heading, lines))
+            Drawing(views, heading, lines).write(folder / files[-1])
             body.append(_show_listed(listed, listing.names, files[-1]))
     # 3. The page; then what only the page before showed goes.
     colors = {"right": RIGHT_COLOR, "wrong": WRONG_COLOR}

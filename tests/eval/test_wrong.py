@@ -218,9 +218,7 @@ def test_the_title_of_a_figure_names_the_question_and_the_setting(
     Path(f"{answered[1]}.run.json").write_text(json.dumps({"path": str(tiny_checkpoint), "reduce": "TRIM:-1"}))
     headings = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "llava.drawing.draw_figure", lambda views, heading, lines: headings.append(heading) or views[0].image
-        )
+        patch.setattr("llava.drawing.Drawing.write", lambda drawing, path: headings.append(drawing.heading))
         done = wrong(answered, "--draw", tmp_path / "drawn", "--limit", 1, "--reduce", "TRIM:4")
     assert done.returncode == 0, done.stderr
     assert headings[0].startswith("question 1 (drawn with TRIM:4; the run's setting is TRIM:-1)\nIs there ")
@@ -253,10 +251,7 @@ def test_methods_that_blend_and_methods_inside_the_language_model_are_drawn(
     pytest.importorskip("matplotlib")
     captions = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "llava.drawing.draw_figure",
-            lambda views, heading, lines: captions.extend(views[0].panels) or views[0].image,
-        )
+        patch.setattr("llava.drawing.Drawing.write", lambda drawing, path: captions.extend(drawing.views[0].panels))
         options = ("--draw", tmp_path / "drawn", "--limit", 1, "--model-path", tiny_checkpoint, "--reduce", reduce)
         done = wrong(answered, *options)
     assert done.returncode == 0, done.stderr
