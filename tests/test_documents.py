@@ -80,6 +80,6 @@ def test_the_notebook_is_stored_without_outputs_in_the_format_of_jupyter():
 
 
 def test_links_between_documents_lead_somewhere():
-    for document in (ROOT / "README.md", ROOT / "docs" / "python.md"):
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "playground" / "shapes" / "README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
