@@ -221,11 +221,14 @@ class Front:
             self._model.read_reduction(reduction.spec())
 
     def _find_end(self) -> str | None:
-        """Return the text with which the template ends an answer, unless it is an end token of the checkpoint."""
+        """Return the text or token with which the template ends an answer, unless it is the checkpoint's end token."""
         end = end_of_turn(self._template)
+        added = self._tokenizer.get_added_vocab()
+        if end.strip() not in added:
+            return end or None
         known = self._model.generation_config.eos_token_id
-        ends = [known] if isinstance(known, int) else known or []
-        return None if self._tokenizer.get_added_vocab().get(end) in ends else end or None
+        is_known = added[end.strip()] in ([known] if isinstance(known, int) else known or [])
+        return None if is_known else end.strip()
 
     # Reading, in several threads ----------------------------------------------------------------------------------
     def _draft(self, messages: tuple[Message, ...], reduction: Reduction) -> _Draft:
@@ -290,7 +293,8 @@ class Front:
     @torch.inference_mode()
     def _make(self, drafts: Sequence[_Draft]) -> list[Prompt | InputError]:
         """Make prompts; an error for each that is too long."""
-        tokens = self._reduce(drafts)
+        with self._tower_lock:
+            tokens = self._reduce(drafts)
         with self._clock.stage("embed"):
             made = [self._embed(draft, [tokens[draft.name_tokens(shown)] for shown in draft.shown]) for draft in drafts]
         prompts = [prompt for prompt in made if isinstance(prompt, Prompt)]
@@ -358,7 +362,7 @@ class Front:
         for needs, group in groups.items():
             for part in _in_parts(list(group.items()), self._max_batch):
                 pixels = [self._to_pixels(shown.image) if shown.pixels is None else shown.pixels for _, shown in part]
-                with self._clock.stage("encode"), self._tower_lock:
+                with self._clock.stage("encode"):
                     encoded = self._model.encode_patches(pixels, needs)
                 for (name, _), image in zip(part, encoded, strict=True):
                     features[name] = own = _copy(image)
