@@ -297,6 +297,22 @@ def test_the_cache_answers_no_question_with_anothers_tokens(llava, images):
     assert stats.token_hits + stats.feature_hits + stats.misses == 200
 
 
+def test_a_query_of_its_own_takes_the_place_of_the_question_for_the_text_tower(llava, images):
+    async def run():
+        front = Front(llava)
+        text = f"{BUS}\nAnswer the question using a single word or phrase."
+        prompts = [await front.prepare([user(images[3], text)], "TRIM:-1", query=query) for query in (BUS, None)]
+        await front.close()
+        return text, prompts
+
+    text, prompts = asyncio.run(run())
+    for query, prompt in zip((BUS, text), prompts, strict=True):
+        dialogue = read(llava, user(images[3], text))
+        expected = embed(llava, dialogue.input_ids, [images[3]], query, "TRIM:-1")
+        torch.testing.assert_close(prompt.embeds, expected, rtol=1e-4, atol=1e-5)
+    assert prompts[0].key != prompts[1].key
+
+
 def test_an_image_is_known_by_its_pixels_and_encoded_once(llava, images):
     copies = [images[2].copy() for _ in range(6)]
     other = images[2].copy()
