@@ -79,6 +79,7 @@ LAYERS = [
     ("llava.eval.m4c_evaluator", 4),
     ("llava.eval.predictions", 4),
     ("llava.eval.identity", 8),
+    ("llava.eval.endpoint", 4),
     ("llava.eval.judge", 5),
     ("llava.eval.protocol", 5),
     ("llava.eval.results", 6),
