@@ -196,6 +196,8 @@ class Completions:
             async with aclosing(self._engine.answer(prompt, search)) as pieces:
                 async for piece in pieces:
                     await take(index, piece)
+            if completion.choices[index].finish_reason is None:
+                raise Refusal("the server ended before the answer did", status=503, code="draining")
 
         try:
             async with asyncio.TaskGroup() as group:

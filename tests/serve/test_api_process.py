@@ -228,6 +228,15 @@ def test_stop_seed_and_probabilities_reach_the_engine(images, server):
     asyncio.run(run())
 
 
+def test_the_python_of_the_document_runs(server, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    exec(block.replace("http://127.0.0.1:8000/v1", server.url).replace("llava-v1.5-7b", "pocket"), {})
+    written = capsys.readouterr().out
+    assert "blue" in written and "image_tokens=17" in written and "image_patches=64" in written
+
+
 # --------------------------------------------------------------------------------------------------- evaluation clients
 @pytest.mark.parametrize("first", ["text", "image"])
 def test_the_requests_of_evaluation_toolkits_get_the_runners_answers(pocket, first, server):
