@@ -156,7 +156,7 @@ class Completions:
             with self.metrics.time("read"):
                 messages = await asyncio.gather(*map(self._read_turn, request.turns))
             with self.metrics.time("prepare"):
-                prompt = await self._front.prepare(messages, request.reduce)
+                prompt = await self._front.prepare(messages, request.reduce, query=request.query)
             self._count_prompt(prompt)
             has_logprobs = request.searches[0].num_logprobs is not None
             completion = Completion(self.model, prompt, len(request.searches), has_logprobs)

@@ -132,6 +132,15 @@ def test_each_request_names_its_own_reduction(client, url):
     assert kept == {"none": 64, "TRIM:9": 10, "Pool:16": 16}
 
 
+def test_a_request_may_name_what_the_text_tower_reads(client, url, pocket, image):
+    asked = "Is there a star in the image?\nAnswer the question using a single word or phrase."
+    tokens = {
+        query: ask(client, show(url), asked, extra_body={"query": query}).usage.prompt_tokens_details.image_tokens
+        for query in (None, "Is there a star in the image?", "a red square", "a green triangle")
+    }
+    assert tokens[None] == pocket.ask(image, asked, max_new_tokens=1).num_tokens and len(set(tokens.values())) > 1
+
+
 def test_several_images_turns_and_a_system_prompt_are_one_dialogue(client, url):
     turns = [
         {"role": "system", "content": "Answer briefly."},

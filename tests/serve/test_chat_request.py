@@ -39,6 +39,7 @@ WHOLE = {
     "response_format": {"type": "text"},
     "user": "somebody",
     "reduce": "TRIM:9",
+    "query": "color of the bus",
 }
 VALUES = (
     None,
@@ -100,7 +101,8 @@ def test_every_field_of_a_request_is_read():
     first, second = request.searches
     assert (first.sampling.seed, second.sampling.seed) == (2**64 - 1, 0)
     assert (first.sampling.temperature, first.sampling.top_p, first.sampling.max_new_tokens) == (0.5, 0.9, 8)
-    assert (first.stop, first.num_logprobs, request.reduce) == (("\n",), 3, "TRIM:9")
+    assert (first.stop, first.num_logprobs) == (("\n",), 3)
+    assert (request.reduce, request.query) == ("TRIM:9", "color of the bus")
     assert request.is_streamed and request.is_usage_streamed
 
 
