@@ -428,6 +428,18 @@ def test_mistakes_are_told_in_one_line(options, message):
     assert re.search(r"error: .*\n$", done.stderr)
 
 
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
+def test_a_missing_package_is_told_before_the_model_is_loaded(package):
+    code = f"""import runpy, sys
+sys.modules[{package!r}] = None
+sys.argv = ["api", "--model-path", "no/such/model", "--port", "0"]
+runpy.run_module("llava.serve.api", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    install = "pip install -e '.[serve]'"
+    assert done.stderr == f"error: this needs the package {package}, which is not installed: {install}\n"
+    assert done.returncode == 2
+
+
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
