@@ -208,6 +208,7 @@ def test_no_module_calls_cuda_directly(path):
         "llava.eval.benchmarks.pope",
         "llava.train.flags",
         "llava.efficiency.cost",
+        "llava.serve.api",
         "llava.serve.demo",
     ],
 )

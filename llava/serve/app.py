@@ -36,8 +36,6 @@ from llava.serve.remote_images import ImageReader
 if TYPE_CHECKING:
     from llava.serve.front import Front
 
-READERS = 16
-"""Threads that fetch and decode images."""
 BODY_SECONDS = 60.0
 """How long the body of a request may take to arrive; meanwhile it counts as one that waits."""
 logger = logging.getLogger("uvicorn.error")
@@ -79,7 +77,8 @@ class Completions:
         self._limits = limits
         self._reader = reader
         self._max_new_tokens = max_new_tokens
-        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="image")
+        # A slow address holds the thread of its own request alone.
+        self._threads = ThreadPoolExecutor(limits.running, thread_name_prefix="image")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = _Reply(send)
