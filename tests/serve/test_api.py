@@ -14,9 +14,12 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from llava.errors import InputError
 from llava.serve.front import Front
+from llava.serve.listener import announce, bind
+from llava.serve.remote_images import FORMATS
 from playground.shapes.world import draw_scene
 
 QUESTION = "What color is the circle?"
@@ -95,13 +98,13 @@ def post(address, body, headers=(), path="/v1/chat/completions"):
 
 
 def scrape(address):
-    """Return Prometheus' values by name and labels."""
+    """Return Prometheus' values, by name and the values of its labels."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
-    rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in rows}
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return {" ".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -130,6 +133,11 @@ def test_each_request_names_its_own_reduction(client, url):
         usage = ask(client, show(url), QUESTION, extra_body={"reduce": spec}).usage
         kept[spec] = usage.prompt_tokens_details.image_tokens
     assert kept == {"none": 64, "TRIM:9": 10, "Pool:16": 16}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_images_of_every_format_that_is_named_are_read(client, image, form):
+    assert ask(client, show(to_url(image, form)), QUESTION).usage.prompt_tokens_details.image_patches == 64
 
 
 def test_a_request_may_name_what_the_text_tower_reads(client, url, pocket, image):
@@ -529,7 +537,7 @@ def test_a_client_that_leaves_ends_its_answer(front, serving, scribe_class, wait
         if stream:
             connection.sock = None
         waiting(lambda: engine.num_open == 0 and completions.gate.num_admitted == 0)
-        assert engine.num_closed == 1 and scrape(address)['llava_requests_total{status="cancelled"}'] == 1
+        assert engine.num_closed == 1 and scrape(address)["llava_requests_total cancelled"] == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -555,13 +563,20 @@ def test_metrics_count_requests_tokens_and_stages(front, serving, scribe_class, 
             ask(client, show(url), "Where is the star?")
         refusal(client, "Hello?", n=0)
         after = scrape(address)
-    assert after['llava_requests_total{status="200"}'] == 2 and after['llava_requests_total{status="400"}'] == 1
-    assert after["llava_completion_tokens_total"] == 6 and after["llava_image_patches_total"] == 128
+    assert (after["llava_requests_total 200"], after["llava_requests_total 400"]) == (2, 1)
+    assert (after["llava_completion_tokens_total"], after["llava_image_patches_total"]) == (6, 128)
     assert 0 < after["llava_image_tokens_total"] < min(128, after["llava_prompt_tokens_total"])
-    found = 'llava_image_cache_hits_total{found="tokens"}'
+    found = "llava_image_cache_hits_total tokens"
     assert after[found] - before[found] >= 1
     for stage in ("queue", "read", "prepare", "first_token", "answer"):
-        assert after[f'llava_stage_seconds_count{{stage="{stage}"}}'] == 2
+        assert after[f"llava_stage_seconds_count {stage}"] == 2
+
+
+def test_the_line_that_says_where_the_server_is_names_an_address_of_either_kind(capsys):
+    for host, shown in (("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")):
+        with bind(host, 0) as door:
+            announce(door, "pocket")
+            assert capsys.readouterr().out == f"pocket at http://{shown}:{door.getsockname()[1]}/v1\n"
 
 
 def test_a_server_that_drains_answers_what_it_has_and_refuses_the_rest(front, serving, scribe_class, waiting):
