@@ -34,8 +34,8 @@ MAX_COLUMNS = 4
 """Panels in a row."""
 PANEL, GAP, MARGIN, LINE, BAR = 3.1, 0.2, 0.2, 0.21, 0.75
 """Inches: side of a panel, between panels, around them, height of a text line, width of the color scale."""
-CAPTION_LINE = 0.16
-"""Inches: height of a line above a panel."""
+CAPTION_LINE, EDGE = 0.16, 0.06
+"""Inches: height of a line above a panel; around a panel that is drawn alone."""
 MIN_WIDTH, LETTER = 6.9, 0.088
 """Inches: of the figure, and of a letter of text on average."""
 HEADING_LINES, TEXT_LINES, DPI = 9, 3, 150
@@ -44,7 +44,7 @@ CAPTION = 48
 SMALLEST = 5
 """Points: size of the letters in a block, where it is narrow."""
 FORMATS = (".png", ".pdf", ".svg")
-KEPT_COLOR, CENTRE_COLOR = "#ffd60a", "#ff3fd1"
+KEPT_COLOR, CENTRE_COLOR, THRESHOLD_COLOR = "#ffd60a", "#ff3fd1", "#ff2d2d"
 LINEAR_RANGE, LOG_RANGE, NARROW_RANGE = 20, 1e30, 100
 """Ratios of scores: largest to median from which the scale is logarithmic; its largest range; the range below which 2
 and 5 are labelled between the powers of ten.
@@ -260,9 +260,7 @@ class Drawing:
     def image(self) -> Image.Image:
         """Draw at `DPI` dots per inch: mode RGB."""
         with _style():
-            figure = self._compose()
-            figure.canvas.draw()
-            return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+            return _to_image(self._compose())
 
     def write(self, path: str | Path) -> None:
         """Write a PNG, or a PDF or SVG whose text and outlines are vectors, as the file's ending says.
@@ -281,9 +279,6 @@ class Drawing:
         return write_bytes(Path(path), buffer.getvalue())
 
     def _compose(self) -> "Figure":
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
         # 1. Sizes, in inches.
         rows = lay_out(self.views)
         columns = measure_columns(rows)
@@ -292,8 +287,7 @@ class Drawing:
         heights = [PANEL * max(view.aspect for view, _ in row) for row in rows]
         headrooms = [LINE + CAPTION_LINE * max(_caption(*each).count("\n") + 1 for each in row) for row in rows]
         height = 2 * MARGIN + len(text) * LINE + sum(heights) + sum(headrooms)
-        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = _new_figure(width, height)
         place = height - MARGIN
         # 2. Text.
         for pieces in text:
@@ -320,6 +314,37 @@ def find_format(path: str | Path) -> str:
     if ending not in FORMATS:
         raise InputError(f"{path}: a drawing is written as {', '.join(FORMATS)}, not {ending or 'without an ending'}")
     return ending.removeprefix(".")
+
+
+def draw_panel(view: View, panel: Panel) -> Image.Image:
+    """Draw one panel alone: where text stands beside it, its caption is best left empty.
+
+    Args:
+        view: the image that the panel looks at.
+        panel: one of its panels, or another of the same image.
+    """
+    headroom = CAPTION_LINE * (panel.caption.count("\n") + 1) if panel.caption else 0
+    width, height = PANEL + BAR * (panel.scores is not None) + 2 * EDGE, PANEL * view.aspect + headroom + 2 * EDGE
+    with _style():
+        figure = _new_figure(width, height)
+        frame = (EDGE / width, EDGE / height, PANEL / width, PANEL * view.aspect / height)
+        _draw_panel(figure, frame, view, panel)
+        return _to_image(figure)
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    """Make an empty figure of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _to_image(figure: "Figure") -> Image.Image:
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 @contextmanager
@@ -392,7 +417,8 @@ def _draw_scores(figure: "Figure", frame: tuple[float, float, float, float], vie
     highest = float(scores.max())
     least = float(scores[drawn.bright].min(initial=highest))
     norm = LogNorm(max(least / 3, highest / LOG_RANGE), highest, clip=True) if steep else None
-    axes = _add_axes(figure, frame, view.extent, drawn.caption + ", log scale" * bool(norm))
+    caption = drawn.caption + ", log scale" * bool(norm and drawn.caption)
+    axes = _add_axes(figure, frame, view.extent, caption)
     left, top, right, bottom = view.box
     shown = axes.imshow(scores, cmap="viridis", norm=norm, interpolation="nearest", extent=(left, right, bottom, top))
     _outline(axes, drawn.kept, view.box, "white")
@@ -406,6 +432,22 @@ def _draw_scores(figure: "Figure", frame: tuple[float, float, float, float], vie
             scale.update_ticks()
         scale.ax.yaxis.set_minor_formatter(NullFormatter())
     scale.ax.tick_params(labelsize=7.5)
+    threshold = find_threshold(scores, drawn.kept)
+    if threshold is not None:
+        scale.ax.axhline(threshold, color=THRESHOLD_COLOR, linewidth=2)
+
+
+def find_threshold(scores: np.ndarray, kept: np.ndarray) -> float | None:
+    """Return the lowest score of a kept patch; None where scores alone do not tell kept patches from dropped ones.
+
+    Args:
+        scores: float[rows, cols].
+        kept: bool[rows, cols].
+    """
+    if not kept.any() or kept.all():
+        return None
+    least = float(scores[kept].min())
+    return least if float(scores[~kept].max()) <= least else None
 
 
 def _add_axes(figure: "Figure", frame: tuple[float, float, float, float], extent: Box, caption: str) -> "Axes":
