@@ -10,10 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipTokenizer
 
-SIDE, PATCH, WIDTH, HEADS, NUM_LAYERS = 84, 14, 64, 4, 4
+from tests.families import TOWER_WIDTH, write_checkpoint
+
+SIDE, PATCH, WIDTH, HEADS, NUM_LAYERS = (
+    100,
+    14,
+    TOWER_WIDTH,
+    4,
+    4,
+)  # as 384 pixels in SigLIP: not a multiple of the patch
 NUM_PATCHES = (SIDE // PATCH) ** 2
 CONTEXT, VOCABULARY = 32, 90
-TIMM_NAME = "vit_tiny_patch14_siglip_84"
+TIMM_NAME = "vit_tiny_patch14_siglip_100"
 TEXTS = ["What shape is red?", "", "a RED square, left of a blue circle", "Is there a dog? " * 40]
 
 
@@ -43,6 +51,15 @@ def write_siglip(folder: Path, model: SiglipModel | None = None) -> Path:
     write_tokenizer(folder)
     settings = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     SiglipImageProcessorPil(**settings).save_pretrained(folder)
+    return folder
+
+
+def write_llava(folder: Path, tower: str, name: str = "llama", **settings: object) -> Path:
+    """Write a LLaVA checkpoint of a family with that tower."""
+    write_checkpoint(folder, name)
+    file = folder / "config.json"
+    values = json.loads(file.read_text()) | {"mm_vision_tower": tower} | settings
+    file.write_text(json.dumps(values))
     return folder
 
 
@@ -125,14 +142,14 @@ def register_trunk() -> None:
     if timm.is_model(TIMM_NAME):
         return
 
-    def vit_tiny_patch14_siglip_84(pretrained: bool = False, **settings: object) -> VisionTransformer:
+    def vit_tiny_patch14_siglip_100(pretrained: bool = False, **settings: object) -> VisionTransformer:
         sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": NUM_LAYERS, "num_heads": HEADS}
         settings = {key: value for key, value in settings.items() if "pretrained" not in key and key != "cache_dir"}
         kind = {"class_token": False, "mlp_ratio": 1.5, "act_layer": "gelu_tanh"}
         return VisionTransformer(**sizes | kind | settings)
 
-    vit_tiny_patch14_siglip_84.__module__ = "timm.models.vision_transformer"
-    timm.models.register_model(vit_tiny_patch14_siglip_84)
+    vit_tiny_patch14_siglip_100.__module__ = "timm.models.vision_transformer"
+    timm.models.register_model(vit_tiny_patch14_siglip_100)
 
 
 def open_clip_config(**text: object) -> dict:
