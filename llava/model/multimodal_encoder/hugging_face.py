@@ -167,9 +167,8 @@ class HuggingFaceTower(VisionTower):
             raise InputError(f"vision tower {self.name}: config.json can't be used: {first_line(error)}") from error
 
     @property
-    def grid(self) -> tuple[int, int]:
-        side = self.config.image_size // self.config.patch_size
-        return side, side
+    def patch_size(self) -> int:
+        return self.config.patch_size
 
     @property
     def hidden_size(self) -> int:

@@ -146,9 +146,8 @@ class OpenClipVisionTower(VisionTower):
         return self.text_tower(texts)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        side = self.image_size // self.source.vision_config.patch_size
-        return side, side
+    def patch_size(self) -> int:
+        return self.source.vision_config.patch_size
 
     @property
     def hidden_size(self) -> int:

@@ -171,8 +171,8 @@ class VisionTower(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+    def patch_size(self) -> int:
+        """Side of a patch, in pixels."""
 
     @property
     @abstractmethod
@@ -376,6 +376,22 @@ class VisionTower(nn.Module, ABC):
     def device(self) -> torch.device:
         """The device the tower runs on."""
         return next(self.parameters()).device
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; of an image that they do not fill, the right and lower rest is not seen."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def covered(self) -> float:
+        """Share of the image's side that the patches cover: 1, but 378 / 384 for SigLIP at 384 pixels."""
+        return self.grid[0] * self.patch_size / self.image_size
+
+    @property
+    def squeezes(self) -> bool:
+        """Whether an image that is not padded is squeezed to a square, as for SigLIP, not cropped as for CLIP."""
+        return not getattr(self.image_processor, "do_center_crop", True)
 
     @property
     def num_patches(self) -> int:
