@@ -67,7 +67,9 @@ def test_text_embeddings_are_those_of_transformers_for_padded_texts_without_a_ma
     assert ids.shape == (len(TEXTS), CONTEXT) and (ids[:3] == tokenizer.pad_token_id).any(dim=1).all()
     with torch.no_grad():
         expected = reference.get_text_features(ids).pooler_output
+        masked = reference.get_text_features(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).pooler_output
     torch.testing.assert_close(tower.embed_text(TEXTS), expected, **TOLERANCE)
+    assert (masked[0] - expected[0]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -310,12 +312,56 @@ def test_a_fault_in_its_files_is_told_in_one_line(siglips, tmp_path, name, value
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+OPEN_CLIP_FAULTS = [
+    ({"vision_cfg__timm_model_name": "vit_base_siglip"}, 'is "vit_base_siglip"; expected a model of timm'),
+    ({"vision_cfg__timm_model_name": "vit_base_patch16_224"}, "vit_base_patch16_224 is not SigLIP's ViT"),
+    ({"vision_cfg__timm_model_name": "resnet18"}, "timm refuses resnet18 with attention pooling"),
+    ({"vision_cfg__timm_proj": "linear"}, "has a projection behind the pooling: this tower needs"),
+    ({"vision_cfg__image_size": 84}, "vision_cfg.image_size is 84; expected 100, that of its timm model"),
+    ({"embed_dim": 32}, "embed_dim is 32; expected 64, the width of its timm model"),
+    ({"text_cfg__hf_tokenizer_name": None}, "hf_tokenizer_name is null; expected the name of SigLIP's tokenizer"),
+    ({"text_cfg__no_causal_mask": False, "text_cfg__pool_type": "argmax"}, "a text tower read at argmax"),
+    ({"text_cfg__vocab_size": 20}, "token_embedding.weight is [90, 64], the model has [20, 64]"),
+    ({"text_cfg__layers": 1}, "have no place in the model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "words"), OPEN_CLIP_FAULTS, ids=str)
+def test_a_fault_in_an_open_clip_siglip_is_told_in_one_line(siglips, tmp_path, values, words):
+    pytest.importorskip("open_clip")
+    folder = shutil.copytree(siglips / "oc", tmp_path / "faulty")
+    file = folder / "open_clip_config.json"
+    settings = json.loads(file.read_text())
+    (tmp_path / "model.json").write_text(json.dumps(settings["model_cfg"]))
+    edit(tmp_path / "model.json", **values)
+    file.write_text(json.dumps(settings | {"model_cfg": json.loads((tmp_path / "model.json").read_text())}))
+    with pytest.raises(InputError) as caught:
+        load_tower(f"open_clip:local-dir:{folder}", needs={TEXT})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_names_of_open_clip_lead_to_a_siglip_without_its_weights():
+    source = pytest.importorskip("llava.model.multimodal_encoder.open_clip_source")
+    found = source.parse_source("ViT-SO400M-14-SigLIP-384,pretrained=webli")
+    config = found.vision_config
+    assert found.is_siglip and (config.image_size, config.patch_size, config.width, config.layers) == (
+        384,
+        14,
+        1152,
+        27,
+    )
+    tower = build_named_tower("open_clip:ViT-SO400M-14-SigLIP-384,pretrained=webli")
+    assert tower.num_patches == 729 and tower.covered == 378 / 384
+    with pytest.raises(InputError, match="is a SigLIP, which has GELU: leave quickgelu= out"):
+        source.parse_source("ViT-B-16-SigLIP,pretrained=webli,quickgelu=true")
+
+
 def test_a_missing_tokenizer_is_told_where_text_is_read_and_nowhere_else(siglips, tmp_path):
     folder = shutil.copytree(siglips / "hf", tmp_path / "silent")
     (folder / "spiece.model").unlink()
     (folder / "tokenizer_config.json").unlink()
     assert load_tower(str(folder)).encode(pixels()).shape == (2, NUM_PATCHES, WIDTH)
-    with pytest.raises(InputError, match=r"no SigLIP tokenizer \(spiece\.model or tokenizer\.json\) there"):
+    with pytest.raises(InputError, match=r"its tokenizer \(spiece\.model or tokenizer\.json\) can't be loaded"):
         load_tower(str(folder), needs={TEXT})
 
 

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextModel
 
 from llava.errors import InputError
 from llava.files import read_text
-from llava.model.multimodal_encoder.loading import load_quietly
-from llava.model.stored_weights import find_file, first_line
+from llava.model.multimodal_encoder.loading import load_quietly, quiet_loading
+from llava.model.stored_weights import find_file
 
 # Stored weights that the text half has no place for.
 OTHER_WEIGHTS = (r"^vision_model\.", r"^logit_(scale|bias)$", r"\.position_ids$")
@@ -80,12 +80,8 @@ def read_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
     file = find_file(name, "tokenizer.json")
     if file is not None and not read_text(Path(file)).strip():
         raise InputError(f"text tower {name}: {file} is empty; copy or download it again")
-    try:
+    with quiet_loading(f"text tower {name}: its tokenizer (spiece.model or tokenizer.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        # Many kinds: whatever transformers, sentencepiece and the tokenizers library raise for absent or broken files.
-        reason = f"no SigLIP tokenizer (spiece.model or tokenizer.json) there: {first_line(error)}"
-        raise InputError(f"text tower {name}: {reason}") from error
     if tokenizer.pad_token_id is None:
         raise InputError(f"text tower {name}: its tokenizer has no pad_token, and SigLIP reads padded texts")
     if len(tokenizer) > vocab_size:
