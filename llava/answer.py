@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from llava.chat import describe_tokens
-from llava.drawing import Drawing, Panel, TextLine, View, shrink
+from llava.drawing import Drawing, Panel, Sight, TextLine, View, shrink
 from llava.errors import InputError
 from llava.model.image_tokens import ImageTokens
 from llava.picture import Picture
@@ -54,6 +54,7 @@ class Answer:
     _image_tokens: Sequence[ImageTokens] = field(repr=False)  # without their features
     _grid: tuple[int, int] = field(repr=False)
     _aspect_ratio: str | None = field(repr=False)
+    _sight: Sight = field(repr=False)
 
     def __str__(self) -> str:
         return self.text
@@ -77,7 +78,7 @@ class Answer:
         return Drawing(views, self.question, [TextLine("answer", self.text), TextLine(name, text)])
 
     def _make_view(self, image: Image.Image, tokens: ImageTokens) -> View:
-        shown, box = shrink(image, self._aspect_ratio)
+        shown, box = shrink(image, self._aspect_ratio, self._sight)
         if tokens.kept is None:  # blended patches: no single one is kept or dropped
             return View(shown, box)
         # Of several crops the first, the whole view, is drawn.
@@ -122,7 +123,8 @@ def make_answer(
     seconds: Mapping[str, float],
 ) -> Answer:
     """Put an answer together; of the image tokens only the choice is kept, not the features."""
-    grid = model.get_vision_tower().grid
+    tower = model.get_vision_tower()
+    grid = tower.grid
     chosen = tuple(_drop_features(tokens) for tokens in image_tokens)
     return Answer(
         text=text,
@@ -136,6 +138,7 @@ def make_answer(
         _image_tokens=chosen,
         _grid=grid,
         _aspect_ratio=getattr(model.config, "image_aspect_ratio", None),
+        _sight=Sight(tower.squeezes, tower.covered),
     )
 
 

@@ -112,13 +112,16 @@ def parse_line(line: str, where: str, folder: Path) -> LabelledImage:
     return parsed
 
 
-def cover_cells(boxes: Iterable[Sequence[float]], image_size: tuple[int, int], grid: tuple[int, int]) -> "Tensor":
+def cover_cells(
+    boxes: Iterable[Sequence[float]], image_size: tuple[int, int], grid: tuple[int, int], covered: float = 1.0
+) -> "Tensor":
     """Find the patch cells that boxes cover, after the image was padded to a square and resized.
 
     Args:
         boxes: (left, top, right, bottom) in pixels of the original image.
         image_size: its width and height.
         grid: rows and columns of patches.
+        covered: share of the square's side that they cover.
 
     Returns:
         bool[N], raster order. Every box owns at least the cell that it covers most.
@@ -127,21 +130,24 @@ def cover_cells(boxes: Iterable[Sequence[float]], image_size: tuple[int, int], g
 
     width, height = image_size
     side = max(width, height)
+    seen = side * covered
     rows, columns = grid
     inside = torch.zeros(rows * columns, dtype=torch.bool)
     for left, top, right, bottom in boxes:
-        across = share_of_cells(left + (side - width) // 2, right + (side - width) // 2, side, columns)
-        down = share_of_cells(top + (side - height) // 2, bottom + (side - height) // 2, side, rows)
+        across = share_of_cells(left + (side - width) // 2, right + (side - width) // 2, seen, columns)
+        down = share_of_cells(top + (side - height) // 2, bottom + (side - height) // 2, seen, rows)
         covered = torch.outer(down, across).flatten()
         inside |= covered >= MIN_COVERED
         inside[covered.argmax()] = True
     return inside
 
 
-def share_of_cells(start: float, end: float, side: int, num_cells: int) -> "Tensor":
+def share_of_cells(start: float, end: float, side: float, num_cells: int) -> "Tensor":
     """Return the share of each of equal stretches of [0, side] that [start, end] covers, float64[num_cells]."""
     import torch
 
+    if start >= side:  # beyond what patches cover: the last one is nearest
+        start, end = side - side / num_cells, side
     edges = torch.linspace(0, side, num_cells + 1, dtype=torch.float64)
     covered = edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)
     return covered.clamp(min=0) * num_cells / side
@@ -205,7 +211,8 @@ def encode_images(tower: "VisionTower", rows: Sequence[LabelledImage]) -> "tuple
             patches.append(encoded.cpu())
             joint.append(tower.project_to_joint(encoded).cpu())  # [I, N, P]
             text.append(tower.embed_text([row.query for row in batch]).cpu())  # [I, P]
-            inside += [cover_cells(row.boxes, each.size, tower.grid) for row, each in zip(batch, images, strict=True)]
+            pairs = zip(batch, images, strict=True)
+            inside += [cover_cells(row.boxes, each.size, tower.grid, tower.covered) for row, each in pairs]
     return VisualTokens(torch.cat(patches), tower.grid, torch.cat(joint), torch.cat(text)), torch.stack(inside)
 
 

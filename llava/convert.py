@@ -145,7 +145,7 @@ def open_source(source: str, *, is_hf: bool) -> Source:
     find_weights(source, None)  # refuses a part of a checkpoint
     tower = build_vision_tower(config, delay_load=True)
     if not isinstance(tower, CLIPVisionTower):
-        raise InputError(f"{file}: transformers' LLaVA has no tower like {config.mm_vision_tower}: a Hugging Face CLIP")
+        raise InputError(f"{file}: mm_vision_tower is {config.mm_vision_tower}; only a Hugging Face CLIP is converted")
     check_tower_fits(config, tower, source)
     return Source(config, values, file, tower, load_tokenizer(source))
 

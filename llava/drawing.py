@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -54,24 +54,41 @@ CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQ
 
 
 # ----------------------------------------------------------------------------------------------------------- geometry
-def find_view_box(size: tuple[int, int], aspect_ratio: str | None) -> Box:
-    """Return the part of an image that the vision tower's square shows.
+class Sight(NamedTuple):
+    """What a vision tower sees of an image.
+
+    Attributes:
+        squeezes: whether an image that is not padded is squeezed to the square (SigLIP), not cropped (CLIP).
+        covered: share of the square's side that whole patches cover; a rest at the right and the bottom is not seen.
+    """
+
+    squeezes: bool = False
+    covered: float = 1.0
+
+
+CROPPED = Sight()
+"""CLIP's: cropped, and covered by patches."""
+
+
+def find_view_box(size: tuple[int, int], aspect_ratio: str | None, sight: Sight = CROPPED) -> Box:
+    """Return the part of an image that the vision tower's patches show.
 
     Args:
         size: (width, height) of the image.
         aspect_ratio: the checkpoint's `image_aspect_ratio`: "pad" shows the image with bars around it, "anyres" the
-            squeezed image (its first crop), anything else the largest centered square.
+            squeezed image (its first crop), anything else the largest centered square, or the squeezed image.
+        sight: of the tower.
     """
     width, height = size
-    if aspect_ratio == "anyres":
-        return 0, 0, width, height
+    if aspect_ratio == "anyres" or (aspect_ratio != "pad" and sight.squeezes):
+        return 0, 0, width * sight.covered, height * sight.covered
     if aspect_ratio == "pad":
         side = max(size)
         left, top = -((side - width) // 2), -((side - height) // 2)  # whole pixels, rounded as the padding rounds
     else:
         side = min(size)
         left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    return left, top, left + side * sight.covered, top + side * sight.covered
 
 
 def spread_over_image(patches: np.ndarray, size: tuple[int, int], box: Box, outside: float) -> np.ndarray:
@@ -205,14 +222,19 @@ class TextLine:
     color: str = "black"
 
 
-def shrink(image: Image.Image, aspect_ratio: str | None) -> tuple[Image.Image, Box]:
+def shrink(
+    image: Image.Image,
+    aspect_ratio: str | None,
+    sight: Sight = CROPPED,
+) -> tuple[Image.Image, Box]:
     """Make an image small enough to draw; returns it with the part of it that the vision tower sees.
 
     Args:
         image: mode RGB.
         aspect_ratio: the checkpoint's `image_aspect_ratio`.
+        sight: of the tower.
     """
-    box = find_view_box(image.size, aspect_ratio)
+    box = find_view_box(image.size, aspect_ratio, sight)
     shown = image.copy()
     shown.thumbnail((MAX_SIDE, MAX_SIDE))
     across, down = shown.width / image.width, shown.height / image.height

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.drawing import Panel, View, count_unseen, shrink
+from llava.drawing import CROPPED, Panel, Sight, View, count_unseen, shrink
 from llava.errors import InputError
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.image_tokens import CropMerge, ImageTokens, find_sources
@@ -72,6 +72,7 @@ class Look:
         sources: `int64[M_0]` the patch of each token, as `image_tokens.find_sources` says.
         stages: by rising layers; one where no method works inside the language model.
         cells: rows and columns that the patches are averaged to; None: they are not.
+        sight: what the tower sees of the image.
     """
 
     reduction: Reduction
@@ -79,6 +80,7 @@ class Look:
     sources: Tensor
     stages: tuple[Stage, ...]
     cells: tuple[int, int] | None = None
+    sight: Sight = CROPPED
 
     def describe_tokens(self) -> str:
         """How many tokens the language model reads, for a person: `17 tokens`, or `17, then 8 tokens`."""
@@ -199,7 +201,7 @@ def look_at_images(
     looks = []
     for number, own in enumerate(zip(tokens, sources, strict=True)):
         stages = make_stages(model, cache, number, *own)
-        looks.append(Look(reduction, *own, stages, cells[number]))
+        looks.append(Look(reduction, *own, stages, cells[number], Sight(tower.squeezes, tower.covered)))
     return looks
 
 
@@ -266,7 +268,7 @@ def make_view(image: Image.Image, look: Look, grid: tuple[int, int], aspect_rati
     name = name or look.reduction.spec() or ""
     if look.reduction == Reduction():
         raise InputError("without a token reduction every patch is kept: there is nothing to draw beside the image")
-    shown, box = shrink(image, aspect_ratio)
+    shown, box = shrink(image, aspect_ratio, look.sight)
     centres = None if look.centres is None else look.centres.reshape(grid).numpy()
     panels = []
     for stage in look.stages:

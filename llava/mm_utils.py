@@ -122,12 +122,12 @@ def process_images(
     """Turn images into the vision tower's input, as the checkpoint's `image_aspect_ratio` says.
 
     "pad" centers the image in a square of the mean colour; "anyres" gives a small version, and crops of a larger one;
-    "square" or None leaves it to the processor (CLIP: shortest side scaled, center cropped). Memory follows the image's
-    own pixels, however long and thin it is.
+    "square" or None leaves it to the processor (CLIP: shortest side scaled, center cropped; SigLIP: scaled to a square,
+    whatever the shape). Memory follows the image's own pixels, however long and thin it is.
 
     Args:
         images: of any mode.
-        image_processor: a CLIP image processor; the Pillow-backed one reproduces LLaVA's pixel values bit for bit.
+        image_processor: a CLIP's or SigLIP's; the Pillow-backed one reproduces LLaVA's pixel values bit for bit.
         model_cfg: has `image_aspect_ratio` (and `image_grid_pinpoints` for "anyres").
 
     Returns:
@@ -170,7 +170,7 @@ def process_anyres_image(image: Image.Image, processor: ImageProcessor, grid_pin
 
     Args:
         image: of any mode.
-        processor: a CLIP image processor.
+        processor: a CLIP's or SigLIP's image processor.
         grid_pinpoints: allowed canvases, (width, height), as a list or as its text in config.json.
 
     Returns:
@@ -179,7 +179,7 @@ def process_anyres_image(image: Image.Image, processor: ImageProcessor, grid_pin
     image = to_rgb(image)
     canvas = select_best_resolution(image.size, _read_canvases(grid_pinpoints))
     crops = divide_to_patches(resize_and_pad_image(image, canvas), processor.crop_size["height"])
-    side = processor.size["shortest_edge"]
+    side = _scaled_edge(processor)
     # `resize` holds an image of the new width and the old height meanwhile.
     if side * max(image.size) <= 4 * DIRECT_PIXELS:
         whole = image.resize((side, side))
@@ -193,7 +193,7 @@ def _pad_and_preprocess(image: Image.Image, processor: ImageProcessor) -> Tensor
     side = max(image.size)
     if side * side <= DIRECT_PIXELS or not _can_scale_in_parts(processor):
         return _preprocess(expand2square(image, color), processor)
-    edge = processor.size["shortest_edge"]
+    edge = _scaled_edge(processor)
     window = (0, 0, edge, edge)
     scaled = scale_window(image, (edge, edge), window, canvas=(side, side), color=color, resample=processor.resample)
     return _preprocess(scaled, processor, do_resize=False)
@@ -203,8 +203,9 @@ def _crop_and_preprocess(image: Image.Image, processor: ImageProcessor) -> Tenso
     if not _can_scale_in_parts(processor):
         return _preprocess(image, processor)
     # The size that the processor would scale it to.
-    edge, short = processor.size["shortest_edge"], min(image.size)
-    width, height = (int(edge * length / short) for length in image.size)
+    edge, short = _scaled_edge(processor), min(image.size)
+    keeps_shape = processor.size.get("shortest_edge") is not None
+    width, height = (int(edge * length / short) if keeps_shape else edge for length in image.size)
     if max(image.width * image.height, width * height) <= DIRECT_PIXELS:
         return _preprocess(image, processor)
     if width * height <= DIRECT_PIXELS:
@@ -217,13 +218,19 @@ def _crop_and_preprocess(image: Image.Image, processor: ImageProcessor) -> Tenso
     return _preprocess(scaled, processor, do_resize=False)
 
 
+def _scaled_edge(processor: ImageProcessor) -> int:
+    """Pixels of the shorter side after the processor has scaled; SigLIP's scales to a square, whatever the shape."""
+    return processor.size.get("shortest_edge") or processor.size["height"]
+
+
 def _can_scale_in_parts(processor: ImageProcessor) -> bool:
-    """Whether the processor scales the shortest edge by a filter that we know, and crops no more than that."""
-    edge = processor.size.get("shortest_edge")
-    if not edge or getattr(processor, "resample", None) not in KERNELS:
+    """Whether the processor scales by a filter that we know: the shortest edge, cropping no more, or to a square."""
+    if not getattr(processor, "do_resize", False) or getattr(processor, "resample", None) not in KERNELS:
         return False
-    is_complete = getattr(processor, "do_resize", False) and getattr(processor, "do_center_crop", False)
-    return bool(is_complete) and max(processor.crop_size["width"], processor.crop_size["height"]) <= edge
+    crops, edge = bool(getattr(processor, "do_center_crop", False)), processor.size.get("shortest_edge")
+    if not edge:
+        return not crops and bool(processor.size.get("height")) and processor.size["height"] == processor.size["width"]
+    return crops and max(processor.crop_size["width"], processor.crop_size["height"]) <= edge
 
 
 def _preprocess(image: Image.Image, image_processor: ImageProcessor, **options: object) -> Tensor:

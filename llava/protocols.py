@@ -45,7 +45,7 @@ class Tokenizer(Protocol):
 
 
 class ImageProcessor(Protocol):
-    """A CLIP image processor, as in transformers' `CLIPImageProcessorPil`."""
+    """A CLIP's or SigLIP's image processor, as in transformers' `CLIPImageProcessorPil`."""
 
     image_mean: Sequence[float]
     size: Mapping[str, int]

@@ -52,6 +52,14 @@ def test_boxes_follow_the_padding_to_a_square() -> None:
     assert tall.nonzero().tolist() == [[0, 1]]
 
 
+def test_cells_that_do_not_fill_the_picture_are_as_large_as_patches() -> None:
+    box = [(35, 0, 40, 40)]
+    assert cover_cells(box, (40, 40), GRID).view(GRID).nonzero()[:, 1].unique().tolist() == [3]
+    assert cover_cells(box, (40, 40), GRID, covered=0.9).view(GRID).nonzero().tolist() == [[0, 3]]  # owns one
+    assert cover_cells([(37, 0, 40, 9)], (40, 40), GRID, covered=0.9).view(GRID).nonzero().tolist() == [[0, 3]]
+    assert cover_cells([(27, 0, 36, 40)], (40, 40), GRID, covered=0.9).view(GRID)[0].tolist() == [False] * 3 + [True]
+
+
 def test_boxes_do_not_depend_on_the_picture_scale() -> None:
     small = cover_cells([(3, 4, 17, 19)], (20, 30), GRID)
     large = cover_cells([(30, 40, 170, 190)], (200, 300), GRID)
@@ -120,6 +128,7 @@ class StubTower:
     """A tower whose joint space is the mean colour of a cell, and whose query is always `red`, negated."""
 
     grid = GRID
+    covered = 1.0
     device, dtype = torch.device("cpu"), torch.float32
     image_processor = None
 

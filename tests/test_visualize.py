@@ -18,6 +18,7 @@ from llava.drawing import (
     Block,
     Drawing,
     Panel,
+    Sight,
     TextLine,
     View,
     count_unseen,
@@ -76,6 +77,8 @@ def test_view_boxes_follow_the_aspect_ratio():
     assert find_view_box((64, 151), "pad") == (-43, 0, 108, 151)
     assert find_view_box((160, 90), None) == (35, 0, 125, 90)
     assert find_view_box((160, 90), "anyres") == (0, 0, 160, 90)
+    assert find_view_box((160, 90), None, Sight(squeezes=True, covered=0.5)) == (0, 0, 80, 45)
+    assert find_view_box((160, 90), "pad", Sight(squeezes=True, covered=0.5)) == (0, -35, 80, 45)
 
 
 def test_dropped_patches_are_dimmed_where_the_vision_tower_saw_them():

@@ -38,7 +38,7 @@ class Workload:
     Attributes:
         batch_size: questions at once, one picture each.
         prompt_tokens: language model tokens of the prompt, image tokens excepted.
-        query_tokens: tokens that the CLIP text tower reads per query.
+        query_tokens: tokens that the text tower reads per query.
         new_tokens: tokens of the answer.
     """
 
@@ -102,7 +102,7 @@ class Precision:
 
 
 def encoder_flops(shape: TransformerShape, num_tokens: int) -> int:
-    """FLOPs of CLIP encoder layers on one sequence: four projections, attention, an MLP of two matrices."""
+    """FLOPs of a tower's encoder layers on one sequence: four projections, attention, an MLP of two matrices."""
     width = shape.width
     linear = 4 * width * width + 2 * width * shape.inner
     return shape.layers * (2 * num_tokens * linear + 4 * num_tokens**2 * width)
@@ -116,11 +116,11 @@ def vision_flops(shape: TowerShape, looks: Sequence[Look] = ()) -> int:
         looks: at a layer's attention. Layers behind the selected one are run if one is looked at; a layer that is
             looked at projects its keys, and the queries of the rows looked at, once more.
     """
-    width, num_tokens = shape.vision.width, shape.num_patches + 1
+    width, num_tokens = shape.vision.width, shape.num_rows
     num_queries: dict[int, int] = {}
     for look in looks:
         number = look.layer if look.layer > 0 else shape.num_layers + 1 + look.layer
-        num_queries[number] = max(look.num_queries, num_queries.get(number, 0))
+        num_queries[number] = max(min(look.num_queries, num_tokens), num_queries.get(number, 0))
     layers = replace(shape.vision, layers=max(shape.vision.layers, *num_queries, 0))
     patches = 2 * shape.num_patches * 3 * shape.patch_size**2 * width
     looked_at = sum(
@@ -134,10 +134,15 @@ def text_flops(shape: TowerShape, num_tokens: int) -> int:
     return encoder_flops(shape.text, num_tokens) + 2 * shape.text.width * shape.joint_width
 
 
+def joint_weights(shape: TowerShape) -> int:
+    """Weights of the matrices that take a patch into the joint space: a projection, or two matrices and an MLP."""
+    width = shape.vision.width
+    return 2 * width * (width + shape.vision.inner) if shape.is_siglip else width * shape.joint_width
+
+
 def selection_flops(shape: TowerShape) -> int:
     """FLOPs of choosing one picture's tokens: joint projection of all patches, dot products, mean of the dropped."""
-    num_patches, width = shape.num_patches, shape.vision.width
-    return 2 * num_patches * (width * shape.joint_width + shape.joint_width + width)
+    return 2 * shape.num_patches * (joint_weights(shape) + shape.joint_width + shape.vision.width)
 
 
 def projector_parameters(shape: ModelShape) -> tuple[int, int]:
@@ -190,21 +195,31 @@ def cache_bytes(shape: LanguageShape, num_tokens: Positions, bytes_per_number: i
 
 
 def encoder_parameters(shape: TransformerShape) -> int:
-    """Parameters of CLIP encoder layers, biases and norms included."""
+    """Parameters of a tower's encoder layers, biases and norms included."""
     width, inner = shape.width, shape.inner
     return shape.layers * (4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width)
+
+
+def pooling_parameters(shape: TransformerShape) -> int:
+    """Parameters of SigLIP's pooling head: its query, an attention, a norm and an MLP."""
+    width, inner = shape.width, shape.inner
+    return 4 * (width * width + width) + 2 * width * inner + inner + width + 3 * width
 
 
 def count_parameters(shape: ModelShape) -> dict[str, int]:
     """Parameters of the four parts, as they are loaded: towers without the layers that are not run."""
     tower, language = shape.tower, shape.language
     vision_width, text_width = tower.vision.width, tower.text.width
-    vision = encoder_parameters(tower.vision) + vision_width * (
-        1 + 3 * tower.patch_size**2 + tower.num_patches + 1 + 4 + tower.joint_width
-    )
+    # Patch embedding and positions; then CLS, two norms and the projection, or a bias, one norm and the pooling head.
+    vision = encoder_parameters(tower.vision) + vision_width * (3 * tower.patch_size**2 + tower.num_rows)
+    if tower.is_siglip:
+        vision += pooling_parameters(tower.vision) + 3 * vision_width
+    else:
+        vision += vision_width * (1 + 4 + tower.joint_width)
     text = encoder_parameters(tower.text) + text_width * (
         tower.text_vocabulary + tower.text_context + 2 + tower.joint_width
     )
+    text += tower.is_siglip * tower.joint_width  # the bias of its head
     biases = (language.query_width + 2 * language.cache_width) if language.has_biases else 0
     decoder = language.layers * (decoder_weights(language) + 2 * language.width + biases) + language.width
     embeddings = (1 if language.is_tied else 2) * language.vocabulary * language.width
@@ -249,7 +264,7 @@ def stage_costs(shape: ModelShape, reduction: Reduction, work: Workload, precisi
     }
     if reduction.reads_text:
         costs["text tower"] = Cost(size * text_flops(tower, work.query_tokens), _text_bytes(tower, work, precision))
-        head = tower.vision.width * tower.joint_width * precision.tower
+        head = joint_weights(tower) * precision.tower
         kept = tokens * tower.vision.width * precision.tower
         costs["selection"] = Cost(size * selection_flops(tower), head + patches + kept)
     matrices, _ = projector_parameters(shape)

@@ -12,11 +12,11 @@ from torch import nn
 
 from llava.efficiency.cost import Precision, weight_bytes
 from llava.efficiency.memory import available_bytes
-from llava.efficiency.shapes import ModelSource
+from llava.efficiency.shapes import ModelSource, is_siglip_config
 from llava.errors import InputError
 from llava.model.token_reduction import TEXT, Need
 
-TOWER_NAME = "random/clip"
+TOWER_NAMES = {False: "random/clip", True: "random/siglip"}
 WEIGHT_STD = 0.02  # Llama's initializer_range
 SLACK = 1.05  # weights are not all that is needed
 TEXT_ENDS = ("<|startoftext|>", "<|endoftext|>")
@@ -64,7 +64,7 @@ def build_random_model(
 
     Args:
         config: config.json of the model; its token reduction is obeyed.
-        tower_config: config.json of a CLIP, in Hugging Face's keys.
+        tower_config: config.json of a CLIP or a SigLIP, in Hugging Face's keys.
         needs: what token reductions that the model will be switched to look at, besides text.
         device: where it goes.
         dtype: of the language model and projector.
@@ -82,15 +82,16 @@ def build_random_model(
 
     values = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    is_siglip = is_siglip_config(tower_config)
     with no_init_weights(), torch.device(device):
         family = FAMILIES[family_of(config.get("model_type"))]
-        llava_config = family.config.from_dict(values | {"mm_vision_tower": TOWER_NAME})
+        llava_config = family.config.from_dict(values | {"mm_vision_tower": TOWER_NAMES[is_siglip]})
         model = family.model._from_config(llava_config, dtype=dtype, **settings)
         model.tie_weights()  # where the config ties them
-        vision, text_tower = _build_clip(tower_config, tower_dtype)
+        vision, text_tower = (_build_siglip if is_siglip else _build_clip)(tower_config, tower_dtype)
     tower = model.get_vision_tower()
     tower.provide({TEXT, *needs})
-    tower.take_parts(vision, _image_processor(vision.config.image_size), text_tower)
+    tower.take_parts(vision, _image_processor(vision.config.image_size, is_siglip), text_tower)
     model.to(device)
     draw_weights(model, torch.Generator(device).manual_seed(seed))
     model.generation_config.eos_token_id = None  # a random answer must not end early
@@ -128,6 +129,31 @@ def _build_clip(tower_config: Mapping[str, Any], dtype: torch.dtype) -> tuple[An
     return vision, CLIPTextTower(text, _clip_tokenizer(text_config.vocab_size))
 
 
+def _build_siglip(tower_config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import SiglipTextConfig, SiglipTextModel, SiglipVisionConfig, SiglipVisionModel
+
+    from llava.model.multimodal_encoder.siglip_text import SiglipTextTower
+
+    vision_config = SiglipVisionConfig(**tower_config["vision_config"])
+    marks = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
+    text_values = dict(tower_config.get("text_config") or {})
+    text_config = SiglipTextConfig(**text_values | marks | {"projection_size": vision_config.hidden_size})
+    vision = SiglipVisionModel._from_config(vision_config, dtype=dtype)
+    text = SiglipTextModel._from_config(text_config, dtype=dtype)
+    return vision, SiglipTextTower(text, _siglip_tokenizer())
+
+
+def _siglip_tokenizer() -> Any:
+    """A tokenizer with SigLIP's padding: whatever a question's words are, the text tower reads all of its positions."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>", unk_token="<unk>")
+
+
 def _clip_tokenizer(vocab_size: int) -> Any:
     """A tokenizer in CLIP's format: one token for each of `WORDS`, else one per letter; as many as have embeddings."""
     from transformers import CLIPTokenizerFast
@@ -152,7 +178,10 @@ def _clip_tokenizer(vocab_size: int) -> Any:
     return CLIPTokenizerFast(vocab=vocabulary, merges=merges)
 
 
-def _image_processor(side: int) -> Any:
-    from transformers import CLIPImageProcessorPil
+def _image_processor(side: int, is_siglip: bool) -> Any:
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
+    if is_siglip:
+        square = {"height": side, "width": side}
+        return SiglipImageProcessorPil(size=square, do_center_crop=False, crop_size=square)
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

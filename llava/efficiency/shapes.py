@@ -51,13 +51,30 @@ def _clip(vision: dict, text: dict, joint_width: int, image_size: int, patch_siz
     }
 
 
+# Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", and Tschannen et al. 2025, "SigLIP 2": both halves
+# have one shape ("so400m" is that of Alabdulmohsin et al. 2023), texts 64 tokens.
+_SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+
+
+def _siglip(half: dict, image_size: int, patch_size: int, vocabulary: int = 32000) -> dict[str, Any]:
+    return {
+        "model_type": "siglip",
+        "vision_config": half | {"image_size": image_size, "patch_size": patch_size},
+        "text_config": half | {"vocab_size": vocabulary, "max_position_embeddings": 64},
+    }
+
+
 PUBLISHED_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14-336": _clip(_VISION_LARGE, _TEXT_LARGE, 768, 336, 14),
     "openai/clip-vit-large-patch14": _clip(_VISION_LARGE, _TEXT_LARGE, 768, 224, 14),
     "openai/clip-vit-base-patch16": _clip(_VISION_BASE, _TEXT_BASE, 512, 224, 16),
     "openai/clip-vit-base-patch32": _clip(_VISION_BASE, _TEXT_BASE, 512, 224, 32),
+    "google/siglip-base-patch16-224": _siglip(_VISION_BASE, 224, 16),
+    "google/siglip-so400m-patch14-384": _siglip(_SO400M, 384, 14),
+    "google/siglip2-so400m-patch14-384": _siglip(_SO400M, 384, 14, 256000),
 }
 _CLIP_DEFAULTS = PUBLISHED_TOWERS["openai/clip-vit-base-patch32"]
+_SIGLIP_DEFAULTS = PUBLISHED_TOWERS["google/siglip-base-patch16-224"]
 
 # The same models under open_clip's names (`open_clip:<model>`), with and without "-quickgelu".
 OPEN_CLIP_TOWERS = {
@@ -65,6 +82,8 @@ OPEN_CLIP_TOWERS = {
     "ViT-L-14": "openai/clip-vit-large-patch14",
     "ViT-B-16": "openai/clip-vit-base-patch16",
     "ViT-B-32": "openai/clip-vit-base-patch32",
+    "ViT-B-16-SigLIP": "google/siglip-base-patch16-224",
+    "ViT-SO400M-14-SigLIP-384": "google/siglip-so400m-patch14-384",
 }
 
 
@@ -73,7 +92,7 @@ BIASED_TYPES = ("qwen2", "llava_qwen2", "llava_qwen")
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """A stack of CLIP's encoder layers: `layers` of width `width`, MLPs of width `inner`."""
+    """A stack of CLIP's or SigLIP's encoder layers: `layers` of width `width`, MLPs of width `inner`."""
 
     layers: int
     width: int
@@ -82,7 +101,7 @@ class TransformerShape:
 
 @dataclass(frozen=True)
 class TowerShape:
-    """A CLIP.
+    """A CLIP or a SigLIP.
 
     Attributes:
         vision: the vision layers that lead to the selected hidden state.
@@ -92,7 +111,8 @@ class TowerShape:
         text: the text layers.
         text_vocabulary: size of the text tower's vocabulary.
         text_context: most tokens that the text tower reads.
-        joint_width: P.
+        joint_width: P; of a SigLIP the vision width.
+        is_siglip: no CLS row, and a patch's way into the joint space leads through the pooling head.
     """
 
     vision: TransformerShape
@@ -103,6 +123,7 @@ class TowerShape:
     text_vocabulary: int
     text_context: int
     joint_width: int
+    is_siglip: bool = False
 
     @property
     def side(self) -> int:
@@ -113,6 +134,11 @@ class TowerShape:
     def num_patches(self) -> int:
         """N, without the CLS row."""
         return self.side**2
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a layer reads: the patches, and CLS where there is one."""
+        return self.num_patches + (not self.is_siglip)
 
 
 @dataclass(frozen=True)
@@ -300,8 +326,11 @@ def _language_shape(config: Mapping[str, Any]) -> LanguageShape:
 
 
 def _tower_shape(config: Mapping[str, Any], tower_config: Mapping[str, Any]) -> TowerShape:
-    vision = _CLIP_DEFAULTS["vision_config"] | dict(tower_config["vision_config"])
-    text = _CLIP_DEFAULTS["text_config"] | dict(tower_config.get("text_config") or {})
+    is_siglip = is_siglip_config(tower_config)
+    usual = _SIGLIP_DEFAULTS if is_siglip else _CLIP_DEFAULTS
+    vision = usual["vision_config"] | dict(tower_config["vision_config"])
+    text = usual["text_config"] | dict(tower_config.get("text_config") or {})
+    joint_width = vision["hidden_size"] if is_siglip else tower_config.get("projection_dim", usual["projection_dim"])
     num_layers, select = int(vision["num_hidden_layers"]), int(config.get("mm_vision_select_layer", -2))
     layers_run = select if select >= 0 else num_layers + 1 + select
     if not 0 <= layers_run <= num_layers:
@@ -314,8 +343,14 @@ def _tower_shape(config: Mapping[str, Any], tower_config: Mapping[str, Any]) -> 
         text=TransformerShape(int(text["num_hidden_layers"]), int(text["hidden_size"]), int(text["intermediate_size"])),
         text_vocabulary=int(text["vocab_size"]),
         text_context=int(text["max_position_embeddings"]),
-        joint_width=int(tower_config.get("projection_dim", _CLIP_DEFAULTS["projection_dim"])),
+        joint_width=int(joint_width),
+        is_siglip=is_siglip,
     )
+
+
+def is_siglip_config(tower_config: Mapping[str, Any]) -> bool:
+    """Whether a tower's config.json is a SigLIP's; all others are read as CLIP's."""
+    return tower_config.get("model_type") == "siglip"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

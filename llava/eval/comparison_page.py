@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.drawing import find_view_box
+from llava.drawing import Sight, find_view_box
 from llava.eval.benchmark import ImageSource, Question, Verdict, index_questions
 from llava.eval.compare import RANDOM, Entry, Runner, TaskRuns
 from llava.eval.comparison import NOTES, Cell, by_task, list_missing, tabulate
@@ -280,12 +280,13 @@ def describe(shown: Shown, verdicts: dict[Entry, dict[str, Verdict]], entries: S
 
 def add_images(runner: Runner, shown: Sequence[Shown], records: Sequence[dict[str, Any]]) -> None:
     """Add each question's first image, small, and the part of it that the vision tower sees."""
-    aspect_ratio = getattr(runner.loaded.model.config, "image_aspect_ratio", None)
+    model = runner.loaded.model
+    aspect_ratio, tower = getattr(model.config, "image_aspect_ratio", None), model.get_vision_tower()
     for each, record in zip(shown, records, strict=True):
         if not each.question.images:
             continue
         image = load_image(each.question.images[0])
-        left, top, right, bottom = find_view_box(image.size, aspect_ratio)
+        left, top, right, bottom = find_view_box(image.size, aspect_ratio, Sight(tower.squeezes, tower.covered))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         scale = image.width / max(1, load_image(each.question.images[0]).width)
         record["box"] = [left * scale, top * scale, (right - left) * scale, (bottom - top) * scale]

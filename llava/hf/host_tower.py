@@ -11,7 +11,7 @@ from transformers import CLIPVisionModel
 from llava.errors import InputError
 from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_encoder.tower import JointMap, VisionTower
 from llava.model.token_reduction import TEXT
 
 SAME_FEATURES = 0.1
@@ -87,7 +87,7 @@ class HostTower(CLIPVisionTower):
             raise InputError(f"{self.name} holds no text half of a CLIP: give clip= to reduce_tokens")
         self.text_half.to(self.device)
 
-    def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
+    def joint_head(self) -> tuple[nn.LayerNorm, JointMap]:
         self.load_text_tower()
         return self.text_half.joint_head()
 

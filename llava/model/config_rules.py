@@ -5,6 +5,7 @@ what would be right, before any weight is read.
 """
 
 import ast
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ MAX_WIDTH = 2**18
 MAX_TILES = 100  # crops of one image
 MAX_BEAMS = 100
 CLIP_SIDE = 224  # pixels, where a preprocessor_config.json gives no size
+SIGLIP_WIDTH = 768  # of either half, where a SigLIP's config.json gives none
 
 
 # --------------------------------------------------------------------------------------------------------- one rule
@@ -339,6 +341,8 @@ TEXT_RULES = _TOWER_HALF | {
     "eos_token_id": whole(0, 2**31, null=False),
     "pad_token_id": _TOKEN,
 }
+SIGLIP_VISION_RULES = VISION_RULES | {"vision_use_head": flag()}
+SIGLIP_TEXT_RULES = TEXT_RULES | {"projection_size": _WIDTH, "eos_token_id": _TOKEN}
 CLIP_RULES = {
     "projection_dim": _WIDTH,
     "vision_config": record(),
@@ -388,6 +392,7 @@ PREPROCESSOR_RULES = {
     "data_format": choice("channels_first"),
     "input_data_format": choice("channels_first", "channels_last"),
 }
+SIGLIP_PREPROCESSOR_RULES = PREPROCESSOR_RULES | {"do_resize": flag(only=True), "do_center_crop": flag(only=False)}
 OPEN_CLIP_RULES = {"embed_dim": _WIDTH, "quick_gelu": flag(), "vision_cfg": record(), "text_cfg": record()}
 _OPEN_CLIP_HALF = {
     "width": _WIDTH,
@@ -441,6 +446,7 @@ LANGUAGE_TYPES = {
 _ARCHITECTURE_WORDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
 HF_TYPES = ("llava", "llava_next")  # transformers' own, with the language model in `text_config`
 CLIP_TYPES = ("clip", "clip_vision_model")
+SIGLIP_TYPES = ("siglip", "siglip_vision_model")
 _TOWER_TYPES = ("clip", "siglip", "dinov2", "dinov3", "vit", "eva", "convnext", "blip", "altclip", "chinese_clip")
 # What each role is filled by.
 ROLES = {
@@ -449,7 +455,8 @@ ROLES = {
     "model base": "the Llama, Mistral, Qwen2 or LLaVA that the adapter or projector was trained on, such as "
     "lmsys/vicuna-7b-v1.5",
     "model to train": "a Llama, Mistral, Qwen2 or a LLaVA on one of them, such as lmsys/vicuna-7b-v1.5",
-    "vision tower": "a CLIP in Hugging Face's layout, such as openai/clip-vit-large-patch14-336",
+    "vision tower": "a CLIP in Hugging Face's layout, such as openai/clip-vit-large-patch14-336, or a SigLIP, such as "
+    "google/siglip-so400m-patch14-384",
 }
 
 
@@ -475,7 +482,7 @@ def check_model_type(values: Values, file: str, role: str) -> None:
         InputError: what the model is, and what the role needs.
     """
     kind = values.get("model_type")
-    known = CLIP_TYPES if role == "vision tower" else tuple(LANGUAGE_TYPES)
+    known = CLIP_TYPES + SIGLIP_TYPES if role == "vision tower" else tuple(LANGUAGE_TYPES)
     if kind is not None and not isinstance(kind, str):
         refuse(file, "model_type", kind, f"one of {', '.join(known)}: {ROLES[role]}")
     names = values.get("architectures") or []
@@ -505,6 +512,8 @@ def _describe(kind: str | None, values: Values, architectures: list[str]) -> str
         return f", transformers' own LLaVA format ({names or 'LlavaForConditionalGeneration'}): {advice}"
     if kind.startswith(("llava_", "llava-")) and kind not in LANGUAGE_TYPES:
         return f", a LLaVA on another language model ({kind[6:]})"
+    if kind.startswith("siglip2"):
+        return ", a SigLIP 2 for images of any size (NaFlex; those of one size have model_type siglip)"
     if kind.startswith(_TOWER_TYPES):
         return ", a vision tower (mm_vision_tower names those)" if kind not in CLIP_TYPES else ", a CLIP vision tower"
     if kind in LANGUAGE_TYPES and not _are_of(family_of(kind), architectures):
@@ -653,11 +662,12 @@ def _is_canvas(canvas: object) -> bool:
     return is_pair and all(_is_whole(side) and 0 < side <= 2**16 for side in canvas)
 
 
-def read_tower_config(path: str) -> dict:
-    """Read and check the config.json of a CLIP in Hugging Face's layout.
+def read_tower_config(path: str, *, is_siglip: bool = False) -> dict:
+    """Read and check the config.json of a CLIP or a SigLIP in Hugging Face's layout.
 
     Args:
         path: folder or hub id.
+        is_siglip: which of them it shall be.
 
     Returns:
         The JSON object; `vision_config` (and `text_config`) inside it, or the vision half alone.
@@ -667,13 +677,28 @@ def read_tower_config(path: str) -> dict:
     """
     values, file = read_settings(path, CONFIG_FILE, "vision tower")
     check_model_type(values, file, "vision tower")
-    if values["model_type"] == "clip_vision_model":
-        _check_half(values, VISION_RULES, file, "")
+    if (values["model_type"] in SIGLIP_TYPES) != is_siglip:
+        told = "a CLIP, whose name says SigLIP" if is_siglip else "a SigLIP, whose name does not say so"
+        raise InputError(f"vision tower {path} is {told}: set mm_vision_tower to a folder with its files")
+    halves = (SIGLIP_VISION_RULES, SIGLIP_TEXT_RULES) if is_siglip else (VISION_RULES, TEXT_RULES)
+    if values["model_type"].endswith("_vision_model"):
+        _check_half(values, halves[0], file, "")
         return values
     check_values(values, CLIP_RULES, file)
-    for key, rules in (("vision_config", VISION_RULES), ("text_config", TEXT_RULES)):
+    for key, rules in zip(("vision_config", "text_config"), halves, strict=True):
         _check_half(values.get(key) or {}, rules, file, key)
+    if is_siglip:
+        _check_joint_width(values, file)
     return values
+
+
+def _check_joint_width(values: Values, file: str) -> None:
+    """Compare what SigLIP's halves end in: the vision width, and the text half's head."""
+    vision, text = values.get("vision_config") or {}, values.get("text_config") or {}
+    width = vision.get("hidden_size", SIGLIP_WIDTH)
+    found = text.get("projection_size") or text.get("hidden_size", SIGLIP_WIDTH)
+    if found != width:
+        refuse(file, "text_config.projection_size", found, f"{width}, the width of the vision half")
 
 
 def _check_half(values: Values, rules: Mapping[str, Rule], file: str, inside: str) -> None:
@@ -687,20 +712,29 @@ def _check_half(values: Values, rules: Mapping[str, Rule], file: str, inside: st
         refuse(file, f"{prefix}patch_size", patch, f"at most image_size {image}")
 
 
-def check_preprocessor(values: Values, file: str, image_size: int) -> None:
+def check_preprocessor(values: Values, file: str, image_size: int, *, is_siglip: bool = False) -> None:
     """Check the settings of an image processor against the tower that reads its pixels.
 
     Args:
         values: of preprocessor_config.json.
         file: for the message.
         image_size: side of the images that the tower reads, in pixels.
+        is_siglip: whether the tower is a SigLIP, whose images are scaled to a square and not cropped.
 
     Raises:
         InputError: a wrong value, another library's processor, or another image size than the tower's.
     """
     kind = values.get("image_processor_type") or values.get("feature_extractor_type")
-    if kind is not None and not (isinstance(kind, str) and kind.startswith(("CLIP", "Llava"))):
-        refuse(file, "image_processor_type", kind, '"CLIPImageProcessor"')
+    own, like = ("SiglipImageProcessor", ("Siglip",)) if is_siglip else ("CLIPImageProcessor", ("CLIP", "Llava"))
+    if kind is not None and not (isinstance(kind, str) and kind.startswith(like)):
+        refuse(file, "image_processor_type", kind, f'"{own}"')
+    if is_siglip:
+        check_values(values, SIGLIP_PREPROCESSOR_RULES, file)
+        square = {"height": image_size, "width": image_size}
+        if (size := values.get("size", {"height": CLIP_SIDE, "width": CLIP_SIDE})) != square:
+            sides = f"{image_size} x {image_size} pixels"
+            refuse(file, "size", size, f"{json.dumps(square)}: the vision tower reads {sides}")
+        return
     check_values(values, PREPROCESSOR_RULES, file)
     for key in ("size", "crop_size"):
         if isinstance(inner := values.get(key), dict):

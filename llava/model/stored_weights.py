@@ -30,13 +30,17 @@ _LAYER = re.compile(r"(.*?\blayers\.)(\d{1,9})\.")
 
 
 # ------------------------------------------------------------------------------------------------------- the files
-def find_file(path: str, name: str, cache_dir: str | None = None) -> str | None:
-    """Return the path of a file in a folder or hub repository, or None where it has none of that name."""
+def find_file(path: str, name: str, cache_dir: str | None = None, *, at_hand: bool = False) -> str | None:
+    """Return the path of a file in a folder or hub repository, or None where it has none of that name.
+
+    With `at_hand` the hub is not asked: of its repositories, files are found that were downloaded before.
+    """
     try:
         return cached_file(
             path,
             name,
             cache_dir=cache_dir,
+            local_files_only=at_hand,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,

@@ -11,14 +11,13 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
-from transformers import CLIPConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.image import EmbeddedImage
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX
-from llava.model.multimodal_encoder.loading import resolve_name
+from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX, build_named_tower
 from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.train.dataset import TextFormat
 from llava.train.flags import DataArguments, ModelArguments
@@ -164,22 +163,22 @@ def _size_of(image: EmbeddedImage) -> tuple[int, int]:
 
 # ----------------------------------------------------------------------------------------------------------- tokens
 def count_image_tokens(model_args: ModelArguments, data_args: DataArguments) -> ImageTokens | None:
-    """Find out how many positions an image takes, from the configs alone; None if the tower is not a CLIP folder."""
+    """Find out how many positions an image takes, from the configs alone; None for an open_clip or unreadable tower."""
     name = model_args.vision_tower
     if name is None or name.startswith(OPEN_CLIP_PREFIX):
         return None
     try:
-        vision = CLIPConfig.from_pretrained(resolve_name(name, model_args.model_name_or_path)).vision_config
-    except (OSError, ValueError):
+        tower = build_named_tower(name, folder=model_args.model_name_or_path)
+        num_patches, image_size = tower.num_patches, tower.image_size
+    except InputError:
         return None  # loading the tower says why
-    num_patches = (vision.image_size // vision.patch_size) ** 2
     reducer = parse_reduction(getattr(model_args, CONFIG_KEY)).before
     canvases = data_args.image_grid_pinpoints if data_args.image_aspect_ratio == "anyres" else None
     if reducer is None:
-        return ImageTokens(num_patches, True, canvases, vision.image_size)
+        return ImageTokens(num_patches, True, canvases, image_size)
     if reducer.budget.is_automatic:
-        return ImageTokens(1, False, canvases, vision.image_size)
-    return ImageTokens(reducer.budget.count(num_patches), False, canvases, vision.image_size)
+        return ImageTokens(1, False, canvases, image_size)
+    return ImageTokens(reducer.budget.count(num_patches), False, canvases, image_size)
 
 
 def inspect_records(

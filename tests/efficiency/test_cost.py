@@ -14,6 +14,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
     LlamaConfig,
     LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
 )
 
 from llava.efficiency import cost
@@ -259,3 +261,47 @@ def test_where_tokens_leave_between_layers_each_layer_is_counted_with_its_own(co
 def test_fastv_with_64_tokens_is_96_on_average_over_32_layers():
     left = count_run("FastV:64", read_source("llava-v1.5-7b"), None).reduction
     assert left.num_tokens == 576 and left.mean_tokens(32) == 96
+
+
+SIGLIP = {
+    "model_type": "siglip",
+    "vision_config": {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"image_size": 90, "patch_size": 14},
+    "text_config": {"hidden_size": 40, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"vocab_size": 300, "max_position_embeddings": 16, "projection_size": 32},
+}
+
+
+@pytest.mark.parametrize("specs", [[], ["HiPrune:9,object_layer=2,layer=-1"]], ids=str)
+def test_a_siglip_is_what_torch_counts_and_has_the_parameters_that_are_loaded(configs, specs, monkeypatch):
+    shape = read_shape(configs.model, SIGLIP, "test")
+    needs = [need for spec in specs for need in parse_reducer(spec).needs]
+    model, _ = build_random_model(configs.model, SIGLIP, needs=needs, device=torch.device("cpu"), dtype=torch.float32)
+    tower = model.get_vision_tower()
+    counts = cost.count_parameters(shape)
+    if not specs:
+        assert counts["vision tower"] == sum(weight.numel() for weight in tower.vision_tower.parameters())
+        assert counts["text tower"] == sum(weight.numel() for weight in tower.text_tower.parameters())
+    model.set_token_reduction("TRIM:-1")
+    image, text = ImageFeatures(torch.randn(1, 36, 32)), torch.randn(1, 32)
+    counted = count_flops(lambda: model.choose_tokens([image], [""], text))
+    assert cost.selection_flops(shape.tower) == counted
+    looks = [Look(need.layer, need.num_queries(36)) for need in needs]
+    tower.to("meta")
+    monkeypatch.setattr(tower, "own_precision", nullcontext)  # there is no autocast on the meta device
+    counted = count_flops(lambda: tower.extract(torch.zeros(1, 3, 90, 90), needs))
+    assert cost.vision_flops(shape.tower, looks) == counted
+    ids = torch.zeros(1, 16, dtype=torch.long, device="meta")
+    assert cost.text_flops(shape.tower, 16) == count_flops(lambda: tower.text_tower.model(input_ids=ids))
+
+
+def test_the_published_siglips_have_their_patches_and_parameters():
+    config = PUBLISHED_MODELS["llava-v1.5-7b"] | {"mm_vision_select_layer": -1}
+    tower = PUBLISHED_TOWERS["google/siglip-so400m-patch14-384"]
+    shape = read_shape(config, tower, "test")
+    with torch.device("meta"):
+        real = SiglipModel(SiglipConfig(vision_config=tower["vision_config"], text_config=tower["text_config"]))
+    assert shape.tower.num_patches == shape.tower.num_rows == 729
+    counts = cost.count_parameters(shape)
+    assert counts["vision tower"] == sum(weight.numel() for weight in real.vision_model.parameters())
+    assert counts["text tower"] == sum(weight.numel() for weight in real.text_model.parameters())

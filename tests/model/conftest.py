@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from tests.siglips import write_open_clip_siglip, write_siglip
+
 # Hugging Face name, open_clip name: prefixes of weights that differ in nothing else.
 OUTER = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
@@ -148,3 +150,13 @@ def clips(tmp_path_factory, golden) -> Path:
 def layouts() -> SimpleNamespace:
     """The conversions, for tests that convert something else."""
     return SimpleNamespace(to_open_clip=to_open_clip, from_open_clip=from_open_clip, write_open_clip=write_open_clip)
+
+
+@pytest.fixture(scope="session")
+def siglips(tmp_path_factory) -> Path:
+    """One random SigLIP, as Hugging Face folder `hf` and, where open_clip is there, as its folder `oc`."""
+    folder = tmp_path_factory.mktemp("siglips")
+    write_siglip(folder / "hf")
+    if importlib.util.find_spec("open_clip"):
+        write_open_clip_siglip(folder / "oc", folder / "hf")
+    return folder

@@ -26,7 +26,7 @@ MISTAKES = {
     "ViT-B-32,pretrained=absent.pt": "neither a file (tried absent.pt and {folder}/absent.pt) nor one of open_clip",
     "ViT-B-32,quickgelu=yes": "quickgelu is true or false",
     "ViT-L-14-336,pretrained=openai": "add ,quickgelu=true",
-    "ViT-B-16-SigLIP": "needs a CLIP-style ViT",
+    "ViT-B-16-SigLIP": "has no weights: add ,pretrained=FILE or a tag of open_clip (webli)",
     "coca_ViT-B-32,pretrained=laion2b_s13b_b90k": "a custom text tower and attention pooling",
     "RN50,pretrained=openai": "a ResNet",
     "convnext_base,pretrained=laion400m_s13b_b51k": "a timm image tower",

@@ -1,4 +1,4 @@
-"""Build the vision tower that `mm_vision_tower` names: a Hugging Face CLIP, or `open_clip:<model>`."""
+"""Build the vision tower that `mm_vision_tower` names: a Hugging Face CLIP or SigLIP, or `open_clip:<model>`."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 
 from llava.errors import InputError
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.loading import resolve_name
+from llava.model.multimodal_encoder.loading import is_siglip, resolve_name
+from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower, holds_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.token_reduction import Need
@@ -29,7 +30,8 @@ def build_named_tower(
     """Build a tower without loading its weights.
 
     Args:
-        name: `mm_vision_tower`: hub id or path of a Hugging Face CLIP, or `open_clip:<model>[,pretrained=FILE]`.
+        name: `mm_vision_tower`: hub id or path of a Hugging Face CLIP or SigLIP, or
+            `open_clip:<model>[,pretrained=FILE]`.
         folder: the checkpoint folder, against which relative paths are tried as well.
         select_layer: `mm_vision_select_layer`.
         select_feature: `mm_vision_select_feature`.
@@ -42,16 +44,22 @@ def build_named_tower(
         The tower, empty until `load_model`.
 
     Raises:
-        InputError: for a path that does not exist, or unknown settings.
+        InputError: for a path that does not exist, unknown settings, or needs that such a tower does not serve.
     """
     settings = {"select_layer": select_layer, "select_feature": select_feature, "needs": needs}
     if name.startswith(OPEN_CLIP_PREFIX):
-        from llava.model.multimodal_encoder.open_clip_encoder import OpenClipVisionTower
+        from llava.model.multimodal_encoder.open_clip_encoder import build_open_clip_tower
 
-        return OpenClipVisionTower(name.removeprefix(OPEN_CLIP_PREFIX), folder=folder, **settings)
+        return build_open_clip_tower(name.removeprefix(OPEN_CLIP_PREFIX), folder=folder, **settings)
     if is_stored and folder and holds_tower(str(folder)):
+        if is_siglip(name, folder):
+            raise InputError(
+                f"{folder} holds a SigLIP vision tower in its own weights (unfreeze_mm_vision_tower): only a CLIP is "
+                "read from there"
+            )
         return StoredVisionTower(str(folder), name, vision_config, **settings)
-    return CLIPVisionTower(resolve_name(name, folder), **settings)
+    place = resolve_name(name, folder)
+    return (SiglipVisionTower if is_siglip(place) else CLIPVisionTower)(place, **settings)
 
 
 def build_vision_tower(

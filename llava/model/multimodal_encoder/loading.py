@@ -10,13 +10,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llava.errors import InputError
-from llava.model.config_rules import check_generation_config
+from llava.files import parse_record, read_text
+from llava.model.config_rules import CONFIG_FILE, SIGLIP_TYPES, check_generation_config
 from llava.model.hf_layout import rename
 from llava.model.stored_weights import (
     COPY_AGAIN,
     check_dtypes,
     check_finite,
     check_shapes,
+    find_file,
     first_line,
     holds_weights,
     is_ignored,
@@ -29,7 +31,11 @@ from llava.model.stored_weights import (
 )
 
 # What a missing weight most likely means, by role.
-HINTS = dict.fromkeys(("vision tower", "text tower"), "is it a full CLIP checkpoint?")
+HINTS = {
+    f"{prefix}{half} tower": f"is it a full {model} checkpoint?"
+    for prefix, model in (("", "CLIP"), ("SigLIP ", "SigLIP"))
+    for half in ("vision", "text")
+}
 
 
 def resolve_name(name: str, folder: str | Path | None = None) -> str:
@@ -58,6 +64,26 @@ def resolve_name(name: str, folder: str | Path | None = None) -> str:
             f"vision tower {name} is not there (tried {tried}); set mm_vision_tower to a folder or a hub id"
         )
     return name
+
+
+def is_siglip(name: str, folder: str | Path | None = None) -> bool:
+    """Tell whether a tower is a SigLIP, without asking the hub.
+
+    Args:
+        name: path or hub id.
+        folder: the checkpoint folder, against which relative paths are tried as well.
+
+    Returns:
+        What config.json says, where it is at hand; of a hub id that is not, whether it has "siglip" in it.
+    """
+    try:
+        place = resolve_name(name, folder)
+        file = find_file(place, CONFIG_FILE, at_hand=True)
+        if file is None:
+            return "siglip" in name.lower() and not Path(place).exists()
+        return parse_record(read_text(Path(file)), file).get("model_type") in SIGLIP_TYPES
+    except InputError:  # who loads the tower says so
+        return False
 
 
 def load_quietly(

@@ -1,4 +1,4 @@
-"""A vision tower from open_clip, with the interface and the numbers of the Hugging Face one.
+"""A CLIP from open_clip as vision tower, with the interface and the numbers of the Hugging Face one.
 
 Same weights in either layout give the same patches, joint space and text embedding up to float32 rounding. Token ids
 of texts agree too, except that open_clip repairs broken Unicode and HTML entities first.
@@ -8,15 +8,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from open_clip import CLIP, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip import CLIP, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CustomTextCLIP
+from open_clip.constants import INCEPTION_MEAN, INCEPTION_STD
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from PIL.Image import Resampling
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava.errors import InputError
 from llava.model.multimodal_encoder.open_clip_source import OpenClipSource, parse_source
-from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_encoder.siglip_pooling import PatchPooling
+from llava.model.multimodal_encoder.tower import JointMap, VisionTower
 from llava.model.token_reduction import TEXT
 
 INTERPOLATIONS = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR, "nearest": Resampling.NEAREST}
@@ -25,7 +29,7 @@ INTERPOLATIONS = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR
 class OpenClipTextTower(nn.Module):
     """The text half of an open_clip model and its tokenizer."""
 
-    def __init__(self, model: CLIP, source: OpenClipSource):
+    def __init__(self, model: CLIP | CustomTextCLIP, source: OpenClipSource):
         """Take over a model; its vision half leaves it.
 
         Args:
@@ -42,7 +46,7 @@ class OpenClipTextTower(nn.Module):
 
     def forward(self, texts: list[str]) -> Tensor:
         """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
-        return self.model.encode_text(self.tokenizer(texts).to(self.model.positional_embedding.device))
+        return self.model.encode_text(self.tokenizer(texts).to(next(self.model.parameters()).device))
 
 
 class OpenClipVisionTower(VisionTower):
@@ -55,19 +59,18 @@ class OpenClipVisionTower(VisionTower):
     vision_tower: VisionTransformer
     text_tower: OpenClipTextTower
 
-    def __init__(self, spec: str, *, folder: str | Path | None = None, **settings: object):
-        """Find the model; no weights are read yet.
+    def __init__(self, source: OpenClipSource, **settings: object):
+        """Store where the model is; no weights are read yet.
 
         Args:
-            spec: what follows `open_clip:`, see `llava.model.multimodal_encoder.open_clip_source`.
-            folder: the checkpoint folder, against which relative paths are tried as well.
+            source: see `llava.model.multimodal_encoder.open_clip_source`.
             **settings: as in `VisionTower`.
 
         Raises:
-            InputError: for a spec that leads to no model this tower can run.
+            InputError: for settings that do not fit.
         """
-        super().__init__(f"open_clip:{spec}", **settings)
-        self.source = parse_source(spec, folder)
+        super().__init__(source.name, **settings)
+        self.source = source
 
     def load_model(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """See `VisionTower.load_model`.
@@ -88,8 +91,8 @@ class OpenClipVisionTower(VisionTower):
         model = self.source.load()
         visual = model.visual
         text_tower = OpenClipTextTower(model, self.source) if with_text else None
-        del visual.transformer.resblocks[num_layers:]
         self.vision_tower = visual.to(device=device, dtype=dtype)
+        del self.layers[num_layers:]
         self.is_loaded = True
         if text_tower is not None:
             self.text_tower = text_tower.to(device=device, dtype=dtype)
@@ -135,16 +138,16 @@ class OpenClipVisionTower(VisionTower):
         queries = F.linear(normed[:, :num_queries], query_weight, query_bias)
         return queries, F.linear(normed, key_weight, key_bias), attention.num_heads
 
-    def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        return self.vision_tower.ln_post, self.vision_tower.proj.T
+    def joint_head(self) -> tuple[nn.LayerNorm, JointMap]:
+        projection = self.vision_tower.proj
+        return self.vision_tower.ln_post, lambda normed: normed @ projection.float()
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.text_tower(texts)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        side = self.image_size // self.source.vision_config.patch_size
-        return side, side
+    def patch_size(self) -> int:
+        return self.source.vision_config.patch_size
 
     @property
     def hidden_size(self) -> int:
@@ -153,6 +156,60 @@ class OpenClipVisionTower(VisionTower):
     @property
     def image_size(self) -> int:
         return self.source.vision_config.image_size
+
+
+class OpenClipSiglipTower(OpenClipVisionTower):
+    """The same of an open_clip SigLIP, whose image half is timm's: see `SiglipVisionTower` for what is different."""
+
+    has_cls = False
+    vision_tower: TimmModel
+
+    def read_image_processor(self) -> SiglipImageProcessorPil:
+        return build_siglip_processor(self.source)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.vision_tower.trunk.blocks
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        trunk = self.vision_tower.trunk
+        return trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(pixels)))
+
+    def queries_and_keys(self, layer: Block, hidden: Tensor, num_queries: int) -> tuple[Tensor, Tensor, int]:
+        attention, normed = layer.attn, layer.norm1(hidden)
+        query_weight, key_weight, _ = attention.qkv.weight.chunk(3)
+        query_bias, key_bias, _ = attention.qkv.bias.chunk(3)
+        queries = F.linear(normed[:, :num_queries], query_weight, query_bias)
+        return queries, F.linear(normed, key_weight, key_bias), attention.num_heads
+
+    def joint_head(self) -> tuple[nn.LayerNorm, JointMap]:
+        """See `llava.model.multimodal_encoder.siglip_pooling`."""
+        trunk = self.vision_tower.trunk
+        head = trunk.attn_pool
+        pooling = PatchPooling(
+            value=(head.kv.weight.chunk(2)[1], head.kv.bias.chunk(2)[1]),
+            output=(head.proj.weight, head.proj.bias),
+            norm=head.norm,
+            inner=(head.mlp.fc1.weight, head.mlp.fc1.bias),
+            activation=head.mlp.act,
+            outer=(head.mlp.fc2.weight, head.mlp.fc2.bias),
+        )
+        return trunk.norm, pooling
+
+
+def build_open_clip_tower(spec: str, *, folder: str | Path | None = None, **settings: object) -> OpenClipVisionTower:
+    """Build a tower of open_clip, a CLIP's or a SigLIP's, without its weights.
+
+    Args:
+        spec: what follows `open_clip:`, see `llava.model.multimodal_encoder.open_clip_source`.
+        folder: the checkpoint folder, against which relative paths are tried as well.
+        **settings: as in `VisionTower`.
+
+    Raises:
+        InputError: for a spec that leads to no model these towers can run, or settings that do not fit it.
+    """
+    source = parse_source(spec, folder)
+    return (OpenClipSiglipTower if source.is_siglip else OpenClipVisionTower)(source, **settings)
 
 
 def build_image_processor(source: OpenClipSource) -> CLIPImageProcessorPil:
@@ -170,15 +227,42 @@ def build_image_processor(source: OpenClipSource) -> CLIPImageProcessorPil:
         InputError: for an interpolation that isn't one of Pillow's.
     """
     config, side = source.preprocessing, source.vision_config.image_size
-    interpolation = config.get("interpolation") or "bicubic"
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        resample=find_resampling(source),
+        image_mean=list(config.get("mean") or OPENAI_DATASET_MEAN),
+        image_std=list(config.get("std") or OPENAI_DATASET_STD),
+    )
+
+
+def build_siglip_processor(source: OpenClipSource) -> SiglipImageProcessorPil:
+    """Build a SigLIP's, as `build_image_processor` does: scaled to S x S, not cropped, normalised.
+
+    Raises:
+        InputError: for an interpolation that isn't one of Pillow's.
+    """
+    config, side = source.preprocessing, source.vision_config.image_size
+    square = {"height": side, "width": side}
+    return SiglipImageProcessorPil(
+        size=square,
+        do_center_crop=False,
+        crop_size=square,
+        resample=find_resampling(source),
+        image_mean=list(config.get("mean") or INCEPTION_MEAN),
+        image_std=list(config.get("std") or INCEPTION_STD),
+    )
+
+
+def find_resampling(source: OpenClipSource) -> Resampling:
+    """Return Pillow's filter of the name that open_clip's config has.
+
+    Raises:
+        InputError: there is none.
+    """
+    interpolation = source.preprocessing.get("interpolation") or "bicubic"
     if interpolation not in INTERPOLATIONS:
         raise InputError(
             f"vision tower {source.name}: interpolation {interpolation} is unknown, use {', '.join(INTERPOLATIONS)}"
         )
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        resample=INTERPOLATIONS[interpolation],
-        image_mean=list(config.get("mean") or OPENAI_DATASET_MEAN),
-        image_std=list(config.get("std") or OPENAI_DATASET_STD),
-    )
+    return INTERPOLATIONS[interpolation]

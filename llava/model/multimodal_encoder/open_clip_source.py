@@ -10,19 +10,22 @@ Spelling: `open_clip:<model>[,pretrained=<weights>][,quickgelu=true|false]`, whe
 Paths are taken as given, else relative to the checkpoint folder. OpenAI's weights, and some others, were trained with
 QuickGELU; run with GELU they give slightly wrong features and nothing fails. open_clip's tags know which they need and
 are held to it. A weights file does not record it: the architecture decides (`-quickgelu` in its name), or
-`quickgelu=` does.
+`quickgelu=` does. SigLIP has GELU only.
 """
 
 import difflib
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import open_clip
+import timm
 import torch
 from open_clip.pretrained import download_pretrained_from_hf
+from timm.layers import AttentionPoolLatent
+from torch import nn
 
 from llava.errors import InputError
 from llava.files import parse_record, read_text
@@ -40,7 +43,10 @@ from llava.model.stored_weights import first_line
 
 LOCAL_PREFIX, HUB_PREFIX, QUICK_SUFFIX = "local-dir:", "hf-hub:", "-quickgelu"
 CONFIG_FILE = "open_clip_config.json"
-NEEDED = "this tower needs a CLIP-style ViT (CLS token, ln_post + proj, plain text transformer)"
+NEEDED = (
+    "this tower needs a CLIP-style ViT (CLS token, ln_post + proj, plain text transformer) or a SigLIP (timm's ViT "
+    "without CLS, attention pooling, a text transformer read at its last position)"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +77,16 @@ class OpenClipSource:
         return check_architecture(self._settings["model_cfg"], self.name)
 
     @property
+    def is_siglip(self) -> bool:
+        """Whether it is a SigLIP: timm's ViT with attention pooling, and a text transformer beside it."""
+        return self.vision_config.timm_model_name is not None
+
+    @property
     def preprocessing(self) -> dict:
         """What the config holds about pixel values: mean, std, interpolation; may be empty."""
         return self._settings.get("preprocess_cfg") or {}
 
-    def load(self) -> open_clip.CLIP:
+    def load(self) -> open_clip.CLIP | open_clip.CustomTextCLIP:
         """Build the whole model, in float32 on the CPU, with its weights.
 
         Returns:
@@ -88,11 +99,13 @@ class OpenClipSource:
         config = {key: value for key, value in self._settings["model_cfg"].items() if key != "custom_text"}
         if self.quick_gelu is not None:
             config["quick_gelu"] = self.quick_gelu
+        if self.is_siglip:
+            config["vision_cfg"] = config["vision_cfg"] | {"timm_model_pretrained": False}
         path = self._find_weights()
         weights = read_weights(path, self.name)
         try:
             with torch.device("meta"):  # drawing random weights would take longer than reading the real ones
-                model = open_clip.CLIP(**config)
+                model = (open_clip.CustomTextCLIP if self.is_siglip else open_clip.CLIP)(**config)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise InputError(f"vision tower {self.name}: open_clip refuses its config: {first_line(error)}") from error
         fill_model(model, weights, f"vision tower {self.name}: weights {path}")
@@ -179,7 +192,8 @@ def parse_source(spec: str, folder: str | Path | None = None) -> OpenClipSource:
         model = model.replace("/", "-")  # "ViT-B/32" is what people call it
         source = OpenClipSource(name, model, _resolve_weights(name, model, pretrained, folder), quick_gelu)
         _check_activation(source)
-    _ = source.vision_config
+    if source.is_siglip and source.quick_gelu is not None:
+        raise InputError(f"vision tower {name} is a SigLIP, which has GELU: leave quickgelu= out")
     return source
 
 
@@ -280,7 +294,7 @@ def check_architecture(config: dict, name: str) -> open_clip.CLIPVisionCfg:
         The vision half's settings, defaults filled in, `image_size` and `patch_size` as one number.
 
     Raises:
-        InputError: for anything but a CLIP-style ViT on square images.
+        InputError: for anything but a CLIP-style ViT, or a SigLIP, on square images.
     """
     where = f"vision tower {name}: model_cfg"
     check_values(config, OPEN_CLIP_RULES, where)
@@ -290,6 +304,8 @@ def check_architecture(config: dict, name: str) -> open_clip.CLIPVisionCfg:
         text = open_clip.CLIPTextCfg(**config["text_cfg"])
     except (KeyError, TypeError) as error:
         raise InputError(f"vision tower {name}: its model_cfg is none of open_clip: {first_line(error)}") from None
+    if vision.timm_model_name and vision.timm_pool == "map":
+        return check_siglip(config, vision, text, name)
     obstacles = {
         "a custom text tower": config.get("custom_text") or text.hf_model_name or "multimodal_cfg" in config,
         "a timm image tower": vision.timm_model_name,
@@ -308,6 +324,54 @@ def check_architecture(config: dict, name: str) -> open_clip.CLIPVisionCfg:
         refuse(where, "vision_cfg.patch_size", sides["patch_size"], f"at most image_size {sides['image_size']}")
     vision.image_size, vision.patch_size = sides["image_size"], sides["patch_size"]
     return vision
+
+
+def check_siglip(
+    config: dict, vision: open_clip.CLIPVisionCfg, text: open_clip.CLIPTextCfg, name: str
+) -> open_clip.CLIPVisionCfg:
+    """Check a model whose image half is timm's ViT with attention pooling; return its settings with timm's sizes.
+
+    Raises:
+        InputError: for anything but a SigLIP.
+    """
+    where = f"vision tower {name}: model_cfg"
+    obstacles = {
+        "a text tower of another library": text.hf_model_name or "multimodal_cfg" in config,
+        "no text tower of its own": not config.get("custom_text"),
+        "a projection behind the pooling": vision.timm_proj not in ("none", "", None),
+        "a causal text tower": not text.no_causal_mask,
+        f"a text tower read at {text.pool_type}": text.pool_type != "last" or text.embed_cls,
+    }
+    found = [what for what, is_there in obstacles.items() if is_there]
+    if found:
+        raise InputError(f"vision tower {name} has {' and '.join(found)}: {NEEDED}")
+    if not text.hf_tokenizer_name:  # open_clip would read its texts with CLIP's
+        refuse(where, "text_cfg.hf_tokenizer_name", text.hf_tokenizer_name, "the name of SigLIP's tokenizer")
+    check_values(vars(text), OPEN_CLIP_TEXT_RULES, where, "text_cfg")
+    trunk = build_trunk(vision.timm_model_name, where)
+    if not isinstance(getattr(trunk, "attn_pool", None), AttentionPoolLatent) or trunk.num_prefix_tokens:
+        raise InputError(f"vision tower {name}: {vision.timm_model_name} is not SigLIP's ViT: {NEEDED}")
+    sides = {"image_size": trunk.patch_embed.img_size[0], "patch_size": trunk.patch_embed.patch_size[0]}
+    if _one_side(vision.image_size, "image_size", name) != sides["image_size"]:
+        refuse(where, "vision_cfg.image_size", vision.image_size, f"{sides['image_size']}, that of its timm model")
+    if config["embed_dim"] != trunk.embed_dim:
+        refuse(where, "embed_dim", config["embed_dim"], f"{trunk.embed_dim}, the width of its timm model")
+    return replace(vision, **sides, width=trunk.embed_dim, layers=len(trunk.blocks))
+
+
+def build_trunk(model: str, where: str) -> nn.Module:
+    """Build timm's image half of a SigLIP, with attention pooling and without memory for its weights.
+
+    Raises:
+        InputError: timm knows no such model, or it has no attention pooling.
+    """
+    if not timm.is_model(model):
+        refuse(where, "vision_cfg.timm_model_name", model, "a model of timm, such as vit_base_patch16_siglip_224")
+    try:
+        with torch.device("meta"):
+            return timm.create_model(model, num_classes=0, global_pool="map")
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise InputError(f"{where}: timm refuses {model} with attention pooling: {first_line(error)}") from error
 
 
 def _one_side(size: int | list[int], what: str, name: str) -> int:

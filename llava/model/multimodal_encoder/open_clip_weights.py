@@ -4,7 +4,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from open_clip import CLIP
+from open_clip import CLIP, CustomTextCLIP
 from open_clip.factory import load_state_dict
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def _is_torchscript(path: Path) -> bool:
         return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
 
 
-def fill_model(model: CLIP, weights: dict[str, Tensor], what: str) -> None:
+def fill_model(model: CLIP | CustomTextCLIP, weights: dict[str, Tensor], what: str) -> None:
     """Put weights into a model, all of them and no others; position embeddings of another size are not stretched.
 
     Args:
@@ -94,5 +94,5 @@ def fill_model(model: CLIP, weights: dict[str, Tensor], what: str) -> None:
     model.load_state_dict({key: value.float() for key, value in given.items()}, strict=False, assign=True)
     # What no weights file holds: the scale of a loss that is not computed here, and the causal mask.
     model.logit_scale = model.logit_bias = None
-    if model.attn_mask is not None:
+    if getattr(model, "attn_mask", None) is not None:  # SigLIP's text half has none
         model.attn_mask = torch.full(model.attn_mask.shape, float("-inf")).triu(1)

@@ -4,12 +4,13 @@
 They are separate, so that an image met again under another question pays only for the second. Towers run in their own
 dtype (float32 unless asked otherwise, as in the released evaluation); joint-space outputs are always float32.
 
-Shape letters: `I` images (or crops), `C` crops of one image, `N` patches, `D` vision width, `P` joint width, `S` texts,
-`L` layers, `H` attention heads, `d` width of a head.
+Shape letters: `I` images (or crops), `C` crops of one image, `N` patches, `R` rows of a hidden state (CLS and N
+patches, or N patches in a tower without CLS), `D` vision width, `P` joint width, `S` texts, `L` layers, `H` attention
+heads, `d` width of a head.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.token_reduction import TEXT, Need
+from llava.model.token_reduction import LAYER_REDUCERS, TEXT, Need, methods_without_cls
 from llava.protocols import ImageProcessor
+
+JointMap = Callable[[Tensor], Tensor]
+"""Normed patches `float32[I, N, D]` to `float32[I, N, P]`, in float32."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ class VisionTower(nn.Module, ABC):
         needs: what token reductions may ask for besides the patches: a text tower, deeper layers.
         is_loaded: whether the weights are there.
         image_processor: turns PIL images into pixel values; set by `load_model`.
+        has_cls: whether row 0 of a hidden state is CLS, as in CLIP; a SigLIP has patches alone.
     """
+
+    has_cls = True
 
     def __init__(
         self,
@@ -80,12 +87,15 @@ class VisionTower(nn.Module, ABC):
         """Store the settings; nothing is read yet.
 
         Raises:
-            InputError: for an unknown `select_feature`.
+            InputError: for an unknown `select_feature`, or one or a need that asks for a CLS which is not there.
         """
         super().__init__()
         if select_feature not in ("patch", "cls_patch"):
             raise InputError(f'mm_vision_select_feature "{select_feature}" is unknown: use patch or cls_patch')
+        if select_feature == "cls_patch" and not self.has_cls:
+            raise InputError(f"mm_vision_select_feature cls_patch: {name} is a SigLIP, which has no CLS; use patch")
         self.name = name
+        self.check_needs(needs)
         self.select_layer = select_layer
         self.select_feature = select_feature
         self.needs = frozenset(needs)
@@ -132,11 +142,11 @@ class VisionTower(nn.Module, ABC):
 
     @abstractmethod
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Make the input of the first layer, hidden state 0: `[I, 3, S, S]` to `[I, 1 + N, D]`, CLS first."""
+        """Make the input of the first layer, hidden state 0: `[I, 3, S, S]` to `[I, R, D]`, CLS first."""
 
     @abstractmethod
     def run_layer(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Run one layer: `[I, 1 + N, D]` to the same shape."""
+        """Run one layer: `[I, R, D]` to the same shape."""
 
     @abstractmethod
     def queries_and_keys(self, layer: nn.Module, hidden: Tensor, num_queries: int) -> tuple[Tensor, Tensor, int]:
@@ -144,16 +154,16 @@ class VisionTower(nn.Module, ABC):
 
         Args:
             layer: one of `layers`.
-            hidden: `[I, 1 + N, D]` its input.
-            num_queries: rows for which queries are made, from the CLS row on.
+            hidden: `[I, R, D]` its input.
+            num_queries: rows for which queries are made, from the first on.
 
         Returns:
-            `[I, num_queries, D]`, `[I, 1 + N, D]` and the number of heads.
+            `[I, num_queries, D]`, `[I, R, D]` and the number of heads.
         """
 
     @abstractmethod
-    def joint_head(self) -> tuple[nn.LayerNorm, Tensor]:
-        """The tower's final layer norm and its projection `[P, D]` into the joint space."""
+    def joint_head(self) -> tuple[nn.LayerNorm, JointMap]:
+        """The tower's final layer norm, and the map of normed patches into the joint space."""
 
     @abstractmethod
     def text_features(self, texts: list[str]) -> Tensor:
@@ -161,8 +171,8 @@ class VisionTower(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+    def patch_size(self) -> int:
+        """Side of a patch, in pixels."""
 
     @property
     @abstractmethod
@@ -182,8 +192,9 @@ class VisionTower(nn.Module, ABC):
             needs: of the reduction; they add to those of earlier ones.
 
         Raises:
-            InputError: the checkpoint has no text tower or no such layer.
+            InputError: the checkpoint has no text tower, no such layer, or no CLS.
         """
+        self.check_needs(needs)
         before, self.needs = self.needs, self.needs | frozenset(needs)
         if not self.is_loaded:
             return
@@ -195,6 +206,20 @@ class VisionTower(nn.Module, ABC):
         except InputError:
             self.needs = before
             raise
+
+    def check_needs(self, needs: Collection[Need]) -> None:
+        """Refuse what a tower without CLS does not have.
+
+        Raises:
+            InputError: a need reads the CLS row.
+        """
+        asked = [need for need in needs if need.reads_cls]
+        if asked and not self.has_cls:
+            raise InputError(
+                f"token reduction asks for {min(map(str, asked))}, and vision tower {self.name} is a SigLIP, which has "
+                f"no CLS: use {', '.join(methods_without_cls())}, or a method inside the language model "
+                f"({', '.join(LAYER_REDUCERS)})"
+            )
 
     def number_of_layer(self, need: Need) -> int:
         """Return which layer a need looks at, counted from 1.
@@ -251,7 +276,7 @@ class VisionTower(nn.Module, ABC):
             raise InputError(f"layer {last} of {self.name} is not loaded: switch with set_token_reduction")
         with self.own_precision():
             # 2. Hidden state 0.
-            hidden = self.embed_pixels(images.to(device=self.device, dtype=self.dtype))  # [I, 1 + N, D]
+            hidden = self.embed_pixels(images.to(device=self.device, dtype=self.dtype))  # [I, R, D]
             features, intermediates = hidden, {}
             # 3. Layer by layer. A layer that is looked at computes its queries and keys once more, from its input; the
             #    layer itself stays on the library's fast attention, which never makes a map.
@@ -265,24 +290,24 @@ class VisionTower(nn.Module, ABC):
                 intermediates |= {need: hidden[:, 0] for need in wanted if need.kind == "cls"}
                 if number == selected:
                     features = hidden
-        # 4. The CLS row leaves.
-        patches = features if self.select_feature == "cls_patch" else features[:, 1:]
+        # 4. The CLS row leaves, where there is one.
+        patches = features[:, 1:] if self.has_cls and self.select_feature == "patch" else features
         return ImageFeatures(patches, intermediates)
 
     def look_at(self, layer: nn.Module, hidden: Tensor, needs: Collection[Need]) -> dict[Need, Tensor]:
-        """Compute what is needed of one layer's attention, from its input `[I, 1 + N, D]`."""
-        num_queries = max(need.num_queries(hidden.shape[1] - 1) for need in needs)
+        """Compute what is needed of one layer's attention, from its input `[I, R, D]`."""
+        num_queries = min(max(need.num_queries(self.num_patches) for need in needs), hidden.shape[1])
         queries, keys, num_heads = self.queries_and_keys(layer, hidden, num_queries)
         queries, keys = (rows.unflatten(-1, (num_heads, -1)).transpose(1, 2) for rows in (queries, keys))
         scale = keys.shape[-1] ** -0.5
-        products = queries.float() @ keys.float().transpose(-1, -2) * scale  # [I, H, num_queries, 1 + N]
+        products = queries.float() @ keys.float().transpose(-1, -2) * scale  # [I, H, num_queries, R]
         attention = products.softmax(dim=-1)
         found = {
             "keys": keys,
             "cls_query": queries[:, :, 0],
             "attention": attention,
             "cls_attention": attention[:, :, 0, 1:],
-            "received": attention.mean(dim=(1, 2))[:, 1:],
+            "received": attention.mean(dim=(1, 2))[:, int(self.has_cls) :],
         }
         return {need: found[need.kind] for need in needs}
 
@@ -300,8 +325,8 @@ class VisionTower(nn.Module, ABC):
     def project_to_joint(self, patches: Tensor) -> Tensor:
         """Project patch features into the joint text-image space, in which TRIM scores them.
 
-        The tower's final layer norm belongs to the last layer's CLS output; TRIM applies it to the patches of the
-        selected layer.
+        The tower's final layer norm belongs to the last layer's output (CLIP: to its CLS row); TRIM applies it to the
+        patches of the selected layer.
 
         Args:
             patches: `[I, N, D]`.
@@ -309,15 +334,15 @@ class VisionTower(nn.Module, ABC):
         Returns:
             `float32[I, N, P]`, computed in float32 whatever the tower's dtype.
         """
-        norm, projection = self.joint_head()
+        norm, into_joint = self.joint_head()
         bias = None if norm.bias is None else norm.bias.float()
         with self.own_precision():
             normed = F.layer_norm(patches.float(), norm.normalized_shape, norm.weight.float(), bias, norm.eps)
-            return normed @ projection.float().T
+            return into_joint(normed)
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]) -> Tensor:
-        """Embed queries in the joint space; texts beyond the tower's context length (77 tokens) are cut.
+        """Embed queries in the joint space; texts beyond the tower's context length are cut (CLIP: 77, SigLIP: 64).
 
         Args:
             texts: S queries; "" is allowed.
@@ -351,6 +376,22 @@ class VisionTower(nn.Module, ABC):
     def device(self) -> torch.device:
         """The device the tower runs on."""
         return next(self.parameters()).device
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; of an image that they do not fill, the right and lower rest is not seen."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def covered(self) -> float:
+        """Share of the image's side that the patches cover: 1, but 378 / 384 for SigLIP at 384 pixels."""
+        return self.grid[0] * self.patch_size / self.image_size
+
+    @property
+    def squeezes(self) -> bool:
+        """Whether an image that is not padded is squeezed to a square, as for SigLIP, not cropped as for CLIP."""
+        return not getattr(self.image_processor, "do_center_crop", True)
 
     @property
     def num_patches(self) -> int:

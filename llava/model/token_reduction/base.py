@@ -39,7 +39,7 @@ class Need:
     - `keys[layer]`: `[H, N + 1, d]` keys, CLS first, unscaled, in the tower's dtype.
     - `attention[layer]`: `float32[H, N + 1, N + 1]` the whole attention map, CLS first.
     - `received[layer]`: `float32[N]` the attention that each patch receives: the mean over heads and over all N + 1
-      queries, what is left of a whole map where only its columns count.
+      queries (N in a tower without CLS), what is left of a whole map where only its columns count.
     - `cls[layer]`: `[D]` the CLS row of hidden state `layer`, in the tower's dtype.
 
     Attributes:
@@ -69,6 +69,11 @@ class Need:
     def __str__(self) -> str:
         """For example `cls_attention[-2]`."""
         return self.kind if self.layer is None else f"{self.kind}[{self.layer}]"
+
+    @property
+    def reads_cls(self) -> bool:
+        """Whether it holds something of the CLS row, which a tower such as SigLIP does not have."""
+        return self.kind in self.KINDS_OF_A_LAYER and self.kind != "received"
 
     def num_queries(self, num_patches: int) -> int:
         """Rows of a layer whose queries it takes: all for a map, none for its output, else the CLS row at most."""

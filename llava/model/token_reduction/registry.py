@@ -49,6 +49,11 @@ LAYER_REDUCERS: dict[str, type[LayerReducer]] = {
 SEPARATOR = "|"
 
 
+def methods_without_cls() -> list[str]:
+    """Name the methods before the language model that serve a vision tower without CLS, such as SigLIP."""
+    return [name for name, method in REDUCERS.items() if not any(need.reads_cls for need in method().needs)]
+
+
 @dataclass(frozen=True)
 class Reduction:
     """What a spec string asks for.

@@ -1,0 +1,89 @@
+"""The text half of a SigLIP in Hugging Face layout: questions into the joint space."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextModel
+
+from llava.errors import InputError
+from llava.files import read_text
+from llava.model.multimodal_encoder.loading import load_quietly, quiet_loading
+from llava.model.stored_weights import find_file
+
+# Stored weights that the text half has no place for.
+OTHER_WEIGHTS = (r"^vision_model\.", r"^logit_(scale|bias)$", r"\.position_ids$")
+NAMES = {r"^text_model\.": ""}
+
+
+class SiglipTextTower(nn.Module):
+    """SigLIP's text encoder, its head and its tokenizer.
+
+    Text is embedded as SigLIP was trained: lower case, padded to the context length, and without a mask. The embedding
+    is read at the last position, which is padding for all but the longest texts.
+    """
+
+    def __init__(self, model: SiglipTextModel, tokenizer: PreTrainedTokenizerBase):
+        """Take the parts; `load` reads them."""
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls, name: str, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> "SiglipTextTower":
+        """Load the text half of a SigLIP.
+
+        Args:
+            name: folder or hub id of a full SigLIP (vision and text).
+            device: where to put it.
+            dtype: what to run it in.
+
+        Returns:
+            The tower.
+
+        Raises:
+            InputError: when the checkpoint holds no text half, or no tokenizer.
+        """
+        model, _ = load_quietly(
+            SiglipTextModel, name, dtype=dtype, what="SigLIP text tower", ignored=OTHER_WEIGHTS, names=NAMES
+        )
+        return cls(model.to(device), read_tokenizer(name, model.config.vocab_size))
+
+    def forward(self, texts: list[str]) -> Tensor:
+        """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
+        if getattr(self.tokenizer, "do_lower_case", True):  # SigLIP 2's tokenizer, Gemma's, keeps capitals by itself
+            texts = [text.lower() for text in texts]
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=self.model.config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        device = next(self.model.parameters()).device
+        return self.model(input_ids=tokens.input_ids.to(device)).pooler_output
+
+
+def read_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a SigLIP: sentencepiece (`spiece.model`), or `tokenizer.json` for SigLIP 2.
+
+    Args:
+        name: folder or hub id.
+        vocab_size: how many ids the text half knows.
+
+    Raises:
+        InputError: no tokenizer, an empty one, one without padding, or one with more ids than the text half.
+    """
+    file = find_file(name, "tokenizer.json")
+    if file is not None and not read_text(Path(file)).strip():
+        raise InputError(f"text tower {name}: {file} is empty; copy or download it again")
+    with quiet_loading(f"text tower {name}: its tokenizer (spiece.model or tokenizer.json)"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"text tower {name}: its tokenizer has no pad_token, and SigLIP reads padded texts")
+    if len(tokenizer) > vocab_size:
+        raise InputError(f"text tower {name} knows {vocab_size} token ids, its tokenizer has {len(tokenizer)}")
+    return tokenizer
