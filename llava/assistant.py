@@ -26,7 +26,7 @@ from llava.eval.benchmark import Question
 from llava.eval.predict import Predictor, Settings, choose_unit_size, plan_units
 from llava.model.token_reduction import CONFIG_KEY
 from llava.picture import Picture, to_pictures
-from llava.prompt import DEFAULT_CONV_MODE, end_of_turn, find_template, place_images
+from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode, end_of_turn, find_template, place_images
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.sampling import Sampling
 
@@ -92,7 +92,7 @@ class Llava:
         Raises:
             InputError: there is no such template.
         """
-        find_template(conv_mode)
+        find_template(conv_mode, tokenizer)
         self.tokenizer = tokenizer
         self.model = model
         self.image_processor = image_processor
@@ -136,7 +136,7 @@ class Llava:
         # 1. All that can be refused before torch looks at a weight.
         _check_reduce(reduce)
         if conv_mode is not None:
-            find_template(conv_mode)
+            check_conv_mode(conv_mode)
         path = _to_path("checkpoint", checkpoint)
         spec = ModelSpec(
             path=path,
@@ -237,7 +237,7 @@ class Llava:
         # 1. What is wrong with a pair is told before any work.
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size {batch_size!r}: expected a whole number from 1 on, or None")
-        end = end_of_turn(find_template(self.conv_mode))
+        end = end_of_turn(find_template(self.conv_mode, self.tokenizer))
         settings = Settings("llava", make_sampling(sampling), self.conv_mode, batch_size, end=end)
         asked = [_to_question(number, pair) for number, pair in enumerate(_list_pairs(pairs))]
         # 2. The loop of the evaluation: units in which equal images meet, batches of like length.

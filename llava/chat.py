@@ -90,15 +90,15 @@ class ChatSession:
             model: a `LlavaCausalLM`.
             tokenizer: its tokenizer.
             image_processor: its vision tower's image processor.
-            conv_mode: name of the conversation template; see `llava.conversation.conversation_name_for`.
+            conv_mode: name of the conversation template; see `llava.prompt.find_template`.
 
         Raises:
-            InputError: there is no template of that name.
+            InputError: there is no such template.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.template = find_template(conv_mode)
+        self.template = find_template(conv_mode, tokenizer)
         self._generator = Generator(model, tokenizer)
         self.show([])
 

@@ -186,12 +186,16 @@ class CheckpointCheck:
     def check_tokenizer(self) -> str:
         """Load the tokenizer; give its size and what it puts first."""
         from llava.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
+        from llava.prompt import find_template
 
         own = has_tokenizer(self.path) or self._ground("_part") is None
         place = self.path if own else self._weights_path
         tokenizer = load_tokenizer(place)
-        vocab_size = self._ground("_config").vocab_size
+        config = self._ground("_config")
+        vocab_size = config.vocab_size
         check_vocabulary(tokenizer, vocab_size, place)
+        if conv_mode := getattr(config, "conv_mode", None):
+            find_template(conv_mode, tokenizer)
         first = tokenizer("a").input_ids[0]
         start = (
             f"prompts start with {tokenizer.bos_token}" if first == tokenizer.bos_token_id else "adds no start token"

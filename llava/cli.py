@@ -13,9 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava.conversation import conversation_name_for, get_model_name_from_path
+from llava.conversation import (
+    conv_templates,
+    conversation_name_for,
+    default_conversation,
+    get_model_name_from_path,
+)
 from llava.errors import InputError
-from llava.files import parse_natural
+from llava.files import FileError, parse_natural, read_json
 from llava.protocols import ImageProcessor, Tokenizer, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -95,13 +100,14 @@ def add_prompt_options(parser: argparse.ArgumentParser, *, conv_mode: str | None
 
     Args:
         parser: gets the options.
-        conv_mode: default template; None: the one that fits the checkpoint's name (`choose_template`).
+        conv_mode: template where training stored none; None: the one that fits the checkpoint's name.
         temperature: default.
     """
-    default = conv_mode or "from the checkpoint's name"
+    default = conv_mode or "by the checkpoint's name"
     parser.add_argument(
-        "--conv-mode", default=conv_mode, metavar="NAME", help=f"conversation template (default: {default})"
+        "--conv-mode", metavar="NAME", help=f"conversation template (default: the one of training, else {default})"
     )
+    parser.set_defaults(usual_conv_mode=conv_mode)
     draw = "" if temperature == 0 else "; tokens are drawn, in each run others"
     parser.add_argument(
         "--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature:g}{draw})"
@@ -125,7 +131,7 @@ def complete_options(parser: argparse.ArgumentParser, args: object) -> argparse.
     Raises:
         InputError: one that the command requires is missing.
     """
-    options = argparse.Namespace()
+    options = argparse.Namespace(usual_conv_mode=parser.get_default("usual_conv_mode"))
     for action in parser._actions:
         if action.dest == "help":
             continue
@@ -164,6 +170,31 @@ def choose_template(args: object, config: object = None) -> str:
     template, source = guess_template(args.model_path, config)
     sys.stderr.write(f"conversation template {template}, {source} (--conv-mode names another)\n")
     return template
+
+
+def choose_run_template(args: object) -> str:
+    """Return the conversation template of an evaluation, whose command has a usual one (`add_prompt_options`).
+
+    It is the option's, else what training stored, else the usual one; this also where training used the template of
+    LLaVA-1.5, of which there are several names. Torch is imported only now.
+
+    Args:
+        args: with `model_path`, `conv_mode` and `usual_conv_mode`.
+    """
+    if args.conv_mode:
+        return args.conv_mode
+    from llava.model.config_rules import CONFIG_FILE
+    from llava.model.stored_weights import find_file
+
+    file = find_file(str(user_path(args.model_path)), CONFIG_FILE)
+    try:
+        values = {} if file is None else read_json(Path(file))
+    except FileError:  # loading it says what is wrong
+        values = {}
+    stored = values.get("conv_mode") if isinstance(values, dict) else None
+    if not isinstance(stored, str) or conv_templates.get(stored) is default_conversation:
+        return args.usual_conv_mode
+    return stored
 
 
 def guess_template(model_path: str, config: object = None) -> tuple[str, str]:

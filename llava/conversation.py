@@ -10,7 +10,7 @@ import dataclasses
 import html
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from io import BytesIO
 
@@ -40,6 +40,7 @@ class SeparatorStyle(Enum):
     MPT = auto()
     PLAIN = auto()
     LLAMA_2 = auto()
+    CHAT = auto()
 
 
 @dataclasses.dataclass
@@ -178,28 +179,50 @@ def _render_llama_2(conv: Conversation, turns: Turns) -> str:
     return rendered.removeprefix(conv.sep)
 
 
+def _render_chat(conv: Conversation, turns: Turns) -> str:
+    """A tokenizer's own markup: roles are what opens a turn, separators what closes it, `system` all that goes before.
+
+    Spaces at the end of an opening belong to the answer, as in LLaVA's templates: an open turn has none.
+    """
+    ends = (conv.sep, conv.sep2)
+    rendered = [
+        f"{role}{text}{ends[number % 2]}" if text else role.rstrip(" ") for number, (role, text) in enumerate(turns)
+    ]
+    return conv.system + "".join(rendered)
+
+
 _RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], str]] = {
     SeparatorStyle.SINGLE: _render_alternating,
     SeparatorStyle.TWO: _render_alternating,
     SeparatorStyle.MPT: _render_chatml,
     SeparatorStyle.PLAIN: _render_bare,
     SeparatorStyle.LLAMA_2: _render_llama_2,
+    SeparatorStyle.CHAT: _render_chat,
 }
 
 
 # ------------------------------------------------------------------------------------------------- as a Jinja template
-_JINJA_CONTENT = """\
+_JINJA_IMAGE = f"{DEFAULT_IMAGE_TOKEN}\n"
+_JINJA_SHOW = """\
 {%- macro show(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
 {%- for part in content if part.type == "image" -%}{{ IMAGE }}{%- endfor -%}
 {%- for part in content if part.type == "text" -%}{{ part.text }}{%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
+"""
+_JINJA_SYSTEM = """\
 {%- set system = SYSTEM -%}
 {%- if messages[0].role == "system" -%}
 {%- set system = show(messages[0].content) -%}{%- set messages = messages[1:] -%}
 {%- endif -%}
 """
+_JINJA_TAKE_PARTS = """\
+{%- set taken = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set taken.messages = taken.messages + [{"role": message.role, "content": show(message.content)}] -%}
+{%- endfor -%}
+{%- set messages = taken.messages %}"""
 _JINJA_TURNS = """\
 {{- system + SEP -}}
 {%- for message in messages -%}
@@ -226,14 +249,15 @@ def to_jinja(conv: Conversation) -> str | None:
     message at the start takes the place of the template's.
 
     Returns:
-        The Jinja source, without the start token, which the tokenizer adds; None for a template without roles.
+        The Jinja source, without the start token, which the tokenizer adds; None for a template without roles, and for
+        a tokenizer's own, which is Jinja already (`take_parts`).
     """
-    if conv.sep_style is SeparatorStyle.PLAIN or conv.offset or "mmtag" in conv.version:
+    if conv.sep_style in (SeparatorStyle.PLAIN, SeparatorStyle.CHAT) or conv.offset or "mmtag" in conv.version:
         return None
     user, assistant = conv.roles
     colon = "" if conv.sep_style is SeparatorStyle.MPT else ": "
     values = {
-        "IMAGE": f"{DEFAULT_IMAGE_TOKEN}\n",
+        "IMAGE": _JINJA_IMAGE,
         "SYSTEM": conv.system,
         "SEP": conv.sep,
         "END": conv.sep if conv.sep2 is None else conv.sep2,
@@ -242,11 +266,20 @@ def to_jinja(conv: Conversation) -> str | None:
         "OPEN": f"{assistant}{colon.strip()}",
     }
     body = _JINJA_LLAMA_2 if conv.sep_style is SeparatorStyle.LLAMA_2 else _JINJA_TURNS
-    return re.sub(
-        r"\b[A-Z]{3,}\b",
-        lambda word: json.dumps(values[word[0]]) if word[0] in values else word[0],
-        _JINJA_CONTENT + body,
-    )
+    return _fill_in(_JINJA_SHOW + _JINJA_SYSTEM + body, values)
+
+
+def take_parts(source: str) -> str:
+    """Let a language model's chat template take messages of parts as well, as `to_jinja` has them.
+
+    Args:
+        source: the Jinja of a template that takes texts.
+    """
+    return _fill_in(_JINJA_SHOW + _JINJA_TAKE_PARTS, {"IMAGE": _JINJA_IMAGE}) + source
+
+
+def _fill_in(source: str, values: Mapping[str, str]) -> str:
+    return re.sub(r"\b[A-Z]{3,}\b", lambda word: json.dumps(values[word[0]]) if word[0] in values else word[0], source)
 
 
 def _fit_for_display(image: Image.Image, process_mode: str) -> Image.Image:

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.conversation import conv_templates, conversation_name_for, get_model_name_from_path, to_jinja
+from llava.chat_template import CHAT_TEMPLATE, read_chat_template
+from llava.conversation import (
+    conv_templates,
+    conversation_name_for,
+    get_model_name_from_path,
+    take_parts,
+    to_jinja,
+)
 from llava.errors import InputError, run_command
 
 if TYPE_CHECKING:
@@ -97,7 +104,7 @@ def convert_to_hf(source: str, folder: Path) -> str:
     write_json(folder / CONFIG_FILE, settings, indent=2)
     write_tokenizer(tokenizer, settings, folder)
     write_processor(tower, settings, folder)
-    shown = write_card(source, values, settings, folder)
+    shown = write_card(source, values, settings, tokenizer, folder)
     vocab_size = given.config.vocab_size
     return f"{written}; vocabulary {vocab_size}, with <image> and <pad> {num_rows} rows; chat template {shown}"
 
@@ -128,7 +135,8 @@ def open_source(source: str, *, is_hf: bool) -> Source:
         is_hf: whether it shall have the layout of llava-hf, or LLaVA's.
 
     Raises:
-        InputError: it has the other layout, is a part of a checkpoint, or has another tower than a CLIP.
+        InputError: it has the other layout, is a part of a checkpoint, has another tower than a CLIP, or names a chat
+            template that the tokenizer has not.
     """
     from llava.model.builder import check_tower_fits, find_weights, read_config
     from llava.model.config_rules import CONFIG_FILE, is_hf_layout, read_settings
@@ -147,7 +155,10 @@ def open_source(source: str, *, is_hf: bool) -> Source:
     if not isinstance(tower, CLIPVisionTower):
         raise InputError(f"{file}: mm_vision_tower is {config.mm_vision_tower}; only a Hugging Face CLIP is converted")
     check_tower_fits(config, tower, source)
-    return Source(config, values, file, tower, load_tokenizer(source))
+    tokenizer = load_tokenizer(source)
+    if values.get("conv_mode") == CHAT_TEMPLATE:
+        read_chat_template(tokenizer)
+    return Source(config, values, file, tower, tokenizer)
 
 
 def check_weights(source: str, config: "PreTrainedConfig") -> None:
@@ -163,13 +174,13 @@ def check_weights(source: str, config: "PreTrainedConfig") -> None:
         check_headers(classes_of(config).model, source, config, what="checkpoint")
 
 
-def write_card(source: str, values: dict, settings: dict, folder: Path) -> str:
+def write_card(source: str, values: dict, settings: dict, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> str:
     """Write the chat template and the model card; returns the template's name, for a person."""
     from llava.files import write_text
 
     name = get_model_name_from_path(source)
     template = values.get("conv_mode") or conversation_name_for(name)
-    jinja = to_jinja(conv_templates[template])
+    jinja = take_parts(tokenizer.chat_template) if template == CHAT_TEMPLATE else to_jinja(conv_templates[template])
     if jinja is not None:
         write_text(folder / "chat_template.jinja", jinja)
     shown = template if jinja is not None else f"none (the template {template} is no dialogue)"
@@ -317,7 +328,7 @@ def convert_to_llava(source: str, folder: Path) -> str:
     Raises:
         InputError: another layout, a damaged checkpoint, or another language model or tower than LLaVA's.
     """
-    from llava.files import write_json
+    from llava.files import write_json, write_text
     from llava.model.checkpoint_folder import locate_tower
     from llava.model.config_rules import CONFIG_FILE, check_config, family_of
     from llava.model.hf_layout import STORED_PREFIX, to_llava_config
@@ -351,6 +362,8 @@ def convert_to_llava(source: str, folder: Path) -> str:
     write_json(folder / CONFIG_FILE, settings, indent=2)
     copy_files(source, folder)
     write_llava_tokenizer(tokenizer, family_of(settings["model_type"]), folder)
+    if settings.get("conv_mode") == CHAT_TEMPLATE:
+        write_text(folder / "chat_template.jinja", tokenizer.chat_template)
     shown = "with the vision tower" if keeps_tower else f"vision tower {settings['mm_vision_tower']}"
     return f"{written}; vocabulary {vocab_size}, {shown}"
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from llava.chat_template import find_end_token
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import KeywordsStoppingCriteria
 from llava.model.language_model.causal import sliding_window
@@ -88,10 +89,9 @@ class Generator:
 
     def _ends_at(self, end: str) -> bool:
         """Whether a text is the tokenizer's name for a token that ends every answer: nothing has to watch for it."""
-        if end != getattr(self._tokenizer, "eos_token", None):
-            return False
+        token = find_end_token(end, self._tokenizer)
         known = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
-        return self._tokenizer.eos_token_id in ([known] if isinstance(known, int) else known or [])
+        return token is not None and token in ([known] if isinstance(known, int) else known or [])
 
     def _generate(
         self,

@@ -158,7 +158,8 @@ def ask_else(model: LlavaCausalLM, case: Case, question: str, conv_mode: str = D
 
 def make_ids(model: LlavaCausalLM, question: str, num_images: int, conv_mode: str) -> Tensor:
     """Make the prompt of a question about images: `int64[T]`, with a placeholder id for each."""
-    prompt = wrap_prompt(question, num_images, conv_mode, getattr(model.config, "mm_use_im_start_end", False))
+    use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)
+    prompt = wrap_prompt(question, num_images, conv_mode, use_im_start_end, model.tokenizer)
     return tokenizer_image_token(prompt, model.tokenizer, return_tensors="pt")
 
 

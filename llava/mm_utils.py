@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaTokenizer, StoppingCriteria
 
+from llava.chat_template import adds_start
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import get_model_name_from_path as get_model_name_from_path
 from llava.errors import InputError
@@ -294,10 +295,11 @@ def tokenize_prompts(
     chunked = [prompt.split(DEFAULT_IMAGE_TOKEN) for prompt in prompts]
     texts = list(dict.fromkeys(chunk for chunks in chunked for chunk in chunks))
     ids = dict(zip(texts, tokenize_texts(texts, tokenizer), strict=True))
+    # What the tokenizer put there, not a text that begins with it (ChatML's <|im_start|> may be the sequence start).
+    starts = int(adds_start(tokenizer))
     rows = []
     for first, *others in chunked:
         row = list(ids[first])
-        starts = int(bool(row) and row[0] == tokenizer.bos_token_id)
         for chunk in others:
             row += [image_token_index, *ids[chunk][starts:]]
         rows.append(row)

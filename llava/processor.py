@@ -43,7 +43,7 @@ class LlavaProcessor:
         Raises:
             InputError: there is no such template.
         """
-        find_template(conv_mode)
+        find_template(conv_mode, tokenizer)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.conv_mode = conv_mode
@@ -143,7 +143,7 @@ class LlavaProcessor:
         """
         if return_dict is not True:
             raise InputError("a tokenized dialogue comes with its mask and images: leave out return_dict")
-        template = find_template(self.conv_mode).copy()
+        template = find_template(self.conv_mode, self.tokenizer).copy()
         images: list[object] = []
         for number, message in enumerate(conversation):
             role = ("user", "assistant")[number % 2]

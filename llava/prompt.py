@@ -8,6 +8,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
+from llava.chat_template import CHAT_TEMPLATE, read_chat_template
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.errors import InputError
@@ -70,16 +71,18 @@ def query_of(text: str) -> str:
     return text.replace(DEFAULT_IMAGE_TOKEN, " ")
 
 
-def find_question(prompt: str) -> str:
+def find_question(prompt: str, template: Conversation | None = None) -> str:
     """Cut the last user turn out of a decoded prompt.
 
     Args:
         prompt: the whole prompt, image placeholders removed already or still as `<image>`.
+        template: of a tokenizer's chat template, if the prompt was written with it.
 
     Returns:
         The turn's text, stripped; the whole prompt where it has no known role.
     """
-    for opening, closing in USER_TURNS:
+    own = () if template is None else ((template.roles[0].strip(), (template.sep + template.roles[1]).strip()),)
+    for opening, closing in own or USER_TURNS:
         start = prompt.rfind(opening)
         if start >= 0:
             prompt = prompt[start + len(opening) :].split(closing)[0]
@@ -90,18 +93,21 @@ def find_question(prompt: str) -> str:
     return query_of(prompt).strip()
 
 
-def recover_query(input_ids: "Tensor", tokenizer: Tokenizer) -> str:
+def recover_query(input_ids: "Tensor", tokenizer: Tokenizer, conv_mode: str | None = None) -> str:
     """Recover the question from one sample's ids.
 
     Args:
         input_ids: `int64[T]` without padding, with IMAGE_TOKEN_INDEX at placeholders.
         tokenizer: the language model's tokenizer.
+        conv_mode: `chat_template` where the prompt has the roles of the tokenizer's chat template; else those of the
+            known templates are looked for.
 
     Returns:
         The last user turn; "" for an empty one; the whole prompt where it has no known role.
     """
     # Some templates mark their roles with special tokens, so these are cut out behind the search, not before it.
-    question = find_question(decode_prompt(input_ids, tokenizer))
+    template = read_chat_template(tokenizer) if conv_mode == CHAT_TEMPLATE else None
+    question = find_question(decode_prompt(input_ids, tokenizer), template)
     for token in tokenizer.all_special_tokens:
         question = question.replace(token, "")
     return question.strip()
@@ -113,18 +119,35 @@ def decode_prompt(input_ids: "Tensor", tokenizer: Tokenizer) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def find_template(conv_mode: str) -> Conversation:
-    """Look up a conversation template.
+def check_conv_mode(conv_mode: str) -> None:
+    """Check the name of a conversation template, before there is a tokenizer.
 
     Raises:
         InputError: there is no template of that name; lists those there are, and the closest.
     """
-    if conv_mode not in conv_templates:
-        closest = difflib.get_close_matches(conv_mode, conv_templates, n=1)
+    names = (*conv_templates, CHAT_TEMPLATE)
+    if conv_mode not in names:
+        closest = difflib.get_close_matches(conv_mode, names, n=1)
         hint = f'; did you mean "{closest[0]}"?' if closest else ""
-        known = ", ".join(sorted(conv_templates))
-        raise InputError(f'no conversation template "{conv_mode}"; known: {known}{hint}')
-    return conv_templates[conv_mode]
+        raise InputError(f'no conversation template "{conv_mode}"; known: {", ".join(sorted(names))}{hint}')
+
+
+def find_template(conv_mode: str, tokenizer: Tokenizer | None = None) -> Conversation:
+    """Look up a conversation template.
+
+    Args:
+        conv_mode: a name of `conv_templates`, or `chat_template`: the tokenizer's own.
+        tokenizer: the language model's; only `chat_template` asks for it.
+
+    Raises:
+        InputError: there is no template of that name, or the tokenizer has no chat template that can be used.
+    """
+    check_conv_mode(conv_mode)
+    if conv_mode != CHAT_TEMPLATE:
+        return conv_templates[conv_mode]
+    if tokenizer is None:
+        raise InputError(f"the conversation template {CHAT_TEMPLATE} is a tokenizer's own: give the tokenizer")
+    return read_chat_template(tokenizer)
 
 
 def choose_conv_mode(conv_mode: str, model_name: str) -> str:
@@ -135,7 +158,7 @@ def choose_conv_mode(conv_mode: str, model_name: str) -> str:
     Raises:
         InputError: there is no such template.
     """
-    find_template(conv_mode)
+    check_conv_mode(conv_mode)
     is_plain = "plain" in model_name and "finetune" not in model_name.lower()
     variant = f"{conv_mode}_mmtag"
     return variant if is_plain and variant in conv_templates else conv_mode
@@ -169,15 +192,18 @@ def enclose_images(text: str) -> str:
     return text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
 
 
-def wrap_prompt(text: str, num_images: int, conv_mode: str, use_im_start_end: bool = False) -> str:
+def wrap_prompt(
+    text: str, num_images: int, conv_mode: str, use_im_start_end: bool = False, tokenizer: Tokenizer | None = None
+) -> str:
     """Make the prompt of a dialogue of one turn; arguments and errors as for `place_images` and `find_template`."""
-    conversation = find_template(conv_mode).copy()
+    conversation = find_template(conv_mode, tokenizer).copy()
     conversation.append_message(conversation.roles[0], place_images(text, num_images, use_im_start_end))
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
 
 
 def end_of_turn(conversation: Conversation) -> str:
-    """Return the text with which the template ends the assistant's turn."""
-    two_sided = conversation.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
-    return conversation.sep2 if two_sided else conversation.sep
+    """Return the text with which the template ends the assistant's turn, without white space around it."""
+    two_sided = conversation.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2, SeparatorStyle.CHAT)
+    end = conversation.sep2 if two_sided else conversation.sep
+    return end.strip() or end

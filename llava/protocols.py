@@ -19,14 +19,23 @@ class Encoding(Protocol):
     offset_mapping: list[tuple[int, int]]
 
 
+class AddedToken(Protocol):
+    """A token that a tokenizer finds before it cuts a text into pieces; `str` gives its text."""
+
+    special: bool
+
+
 class Tokenizer(Protocol):
     """A language model's tokenizer, as in transformers' `PreTrainedTokenizerBase`."""
 
     name_or_path: str
     is_fast: bool
     bos_token_id: int | None
+    bos_token: str | None
     all_special_tokens: list[str]
+    added_tokens_decoder: Mapping[int, "AddedToken"]
     eos_token_id: int | None
+    chat_template: str | None
 
     def __call__(self, text: str | list[str], **options: object) -> Encoding:
         """Encode one text or several, special tokens included."""
@@ -39,6 +48,12 @@ class Tokenizer(Protocol):
 
     def get_added_vocab(self) -> dict[str, int]:
         """Return the tokens that stand apart from the vocabulary, special ones among them, with their ids."""
+
+    def convert_tokens_to_ids(self, tokens: str) -> int:
+        """Return the id of a token of the vocabulary."""
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: object) -> str:
+        """Run the chat template on messages, `{"role": ..., "content": ...}` each."""
 
     def save_pretrained(self, save_directory: str, **options: object) -> object:
         """Write the tokenizer's files into a folder."""

@@ -17,7 +17,7 @@ from llava.cli import ModelSpec, add_model_options, choose_template, positive
 from llava.drawing import Drawing, Panel, TextLine, find_format
 from llava.errors import InputError, one_line, run_command
 from llava.image import load_image
-from llava.prompt import DEFAULT_CONV_MODE, find_template
+from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -261,7 +261,7 @@ def check_options(args: argparse.Namespace, specs: Sequence[str]) -> None:
     if len(args.query) > 1:
         _check_several(args, specs)
     if args.conv_mode is not None:
-        find_template(args.conv_mode)
+        check_conv_mode(args.conv_mode)
     if args.what_if and len(specs) > 1:
         raise InputError(f"--what-if tries one method, and --reduce names {len(specs)}: choose one")
     if args.what_if and args.answer:

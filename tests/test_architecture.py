@@ -23,6 +23,7 @@ LAYERS = [
     ("llava.clock", 1),
     ("llava.sampling", 1),
     ("llava.conversation", 1),
+    ("llava.chat_template", 1),
     ("llava.image", 2),
     ("llava.picture", 3),
     ("llava.prompt", 2),

@@ -101,6 +101,13 @@ def test_a_fault_that_others_depend_on_is_reported_once(place: Path, check, valu
     assert [line[6:].split(":")[0] for line in lines if line.startswith("FAULT")] == [subject]
 
 
+def test_a_chat_template_that_config_names_and_the_tokenizer_lacks_is_a_fault(place: Path, check):
+    edit(place / NAME / "config.json", conv_mode="chat_template")
+    code, lines = check(NAME)
+    (fault,) = (line for line in lines if line.startswith("FAULT"))
+    assert code == 2 and "FAULT tokenizer: " in fault and "has no chat template: name a conversation template" in fault
+
+
 def test_an_absent_checkpoint_is_a_fault(place: Path, check):
     code, lines = check("./nowhere")
     assert code == 2

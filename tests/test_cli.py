@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from llava.cli import choose_template, list_image_sources
+from llava.cli import choose_run_template, choose_template, list_image_sources
 from llava.errors import run_command
 from llava.eval import run_llava
 from llava.eval.run_llava import eval_model
@@ -374,3 +374,25 @@ def test_the_template_is_the_options_the_stored_one_or_that_of_the_name_and_is_n
     args.conv_mode = "plain"
     assert choose_template(args, SimpleNamespace(conv_mode="vicuna_v1")) == "plain"
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("stored", "chosen"),
+    [(None, "llava_v1"), ("v1", "llava_v1"), ("chat_template", "chat_template"), ("qwen_2", "qwen_2")],
+)
+def test_an_evaluation_uses_the_template_of_training_where_that_is_not_llavas(
+    stored: str | None, chosen: str, tmp_path: Path
+):
+    (tmp_path / "config.json").write_text(json.dumps({"conv_mode": stored} if stored else {}))
+    args = SimpleNamespace(model_path=str(tmp_path), conv_mode=None, usual_conv_mode="llava_v1")
+    assert choose_run_template(args) == chosen
+    args.conv_mode = "plain"
+    assert choose_run_template(args) == "plain"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"conv_mode": 1}'])
+def test_a_config_that_cannot_be_read_is_left_to_the_loader(content: str | None, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    args = SimpleNamespace(model_path=str(tmp_path), conv_mode=None, usual_conv_mode="vicuna_v1")
+    assert choose_run_template(args) == "vicuna_v1"

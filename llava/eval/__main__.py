@@ -12,6 +12,7 @@ from llava.cli import (
     ModelSpec,
     add_model_options,
     add_prompt_options,
+    choose_run_template,
     natural,
     positive,
     positive_or_auto,
@@ -45,7 +46,7 @@ from llava.eval.wrong import (
     read_run,
 )
 from llava.files import make_folder, write_json, write_text
-from llava.prompt import DEFAULT_CONV_MODE, find_template
+from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode
 from llava.sampling import Sampling
 from llava.signals import ending_on_signals
 
@@ -303,7 +304,8 @@ def answer_and_exit(
         max_new_tokens=max_new_tokens,
     )
     spec = ModelSpec.from_options(arguments)
-    find_template(arguments.conv_mode)
+    if arguments.conv_mode:
+        check_conv_mode(arguments.conv_mode)
     # 2. Only this command needs torch; the others answer at once.
     with ending_on_signals():
         from llava.eval.predict import Settings, make_answers
@@ -315,7 +317,7 @@ def answer_and_exit(
             Settings(
                 model_id=spec.name,
                 sampling=sampling,
-                conv_mode=arguments.conv_mode,
+                conv_mode=choose_run_template(arguments),
                 batch_size=arguments.batch_size,
                 num_workers=num_workers,
             ),
@@ -430,13 +432,18 @@ def compare_task(arguments: argparse.Namespace) -> None:
     names = list(BENCHMARKS) if arguments.tasks == ["all"] else arguments.tasks
     tasks = [(task, task.find_root(find_data_root())) for task in map(find_benchmark, names)]
     spec = ModelSpec.from_options(arguments)
-    find_template(arguments.conv_mode)
-    place_options = {"limit": arguments.limit, "conv_mode": arguments.conv_mode, "batch_size": arguments.batch_size}
+    if arguments.conv_mode:
+        check_conv_mode(arguments.conv_mode)
     # What needs torch: only `answer` and this.
     from llava.eval.compare import Place, Runner, run_all
     from llava.eval.comparison import make_cells, write_plots, write_tables
     from llava.eval.comparison_page import write_page
 
+    place_options = {
+        "limit": arguments.limit,
+        "conv_mode": choose_run_template(arguments),
+        "batch_size": arguments.batch_size,
+    }
     place = Place(make_folder(arguments.out), spec, max_cache_bytes=arguments.cache_gib * 2**30, **place_options)
     matched = [arguments.matched_to] if arguments.matched_to else []
     budgets = [] if matched else arguments.budgets

@@ -258,7 +258,7 @@ class Runner:
         embeds = model.embed_queries(queries)
         decoder = GreedyDecoder(model, ends=())  # all answers have the same length
         mode = choose_conv_mode(self.place.conv_mode, self.place.spec.name)
-        prompts = [wrap_prompt(question.prompt, 1, mode, False) for question in questions[:TIMED_PROMPTS]]
+        prompts = [wrap_prompt(question.prompt, 1, mode, False, tokenizer) for question in questions[:TIMED_PROMPTS]]
         ids = list(map(torch.tensor, tokenize_prompts(prompts, tokenizer)))
         tokens = [(each,) for each in model.make_image_tokens(images, queries)[: len(ids)]]
         return {

@@ -36,7 +36,7 @@ from llava.generation import Generator
 from llava.mm_utils import tokenize_prompts
 from llava.model.identity import fingerprint
 from llava.model.token_reduction import parse_reduction
-from llava.prompt import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
+from llava.prompt import DEFAULT_CONV_MODE, choose_conv_mode, find_template, wrap_prompt
 from llava.protocols import ImageProcessor, ImageTokens, Tokenizer, VisionLanguageModel
 from llava.sampling import Sampling
 
@@ -259,6 +259,7 @@ class Predictor:
         self.generator = Generator(model, tokenizer)
         self.limits = choose_limits(model, settings.batch_size)
         self.conv_mode = choose_conv_mode(settings.conv_mode, settings.model_id)
+        find_template(self.conv_mode, tokenizer)  # one that the tokenizer has not is no fault of a question
 
     def announce(self, questions: Sequence[Question]) -> None:
         """Read the images of the questions that come next."""
@@ -312,7 +313,7 @@ class Predictor:
 
     def wrap(self, question: Question) -> str:
         use_im_start_end = getattr(self.model.config, "mm_use_im_start_end", False)
-        return wrap_prompt(question.prompt, len(question.images), self.conv_mode, use_im_start_end)
+        return wrap_prompt(question.prompt, len(question.images), self.conv_mode, use_im_start_end, self.tokenizer)
 
     def reduce(
         self, questions: Sequence[Question], encoded: dict[ImageSource, EncodedImage]

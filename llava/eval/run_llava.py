@@ -20,7 +20,7 @@ from llava.cli import (
 )
 from llava.cli import load_image as load_image
 from llava.errors import InputError, run_command
-from llava.prompt import find_template
+from llava.prompt import check_conv_mode
 from llava.sampling import Sampling
 
 
@@ -46,7 +46,7 @@ def eval_model(args: object) -> str:
         seed=args.seed,
     )
     if args.conv_mode:
-        find_template(args.conv_mode)
+        check_conv_mode(args.conv_mode)
     if not args.query.strip():
         raise InputError("--query is empty: write what you want to know about the image")
     # 2. Images before the model: they load fast, and a wrong path is the commonest mistake.

@@ -118,7 +118,8 @@ class PromptReader:
     def _find_queries(self, prompts: list[Prompt]) -> list[str]:
         """What CLIP's text half reads, one query per prompt."""
         if self._texts is None:
-            return [recover_query(prompt.ids, self._tokenizer) for prompt in prompts]
+            conv_mode = getattr(self._model.config, "conv_mode", None)
+            return [recover_query(prompt.ids, self._tokenizer, conv_mode) for prompt in prompts]
         if callable(self._texts):
             return [self._texts(decode_prompt(prompt.ids, self._tokenizer)) for prompt in prompts]
         texts = [self._texts] * len(prompts) if isinstance(self._texts, str) else list(self._texts)

@@ -23,7 +23,7 @@ from llava.model.config_rules import (
     read_settings,
     require,
 )
-from llava.model.language_model.causal import LlavaCausalLM
+from llava.model.language_model.causal import LlavaCausalLM, add_end_tokens
 from llava.model.language_model.families import classes_of
 from llava.model.multimodal_encoder.loading import build_empty, load_quietly, resolve_name
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
@@ -124,6 +124,7 @@ def load_on_base(part: Part, base: str, config: PreTrainedConfig, settings: dict
         model.add_token_rows(num_tokens)
     model.config.mm_vision_tower, model.config._name_or_path = tower, part.path
     model.load_state_dict(weights, strict=False)
+    add_end_tokens(model, config.eos_token_id)  # training may have taught another end than the base's
     return _attach(model, part, base, merge) if part.is_lora else model
 
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llava.chat_template import CHAT_TEMPLATE
 from llava.conversation import conv_templates
 from llava.errors import InputError
 from llava.files import parse_record, read_text
@@ -301,7 +302,7 @@ LLAVA_RULES = {
     "mm_vision_select_feature": choice("patch", "cls_patch", null=False),
     "mm_patch_merge_type": choice(*MERGE_TYPES),
     "image_aspect_ratio": choice(*ASPECT_RATIOS),
-    "conv_mode": choice(*conv_templates),
+    "conv_mode": choice(*conv_templates, CHAT_TEMPLATE),
     "mm_projector_lr": number(0),
     "mm_use_im_start_end": flag(),
     "mm_use_im_patch_token": flag(),

@@ -39,7 +39,7 @@ SETTINGS_FILES = (
 )
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja"),
 )
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 TRAINING_FILES = ("training_args.bin", "optimizer.bin", "scheduler.bin")

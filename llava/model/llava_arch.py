@@ -351,7 +351,8 @@ class LlavaMetaForCausalLM(ABC):
                 raise InputError("recovering the query needs model.tokenizer; set it, or pass texts=[...]")
             self.tokenizer = load_tokenizer(checkpoint)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        return [recover_query(row[keep], self.tokenizer) for row, keep in zip(input_ids, real, strict=True)]
+        conv_mode = getattr(self.config, "conv_mode", None)
+        return [recover_query(row[keep], self.tokenizer, conv_mode) for row, keep in zip(input_ids, real, strict=True)]
 
     def _sample_texts(self, texts: str | list[str] | None, input_ids: Tensor, real: Tensor) -> list[str]:
         """One query per sample: as given, one for all, or recovered from the ids."""

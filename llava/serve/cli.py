@@ -21,7 +21,7 @@ from llava.cli import (
 )
 from llava.cli import load_image as load_image
 from llava.errors import InputError, run_command
-from llava.prompt import find_template
+from llava.prompt import check_conv_mode
 from llava.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def main(args: object = None) -> None:
     sampling = Sampling(temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed)
     spec = ModelSpec.from_options(args)
     if getattr(args, "conv_mode", None):
-        find_template(args.conv_mode)
+        check_conv_mode(args.conv_mode)
     # 2. Images before the model: they load fast, and a wrong path is the commonest mistake.
     images = load_images(list_image_sources(args.image_file, args.sep))
     tokenizer, model, image_processor = spec.load(quiet=True)

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, Trainer, get_scheduler
 from llava.errors import InputError
 from llava.model.token_reduction import parse_reduction
 from llava.train.flags import DataArguments, LlavaTrainingFlags, ModelArguments, OneLineParser, check_flags
-from llava.train.targets import choose_template
+from llava.train.targets import check_version
 
 
 @dataclass
@@ -66,7 +66,7 @@ def parse_arguments(
     parser = _Parser((ModelArguments, DataArguments, TrainingArguments))
     with explaining_refusals("training arguments"):
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    choose_template(model_args.version)
+    check_version(model_args.version)
     parse_reduction(model_args.mm_vision_token_reduce_func)
     try_recipe(training_args)
     return model_args, data_args, training_args

@@ -107,6 +107,19 @@ def copy_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
+def drop_second_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave one name of each tied weight.
+
+    transformers finds tied weights by their memory, and DeepSpeed hands it copies.
+
+    Args:
+        model: what is saved.
+        weights: its state, or a part of that.
+    """
+    second = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return {name: value for name, value in weights.items() if name not in second}
+
+
 # ------------------------------------------------------------------------------------------------------- resuming
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """List the checkpoints of a run that were begun, the newest first."""

@@ -33,7 +33,12 @@ class ModelArguments:
     """Which model is trained, from what, and which parts of it."""
 
     model_name_or_path: str = field(metadata={"help": "Language model or LLaVA checkpoint to start from."})
-    version: str = field(default="v1", metadata={"help": "Conversation template; plain for projector pretraining."})
+    version: str = field(
+        default="v1",
+        metadata={
+            "help": "Conversation template; plain for projector pretraining; auto: the tokenizer's own, v1 without one."
+        },
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the hub are kept."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Freeze the decoder layers."})
     tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector and nothing else."})

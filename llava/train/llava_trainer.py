@@ -38,7 +38,14 @@ from llava.model.language_model.causal import TOWER_PREFIX
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.protocols import Tokenizer
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint import adds_tokens, data_only, load_lora_rest, save_lora_rest, save_projector
+from llava.train.checkpoint import (
+    adds_tokens,
+    data_only,
+    drop_second_names,
+    load_lora_rest,
+    save_lora_rest,
+    save_projector,
+)
 from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Batch
 from llava.train.records import SHOWN_FAULTS
@@ -266,7 +273,7 @@ class LLaVATrainer(Trainer):
         # A LLaVA does it itself, and a plain language model or an adapter does not.
         is_llava = isinstance(self.model, LlavaMetaForCausalLM)
         with nullcontext() if is_llava else portable_config(self.model, folder):
-            super()._save(str(folder), state_dict)
+            super()._save(str(folder), None if state_dict is None else drop_second_names(self.model, state_dict))
         if self.args.should_save:
             tidy_checkpoint(folder)
             if self.processing_class is not None:

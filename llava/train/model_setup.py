@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llava.chat_template import find_end_token
+from llava.conversation import Conversation, SeparatorStyle
 from llava.errors import InputError
 from llava.model.adapter import EMBEDDING_KEY
 from llava.model.builder import make_config
 from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
-from llava.model.language_model.causal import LlavaCausalLM
+from llava.model.language_model.causal import LlavaCausalLM, add_end_tokens
 from llava.model.language_model.families import classes_of
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
@@ -19,6 +21,7 @@ from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
 from llava.model.token_reduction import CONFIG_KEY
 from llava.model.tokenizer import load_tokenizer
+from llava.prompt import end_of_turn
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
 from llava.train.flags import DataArguments, ModelArguments
@@ -123,10 +126,23 @@ def check_start(model_args: ModelArguments, training_args: TrainingArguments, co
         )
 
 
-def record_template(model: PreTrainedModel, version: str) -> None:
-    """Write the conversation template into config.json, so that commands need not guess it from a folder's name."""
-    if version != "plain":  # a projector's captions are no dialogue
-        model.config.conv_mode = version
+def record_template(
+    model: PreTrainedModel, version: str, template: Conversation, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write the conversation template into config.json, and the token that ends its answers among those that do.
+
+    So commands need not guess the template from a folder's name, and generation stops where training ended.
+
+    Args:
+        model: is about to be trained; not wrapped.
+        version: name of the template; captions are no dialogue and leave the model as it is.
+        template: the same.
+        tokenizer: the language model's.
+    """
+    if template.sep_style is SeparatorStyle.PLAIN:
+        return
+    model.config.conv_mode = version
+    add_end_tokens(model, find_end_token(end_of_turn(template), tokenizer))
 
 
 def load_training_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> PreTrainedTokenizerBase:

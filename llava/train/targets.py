@@ -12,6 +12,7 @@ every MPT conversation with a Llama tokenizer). Where it adds up, ids and labels
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llava.chat_template import CHAT_TEMPLATE, adds_start, find_end_token, has_chat_template
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -22,8 +23,11 @@ from llava.constants import (
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.errors import InputError
 from llava.mm_utils import tokenize_texts, tokenizer_image_token
-from llava.prompt import query_of
+from llava.prompt import end_of_turn, find_template, query_of
 from llava.protocols import Tokenizer
+
+AUTO = "auto"
+"""As `--version`: the template follows the tokenizer."""
 
 TRAINABLE_STYLES = (SeparatorStyle.TWO, SeparatorStyle.PLAIN, SeparatorStyle.LLAMA_2, SeparatorStyle.MPT)
 
@@ -38,7 +42,7 @@ class Rendered:
 
     Attributes:
         prompt: what the language model reads, image placeholders included.
-        answers: character ranges in `prompt` that the model has to generate, end tokens included.
+        answers: character ranges in `prompt` that the model has to generate, end tokens included, and nothing after.
     """
 
     prompt: str
@@ -53,16 +57,68 @@ class Targets:
     labels: list[int]
 
 
-def choose_template(version: str) -> Conversation:
-    """Return the conversation template that `--version` names.
+def check_version(version: str) -> None:
+    """Check the name that `--version` gives, before there is a tokenizer.
 
     Raises:
         InputError: an unknown template, or one of a style that training has no masks for.
     """
-    trainable = sorted(name for name, conv in conv_templates.items() if conv.sep_style in TRAINABLE_STYLES)
-    if version not in trainable:
-        raise InputError(f"--version {version}: no such training template; known: {', '.join(trainable)}")
-    return conv_templates[version]
+    known = (AUTO, CHAT_TEMPLATE, *sorted(list_trainable()))
+    if version not in known:
+        raise InputError(f"--version {version}: no such training template; known: {', '.join(known)}")
+
+
+def list_trainable() -> list[str]:
+    """List the conversation templates that training has masks for, besides a tokenizer's own."""
+    return [name for name, conv in conv_templates.items() if conv.sep_style in TRAINABLE_STYLES]
+
+
+def settle_version(version: str, tokenizer: Tokenizer) -> str:
+    """Return the name of the template to train with.
+
+    Args:
+        version: of `--version`. `auto` is the tokenizer's own chat template, v1 where it has none.
+        tokenizer: the language model's.
+
+    Raises:
+        InputError: the tokenizer does not fit: an answer would end with pieces of text, at which generation does not
+            stop, instead of one special token; names a template that fits.
+    """
+    if version == AUTO:
+        version = CHAT_TEMPLATE if has_chat_template(tokenizer) else "v1"
+    try:
+        template = choose_template(version, tokenizer)
+    except InputError as error:
+        raise InputError(f"--version {version}: {error}") from None
+    if template.sep_style is SeparatorStyle.PLAIN or find_end_token(end_of_turn(template), tokenizer) is not None:
+        return version
+    fitting = list_fitting(tokenizer)
+    advice = (
+        f"--version {fitting[0]} fits it"
+        if fitting
+        else "no template that is known here fits it: give it a chat template (chat_template.jinja in its folder)"
+    )
+    raise InputError(
+        f"--version {version} ends an answer with {end_of_turn(template)}, which is not one special token of the "
+        f"tokenizer of {tokenizer.name_or_path}: {advice}"
+    )
+
+
+def list_fitting(tokenizer: Tokenizer) -> list[str]:
+    """List the templates whose end of turn is one special token of a tokenizer, its own first."""
+    own = [CHAT_TEMPLATE] if has_chat_template(tokenizer) else []
+    named = ["v1", "qwen_2", *list_trainable()]
+    return own + [name for name in named if find_end_token(end_of_turn(conv_templates[name]), tokenizer) is not None]
+
+
+def choose_template(version: str, tokenizer: Tokenizer | None = None) -> Conversation:
+    """Return the conversation template that `--version` names, by a name of `settle_version`.
+
+    Raises:
+        InputError: as for `check_version` and `llava.prompt.find_template`.
+    """
+    check_version(version)
+    return find_template(version, tokenizer)
 
 
 def choose_placeholder(template: Conversation, use_start_end: bool) -> str:
@@ -91,6 +147,8 @@ def render(turns: Sequence[str], template: Conversation, placeholder: str = DEFA
     conversation = template.copy()
     conversation.messages = []  # without the example turns that a template may have
     answers = []
+    closing = template.sep if template.sep2 is None else template.sep2
+    behind = len(closing) - len(closing.rstrip())
     for position, turn in enumerate(turns):
         text = turn.replace(DEFAULT_IMAGE_TOKEN, placeholder)
         # A user's turn is read, not learned.
@@ -100,9 +158,10 @@ def render(turns: Sequence[str], template: Conversation, placeholder: str = DEFA
         # The prompt with the answer still open is what generation starts from: the answer begins where it ends ...
         conversation.append_message(conversation.roles[1], None)
         start = len(conversation.get_prompt())
-        # ... and closes with the separator that the template puts after it, which the model learns to stop with.
+        # ... and closes with the separator that the template puts after it, which the model learns to stop with. White
+        # space behind that is never generated.
         conversation.messages[-1][1] = text
-        answers.append((start, len(conversation.get_prompt())))
+        answers.append((start, len(conversation.get_prompt()) - behind))
     return Rendered(conversation.get_prompt(), tuple(answers))
 
 
@@ -167,14 +226,14 @@ def _tokenize_with_spans(prompt: str, tokenizer: Tokenizer) -> tuple[list[int], 
     """
     ids: list[int] = []
     spans: list[Span] = []
-    position = 0
+    position, has_start = 0, adds_start(tokenizer)
     for number, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
         chunk_ids, chunk_spans = _tokenize_chunk(chunk, tokenizer)
         if number:
             ids.append(IMAGE_TOKEN_INDEX)
             spans.append((position, position))
             position += len(DEFAULT_IMAGE_TOKEN)
-        skipped = int(number > 0 and chunk_ids[:1] == [tokenizer.bos_token_id])
+        skipped = int(number > 0 and has_start)
         ids += chunk_ids[skipped:]
         spans += [(position + start, position + end) for start, end in chunk_spans[skipped:]]
         position += len(chunk)

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from transformers import set_seed
 
+from llava.conversation import Conversation
 from llava.files import make_folder
 from llava.gone import look_up
 from llava.protocols import ImageProcessor, Tokenizer
@@ -45,7 +46,7 @@ from llava.train.model_setup import (
 from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
 from llava.train.records import Record, check_image_files, read_records, report_faults
 from llava.train.run import Run, RunSettings
-from llava.train.targets import choose_placeholder, choose_template
+from llava.train.targets import choose_placeholder, choose_template, settle_version
 
 __getattr__ = look_up(__name__)
 
@@ -73,10 +74,13 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     config = read_config(model_args)
     model_args, data_args = complete_arguments(model_args, data_args, config)
     check_start(model_args, training_args, config)
+    tokenizer = load_training_tokenizer(model_args, training_args)
+    model_args.version = settle_version(model_args.version, tokenizer)
 
     # 2. Data and the output folder are checked now, before the model is loaded. An interrupted run resumes at its last
     #    complete checkpoint, with the same settings; a finished one has nothing to do.
-    records = load_records(model_args, data_args)
+    text_format = describe_text(model_args, tokenizer)
+    records = load_records(model_args, data_args, text_format.template)
     run = Run(
         folder=make_folder(Path(training_args.output_dir)),
         settings=RunSettings.collect(model_args, data_args, training_args, records),
@@ -89,8 +93,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     last_checkpoint = find_last_checkpoint(
         run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway
     )
-    tokenizer = load_training_tokenizer(model_args, training_args)
-    run_preflight(records, tokenizer, model_args, data_args, training_args)
+    run_preflight(records, tokenizer, text_format, model_args, data_args, training_args)
     if training_args.preflight_only:
         say(training_args, f"checked, not trained: {len(records)} records")
         return None
@@ -106,12 +109,10 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         add_vision(model, tokenizer, model_args, data_args, training_args)
         image_format = describe_images(data_args, model.get_vision_tower().image_processor)
     choose_trainable(model, model_args)
-    record_template(model, model_args.version)
+    record_template(model, model_args.version, text_format.template, tokenizer)
 
     # 4. Training. Samples are built when the loader asks for them.
-    dataset = ConversationDataset(
-        records, tokenizer, describe_text(model_args), image_format, data_args.skip_broken_records
-    )
+    dataset = ConversationDataset(records, tokenizer, text_format, image_format, data_args.skip_broken_records)
     with explaining_refusals("training arguments"):
         trainer = LLaVATrainer(
             model=trained,
@@ -139,10 +140,9 @@ def say(training_args: TrainingArguments, text: str) -> None:
         sys.stdout.flush()
 
 
-def load_records(model_args: ModelArguments, data_args: DataArguments) -> list[Record]:
+def load_records(model_args: ModelArguments, data_args: DataArguments, template: Conversation) -> list[Record]:
     """Read the training records and check them against the flags and their images, before any weight is loaded."""
     skip = data_args.skip_broken_records
-    template = choose_template(model_args.version)
     records = read_records(data_args.data_path, skip)
     records = check_fit(records, template, has_vision=model_args.vision_tower is not None, skip_broken=skip)
     records = check_image_files(records, data_args.image_folder, skip)
@@ -157,6 +157,7 @@ def load_records(model_args: ModelArguments, data_args: DataArguments) -> list[R
 def run_preflight(
     records: Sequence[Record],
     tokenizer: Tokenizer,
+    text_format: TextFormat,
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
@@ -172,15 +173,14 @@ def run_preflight(
     limit = training_args.model_max_length
     tokens = count_image_tokens(model_args, data_args)
     findings = inspect_records(
-        records, tokenizer, describe_text(model_args), limit, tokens, data_args.image_folder,
-        data_args.skip_broken_records,
-    )  # fmt: skip
+        records, tokenizer, text_format, limit, tokens, data_args.image_folder, data_args.skip_broken_records
+    )
     say(training_args, findings.describe(limit, tokens))
 
 
-def describe_text(model_args: ModelArguments) -> TextFormat:
-    """Collect what the flags say about texts."""
-    template = choose_template(model_args.version)
+def describe_text(model_args: ModelArguments, tokenizer: Tokenizer) -> TextFormat:
+    """Collect what the flags, and the tokenizer, say about texts."""
+    template = choose_template(model_args.version, tokenizer)
     placeholder = choose_placeholder(template, model_args.mm_use_im_start_end)
     return TextFormat(template, placeholder, model_args.mm_vision_token_reduce_query)
 

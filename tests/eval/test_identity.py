@@ -81,6 +81,12 @@ def test_a_changed_file_changes_its_part_alone(checkpoint: Path, name: str, part
     assert {name for name in before if before[name] != after[name]} == {part}
 
 
+def test_the_tokenizers_chat_template_counts(checkpoint: Path) -> None:
+    before = identify_model(ModelSpec(str(checkpoint)))
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert identify_model(ModelSpec(str(checkpoint)))["checkpoint"] != before["checkpoint"]
+
+
 @pytest.mark.parametrize(
     "name",
     [

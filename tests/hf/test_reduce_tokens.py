@@ -233,6 +233,25 @@ def test_given_texts_count_instead_of_the_prompts(pair, samples, lay_out, clip):
     assert all("USER:" in prompt and "ASSISTANT:" in prompt for prompt in prompts)
 
 
+def test_roles_of_the_tokenizers_own_template_count_where_the_checkpoint_names_it(
+    pair, samples, lay_out, clip, monkeypatch
+):
+    held, _, tokenizer = pair
+    source = (
+        "{% for message in messages %}{{ 'A chat. ' + message.content + ' ASSISTANT:' if message.role == 'user' "
+        "else ' ' + message.content + eos_token }}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", source)
+    monkeypatch.setattr(held.config, "conv_mode", "chat_template", raising=False)
+    asked = [sample for sample in samples[:8] if sample.images]
+    scores = []
+    for texts in (None, [f"USER: {sample.question}" for sample in asked], [sample.question for sample in asked]):
+        with reduce_tokens(held, "TRIM:0.25", clip=clip, texts=texts, tokenizer=tokenizer) as reduced:
+            ask(held, asked, lay_out)
+        scores.append(torch.cat([image.scores.flatten() for image in reduced.image_tokens]))
+    assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
+
+
 def test_a_number_of_texts_that_does_not_fit_is_refused(pair, samples, lay_out, clip):
     reduction = reduce_tokens(pair[0], "TRIM:-1", clip=clip, texts=["a bus"])
     with reduction, pytest.raises(InputError, match="1 texts for 2 prompts"):

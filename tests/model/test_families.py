@@ -14,8 +14,10 @@ from llava.errors import InputError
 from llava.generation import GreedyDecoder, is_plain
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.tokenizer import load_tokenizer
 from llava.prompt import recover_query, wrap_prompt
 from tests.families import FAMILIES, GOLDEN, TOWER, build_language_model, build_projector, write_checkpoint
+from tests.test_chat_template import CHATML
 
 QUESTION = "What shape is red?"
 
@@ -153,6 +155,24 @@ def test_conversion_there_and_back_keeps_the_logits(family):
     assert kept.get("sliding_window") == FAMILIES[name][1].get("sliding_window")
     assert kept["model_type"] == type(model.config).model_type
     assert kept["vocab_size"] == 1000
+
+
+def test_a_chat_template_goes_to_transformers_and_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_checkpoint(tmp_path / "model", "qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"conv_mode": "chat_template"}))
+    with pytest.raises(InputError, match="has no chat template"):
+        convert(str(folder), "there", "llava-hf")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    assert "chat template chat_template" in convert(str(folder), "there", "llava-hf")
+    expected = wrap_prompt(QUESTION, 1, "chat_template", tokenizer=load_tokenizer(str(folder)))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    theirs = AutoProcessor.from_pretrained("there", backend="pil")
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True) == expected
+    assert AutoProcessor.from_pretrained(folder).apply_chat_template(messages, add_generation_prompt=True) == expected
+    convert("there", "back", "llava")
+    assert wrap_prompt(QUESTION, 1, "chat_template", tokenizer=load_tokenizer("back")) == expected
 
 
 def test_a_family_is_not_loaded_as_another(tmp_path, monkeypatch):

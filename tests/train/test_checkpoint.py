@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from llava.errors import InputError
-from llava.train.checkpoint import data_only, find_last_checkpoint
+from llava.train.checkpoint import data_only, drop_second_names, find_last_checkpoint
+from tests.families import build_language_model
 
 
 @pytest.fixture
@@ -195,3 +196,10 @@ def test_no_library_unpickles_code_while_a_run_resumes(tmp_path: Path):
     torch.save({"a": torch.ones(2)}, tmp_path / "state.pt")
     with data_only():
         assert torch.load(tmp_path / "state.pt", weights_only=False)["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("name", "dropped"), [("qwen", {"lm_head.weight"}), ("qwen2", set())])
+def test_of_tied_weights_that_were_copied_one_name_is_saved(name: str, dropped: set[str]):
+    model = build_language_model(name)
+    copied = {key: value.clone() for key, value in model.state_dict().items()}
+    assert copied.keys() - drop_second_names(model, copied).keys() == dropped

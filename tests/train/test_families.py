@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava import Llava
 from llava.convert import convert
 from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.prompt import wrap_prompt
 from tests.families import FAMILIES, write_checkpoint
+from tests.test_chat_template import CHATML
 
 TRAINED = ("mistral", "mistral-window", "qwen2", "qwen")
 LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 32}
@@ -52,6 +54,38 @@ def test_five_steps_change_the_model_and_the_saved_one_has_its_logits(
     assert model.token_reducer.spec() == "TRIM:-1"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == ("llava_mistral" if "mistral" in name else "llava_qwen2")
+
+
+@pytest.mark.parametrize("flags", [{}, LORA], ids=["full", "lora"])
+def test_a_chat_template_is_followed_and_generation_stops_at_its_end_token(
+    run_training: Callable, tmp_path: Path, flags: dict
+):
+    start = write_checkpoint(tmp_path / "language_model", "qwen", is_llava=False)
+    (start / "chat_template.jinja").write_text(CHATML)
+    trainer = run_training(model_name_or_path=start, version="auto", max_steps=2, **flags)
+    end = trainer.processing_class.convert_tokens_to_ids("<|im_end|>")
+    assert json.loads((start / "config.json").read_text(encoding="utf-8"))["eos_token_id"] == 2 != end
+    labels = trainer.train_dataset[0].labels
+    assert labels[-1] == -100 and labels[labels != -100][-1] == end  # the line break behind it is not learned
+    base = start if flags else None
+    llava = Llava.from_pretrained(tmp_path / "run", base=base, device="cpu")
+    assert llava.conv_mode == "chat_template"
+    assert {2, end} <= set(llava.model.generation_config.eos_token_id)
+    assert wrap_prompt("Who?", 0, llava.conv_mode, tokenizer=llava.tokenizer).endswith("<|im_start|>assistant\n")
+    (answer,) = llava.ask_many([([], "Who?")], max_new_tokens=4, progress=False)
+    assert answer.text == llava.ask([], "Who?", max_new_tokens=4).text
+
+
+@pytest.mark.parametrize("flags", [{}, LORA], ids=["full", "lora"])
+def test_tied_embeddings_are_saved_once_and_load_tied(run_training: Callable, tmp_path: Path, flags: dict):
+    start = write_checkpoint(tmp_path / "language_model", "qwen", is_llava=False)
+    trainer = run_training(model_name_or_path=start, version="qwen_2", max_steps=2, learning_rate=1e-2, **flags)
+    assert trainer.model.get_input_embeddings().weight is trainer.model.get_output_embeddings().weight
+    if not flags:
+        saved = load_file(tmp_path / "run/model.safetensors")
+        assert [name for name in saved if "embed_tokens" in name or "lm_head" in name] == ["model.embed_tokens.weight"]
+    _, model, _, _ = load_pretrained_model(str(tmp_path / "run"), str(start) if flags else None, device="cpu")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen"])

@@ -12,6 +12,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
+from llava.model.tokenizer import load_tokenizer
 from llava.train.records import parse_record
 from llava.train.targets import (
     TRAINABLE_STYLES,
@@ -21,7 +22,10 @@ from llava.train.targets import (
     choose_query,
     choose_template,
     render,
+    settle_version,
 )
+from tests.families import write_checkpoint
+from tests.test_chat_template import CHATML, INSTRUCT
 
 RECORDED = json.loads((Path(__file__).parents[1] / "golden/train_data.json").read_text(encoding="utf-8"))
 RECORDS = {raw["id"]: parse_record(raw, number) for number, raw in enumerate(RECORDED["conversations"])}
@@ -186,6 +190,69 @@ def test_placeholders_carry_the_tags_that_template_and_flags_ask_for():
     assert mark == "<Image><image></Image>"
     rendered = render(("<image>\nHi", "yes"), choose_template("v1_mmtag"), mark)
     assert "USER: <Image><image></Image>\nHi ASSISTANT:" in rendered.prompt
+
+
+@pytest.fixture(scope="module")
+def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """Qwen2's kind, without a chat template."""
+    return load_tokenizer(str(write_checkpoint(tmp_path_factory.mktemp("llm") / "qwen", "qwen", is_llava=False)))
+
+
+@pytest.fixture
+def chat_tokenizer(chatml_tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """The same with a chat template."""
+    monkeypatch.setattr(chatml_tokenizer, "chat_template", CHATML)
+    return chatml_tokenizer
+
+
+@pytest.mark.parametrize("version", ["chat_template", "qwen_1_5", "qwen_2", "chatml_direct", "mistral_direct", "mpt"])
+def test_what_is_learned_is_the_answer_and_the_end_token_and_nothing_behind(version: str, chat_tokenizer):
+    targets = build_targets(render(DIALOGUE, choose_template(version, chat_tokenizer)), chat_tokenizer)
+    learned = [label for label in targets.labels if label != IGNORE_INDEX]
+    assert chat_tokenizer.decode(learned) == "".join(f"{answer}<|im_end|>" for answer in DIALOGUE[1::2])
+    assert learned.count(chat_tokenizer.eos_token_id) == len(DIALOGUE[1::2])
+
+
+def test_the_blank_of_an_opening_is_learned_with_the_answer(chat_tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat_tokenizer, "chat_template", INSTRUCT)
+    targets = build_targets(render(("Red?", "Yes."), choose_template("chat_template", chat_tokenizer)), chat_tokenizer)
+    assert decode_answers(targets, chat_tokenizer) == " Yes.<|im_end|>"
+
+
+def test_auto_follows_the_tokenizer(tokenizer: LlamaTokenizer, chat_tokenizer):
+    assert settle_version("auto", chat_tokenizer) == "chat_template"
+    assert settle_version("auto", tokenizer) == "v1"
+    assert settle_version("v1", tokenizer) == "v1"
+    assert settle_version("plain", chat_tokenizer) == "plain"
+
+
+@pytest.mark.parametrize("version", ["v1", "llava_llama_2", "mistral_instruct"])
+def test_a_separator_that_is_no_token_is_refused_with_the_template_that_fits(
+    version: str, chatml_tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(InputError, match=f"--version {version} ends an answer with </s>, .* --version qwen_2 fits it"):
+        settle_version(version, chatml_tokenizer)
+    monkeypatch.setattr(chatml_tokenizer, "chat_template", CHATML)
+    with pytest.raises(InputError, match=r"not one special token of the tokenizer of .*: --version chat_template fits"):
+        settle_version(version, chatml_tokenizer)
+
+
+def test_chatml_is_refused_with_llamas_tokenizer_and_v1_named(tokenizer: LlamaTokenizer):
+    with pytest.raises(InputError, match=r"--version mpt ends an answer with <\|im_end\|>, .* --version v1 fits it"):
+        settle_version("mpt", tokenizer)
+
+
+def test_a_tokenizer_that_no_template_fits_is_told_to_get_one(byte_tokenizer: PreTrainedTokenizerFast):
+    with pytest.raises(InputError, match=r"--version v1 .* no template that is known here fits it: give it a chat"):
+        settle_version("auto", byte_tokenizer)
+
+
+def test_a_chat_template_that_cannot_be_used_is_refused_under_the_flags_name(
+    chat_tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    with pytest.raises(InputError, match=r"^--version chat_template: tokenizer of .* \(no\): name a conversation temp"):
+        settle_version("auto", chat_tokenizer)
 
 
 @pytest.mark.parametrize("version", ["v0", "llava_v0", "v9"])

@@ -254,7 +254,7 @@ def test_the_saved_folder_has_the_published_layout(run_training: Callable, golde
     assert not list((tmp_path / "run").glob(".*"))
 
 
-@pytest.mark.parametrize("version", ["v1", "llava_llama_2", "mpt"])
+@pytest.mark.parametrize("version", ["v1", "llava_llama_2", "v1_mmtag"])
 def test_the_conversation_template_is_stored(version: str, run_training: Callable, tmp_path: Path):
     run_training(version=version, max_steps=1, save_strategy="steps", save_steps=1)
     for folder in ("run", "run/checkpoint-1"):

@@ -4,12 +4,12 @@ The decoder has `embed_tokens`, `layers`, `norm` and `rotary_emb`, and its layer
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llava.errors import InputError
@@ -301,6 +301,22 @@ def _settle_contradictions(settings: dict[str, object]) -> dict[str, object]:
         # Released generation configs set max_length too; the call's own limit counts.
         settings = {"max_length": None} | settings
     return settings
+
+
+def add_end_tokens(model: PreTrainedModel, tokens: int | Sequence[int] | None) -> None:
+    """Let generation stop at some tokens too, besides those at which it stops already; saved checkpoints say so.
+
+    Args:
+        model: a causal language model; its config and generation config are changed where a token is new.
+        tokens: one id, several or none.
+    """
+    known, new = _list_tokens(model.generation_config.eos_token_id), _list_tokens(tokens)
+    if not set(new) <= set(known):
+        model.generation_config.eos_token_id = model.config.eos_token_id = list(dict.fromkeys(known + new))
+
+
+def _list_tokens(tokens: int | Sequence[int] | None) -> list[int]:
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
