@@ -24,6 +24,7 @@ LAYERS = [
     ("llava.sampling", 1),
     ("llava.conversation", 1),
     ("llava.image", 2),
+    ("llava.download", 2),
     ("llava.picture", 3),
     ("llava.prompt", 2),
     # The model.
@@ -86,6 +87,7 @@ LAYERS = [
     ("llava.eval.samples", 4),
     ("llava.eval.features", 8),
     ("llava.eval.predict", 9),
+    ("llava.eval.data", 9),
     ("llava.eval.wrong", 10),
     ("llava.eval.comparison_page", 10),
     ("llava.eval.comparison", 10),
@@ -206,6 +208,8 @@ def test_no_module_calls_cuda_directly(path):
         "llava.eval.run",
         "llava.eval.benchmarks.pope",
         "llava.train.flags",
+        "llava.train.download",
+        "llava.download.store",
         "llava.efficiency.cost",
     ],
 )
