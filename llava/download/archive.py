@@ -225,12 +225,17 @@ def _explain_damage(archive: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------------------ moving
 def _move_content(source: Path, target: Path, kept: list[Path]) -> None:
-    """Move what is in a folder into another one; what is there already stays, and is noted if its size differs."""
+    """Move what is in a folder into another one; what is there already, unless it is an empty file, stays.
+
+    Args:
+        source, target: the folders.
+        kept: gets what stays although it has another size.
+    """
     for entry in sorted(source.iterdir()):
         place = target / entry.name
         if entry.is_dir() and place.is_dir():
             _move_content(entry, place, kept)
-        elif not os.path.lexists(place):
+        elif not os.path.lexists(place) or (place.is_file() and not place.stat().st_size):
             _move(entry, place)
         elif not (entry.is_file() and place.is_file() and entry.stat().st_size == place.stat().st_size):
             kept.append(place)
@@ -239,11 +244,11 @@ def _move_content(source: Path, target: Path, kept: list[Path]) -> None:
 def _move(source: Path, target: Path) -> None:
     """Rename a file or folder; to another disk, where a folder is a link to one, copy it."""
     try:
-        source.rename(target)
+        source.replace(target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         copy = shutil.copytree if source.is_dir() else shutil.copyfile
         copy(source, partial)
-        partial.rename(target)
+        partial.replace(target)

@@ -13,6 +13,8 @@ from llava.image import EmbeddedImage, load_image
 Image = TypeVar("Image", Path, EmbeddedImage, Path | EmbeddedImage)
 
 SEED = 20240916
+DELETE = "; delete it, then"
+"""Between what is wrong with a file and the command that fetches it: files that are there are not replaced."""
 
 
 def has_files(folder: Path, number: int) -> bool:

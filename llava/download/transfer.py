@@ -96,7 +96,7 @@ def fetch(address: str, path: Path, notify: Notify, sha256: str | None = None) -
     Args:
         address: http(s).
         path: where the file goes; it appears there whole.
-        notify: is told, in a line, about every further try.
+        notify: is told, in a line, what begins, and about every further try.
         sha256: the checksum that the file must have, where it is known; one that the server names counts as well.
 
     Raises:
@@ -213,8 +213,10 @@ class _Part:
             raise _Unusable("the file has changed")
         self.identity = told
         write_json(self.note, asdict(told))
-        expected = None if told.size is None else told.size - start
-        require_space(self.path.parent, expected or 0, f"the rest of {self.path.name}")
+        if told.size is not None:
+            require_space(self.path.parent, told.size - start, f"the rest of {self.path.name}")
+        there = f", {format_size(start)} of it are there" if start else ""
+        notify(f"fetching {self.path.name}, {format_size(told.size)}{there}")
         with tqdm(
             total=told.size, initial=start, unit="B", unit_scale=True, desc=self.path.name, disable=None
         ) as progress:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava.check import Finding
-from llava.download.inventory import count_records, find_missing, find_unreadable
+from llava.download.inventory import DELETE, count_records, find_missing, find_unreadable
 from llava.download.store import DataSet
 from llava.download.table import Download
 from llava.errors import InputError
@@ -110,7 +110,8 @@ def check_task(task: Benchmark, data_root: Path) -> Iterator[Finding]:
     home = task.find_root(data_root)
     remedy = f"python -m llava.eval download {task.name}"
     if not home.is_dir():
-        yield Finding(task.name, f"nothing is there, no folder {home}; {remedy}", is_fault=True)
+        remedy = f"; {remedy}" if task.downloads else ""
+        yield Finding(task.name, f"nothing is there, no folder {home}{remedy}", is_fault=True)
         return
     task = choose_split(task, home)
     if named := name_split(task):
@@ -118,7 +119,7 @@ def check_task(task: Benchmark, data_root: Path) -> Iterator[Finding]:
     # 1. The files.
     origin = find_origin(task, home)
     if origin:
-        faults = [f"no {name}" for name in origin.files if not (home / name).is_file()]
+        faults = [f"no {name};" for name in origin.files if not (home / name).is_file()]
     else:
         faults = list(find_file_faults(list_downloads(task), home))
     # 2. The questions.
@@ -128,18 +129,19 @@ def check_task(task: Benchmark, data_root: Path) -> Iterator[Finding]:
         questions, split = task.load(home), task.split_in(home)
     except InputError as error:
         if not faults:  # a missing file has been named already
-            faults.append(str(error))
+            faults.append(f"{error}{DELETE}")
     official = task.official.get(split)
     if questions and official and not origin and len(questions) != official.questions:
-        faults.append(f"{len(questions):,} questions instead of {official.questions:,}")
+        faults.append(f"{len(questions):,} questions instead of {official.questions:,}, in their file{DELETE}")
     faults += find_record_faults(questions)
     # 3. The images.
     images = list(dict.fromkeys(image for question in questions for image in question.images))
     if official and official.images and not origin and questions and len(images) != official.images:
-        faults.append(f"the questions are about {len(images):,} images instead of {official.images:,}")
+        faults.append(f"questions about {len(images):,} images instead of {official.images:,}, in their file{DELETE}")
     faults += find_image_faults(images)
     for fault in faults:
-        yield Finding(task.name, f"{fault}; {remedy}", is_fault=True)
+        text = f"{fault} {remedy}" if task.downloads else fault.removesuffix(DELETE).rstrip(";")
+        yield Finding(task.name, text, is_fault=True)
     if not faults:
         source = f", from {origin.dataset} on the hub" if origin else ""
         found = f"{len(questions):,} questions, {len(images):,} images"
@@ -147,37 +149,40 @@ def check_task(task: Benchmark, data_root: Path) -> Iterator[Finding]:
 
 
 def find_file_faults(downloads: Sequence[Download], home: Path) -> Iterator[str]:
-    """Yield what is wrong with files; folders of images are judged by the questions about them."""
+    """Yield what is wrong with files; folders of images are judged by the questions about them.
+
+    Each line is followed by the command that fetches the files, as the lines of the functions below.
+    """
     for place in (place for download in downloads for place in download.places):
         path = next((home / each for each in (place.path, *place.also) if (home / each).exists()), None)
         if path is None:
-            yield f"no {place.path}"
+            yield f"no {place.path};"
         elif place.is_folder:
             continue
         elif not path.stat().st_size:
-            yield f"{place.path} is empty"
+            yield f"{place.path} is empty;"
         elif place.count is not None:
             try:
                 number = count_records(path)
             except InputError as error:
-                yield str(error)
+                yield f"{error}{DELETE}"
             else:
                 if number != place.count:
-                    yield f"{place.path} has {number:,} records instead of {place.count:,}"
+                    yield f"{place.path} has {number:,} records instead of {place.count:,}{DELETE}"
 
 
 def find_record_faults(questions: Sequence[Question]) -> Iterator[str]:
     """Yield how many records of a question file cannot be asked."""
     broken = [question for question in questions if question.fault]
     if broken:
-        yield f"{len(broken):,} broken records, such as {broken[0].id}: {broken[0].fault}"
+        yield f"{len(broken):,} broken records, such as {broken[0].id}: {broken[0].fault}, in their file{DELETE}"
 
 
 def find_image_faults(images: Sequence[ImageSource]) -> Iterator[str]:
     """Yield which images are missing, and which of a sample cannot be decoded."""
     missing = find_missing([image for image in images if isinstance(image, Path)])
     if missing:
-        yield f"{len(missing):,} of {len(images):,} images are missing, such as {missing[0]}"
+        yield f"{len(missing):,} of {len(images):,} images are missing, such as {missing[0]};"
     absent = set(missing)
     there = [image for image in images if isinstance(image, Path | EmbeddedImage) and image not in absent]
-    yield from find_unreadable(there, NUM_DECODED).values()
+    yield from (f"{fault}{DELETE}" for fault in find_unreadable(there, NUM_DECODED).values())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava.check import Finding
 from llava.cli import add_bring_options, print_now, user_path
-from llava.download.inventory import find_missing, find_unreadable
+from llava.download.inventory import DELETE, find_missing, find_unreadable
 from llava.download.store import DataSet, bring
 from llava.download.table import Download, Place
 from llava.errors import InputError, run_command
@@ -143,19 +143,20 @@ def check_stage(name: str, root: Path) -> Iterator[Finding]:
         yield Finding(name, str(error), is_fault=True)
         return
     if not isinstance(records, list):
-        yield Finding(name, f"{root / stage.records} is no list of records; {remedy}", is_fault=True)
+        yield Finding(name, f"{root / stage.records} is no list of records{DELETE} {remedy}", is_fault=True)
         return
     names = dict.fromkeys(name for record in records for name in list_images(record))
     images = [root / stage.images / each for each in names]
     faults = []
     if len(records) != stage.num_records:
-        faults.append(f"{stage.records} has {len(records):,} records instead of {stage.num_records:,}")
+        faults.append(f"{stage.records} has {len(records):,} records instead of {stage.num_records:,}{DELETE}")
     missing = find_missing(images)
     faults += describe_missing(missing, images, root / stage.images)
     absent = set(missing)
-    faults += find_unreadable([image for image in images if image not in absent], NUM_DECODED).values()
+    unreadable = find_unreadable([image for image in images if image not in absent], NUM_DECODED)
+    faults += [f"{fault}{DELETE}" for fault in unreadable.values()]
     for fault in faults:
-        yield Finding(name, f"{fault}; {remedy}", is_fault=True)
+        yield Finding(name, f"{fault} {remedy}", is_fault=True)
     if not faults:
         yield Finding(name, f"{len(records):,} records, {len(images):,} images, in {root}")
 
@@ -180,7 +181,7 @@ def describe_missing(missing: Sequence[Path], images: Sequence[Path], root: Path
 
     numbers = {name: len(paths) for name, paths in group(images).items()}
     return [
-        f"{len(paths):,} of {numbers[name]:,} images {f'in {name} ' if name else ''}are missing, such as {paths[0]}"
+        f"{len(paths):,} of {numbers[name]:,} images {f'in {name} ' if name else ''}are missing, such as {paths[0]};"
         for name, paths in group(missing).items()
     ]
 

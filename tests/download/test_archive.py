@@ -145,6 +145,13 @@ def test_files_that_are_there_stay_and_the_different_ones_are_named(tmp_path):
     assert unpacked.kept == [data / "images" / "1.jpg"]
 
 
+def test_an_empty_file_is_replaced(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "questions.json").touch()
+    assert unpack(write_zip(tmp_path / "a.zip"), tmp_path / "data").kept == []
+    assert read_tree(tmp_path / "data") == FILES
+
+
 def test_an_interrupted_unpacking_is_redone_and_leaves_no_half_file(tmp_path, monkeypatch):
     archive, data = write_zip(tmp_path / "a.zip"), tmp_path / "data"
     plain, calls = llava.download.archive._write_member, []

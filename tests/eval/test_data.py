@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava.download.inventory import count_records
 from llava.download.table import Download, Place
 from llava.eval.benchmark import Benchmark, Extent
-from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.data import check_task, choose_tasks, list_downloads, plan_data
 from llava.eval.hub import MARKER_FILE
 from playground.shapes.benchmark import FOLDERS
@@ -173,6 +174,17 @@ def test_a_benchmark_of_the_users_own_names_no_downloads(tmp_path):
     (tmp_path / "colors.py").write_text(OWN)
     code, out, _ = call("download", str(tmp_path / "colors.py"), "--root", tmp_path)
     assert (code, out) == (0, "colors: its file names no downloads of this split\n")
+    folder = tmp_path / "colors"
+    assert findings_of(tmp_path) == [f"FAULT colors: nothing is there, no folder {folder}"]
+    (folder / "images").mkdir(parents=True)
+    (folder / "questions.jsonl").write_text('{"question_id": 1, "image": "1.png", "text": "x"}\n')
+    assert findings_of(tmp_path) == [f"FAULT colors: 1 of 1 images are missing, such as {folder / 'images' / '1.png'}"]
+    Image.new("RGB", (3, 3)).save(folder / "images" / "1.png")
+    assert findings_of(tmp_path) == [f"ok    colors: all: 1 questions, 1 images, in {folder}"]
+
+
+def findings_of(root: Path) -> list[str]:
+    return list(map(str, check_task(find_benchmark(str(root / "colors.py")), root)))
 
 
 OWN = """
@@ -219,10 +231,13 @@ def test_missing_images_are_counted(root, as_published):
 
 def test_other_numbers_than_the_official_ones_are_faults(root):
     number = len(BENCHMARKS["textvqa"].load(root / "textvqa"))
-    assert [line.partition("; ")[0] for line in findings("textvqa", root)] == [
+    assert [
+        line.removesuffix("; delete it, then python -m llava.eval download textvqa")
+        for line in findings("textvqa", root)
+    ] == [
         f"FAULT textvqa: TextVQA_0.5.1_val.json has {number} records instead of 5,000",
-        f"FAULT textvqa: {number} questions instead of 5,000",
-        "FAULT textvqa: the questions are about 6 images instead of 3,166",
+        f"FAULT textvqa: {number} questions instead of 5,000, in their file",
+        "FAULT textvqa: questions about 6 images instead of 3,166, in their file",
     ]
 
 
