@@ -17,7 +17,16 @@ from filelock import FileLock, Timeout
 
 from llava.download.archive import DamagedArchiveError, find_mark, unpack
 from llava.download.table import Download, format_size
-from llava.download.transfer import ChecksumError, Fetched, Notify, fetch, hash_file, measure_space, require_space
+from llava.download.transfer import (
+    ChecksumError,
+    Fetched,
+    Notify,
+    fetch,
+    hash_file,
+    measure_space,
+    name_partial,
+    require_space,
+)
 from llava.errors import InputError
 from llava.files import explain_errors, make_folder, read_json, write_json
 
@@ -68,6 +77,16 @@ class Item:
         path = self.folder / (self.download.archive or "")
         return path if path.is_file() else None
 
+    def arrival(self, work: Path) -> Path:
+        """Return the file that arrives first: an archive in the folder `work`, a file in its place."""
+        is_archive = self.download.unpack_in is not None
+        return work / self.download.archive_name if is_archive else self.home / self.download.places[0].path
+
+    def measure_arrived(self, work: Path) -> int:
+        """Return how many bytes of it an earlier command has fetched."""
+        path = self.arrival(work)
+        return next((each.stat().st_size for each in (path, name_partial(path)) if each.is_file()), 0)
+
     def describe(self) -> str:
         """Say in one line what it is and how it stands."""
         download, state = self.download, self.state
@@ -116,7 +135,7 @@ def bring(
         for line in describe_items(data_set.items):
             say(f"  {line}")
         missing += [item for item in data_set.items if item.state == MISSING]
-    plan = Plan.of(missing, keep_archives)
+    plan = Plan.of(missing, root / WORK_FOLDER, keep_archives)
     say(f"to fetch: {plan}; {format_size(measure_space(root))} are free in {root}")
     # 2. The work.
     if missing and not dry_run:
@@ -152,7 +171,8 @@ class Plan:
     Attributes:
         num_files: downloads.
         size: in bytes, of those whose size is known.
-        peak: bytes on the disk at most, of the same: while an archive is unpacked, it is there twice.
+        peak: bytes on the disk at most, of the same, without what has arrived already: while an archive is unpacked, it
+            is there twice.
         num_unknown: downloads of unknown size.
     """
 
@@ -162,12 +182,15 @@ class Plan:
     num_unknown: int
 
     @classmethod
-    def of(cls, items: Sequence[Item], keep_archives: bool) -> "Plan":
-        downloads = list({item.download.address: item.download for item in items if not item.saved_archive}.values())
+    def of(cls, items: Sequence[Item], work: Path, keep_archives: bool) -> "Plan":
+        """Sum up what is missing; `work` is the folder that archives arrive in."""
+        by_address = {item.download.address: item for item in items if not item.saved_archive}
+        downloads = [item.download for item in by_address.values()]
+        arrived = sum(item.measure_arrived(work) for item in by_address.values() if item.download.size)
         archives = [each.size or 0 for each in downloads if each.unpack_in is not None]
         size = sum(each.size or 0 for each in downloads)
         twice = sum(archives) if keep_archives else max(archives, default=0)
-        return cls(len(downloads), size, size + twice, sum(each.size is None for each in downloads))
+        return cls(len(downloads), size, size + twice - arrived, sum(each.size is None for each in downloads))
 
     def __str__(self) -> str:
         unknown = f", and {self.num_unknown} of unknown size" if self.num_unknown else ""
@@ -227,11 +250,13 @@ class Store:
             self._note(saved.name, Fetched(saved.stat().st_size, hash_file(saved)))
             self._unpack(saved, item, saved.name)
         elif download.unpack_in is None:
-            self._fetch(download.address, item.home / download.places[0].path)
+            self._fetch(download.address, item.arrival(self._work))
         else:
-            archive = self._work / download.archive_name
+            archive = item.arrival(self._work)
             if not archive.is_file():
                 self._fetch(download.address, archive)
+            elif download.address not in self.manifest:  # it had just arrived when the command was killed
+                self._note(download.address, Fetched(archive.stat().st_size, hash_file(archive)))
             try:
                 self._unpack(archive, item, download.address)
             except DamagedArchiveError as fault:

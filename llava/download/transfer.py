@@ -128,12 +128,17 @@ def fetch(address: str, path: Path, notify: Notify, sha256: str | None = None) -
             notify(f"{address}: {reason}; fetching it from the start")
 
 
+def name_partial(path: Path) -> Path:
+    """Return where the beginning of a file is kept."""
+    return path.with_name(f"{path.name}.part")
+
+
 class _Part:
     """The beginning of a file, on the disk, and what the server said of the whole."""
 
     def __init__(self, path: Path, address: str):
         self.path = path
-        self.partial = path.with_name(f"{path.name}.part")
+        self.partial = name_partial(path)
         self.note = path.with_name(f"{path.name}.part.json")
         self.identity = Identity(address)
         self.address = address

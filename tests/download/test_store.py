@@ -154,6 +154,14 @@ def test_an_archive_that_was_fetched_is_not_fetched_again_after_an_interrupted_u
     assert Try(tmp_path, data_set).complete and not server.asked
 
 
+def test_an_archive_that_had_just_arrived_when_the_command_was_killed_is_noted_and_unpacked(server, tmp_path):
+    images = archive_of(server.serve("/images.zip", make_zip(IMAGES)))
+    (tmp_path / ".downloads").mkdir()
+    (tmp_path / ".downloads" / images.archive_name).write_bytes(make_zip(IMAGES))
+    assert Try(tmp_path, DataSet("pope", tmp_path / "pope", (images,))).complete and not server.asked
+    assert read_manifest(tmp_path)[images.address]["sha256"] == hashlib.sha256(make_zip(IMAGES)).hexdigest()
+
+
 def test_files_are_missing_until_the_last_of_an_archive_is_in_its_place(server, tmp_path, monkeypatch):
     moved = []
 
@@ -224,8 +232,15 @@ def test_a_broken_manifest_is_named(server, tmp_path):
 def test_a_plan_counts_each_address_once_and_the_largest_archive_twice(tmp_path):
     downloads = [archive_of("a", size=10), archive_of("a", size=10), archive_of("b", size=4), archive_of("c")]
     items = [Item(tmp_path, each) for each in downloads]
-    assert Plan.of(items, keep_archives=False) == Plan(3, 14, 24, 1)
-    assert Plan.of(items, keep_archives=True) == Plan(3, 14, 28, 1)
+    assert Plan.of(items, tmp_path, keep_archives=False) == Plan(3, 14, 24, 1)
+    assert Plan.of(items, tmp_path, keep_archives=True) == Plan(3, 14, 28, 1)
+
+
+def test_what_has_arrived_already_needs_no_room_again(tmp_path):
+    items = [Item(tmp_path, archive_of("http://host/a.zip", size=10)), Item(tmp_path, archive_of("b", size=4))]
+    (tmp_path / f"{items[0].download.archive_name}.part").write_bytes(b"1234567")
+    (tmp_path / items[1].download.archive_name).write_bytes(b"1234")
+    assert Plan.of(items, tmp_path, keep_archives=False) == Plan(2, 14, 24 - 11, 0)
 
 
 def test_many_files_of_a_folder_share_a_line(tmp_path):
