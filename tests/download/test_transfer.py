@@ -81,6 +81,7 @@ def test_a_file_that_changed_in_between_is_fetched_anew(server, tmp_path, lines)
     fetch(address, tmp_path / "a.bin", lines.append)
     assert (tmp_path / "a.bin").read_bytes() == OTHER
     assert "the file has changed" in faults(lines)[0]
+    assert len(server.asked) == 1, "the rest is asked for on condition that the file is the same"
 
 
 def test_without_etag_another_size_shows_the_change(server, tmp_path, lines):
