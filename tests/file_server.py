@@ -43,7 +43,7 @@ class Served:
 
 
 class Server:
-    """The server: `files` by path, and the `Range` of each request in `asked`."""
+    """The server: `files` by path, and the `Range` of each request (or HEAD) in `asked`."""
 
     def __init__(self, port: int):
         self.address = f"http://127.0.0.1:{port}"
@@ -57,6 +57,16 @@ class Server:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        server: Server = self.server.ours
+        server.asked.append((self.path, "HEAD"))
+        if self.path not in server.files:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(server.files[self.path].content)))
+        self.end_headers()
+
     def do_GET(self) -> None:
         server: Server = self.server.ours
         path = self.path.removeprefix("/elsewhere")

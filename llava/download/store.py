@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from llava.download.transfer import (
     ChecksumError,
     Fetched,
     Notify,
+    ask_size,
     fetch,
     hash_file,
     measure_space,
@@ -77,6 +78,16 @@ class Item:
         path = self.folder / (self.download.archive or "")
         return path if path.is_file() else None
 
+    def with_size(self, work: Path) -> "Item":
+        """Return it with its size, the one that has arrived or the server names, if that of an archive is unknown."""
+        download = self.download
+        is_asked = download.address and download.unpack_in is not None and download.size is None
+        if not is_asked or self.state != MISSING or self.saved_archive:
+            return self
+        path = self.arrival(work)
+        size = path.stat().st_size if path.is_file() else ask_size(download.address)
+        return replace(self, download=replace(download, size=size))
+
     def arrival(self, work: Path) -> Path:
         """Return the file that arrives first: an archive in the folder `work`, a file in its place."""
         is_archive = self.download.unpack_in is not None
@@ -132,9 +143,10 @@ def bring(
     missing = []
     for data_set in data_sets:
         say(f"{data_set.name}: {data_set.home}")
-        for line in describe_items(data_set.items):
+        items = [item.with_size(root / WORK_FOLDER) for item in data_set.items]
+        for line in describe_items(items):
             say(f"  {line}")
-        missing += [item for item in data_set.items if item.state == MISSING]
+        missing += [item for item in items if item.state == MISSING]
     plan = Plan.of(missing, root / WORK_FOLDER, keep_archives)
     say(f"to fetch: {plan}; {format_size(measure_space(root))} are free in {root}")
     # 2. The work.

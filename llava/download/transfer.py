@@ -31,6 +31,9 @@ Notify = Callable[[str], None]
 CHUNK_BYTES = 2**18
 TIMEOUT_SECONDS = 60.0
 """Of connecting and of each read; a transfer as a whole may take days."""
+ASK_SECONDS = 10.0
+"""Of a question for a size."""
+HEADERS = {"User-Agent": "llava", "Accept-Encoding": "identity"}
 MAX_TRIES = 5
 """In a row that bring nothing new."""
 FIRST_WAIT_SECONDS = 1.0
@@ -128,6 +131,16 @@ def fetch(address: str, path: Path, notify: Notify, sha256: str | None = None) -
             notify(f"{address}: {reason}; fetching it from the start")
 
 
+def ask_size(address: str) -> int | None:
+    """Ask a server how large a file is, in bytes; None if it does not say so at once."""
+    request = urllib.request.Request(address, headers=HEADERS, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=ASK_SECONDS) as response:
+            return parse_natural(response.headers.get("Content-Length", "")) or None
+    except (OSError, http.client.HTTPException):
+        return None
+
+
 def name_partial(path: Path) -> Path:
     """Return where the beginning of a file is kept."""
     return path.with_name(f"{path.name}.part")
@@ -183,7 +196,7 @@ class _Part:
             self._receive(response, handler.sha256, start, notify)
 
     def _request(self, start: int) -> urllib.request.Request:
-        headers = {"User-Agent": "llava", "Accept-Encoding": "identity"}
+        headers = dict(HEADERS)
         if start:
             headers["Range"] = f"bytes={start}-"
             if condition := self.identity.etag or self.identity.modified:

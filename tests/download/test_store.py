@@ -78,11 +78,24 @@ def test_a_dry_run_only_says_the_sizes(server, tmp_path):
     assert "to fetch: 1 downloads, 1.2 MB; " in told.text
 
 
+def test_a_size_that_nobody_has_published_is_the_servers(server, tmp_path):
+    known = server.serve("/images.zip", bytes(2_500_000))
+    gone = f"{server.address}/gone.zip"
+    data_set = DataSet(
+        "pope", tmp_path / "pope", (archive_of(known), archive_of(gone), archive_of("http://127.0.0.1:9/a"))
+    )
+    told = Try(tmp_path, data_set, dry_run=True)
+    assert f"  missing: images/, 2.5 MB, {known}" in told.lines
+    assert f"  missing: images/, size unknown, {gone}" in told.lines
+    assert "to fetch: 3 downloads, 2.5 MB, and 2 of unknown size; " in told.text
+    assert server.asked == [("/images.zip", "HEAD"), ("/gone.zip", "HEAD")]
+
+
 def test_one_archive_of_two_data_sets_is_fetched_once_and_linked(server, tmp_path):
     address = server.serve("/val2014.zip", make_zip(IMAGES))
     both = [DataSet(name, tmp_path / name, (archive_of(address),)) for name in ("vqav2", "pope")]
     assert Try(tmp_path, *both).complete
-    assert len(server.asked) == 1
+    assert [how for _, how in server.asked] == ["HEAD", "HEAD", None]
     assert (tmp_path / "pope" / "images").is_symlink()
     assert (tmp_path / "pope" / "images" / "3.jpg").read_bytes() == IMAGES["images/3.jpg"]
     moved = tmp_path.with_name(f"{tmp_path.name}-moved")
