@@ -219,7 +219,7 @@ def _explain_damage(archive: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------------------ moving
 def _move_content(source: Path, target: Path, kept: list[Path]) -> None:
-    """Move what is in a folder into another one; what is there already, unless it is an empty file, stays.
+    """Move what is in a folder into another one; what is there already stays, but for empty files and broken links.
 
     Args:
         source, target: the folders.
@@ -227,6 +227,8 @@ def _move_content(source: Path, target: Path, kept: list[Path]) -> None:
     """
     for entry in sorted(source.iterdir()):
         place = target / entry.name
+        if place.is_symlink() and not place.exists():
+            place.unlink()
         if entry.is_dir() and place.is_dir():
             _move_content(entry, place, kept)
         elif not os.path.lexists(place) or (place.is_file() and not place.stat().st_size):

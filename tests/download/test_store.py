@@ -103,6 +103,15 @@ def test_one_archive_of_two_data_sets_is_fetched_once_and_linked(server, tmp_pat
     assert (moved / "pope" / "images" / "3.jpg").is_file()
 
 
+def test_a_link_whose_target_is_gone_is_filled_anew(server, tmp_path):
+    address = server.serve("/val2014.zip", make_zip(IMAGES))
+    both = [DataSet(name, tmp_path / name, (archive_of(address),)) for name in ("vqav2", "pope")]
+    Try(tmp_path, *both)
+    shutil.rmtree(tmp_path / "vqav2")
+    assert Try(tmp_path, both[1]).complete
+    assert not (tmp_path / "pope" / "images").is_symlink() and len(list((tmp_path / "pope" / "images").iterdir())) == 4
+
+
 def test_half_a_folder_is_completed_and_what_is_there_stays(server, tmp_path):
     home = tmp_path / "pope"
     (home / "images").mkdir(parents=True)
