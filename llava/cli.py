@@ -95,6 +95,12 @@ def add_model_options(
     )
 
 
+def add_bring_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that fetch data, for `llava.download.store.bring`."""
+    parser.add_argument("--dry-run", action="store_true", help="only say what is there and what would be fetched")
+    parser.add_argument("--keep-archives", action="store_true", help="leave archives in DIR/.downloads after unpacking")
+
+
 def add_prompt_options(parser: argparse.ArgumentParser, *, conv_mode: str | None, temperature: float) -> None:
     """Add the options of the prompt and of the search.
 
@@ -318,6 +324,12 @@ class ModelSpec:
             attn_implementation=self.attn_implementation,
         )
         return LoadedModel(*loaded[:3])
+
+
+def print_now(line: str) -> None:
+    """Print a line of a command that takes long, without waiting for more of them."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 # --------------------------------------------------------------------------------------------------------------- images

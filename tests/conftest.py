@@ -3,9 +3,12 @@
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.file_server import Server, serving
 
 if "LLAVA_TEST_DEVICE" in os.environ:
     # Tests that read this compute there instead of on the CPU; float32 is then float32 in convolutions as well.
@@ -38,3 +41,11 @@ def checkpoints(monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = GOLDEN / "checkpoints"
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server of files on this machine; a download's tries follow one another at once."""
+    monkeypatch.setattr("llava.download.transfer.FIRST_WAIT_SECONDS", 0.0)
+    with serving() as server:
+        yield server

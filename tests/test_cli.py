@@ -60,8 +60,10 @@ def test_every_command_answers_help_and_mistaken_options_before_it_loads_a_libra
     runs = [([command, "--help"], 0) for command in commands]
     runs += [([command, "--no-such-option"], 2) for command in commands]
     runs += [
-        (["llava.eval", name, "--help"], 0) for name in ("list", "run", "answer", "score", "wrong", "export", "report")
+        (["llava.eval", name, "--help"], 0)
+        for name in ("list", "download", "check", "run", "answer", "score", "wrong", "export", "report")
     ]
+    runs += [(["llava.train.download", option], code) for option, code in (("--help", 0), ("--no-such-option", 2))]
     done = subprocess.run(
         [sys.executable, "-c", RUN_EACH, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""`python -m llava.eval {list,run,answer,score,wrong,export,report,compare}`: the commands of the benchmarks."""
+"""`python -m llava.eval {list,download,check,run,answer,score,wrong,export,report,compare}`: the commands."""
 
 # ruff: noqa: T201 (a command prints)
 import argparse
@@ -10,17 +10,21 @@ from typing import TypeVar
 
 from llava.cli import (
     ModelSpec,
+    add_bring_options,
     add_model_options,
     add_prompt_options,
     choose_run_template,
     natural,
     positive,
     positive_or_auto,
+    print_now,
     user_path,
 )
+from llava.download.store import bring
 from llava.errors import InputError, run_command
 from llava.eval.benchmark import Benchmark, Judge, Question, index_questions
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
+from llava.eval.data import check_task, choose_tasks, plan_data
 from llava.eval.report import format_latex, format_markdown, format_table, format_terminal, make_report, write_plot
 from llava.eval.results import (
     ServerOnlyError,
@@ -33,7 +37,7 @@ from llava.eval.results import (
     write_line,
     write_result,
 )
-from llava.eval.run import EXIT_SERVER_ONLY, EXIT_UNANSWERED, find_data_root, run_benchmark
+from llava.eval.run import EXIT_INCOMPLETE, EXIT_SERVER_ONLY, EXIT_UNANSWERED, find_data_root, run_benchmark
 from llava.eval.wrong import (
     check_options,
     choose_run,
@@ -65,8 +69,10 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval", description="Benchmarks of LLaVA with TRIM.")
-    commands = parser.add_subparsers(required=True, metavar="{list,run,answer,score,wrong,export,report,compare}")
+    commands = parser.add_subparsers(required=True, metavar="{list,download,check,run,answer,...}")
     commands.add_parser("list", help="name the benchmarks").set_defaults(command=list_tasks)
+    describe_download(commands.add_parser("download", help="fetch what benchmarks are made of; only what is missing"))
+    describe_check(commands.add_parser("check", help="say what is there of the benchmarks' data, and what is missing"))
     commands.add_parser("run", help="answer and score a benchmark with a worker per GPU: run TASK --help")
     describe_answer(
         commands.add_parser("answer", help="let a model answer a benchmark's questions; resumes after a kill")
@@ -81,6 +87,31 @@ def make_parser() -> argparse.ArgumentParser:
     describe_report(commands.add_parser("report", help="put several results side by side"))
     describe_compare(commands.add_parser("compare", help="run methods side by side and say what the differences are"))
     return parser
+
+
+def describe_download(download: argparse.ArgumentParser) -> None:
+    """Describe `download`."""
+    download.add_argument("tasks", nargs="+", metavar="TASK", help="names of `list`, or all")
+    add_data_options(download)
+    add_bring_options(download)
+    download.set_defaults(command=download_tasks)
+
+
+def describe_check(check: argparse.ArgumentParser) -> None:
+    """Describe `check`."""
+    check.add_argument("tasks", nargs="*", metavar="TASK", help="names of `list` (default: all)")
+    add_data_options(check)
+    check.set_defaults(command=check_tasks)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which data, common to `download` and `check`."""
+    parser.add_argument(
+        "--root", type=user_path, metavar="DIR", help="holds the benchmarks' folders (default: LLAVA_EVAL_ROOT)"
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="another split than the one that is scored here (vqav2, seed, ...)"
+    )
 
 
 def describe_answer(answer: argparse.ArgumentParser) -> None:
@@ -230,6 +261,32 @@ def list_tasks(arguments: argparse.Namespace) -> None:
         for task in BENCHMARKS.values()
     ]
     print(format_table(rows))
+
+
+def download_tasks(arguments: argparse.Namespace) -> None:
+    """Fetch benchmarks' data; leave with code 1 if something is still missing."""
+    root = arguments.root or find_data_root()
+    data_sets, others = plan_data(choose_tasks(arguments.tasks, arguments.split), root)
+    for line in others:
+        print(line)
+    if data_sets and not bring(root, data_sets, print_now, arguments.dry_run, arguments.keep_archives):
+        raise SystemExit(EXIT_INCOMPLETE)
+
+
+def check_tasks(arguments: argparse.Namespace) -> None:
+    """Print what is there of benchmarks' data; leave with code 1 if something is missing or wrong."""
+    root = arguments.root or find_data_root()
+    tasks = choose_tasks(arguments.tasks, arguments.split)
+    num_complete = 0
+    for task in tasks:
+        findings = []
+        for finding in check_task(task, root):
+            findings.append(finding)
+            print_now(str(finding))
+        num_complete += not any(finding.is_fault for finding in findings)
+    print(f"{num_complete} of {len(tasks)} benchmarks are complete")
+    if num_complete < len(tasks):
+        raise SystemExit(EXIT_INCOMPLETE)
 
 
 def choose_task(arguments: argparse.Namespace) -> Benchmark:

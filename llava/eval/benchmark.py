@@ -9,8 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
+from llava.download.table import Download
 from llava.errors import InputError
 from llava.eval.hub import HubForm
 from llava.eval.metrics.means import COUNT, POINTS, collect
@@ -196,6 +197,13 @@ class Judge(Protocol):
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmark
+class Extent(NamedTuple):
+    """How much there is in the official files of a split: questions, and images that they are about (None: unknown)."""
+
+    questions: int
+    images: int | None = None
+
+
 class Benchmark(ABC):
     """A benchmark.
 
@@ -216,6 +224,9 @@ class Benchmark(ABC):
         headline_name: which of its numbers the headline is.
         scorer_version: of its scoring rules; a change that can change a score raises it.
         hub: its datasets on the Hugging Face hub by split, the default one first; empty where there are none.
+        downloads: what its files are fetched from; the first split that is named is the default one. Empty where the
+            files are the user's own.
+        official: how much the official files hold, by split.
     """
 
     name: ClassVar[str]
@@ -232,6 +243,8 @@ class Benchmark(ABC):
     headline_name: ClassVar[str] = "accuracy"
     scorer_version: ClassVar[int] = 1
     hub: ClassVar[Mapping[str, HubForm]] = {}
+    downloads: ClassVar[tuple[Download, ...]] = ()
+    official: ClassVar[Mapping[str, Extent]] = {}
 
     # Which questions -------------------------------------------------------------------------------------------
     def with_split(self, split: str) -> "Benchmark":

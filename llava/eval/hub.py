@@ -219,6 +219,11 @@ class HubForm:
     convert: Callable[[ReadTable, Layout], None]
 
 
+def read_marker(root: Path) -> dict[str, str]:
+    """Return which dataset each split in a benchmark's folder came from; a split that is not from the hub is absent."""
+    return read_json(root / MARKER_FILE) if (root / MARKER_FILE).is_file() else {}
+
+
 def fetch(form: HubForm, split: str, root: Path, dataset: str | None = None) -> None:
     """Make sure that a benchmark's folder holds the hub's data; does nothing the second time.
 
@@ -234,7 +239,7 @@ def fetch(form: HubForm, split: str, root: Path, dataset: str | None = None) -> 
     make_folder(root)
     # The kernel lets the next process in however this one ends.
     with explain_errors("write", root), FileLock(root / LOCK_FILE):
-        held = read_json(root / MARKER_FILE) if (root / MARKER_FILE).is_file() else {}
+        held = read_marker(root)
         if held.get(split) == name:
             return
         if split in held:

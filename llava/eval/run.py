@@ -24,6 +24,8 @@ from llava.eval.predictions import check_workers
 from llava.files import explain_errors, find_target, make_folder, read_bytes
 from llava.signals import GRACE_SECONDS, PARENT_VARIABLE, SIGNAL_CODE, STOP_SIGNALS, ending_on_signals
 
+EXIT_INCOMPLETE = 1
+"""Exit code of `download` and `check` when data are missing."""
 EXIT_MISTAKE = 2
 """Exit code of every command after a mistake in its options or files: the same command would end the same way."""
 EXIT_UNANSWERED = 3
@@ -69,7 +71,6 @@ LAST_LINES = 20
 MAX_WORKERS = 256
 WORKER_GRACE_SECONDS = GRACE_SECONDS + 1.0
 """How long a worker that was told to end may take, before it is killed."""
-DATA_HINT = "playground/data/eval/README.md lists what to download; LLAVA_EVAL_ROOT names another place"
 
 
 # --------------------------------------------------------------------------------------------------------------- places
@@ -216,7 +217,10 @@ def make_plan(name: str, arguments: Sequence[str]) -> Plan:
     data_root = find_data_root()
     root = task.find_root(data_root)
     if not root.is_dir() and not is_dry() and not options.from_hub:
-        raise InputError(f"no folder {data_root / task.folders[0]}: {DATA_HINT}")
+        raise InputError(
+            f"no folder {data_root / task.folders[0]}: `python -m llava.eval download {name}` fetches it; "
+            "LLAVA_EVAL_ROOT names another place"
+        )
     answers = task.place_answers(root, run)
     if options.split is not None:  # answers to the questions of another split do not mix with these
         answers = answers.with_name(f"{answers.stem}.{options.split.replace('/', '_')}{answers.suffix}")

@@ -134,7 +134,9 @@ def test_what_only_a_server_scores_is_named_and_is_no_failure(run_all: Callable)
 def test_a_benchmark_without_data_is_named_before_anything_runs(run_all: Callable, here: Path) -> None:
     done = run_all(*MODELS, BENCHMARKS="pope seed")
     first = done.stderr.splitlines()[0]
-    assert first.startswith(f"seed: error: no folder {here}/data/seed_bench: playground/data/eval/README.md lists")
+    assert first.startswith(
+        f"seed: error: no folder {here}/data/seed_bench: `python -m llava.eval download seed` fetches"
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: failed: seed of plain, seed of trim"
     assert "| POPE (Avg. F1) |" in done.stdout

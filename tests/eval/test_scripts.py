@@ -169,7 +169,7 @@ def test_another_data_root_and_python_are_taken_from_the_environment(repository:
         (["a", "models/llava", "--", "--split"], "error: --split needs a value"),
         (["a", "models/none/here"], "error: no model at models/none/here: give a checkpoint folder or a hub id"),
         (["a", "models/llava", "r.tsv", "./nowhere"], "error: no model at ./nowhere"),
-        (["a", "models/llava"], "error: no folder {here}/data/pope: playground/data/eval/README.md lists"),
+        (["a", "models/llava"], "error: no folder {here}/data/pope: `python -m llava.eval download pope`"),
         (["a", "models/llava", "--", "--split", "x"], "error: pope has one split only: leave out --split x"),
         (["../../a", "models/llava"], "error: CKPT '../../a' names the run's files: give a plain name"),
         (["/a", "models/llava"], "error: CKPT '/a' names the run's files: give a plain name"),

@@ -62,7 +62,7 @@ def test_a_file_without_a_sound_record_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_empty_and_binary_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such file: .*questions.jsonl; playground/data/eval/README.md lists"):
+    with pytest.raises(InputError, match=r"no such file: .*questions.jsonl; `python -m llava.eval download TASK`"):
         load_question_file(tmp_path / "questions.jsonl", tmp_path)
     with pytest.raises(InputError, match="is empty"):
         load(tmp_path, "", "  ")

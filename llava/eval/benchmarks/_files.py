@@ -1,4 +1,4 @@
-"""What benchmarks share: question files, annotations whose fields are checked, files for a server.
+"""What benchmarks share: LLaVA's archive, question files, annotations whose fields are checked, files for a server.
 
 A file that is missing or is not JSON stops the command. A single broken record of a question file does not: it becomes
 a `Question` with a `fault`, is reported at the end, and leaves the answers incomplete. Every field of an annotation
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
 from llava.eval.benchmark import Question, Verdict
 from llava.eval.metrics.vqa_accuracy import rank_references
@@ -20,8 +21,26 @@ from llava.prompt import query_of
 
 Kind = TypeVar("Kind")
 
-DOWNLOAD_HINT = "playground/data/eval/README.md lists what to download and where it goes"
+DOWNLOAD_HINT = "`python -m llava.eval download TASK` fetches it; playground/data/eval/README.md says what goes where"
 KIND_NAMES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+# ---------------------------------------------------------------------------------------------------------- downloads
+COCO_PAGE = "https://cocodataset.org/#download"
+COCO_VAL2014 = "http://images.cocodataset.org/zips/val2014.zip"
+COCO_VAL2014_IMAGES, COCO_VAL2014_BYTES = 40_504, 6_645_013_297
+
+
+def from_eval_zip(*names: str, splits: tuple[str, ...] = ()) -> Download:
+    """Describe question files of a benchmark that LLaVA's `eval.zip` holds, which is unpacked in the data root."""
+    return Download(
+        tuple(map(Place, names)),
+        page="https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md",
+        by_hand="a browser (Google Drive)",
+        archive="eval.zip",
+        unpack_in="..",
+        splits=splits,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- questions

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
+from llava.eval.benchmark import Benchmark, Extent, Judge, Question, Row, Scores, Verdict
 from llava.eval.benchmarks._files import (
     find_first,
+    from_eval_zip,
     load_question_file,
     read_document,
     require_annotations,
@@ -108,6 +110,29 @@ TESTDEV = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+GQA_PAGE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
+DOWNLOADS = (
+    from_eval_zip(QUESTION_FILE),
+    Download(
+        (Place(f"{DATA_FOLDER}/{ANNOTATION_FILE}", 12_578, also=(ANNOTATION_FILE,)),),
+        GQA_PAGE,
+        "https://downloads.cs.stanford.edu/nlp/data/gqa/questions1.2.zip",
+        unpack_in=DATA_FOLDER,
+        only=(ANNOTATION_FILE,),
+        size=1_400_000_000,
+    ),
+    Download(
+        (Place(f"{IMAGE_FOLDER}/", 148_854),),
+        GQA_PAGE,
+        "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
+        unpack_in=DATA_FOLDER,
+        size=20_300_000_000,
+    ),
+)
+"""Of the images 398 are asked about; there is no smaller archive of these."""
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class Gqa(Benchmark):
     """GQA: accuracy on the balanced questions of test-dev."""
@@ -118,6 +143,8 @@ class Gqa(Benchmark):
     answers_file = "answers/llava_gqa_testdev_balanced/{run}/merge.jsonl"
     upload_folder = "answers/llava_gqa_testdev_balanced/{run}"
     hub: ClassVar[Mapping[str, HubForm]] = {"testdev_balanced": TESTDEV}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {"testdev_balanced": Extent(12_578, 398)}
 
     def load(self, root: Path) -> list[Question]:
         return load_question_file(root / QUESTION_FILE, root / IMAGE_FOLDER, needs_image=True)

@@ -21,8 +21,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, Verdict, row_key
+from llava.eval.benchmark import Benchmark, Case, Extent, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import load_question_file, read_document, read_records
 from llava.eval.hub import (
     HubForm,
@@ -96,6 +97,21 @@ WILD = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+WILD_PAGE = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+NUM_IMAGES = 24
+WILD_FILES = {
+    QUESTION_FILE: 60,
+    CONTEXT_FILE: 24,
+    REFERENCE_FILE: 60,
+    **{f"{IMAGE_FOLDER}/{number:03d}.jpg": None for number in range(1, NUM_IMAGES + 1)},
+}
+DOWNLOADS = tuple(
+    Download((Place(name, number),), WILD_PAGE, f"{WILD_PAGE}/resolve/main/{name}")
+    for name, number in WILD_FILES.items()
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class LlavaBench(Benchmark):
     """LLaVA-Bench: the answers' ratings relative to the references' ratings."""
@@ -105,6 +121,8 @@ class LlavaBench(Benchmark):
     folders = ("llava-bench-in-the-wild",)
     answers_file = "answers/{run}.jsonl"
     hub: ClassVar[Mapping[str, HubForm]] = {"wild": WILD}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {"wild": Extent(60, NUM_IMAGES)}
     max_new_tokens = 1024
     uses_judge = "always"
     headline_name = "rating in percent of the reference's"

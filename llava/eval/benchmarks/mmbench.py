@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, Verdict, row_key
+from llava.eval.benchmark import Benchmark, Case, Extent, Judge, Question, Row, Scores, Verdict, row_key
 from llava.eval.benchmarks._files import DOWNLOAD_HINT
 from llava.eval.hub import HubForm, HubRow, HubTable, Layout, ReadTable, image_bytes
 from llava.eval.metrics.choice import (
@@ -97,6 +98,19 @@ def format_hub_cell(row: HubRow, column: str) -> Any:
     return "" if absent else value
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+MMBENCH_PAGE = "https://github.com/open-compass/MMBench"
+MMBENCH_ADDRESS = "https://download.openmmlab.com/mmclassification/datasets/mmbench"
+
+
+def list_tables(*tables: str) -> tuple[Download, ...]:
+    """Describe the downloads of tables, each of which is a split."""
+    return tuple(
+        Download((Place(f"{table}.tsv"),), MMBENCH_PAGE, f"{MMBENCH_ADDRESS}/{table}.tsv", splits=(table,))
+        for table in tables
+    )
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class MmBench(Benchmark):
     """MMBench, English dev: the share of questions that are right in every order of their options."""
@@ -107,6 +121,11 @@ class MmBench(Benchmark):
     hub: ClassVar[Mapping[str, HubForm]] = {
         "mmbench_dev_20230712": make_form("lmms-lab/MMBench_EN", None, "mmbench_dev_20230712"),
         "mmbench_dev_en_20231003": make_form("lmms-lab/MMBench", "en", "mmbench_dev_en_20231003"),
+    }
+    downloads = list_tables("mmbench_dev_20230712", "mmbench_dev_en_20231003")
+    official: ClassVar[Mapping[str, Extent]] = {
+        "mmbench_dev_20230712": Extent(4_377),
+        "mmbench_dev_en_20231003": Extent(4_329),
     }
     max_new_tokens = 1024
     key_fields = ("question_id", "round_id")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from llava.eval.benchmarks.mmbench import MmBench, make_form
+from llava.eval.benchmark import Extent
+from llava.eval.benchmarks.mmbench import MmBench, list_tables, make_form
 from llava.eval.hub import HubForm
 from llava.eval.metrics.choice import CHINESE_LETTER_LINE
 
@@ -22,6 +23,8 @@ class MmBenchCn(MmBench):
     row = "MMBench-CN (Circular)"
     folders = ("mmbench_cn", "mmbench")
     hub: ClassVar[Mapping[str, HubForm]] = {TABLE: make_form("lmms-lab/MMBench", "cn", TABLE)}
+    downloads = list_tables(TABLE)
+    official: ClassVar[Mapping[str, Extent]] = {TABLE: Extent(4_329)}
     tables = (TABLE,)
     letter_line = CHINESE_LETTER_LINE
 

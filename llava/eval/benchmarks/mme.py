@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
-from llava.eval.benchmarks._files import DOWNLOAD_HINT, load_question_file
+from llava.eval.benchmark import Benchmark, Extent, Judge, Question, Row, Scores, Verdict
+from llava.eval.benchmarks._files import DOWNLOAD_HINT, from_eval_zip, load_question_file
 from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubRow, HubTable, Layout, ReadTable, question_line, safe_name
 from llava.eval.metrics.means import COUNT, POINTS, collect
 from llava.files import read_lines, write_text
@@ -76,6 +77,20 @@ TEST_FORM = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+DOWNLOADS = (
+    from_eval_zip(QUESTION_FILE),
+    Download(
+        (Place(f"{DATA_FOLDER}/", 2_374),),
+        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
+        by_hand="its authors' consent (or take `--source hub`)",
+        archive=f"{DATA_FOLDER}.zip",
+        unpack_in="",
+    ),
+)
+"""An image and a text file for each of 1,187 images."""
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class Mme(Benchmark):
     """MME: perception points, 2000 at most."""
@@ -86,6 +101,8 @@ class Mme(Benchmark):
     answers_file = "answers/{run}.jsonl"
     upload_folder = "eval_tool/answers/{run}"
     hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {"all": Extent(2_374, 1_187)}
     key_fields = ("question_id", "prompt")
     full_marks = 2000.0
     headline_name = "perception"

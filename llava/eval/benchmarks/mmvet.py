@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Case, Judge, Question, Row, Scores, Verdict
-from llava.eval.benchmarks._files import load_question_file, read_document, take, take_strings
+from llava.eval.benchmark import Benchmark, Case, Extent, Judge, Question, Row, Scores, Verdict
+from llava.eval.benchmarks._files import from_eval_zip, load_question_file, read_document, take, take_strings
 from llava.eval.hub import HubForm, HubTable, Layout, ReadTable, guess_suffix, question_line, safe_name
 from llava.eval.metrics.means import collect
 from llava.eval.metrics.overlap import find_elements
@@ -92,6 +93,21 @@ TEST_FORM = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+DOWNLOADS = (
+    from_eval_zip(QUESTION_FILE),
+    Download(
+        (
+            Place(ANNOTATION_FILE, 218, also=(f"{ARCHIVE_FOLDER}/{ANNOTATION_FILE}",)),
+            Place(f"{IMAGE_FOLDER}/", 200, also=(f"{ARCHIVE_FOLDER}/{IMAGE_FOLDER}",)),
+        ),
+        "https://github.com/yuweihao/MM-Vet",
+        "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip",
+        unpack_in="",
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class MmVet(Benchmark):
     """MM-Vet: the mean grade."""
@@ -102,6 +118,8 @@ class MmVet(Benchmark):
     answers_file = "answers/{run}.jsonl"
     upload_folder = "results/{run}"
     hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {"all": Extent(218, 200)}
     max_new_tokens = 1024
     uses_judge = "always"
     headline_name = "mean grade"

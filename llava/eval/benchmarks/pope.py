@@ -14,9 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict
-from llava.eval.benchmarks._files import load_question_file, read_records, take
+from llava.eval.benchmark import Benchmark, Extent, Judge, Question, Row, Scores, Verdict
+from llava.eval.benchmarks._files import (
+    COCO_PAGE,
+    COCO_VAL2014,
+    COCO_VAL2014_BYTES,
+    COCO_VAL2014_IMAGES,
+    from_eval_zip,
+    load_question_file,
+    read_records,
+    take,
+)
 from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubTable, Layout, ReadTable, question_line, safe_name
 from llava.eval.metrics.means import collect, mean_percent
 from llava.eval.metrics.yes_no import YesNoCounts, count_yes_no, parse_yes_no
@@ -29,9 +39,9 @@ FIRST_IDS = {"adversarial": 0, "popular": 20_000_000, "random": 10_000_000}
 """By category, in the order of LLaVA's question file; a question's number is added."""
 
 LABELS = ("yes", "no")
-LABEL_COMMIT = "e3e39262"
+LABEL_COMMIT = "e3e39262c85a6a83f26cf5094022a782cb0df58d"
 """Commit of AoiDragon/POPE that LLaVA's question file was made from."""
-SAME_VERSION = f"take the labels from commit {LABEL_COMMIT} of AoiDragon/POPE, not from its latest version"
+SAME_VERSION = f"take the labels from commit {LABEL_COMMIT[:8]} of AoiDragon/POPE, not from its latest version"
 TYPO = ("in the imange", "in the image")
 """Of the pinned commit. Later label files lack it; with the same labels in the same order they serve as well."""
 
@@ -61,6 +71,28 @@ FULL = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+LABEL_ADDRESS = f"https://raw.githubusercontent.com/AoiDragon/POPE/{LABEL_COMMIT}/output/coco"
+DOWNLOADS = (
+    from_eval_zip(QUESTION_FILE),
+    *(
+        Download(
+            (Place(f"{LABEL_FOLDER}/{LABEL_FILE.format(category=category)}", number),),
+            "https://github.com/AoiDragon/POPE",
+            f"{LABEL_ADDRESS}/{LABEL_FILE.format(category=category)}",
+        )
+        for category, number in {"adversarial": 3_000, "popular": 3_000, "random": 2_910}.items()
+    ),
+    Download(
+        (Place(f"{IMAGE_FOLDER}/", COCO_VAL2014_IMAGES),),
+        COCO_PAGE,
+        COCO_VAL2014,
+        unpack_in="",
+        size=COCO_VAL2014_BYTES,
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class Pope(Benchmark):
     """POPE on COCO: the mean F1 of the adversarial, popular and random categories."""
@@ -69,6 +101,8 @@ class Pope(Benchmark):
     row = "POPE (Avg. F1)"
     folders = ("pope",)
     hub: ClassVar[Mapping[str, HubForm]] = {"coco": FULL}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {"coco": Extent(8_910, 500)}
     headline_name = "mean F1 of the categories"
 
     def load(self, root: Path) -> list[Question]:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
-from llava.eval.benchmarks._files import load_question_file, read_document, take
+from llava.eval.benchmark import Benchmark, Extent, Judge, Question, Row, Scores, Verdict, row_key
+from llava.eval.benchmarks._files import from_eval_zip, load_question_file, read_document, take
 from llava.eval.hub import HubForm, HubTable, Layout, ReadTable, question_line, safe_name
 from llava.eval.metrics.choice import LETTER_LINE, LETTERS
 from llava.eval.metrics.means import collect, mean_percent
@@ -91,6 +92,24 @@ TEST_FORM = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+SEED_ADDRESS = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench/resolve/main"
+SEED_PAGE = "https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md"
+DOWNLOADS = (
+    from_eval_zip(QUESTION_FILE),
+    Download((Place(ANNOTATION_FILE),), SEED_PAGE, f"{SEED_ADDRESS}/{ANNOTATION_FILE}"),
+    Download(
+        (Place(f"{IMAGE_FOLDER}/"),), SEED_PAGE, f"{SEED_ADDRESS}/{IMAGE_FOLDER}.zip", unpack_in="", splits=(IMAGE, ALL)
+    ),
+    Download(
+        (Place(f"{FRAME_FOLDER}/", 5_009),),
+        SEED_PAGE,
+        by_hand="the videos of three other datasets, and the middle frame of each",
+        splits=(VIDEO, ALL),
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class Seed(Benchmark):
     """SEED-Bench: accuracy on the questions about images."""
@@ -100,6 +119,8 @@ class Seed(Benchmark):
     folders = ("seed_bench",)
     upload_folder = "answers_upload/{run}"
     hub: ClassVar[Mapping[str, HubForm]] = {"all": TEST_FORM}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {ALL: Extent(19_242), IMAGE: Extent(14_233), VIDEO: Extent(5_009)}
     server = "https://huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard"
 
     def __init__(self, split: str | None = None):

@@ -13,9 +13,10 @@ from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
-from llava.eval.benchmarks._files import read_document, take, take_strings
+from llava.eval.benchmark import Benchmark, Extent, Judge, Question, Row, Scores, Verdict, row_key
+from llava.eval.benchmarks._files import from_eval_zip, read_document, take, take_strings
 from llava.eval.hub import HubForm, HubRow, HubTable, Layout, ReadTable
 from llava.eval.metrics.choice import FAILED, LETTER_LINE, LETTERS, parse_science_answer
 from llava.eval.metrics.means import collect, mean_percent
@@ -88,6 +89,27 @@ TEST_FORM = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+SCIENCE_PAGE = "https://github.com/lupantech/ScienceQA"
+DOWNLOADS = (
+    from_eval_zip(QUESTION_FILE),
+    *(
+        Download(
+            (Place(name, number),),
+            SCIENCE_PAGE,
+            f"https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa/{name}",
+        )
+        for name, number in {PROBLEM_FILE: 21_208, SPLIT_FILE: None}.items()
+    ),
+    Download(
+        (Place(f"{IMAGE_FOLDER.as_posix()}/", 2_017),),
+        SCIENCE_PAGE,
+        "https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip",
+        unpack_in=IMAGE_FOLDER.parent.as_posix(),
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class Sqa(Benchmark):
     """ScienceQA: accuracy on the test questions with an image."""
@@ -96,6 +118,8 @@ class Sqa(Benchmark):
     row = "ScienceQA (IMG)"
     folders = ("scienceqa",)
     hub: ClassVar[Mapping[str, HubForm]] = {"test": TEST_FORM}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {"test": Extent(4_241, 2_017)}
     max_new_tokens = 1024
 
     def load(self, root: Path) -> list[Question]:

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores, Verdict, row_key
-from llava.eval.benchmarks._files import load_question_file, read_document, take, take_strings
+from llava.eval.benchmark import Benchmark, Extent, Judge, Question, Row, Scores, Verdict, row_key
+from llava.eval.benchmarks._files import from_eval_zip, load_question_file, read_document, take, take_strings
 from llava.eval.hub import SHORT_ANSWER_LINE, HubForm, HubTable, Layout, ReadTable, question_line, safe_name
 from llava.eval.metrics.means import COUNT, POINTS
 from llava.eval.metrics.vqa_accuracy import grade_textvqa, rank_references, round_half_even
@@ -59,6 +60,26 @@ VAL_FORM = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+TEXTVQA_PAGE = "https://textvqa.org/dataset/"
+DOWNLOADS = (
+    from_eval_zip(QUESTION_FILE),
+    Download(
+        (Place(ANNOTATION_FILE, 5_000),),
+        TEXTVQA_PAGE,
+        f"https://dl.fbaipublicfiles.com/textvqa/data/{ANNOTATION_FILE}",
+        size=3_116_162,
+    ),
+    Download(
+        (Place(f"{IMAGE_FOLDER}/", 25_119),),
+        TEXTVQA_PAGE,
+        "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+        unpack_in="",
+        size=7_072_297_970,
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 class TextVqa(Benchmark):
     """TextVQA: accuracy on val."""
@@ -67,6 +88,8 @@ class TextVqa(Benchmark):
     row = "TextVQA (Acc)"
     folders = ("textvqa",)
     hub: ClassVar[Mapping[str, HubForm]] = {"val": VAL_FORM}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {"val": Extent(5_000, 3_166)}
     key_fields = ("question_id", "prompt")
 
     def has_ocr_hint(self, questions: Sequence[Question]) -> bool:

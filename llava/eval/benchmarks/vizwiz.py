@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores
+from llava.eval.benchmark import Benchmark, Extent, Judge, Question, Row, Scores
 from llava.eval.benchmarks._files import (
     PeopleAnswers,
     build_question,
     build_questions,
     find_first,
+    from_eval_zip,
     judge_upload,
     load_question_file,
     read_document,
@@ -103,6 +105,31 @@ TEST_FORM = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+VIZWIZ_PAGE = "https://vizwiz.org/tasks-and-datasets/vqa/"
+VIZWIZ_ADDRESS = "https://vizwiz.cs.colorado.edu/VizWiz_final"
+DOWNLOADS = (
+    Download(
+        (Place(f"{VAL}.json", 4_319, also=(f"{OFFICIAL_FOLDER}/{VAL}.json",)),),
+        VIZWIZ_PAGE,
+        f"{VIZWIZ_ADDRESS}/vqa_data/Annotations.zip",
+        unpack_in="",
+        splits=(VAL,),
+    ),
+    from_eval_zip(f"llava_{TEST}.jsonl", splits=(TEST,)),
+    *(
+        Download(
+            (Place(f"{split}/", number),),
+            VIZWIZ_PAGE,
+            f"{VIZWIZ_ADDRESS}/images/{split}.zip",
+            unpack_in="",
+            splits=(split,),
+        )
+        for split, number in {VAL: 4_319, TEST: 8_000}.items()
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 @dataclass(frozen=True)
 class VizWiz(Benchmark):
@@ -117,6 +144,8 @@ class VizWiz(Benchmark):
     row = "VizWiz val (Acc)"
     folders = ("vizwiz",)
     hub: ClassVar[Mapping[str, HubForm]] = {TEST: TEST_FORM, VAL: VAL_FORM}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {TEST: Extent(8_000, 8_000), VAL: Extent(4_319, 4_319)}
     server = "EvalAI challenge 2185 (VizWiz-VQA)"
 
     split: str | None = None

@@ -15,12 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.download.table import Download, Place
 from llava.errors import InputError
-from llava.eval.benchmark import Benchmark, Judge, Question, Row, Scores
+from llava.eval.benchmark import Benchmark, Extent, Judge, Question, Row, Scores
 from llava.eval.benchmarks._files import (
+    COCO_PAGE,
+    COCO_VAL2014,
+    COCO_VAL2014_BYTES,
+    COCO_VAL2014_IMAGES,
     PeopleAnswers,
     build_question,
     build_questions,
+    from_eval_zip,
     judge_upload,
     load_question_file,
     read_document,
@@ -115,6 +121,44 @@ TEST_DEV_FORM = HubForm(
 )
 
 
+# --------------------------------------------------------------------------------------------------------- downloads
+VQA_PAGE, VQA_ADDRESS = "https://visualqa.org/download.html", "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
+DOWNLOADS = (
+    Download(
+        (Place(VAL_QUESTIONS, 214_354, also=(f"{PREFIX}{VAL}.jsonl",)),),
+        VQA_PAGE,
+        f"{VQA_ADDRESS}/v2_Questions_Val_mscoco.zip",
+        unpack_in="",
+        size=3_494_929,
+        splits=(VAL,),
+    ),
+    Download(
+        (Place(VAL_ANNOTATIONS, 214_354),),
+        VQA_PAGE,
+        f"{VQA_ADDRESS}/v2_Annotations_Val_mscoco.zip",
+        unpack_in="",
+        size=10_518_930,
+        splits=(VAL,),
+    ),
+    Download(
+        (Place(f"{IMAGE_FOLDERS[VAL]}/", COCO_VAL2014_IMAGES),),
+        COCO_PAGE,
+        COCO_VAL2014,
+        unpack_in="",
+        size=COCO_VAL2014_BYTES,
+        splits=(VAL,),
+    ),
+    from_eval_zip(f"{PREFIX}{TEST_DEV}.jsonl", f"{PREFIX}{TEST}.jsonl", splits=(TEST_DEV, TEST)),
+    Download(
+        (Place(f"{IMAGE_FOLDERS[TEST]}/", 81_434),),
+        COCO_PAGE,
+        "http://images.cocodataset.org/zips/test2015.zip",
+        unpack_in="",
+        splits=(TEST_DEV, TEST),
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- benchmark
 @dataclass(frozen=True)
 class Vqav2(Benchmark):
@@ -129,6 +173,12 @@ class Vqav2(Benchmark):
     row = "VQAv2 val (Acc)"
     folders = ("vqav2",)
     hub: ClassVar[Mapping[str, HubForm]] = {TEST_DEV: TEST_DEV_FORM, VAL: VAL_FORM}
+    downloads = DOWNLOADS
+    official: ClassVar[Mapping[str, Extent]] = {
+        TEST_DEV: Extent(107_394, 36_807),
+        TEST: Extent(447_793, 81_434),
+        VAL: Extent(214_354, 40_504),
+    }
     server = "EvalAI challenge 830 (VQA)"
 
     split: str | None = None

@@ -162,7 +162,9 @@ def test_questions_load_without_annotations_and_images(name: str, copied: Path) 
     if name in ("vqav2", "vizwiz"):
         task = task.with_split("val")
     assert len(task.load(copied)) == len(read_answers(copied / "answers.jsonl"))
-    with pytest.raises(InputError, match=rf"no such file: .*{ANNOTATION_FILES[name]}; .*README.md lists what to"):
+    with pytest.raises(
+        InputError, match=rf"no such file: .*{ANNOTATION_FILES[name]}; `python -m llava.eval download TASK` fetches it"
+    ):
         score_answers(task, copied / "answers.jsonl", copied)
 
 
