@@ -108,7 +108,10 @@ class Page:
         sample = self.samples[0]
         method = next(iter(self.answerer.methods))
         settings = (True, method, self.default_count, self.answerer.methods[method], False, [])
-        *_, (answers, pictures, _, history) = self._answer(str(sample.image), sample.questions[0], *settings)
+        try:
+            *_, (answers, pictures, _, history) = self._answer(str(sample.image), sample.questions[0], *settings)
+        except InputError as error:
+            return show_problem(str(error)), "", []
         return answers, pictures, history
 
     @property
