@@ -24,6 +24,8 @@ __getattr__ = look_up(__name__)
 # A message is None (the answer is still to come), a text, or (text, image, how to show the image).
 Message = None | str | tuple[str, Image.Image, str]
 
+CHATML_SYSTEM = "<|im_start|>system\n"
+
 SHOWN_LONGEST_SIDE = 1344
 SHOWN_SHORTEST_SIDE = 672
 SHOWN_SQUARE_SIDE = 336
@@ -69,6 +71,11 @@ class Conversation:
     def copy(self) -> "Conversation":
         """Return a conversation with its own list of turns; images are shared, not copied."""
         return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
+
+    def with_system(self, text: str) -> "Conversation":
+        """Return a copy with another system message; what opens it in ChatML stays."""
+        opening = CHATML_SYSTEM if self.system.startswith(CHATML_SYSTEM) else ""
+        return dataclasses.replace(self.copy(), system=opening + text)
 
     def append_message(self, role: str, message: Message) -> None:
         """Add a turn; None as the message leaves the turn open for the model."""

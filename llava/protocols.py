@@ -37,6 +37,9 @@ class Tokenizer(Protocol):
     def batch_decode(self, sequences: "Sequence[Sequence[int]] | Tensor", **options: object) -> list[str]:
         """Decode several sequences."""
 
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return the tokens that stand apart from the vocabulary, special ones among them, with their ids."""
+
     def save_pretrained(self, save_directory: str, **options: object) -> object:
         """Write the tokenizer's files into a folder."""
 

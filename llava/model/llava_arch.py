@@ -140,15 +140,27 @@ class LlavaMetaForCausalLM(ABC):
         Raises:
             InputError: for a spec that does not parse, or that needs what the tower does not have.
         """
+        reduction = self.read_reduction(spec)
+        self.take_reduction(reduction)
+        setattr(self.config, CONFIG_KEY, reduction.spec())
+        self.note_budget()
+
+    def read_reduction(self, spec: str | None) -> Reduction:
+        """Read a spec and get the tower ready for it; the model's own reduction stays.
+
+        What comes back is an argument of `embed_queries` and `make_image_tokens`, so that one model reduces in several
+        ways at a time.
+
+        Raises:
+            InputError: as `set_token_reduction`.
+        """
         reduction = parse_reduction(spec)
         tower = self.get_vision_tower()
         if reduction.before is not None and tower is not None:
             if tower.select_feature != "patch":
                 raise InputError(f"token reduction works on patches: set mm_vision_select_feature to patch ({spec})")
             tower.provide(reduction.before.needs)
-        self.take_reduction(reduction)
-        setattr(self.config, CONFIG_KEY, reduction.spec())
-        self.note_budget()
+        return reduction
 
     def take_reduction(self, reduction: Reduction) -> None:
         """Reduce in this way from now on.
@@ -184,6 +196,10 @@ class LlavaMetaForCausalLM(ABC):
     def _needs(self) -> frozenset[Need]:
         return self.token_reducer.needs if self.token_reducer else frozenset()
 
+    def _reducer(self, reduction: Reduction | None) -> TokenReducer | None:
+        """The method before the language model: of this reduction, None for the model's own."""
+        return self.token_reducer if reduction is None else reduction.before
+
     def ready_tower(self) -> VisionTower:
         """Return the tower, with its weights read now if nobody has: `AutoModelForCausalLM` leaves them out.
 
@@ -215,34 +231,48 @@ class LlavaMetaForCausalLM(ABC):
         features = self.ready_tower().extract(torch.cat(crops), self._needs if needs is None else needs)
         return features.split([image.shape[0] for image in crops])
 
-    def embed_queries(self, texts: list[str]) -> Tensor | None:
+    def embed_queries(self, texts: list[str], reduction: Reduction | None = None) -> Tensor | None:
         """Run the CLIP text tower, for callers that meet the same query again; equal texts are embedded once.
+
+        Args:
+            texts: I queries.
+            reduction: see `make_image_tokens`.
 
         Returns:
             `float32[I, P]`, one row per text; None where the token reduction reads no text.
         """
-        return embed_distinct(self.ready_tower(), texts) if TEXT in self._needs else None
+        reducer = self._reducer(reduction)
+        return embed_distinct(self.ready_tower(), texts) if reducer is not None and TEXT in reducer.needs else None
 
     def choose_tokens(
-        self, images: list[ImageFeatures], texts: list[str], text_embeds: Tensor | None = None
+        self,
+        images: list[ImageFeatures],
+        texts: list[str],
+        text_embeds: Tensor | None = None,
+        reduction: Reduction | None = None,
     ) -> list[ReducedTokens]:
         """Apply the token reduction to images, each for its question; arguments as in `make_image_tokens`.
 
         Returns:
             One record per image, over its crops, before the projector.
         """
-        if self.token_reducer is None:
+        reducer = self._reducer(reduction)
+        if reducer is None:
             return keep_everything(images)
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
-        return reduce_patches(self.token_reducer, tower, projector, images, texts, text_embeds)
+        return reduce_patches(reducer, tower, projector, images, texts, text_embeds)
 
     def project_chosen(
-        self, reduced: list[ReducedTokens], image_sizes: list[tuple[int, int]] | None = None
+        self,
+        reduced: list[ReducedTokens],
+        image_sizes: list[tuple[int, int]] | None = None,
+        reduction: Reduction | None = None,
     ) -> list[ImageTokens]:
         """Project what `choose_tokens` left, and no more, to LLM width: one record per image."""
         model, tower = self.get_model(), self.get_vision_tower()
         merge = CropMerge.of_config(self.config, tower.image_size, getattr(model, "image_newline", None))
-        keep_positions = self.token_reducer is not None and self.token_reducer.position_ids == "original"
+        reducer = self._reducer(reduction)
+        keep_positions = reducer is not None and reducer.position_ids == "original"
         return project_tokens(
             reduced, model.mm_projector, merge, tower.grid, image_sizes, keep_positions=keep_positions
         )
@@ -254,6 +284,7 @@ class LlavaMetaForCausalLM(ABC):
         image_sizes: list[tuple[int, int]] | None = None,
         *,
         text_embeds: Tensor | None = None,
+        reduction: Reduction | None = None,
     ) -> list[ImageTokens]:
         """Choose and project the tokens of images, each for its question.
 
@@ -262,10 +293,12 @@ class LlavaMetaForCausalLM(ABC):
             texts: one query per image, for the CLIP text tower; not looked at where the reducer needs no text.
             image_sizes: (width, height) of each image in pixels, needed for spatial merges of crops only.
             text_embeds: `float32[I, P]` the queries as `embed_queries` gives them; None: they are embedded here.
+            reduction: from `read_reduction`, its method before the language model; the images are encoded with what it
+                needs. None: the model's own.
         """
         if not images:
             return []
-        return self.project_chosen(self.choose_tokens(images, texts, text_embeds), image_sizes)
+        return self.project_chosen(self.choose_tokens(images, texts, text_embeds, reduction), image_sizes, reduction)
 
     @overload
     def encode_images(
