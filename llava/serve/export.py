@@ -28,6 +28,8 @@ from llava.model.identity import find_cache_folder, fingerprint, identify_checkp
 from llava.model.stored_weights import list_weight_files
 from llava.model.tokenizer import SETTINGS_FILE, load_tokenizer
 
+SPARE_KEYS = PLAIN_KEYS | {"output_attentions", "output_hidden_states"}
+"""Entries of a generation config without which an answer is the same."""
 FORMAT = 1
 """Raised when an export of the same checkpoint would have other contents: older ones are not found any more."""
 VISION_PREFIXES = ("model.mm_projector.", "model.image_newline", "model.vision_tower.")
@@ -111,7 +113,7 @@ def _write(language: LanguageModel, folder: Path) -> None:
         InputError: see `export_language_model`.
     """
     config, generation, tokenizer = language.config, language.generation, language.tokenizer
-    settings = sorted(set(generation.to_diff_dict()) - PLAIN_KEYS)
+    settings = sorted(set(generation.to_diff_dict()) - SPARE_KEYS)
     if settings:
         raise InputError(
             f"{config._name_or_path}/{GENERATION_FILE} asks for {settings[0]}, which changes greedy answers and is not "

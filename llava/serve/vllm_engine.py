@@ -1,0 +1,211 @@
+"""vLLM behind the server: continuous batching, a paged cache, prefix caching and tensor parallelism for our prompts.
+
+vLLM runs the language model alone, of the folder that `llava.serve.export` makes, in processes of its own; prompts come
+to it as embeddings (`Prompt.embeds`), image tokens included, so that their lengths are known before they are scheduled.
+Its prefix cache names each block by the tokens before it and by a SHA-256 of the embeddings in it: prompts share what
+their embeddings have in common, such as a system prompt or an image reduced alike, and nothing else. docs/vllm.md says
+how to install and to start it.
+"""
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llava.errors import InputError, one_line
+from llava.files import read_json
+from llava.model.builder import read_config
+from llava.model.config_rules import GENERATION_FILE
+from llava.serve.engine import FINISHED_BY_LENGTH, FINISHED_BY_STOP, Piece, Prompt, Search, TokenLogprob
+from llava.serve.export import export_language_model
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+ENVIRONMENT = {
+    # The towers' threads and device do not outlive a fork.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # It reports its use to its makers otherwise.
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""Settings of vLLM where the user's environment has none."""
+GPU_SHARE = 0.8
+"""Of an accelerator's memory for weights and cache: vLLM's own 0.9 leaves the towers too little."""
+FINISHED = {"stop": FINISHED_BY_STOP, "length": FINISHED_BY_LENGTH}
+
+
+class VllmEngine:
+    """Answers prompts with vLLM; see `llava.serve.engine.Engine`.
+
+    Attributes:
+        name: "vllm".
+        max_positions: of prompt and answer together.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        checkpoint: str,
+        base: str | None = None,
+        *,
+        tensor_parallel_size: int = 1,
+        max_positions: int | None = None,
+        dtype: str | None = None,
+        gpu_memory_utilization: float | None = None,
+        options: Mapping[str, object] | None = None,
+    ):
+        """Check what can be checked before weights are read; `start` loads.
+
+        Args:
+            checkpoint: folder or hub id of the LLaVA checkpoint that the prompts are made with.
+            base: base model of LoRA or projector weights.
+            tensor_parallel_size: accelerators, or on a CPU processes, that share the weights; it divides the attention
+                heads.
+            max_positions: of prompt and answer together, at most the model's; None: the model's.
+            dtype: "float16", "bfloat16" or "float32"; None: float16 on an accelerator, float32 on the CPU.
+            gpu_memory_utilization: share of each accelerator's memory for weights and cache; None: `GPU_SHARE`.
+            options: further arguments of vLLM's `AsyncEngineArgs`, by name.
+
+        Raises:
+            InputError: vLLM is not installed, the checkpoint's config is wrong, or a value out of its range.
+        """
+        if find_spec("vllm") is None:
+            raise InputError("the engine vllm needs the package vllm: pip install -e '.[vllm]' (docs/vllm.md)")
+        config = read_config(checkpoint)
+        limit, heads = config.max_position_embeddings, config.num_attention_heads
+        if max_positions is not None and not 1 < max_positions <= limit:
+            raise InputError(f"max_positions {max_positions}: expected 2 to {limit}, the positions of the model")
+        if tensor_parallel_size < 1 or heads % tensor_parallel_size:
+            raise InputError(f"tensor_parallel_size {tensor_parallel_size}: expected a divisor of {heads} heads")
+        share = GPU_SHARE if gpu_memory_utilization is None else gpu_memory_utilization
+        if not 0 < share <= 1:
+            raise InputError(f"gpu_memory_utilization {share}: expected a number above 0, at most 1")
+        self.max_positions = max_positions or limit
+        self._checkpoint, self._base = checkpoint, base
+        self._dtype = dtype or ("float16" if torch.accelerator.is_available() else "float32")
+        self._settings = {
+            "max_model_len": self.max_positions,
+            "dtype": self._dtype,
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": share,
+            "enable_prompt_embeds": True,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            **(options or {}),
+        }
+        self._llm: AsyncLLM | None = None
+        self._ends: list[int] = []  # tokens that end every answer
+        self._added: dict[str, int] = {}  # tokens that no text shows, by name
+        self._numbers = itertools.count()
+        self._open: set[str] = set()  # ids of the answers that are being written
+        self._num_waiting = 0
+
+    async def start(self) -> None:
+        """Export the language model, if that was not done before, and start vLLM on it (a minute on a CPU).
+
+        Raises:
+            InputError: the checkpoint cannot be exported, or vLLM refuses it or a setting.
+        """
+        folder = await asyncio.to_thread(export_language_model, self._checkpoint, self._base, self._dtype)
+        ends = read_json(folder / GENERATION_FILE)["eos_token_id"]
+        self._ends = [ends] if isinstance(ends, int) else list(ends or ())
+        self._llm = await asyncio.to_thread(self._load, folder)
+        self._added = self._llm.get_tokenizer().get_added_vocab()
+
+    def _load(self, folder: Path) -> "AsyncLLM":
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)  # read as vLLM is imported, and by the processes that it starts
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **self._settings))
+        except Exception as error:  # of many kinds; those of its processes are on stderr by now
+            raise InputError(f"vLLM does not start: {one_line(str(error))[:300]}") from error
+
+    async def answer(self, prompt: Prompt, search: Search) -> AsyncIterator[Piece]:
+        """Answer one prompt; see `Engine.answer`.
+
+        Raises:
+            InputError: the prompt leaves no position for an answer.
+        """
+        from vllm.inputs import embeds_input
+
+        room = self.max_positions - prompt.num_tokens
+        if room < 1:
+            raise InputError(
+                f"the prompt takes {prompt.num_tokens} positions with its image tokens, the engine has "
+                f"{self.max_positions}: shorten the messages, give fewer images or reduce them more"
+            )
+        inputs = embeds_input(prompt_embeds=prompt.embeds.detach().cpu().contiguous())
+        params, name = self._make_params(search, prompt.end, room), str(next(self._numbers))
+        is_waiting = True
+        self._num_waiting += 1
+        self._open.add(name)
+        try:
+            async with aclosing(self._llm.generate(inputs, params, name)) as outputs:
+                async for output in outputs:
+                    self._num_waiting -= is_waiting
+                    is_waiting = False
+                    (answer,) = output.outputs
+                    yield _make_piece(answer, search.num_logprobs)
+        finally:
+            self._num_waiting -= is_waiting
+            self._open.discard(name)
+
+    def _make_params(self, search: Search, end: str | None, room: int) -> "SamplingParams":
+        """Put a search in vLLM's terms; the end tokens are the checkpoint's, not those that vLLM would choose."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = search.sampling
+        end_tokens, end_texts = list(self._ends), list(search.stop)
+        if end in self._added:
+            end_tokens.append(self._added[end])
+        elif end is not None:
+            end_texts.append(end)
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            seed=sampling.seed,
+            max_tokens=min(sampling.max_new_tokens, room),
+            stop=end_texts,
+            stop_token_ids=end_tokens,
+            ignore_eos=True,
+            logprobs=search.num_logprobs,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def count_waiting(self) -> int:
+        """Return how many answers have been asked for and have no token yet."""
+        return self._num_waiting
+
+    async def close(self) -> None:
+        """End the answers that are being written, and vLLM's processes."""
+        if self._llm is not None:
+            await self._llm.abort(list(self._open))
+            await asyncio.to_thread(self._llm.shutdown)
+            self._llm = None
+
+
+def _make_piece(answer: "CompletionOutput", num_logprobs: int | None) -> Piece:
+    """Put what has come of an answer in our terms."""
+    logprobs = []
+    for token_id, candidates in zip(answer.token_ids, answer.logprobs or (), strict=False):
+        likeliest = sorted(
+            (each.rank, number, each) for number, each in candidates.items() if each.rank <= num_logprobs
+        )
+        top = tuple((number, each.decoded_token or "", each.logprob) for _, number, each in likeliest)
+        chosen = candidates[token_id]
+        logprobs.append(TokenLogprob(token_id, chosen.decoded_token or "", chosen.logprob, top))
+    return Piece(answer.text, tuple(answer.token_ids), tuple(logprobs), FINISHED.get(answer.finish_reason))
