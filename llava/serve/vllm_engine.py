@@ -8,25 +8,28 @@ how to install and to start it.
 """
 
 import asyncio
-import itertools
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import aclosing
 from importlib.util import find_spec
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import AutoTokenizer
 
 from llava.errors import InputError, one_line
 from llava.files import read_json
 from llava.model.builder import read_config
 from llava.model.config_rules import GENERATION_FILE
+from llava.serve.answer_text import AnswerText, TokenNames
 from llava.serve.engine import FINISHED_BY_LENGTH, FINISHED_BY_STOP, Piece, Prompt, Search, TokenLogprob
 from llava.serve.export import export_language_model
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.logprobs import Logprob
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -99,14 +102,14 @@ class VllmEngine:
             "tensor_parallel_size": tensor_parallel_size,
             "gpu_memory_utilization": share,
             "enable_prompt_embeds": True,
+            "skip_tokenizer_init": True,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             **(options or {}),
         }
         self._llm: AsyncLLM | None = None
-        self._ends: list[int] = []  # tokens that end every answer
-        self._added: dict[str, int] = {}  # tokens that no text shows, by name
-        self._numbers = itertools.count()
+        self._ends: frozenset[int] = frozenset()
+        self._numbers = count()
         self._open: set[str] = set()  # ids of the answers that are being written
         self._num_waiting = 0
 
@@ -117,10 +120,11 @@ class VllmEngine:
             InputError: the checkpoint cannot be exported, or vLLM refuses it or a setting.
         """
         folder = await asyncio.to_thread(export_language_model, self._checkpoint, self._base, self._dtype)
-        ends = read_json(folder / GENERATION_FILE)["eos_token_id"]
-        self._ends = [ends] if isinstance(ends, int) else list(ends or ())
+        known = read_json(folder / GENERATION_FILE)["eos_token_id"]
+        self._ends = frozenset([known] if isinstance(known, int) else known or ())
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._names = TokenNames(self._tokenizer)
         self._llm = await asyncio.to_thread(self._load, folder)
-        self._added = self._llm.get_tokenizer().get_added_vocab()
 
     def _load(self, folder: Path) -> "AsyncLLM":
         for name, value in ENVIRONMENT.items():
@@ -148,43 +152,28 @@ class VllmEngine:
                 f"{self.max_positions}: shorten the messages, give fewer images or reduce them more"
             )
         inputs = embeds_input(prompt_embeds=prompt.embeds.detach().cpu().contiguous())
-        params, name = self._make_params(search, prompt.end, room), str(next(self._numbers))
+        added, ends, stop = self._tokenizer.get_added_vocab(), self._ends, search.stop
+        if prompt.end in added:
+            ends = ends | {added[prompt.end]}
+        elif prompt.end is not None:
+            stop = (*stop, prompt.end)
+        writer = _Writer(AnswerText(self._tokenizer, stop), self._names, ends, search.num_logprobs)
+        name = str(next(self._numbers))
         is_waiting = True
         self._num_waiting += 1
         self._open.add(name)
         try:
-            async with aclosing(self._llm.generate(inputs, params, name)) as outputs:
+            async with aclosing(self._llm.generate(inputs, _make_params(search, ends, room), name)) as outputs:
                 async for output in outputs:
                     self._num_waiting -= is_waiting
                     is_waiting = False
-                    (answer,) = output.outputs
-                    yield _make_piece(answer, search.num_logprobs)
+                    piece = writer.take(output.outputs[0])
+                    yield piece
+                    if piece.finish_reason is not None:
+                        break
         finally:
             self._num_waiting -= is_waiting
             self._open.discard(name)
-
-    def _make_params(self, search: Search, end: str | None, room: int) -> "SamplingParams":
-        """Put a search in vLLM's terms; the end tokens are the checkpoint's, not those that vLLM would choose."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = search.sampling
-        end_tokens, end_texts = list(self._ends), list(search.stop)
-        if end in self._added:
-            end_tokens.append(self._added[end])
-        elif end is not None:
-            end_texts.append(end)
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=1.0 if sampling.top_p is None else sampling.top_p,
-            seed=sampling.seed,
-            max_tokens=min(sampling.max_new_tokens, room),
-            stop=end_texts,
-            stop_token_ids=end_tokens,
-            ignore_eos=True,
-            logprobs=search.num_logprobs,
-            output_kind=RequestOutputKind.DELTA,
-        )
 
     def count_waiting(self) -> int:
         """Return how many answers have been asked for and have no token yet."""
@@ -198,14 +187,51 @@ class VllmEngine:
             self._llm = None
 
 
-def _make_piece(answer: "CompletionOutput", num_logprobs: int | None) -> Piece:
-    """Put what has come of an answer in our terms."""
-    logprobs = []
-    for token_id, candidates in zip(answer.token_ids, answer.logprobs or (), strict=False):
-        likeliest = sorted(
-            (each.rank, number, each) for number, each in candidates.items() if each.rank <= num_logprobs
-        )
-        top = tuple((number, each.decoded_token or "", each.logprob) for _, number, each in likeliest)
-        chosen = candidates[token_id]
-        logprobs.append(TokenLogprob(token_id, chosen.decoded_token or "", chosen.logprob, top))
-    return Piece(answer.text, tuple(answer.token_ids), tuple(logprobs), FINISHED.get(answer.finish_reason))
+def _make_params(search: Search, ends: Collection[int], room: int) -> "SamplingParams":
+    """Put a search in vLLM's terms, which writes tokens alone; end tokens are ours, not those that it would choose."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = search.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=1.0 if sampling.top_p is None else sampling.top_p,
+        seed=None if sampling.seed is None else sampling.seed % 2**63,  # PyTorch's generators take no more
+        max_tokens=min(sampling.max_new_tokens, room),
+        stop_token_ids=sorted(ends),
+        ignore_eos=True,
+        logprobs=search.num_logprobs,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+class _Writer:
+    """Makes pieces of what vLLM writes of one answer."""
+
+    def __init__(self, text: AnswerText, names: TokenNames, ends: Collection[int], num_logprobs: int | None):
+        self._text = text
+        self._names = names
+        self._ends = ends
+        self._num_logprobs = num_logprobs
+
+    def take(self, output: "CompletionOutput") -> Piece:
+        """Put new tokens in our terms; those behind a stop text are left out."""
+        text, token_ids, logprobs = "", [], []
+        for token, candidates in zip_longest(output.token_ids, output.logprobs or ()):
+            token_ids.append(token)
+            text += "" if token in self._ends else self._text.add(token)
+            logprobs += [] if candidates is None else [self._rank(token, candidates)]
+            if self._text.is_stopped:
+                break
+        reason = FINISHED.get(output.finish_reason)
+        if reason is not None or self._text.is_stopped:
+            text += self._text.finish()
+            reason = FINISHED_BY_STOP if self._text.is_stopped else reason
+        return Piece(text, tuple(token_ids), tuple(logprobs), reason)
+
+    def _rank(self, token: int, candidates: Mapping[int, "Logprob"]) -> TokenLogprob:
+        """Separate the chosen token from the likeliest ones, among which it may be as well."""
+        likeliest = sorted(candidates.items(), key=lambda item: item[1].rank)[: self._num_logprobs]
+        top = tuple((number, self._names[number], each.logprob) for number, each in likeliest)
+        return TokenLogprob(token, self._names[token], candidates[token].logprob, top)
