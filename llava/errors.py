@@ -17,6 +17,8 @@ from llava.signals import describe_stop, note_told, raising_on
 
 PACKAGES = {**NEEDED_BY_SOME, "bitsandbytes": "bitsandbytes"}
 """Packages that single parts of llava need: the name to import, the name to install."""
+EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve")
+"""Packages that come with an extra of llava: the name to import, the extra."""
 
 
 class InputError(ValueError):
@@ -46,8 +48,8 @@ def run_command(main: Callable[[], None]) -> None:
 
     Raises:
         SystemExit: with code 2 after an `InputError`, an error of the system, too little memory or space on a disk, or
-            when one of `PACKAGES` is not installed; 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of the
-            output has left (`... | head -1`), as the shell has it.
+            when one of `PACKAGES` or `EXTRAS` is not installed; 130 after Ctrl-C, 143 after SIGTERM, 141 where the
+            reader of the output has left (`... | head -1`), as the shell has it.
     """
     _prepare_streams()
     try:
@@ -76,8 +78,10 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, InputError):
         return 2, f"error: {one_line(str(error))}"
     if isinstance(error, ModuleNotFoundError):
-        package = PACKAGES.get((error.name or "").partition(".")[0])
-        missing = f"error: this needs the package {package}, which is not installed: pip install {package}"
+        name = (error.name or "").partition(".")[0]
+        package = name if name in EXTRAS else PACKAGES.get(name)
+        install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else f"pip install {package}"
+        missing = f"error: this needs the package {package}, which is not installed: {install}"
         return (2, missing) if package else None
     if isinstance(error, KeyboardInterrupt):
         return describe_stop(error)

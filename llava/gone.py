@@ -11,8 +11,10 @@ from types import ModuleType
 
 _MPT = "MPT is not a language model here: use Llama, Mistral or Qwen2"
 _DELTA = "LLaVA-1.5 is published whole, not as deltas: make whole weights with the code that came with them"
-_CHAT = "use python -m llava.serve.cli, or llava.Llava in Python"
-_SERVER = f"there is no web server: {_CHAT}"
+_SERVER = "use python -m llava.serve.api, one process that is controller and worker"
+_CLIENT = "use python -m llava.serve.api, with any client of OpenAI's chat completions"
+_COUNTS = "python -m llava.serve.api counts requests under /metrics"
+_ERRORS = "python -m llava.serve.api answers errors in OpenAI's form"
 _TEMPLATE = "use llava.conversation.conv_templates[NAME]"
 _RECORDS = "use llava.train.records.read_records and llava.train.dataset.ConversationDataset"
 _TARGETS = "use llava.train.targets.render and build_targets"
@@ -38,11 +40,11 @@ GONE_MODULES = {
     "llava.model.make_delta": _DELTA,
     "llava.model.utils": "configs of LLaVA-1.5 need no upgrade; those of LLaVA 0 are not read",
     "llava.serve.controller": _SERVER,
-    "llava.serve.gradio_web_server": _SERVER,
+    "llava.serve.gradio_web_server": _CLIENT,
     "llava.serve.model_worker": _SERVER,
     "llava.serve.register_worker": _SERVER,
     "llava.serve.sglang_worker": _SERVER,
-    "llava.serve.test_message": _SERVER,
+    "llava.serve.test_message": _CLIENT,
     "llava.train.llama_flash_attn_monkey_patch": f"{_ATTENTION} flash_attention_2",
     "llava.train.llama_xformers_attn_monkey_patch": f"{_ATTENTION} sdpa",
     "llava.train.train_xformers": f"use llava.train.train; {_ATTENTION} sdpa",
@@ -109,8 +111,8 @@ GONE_NAMES = {
     "llava.utils.StreamToLogger": "use Python's logging",
     "llava.utils.build_logger": "use Python's logging",
     "llava.utils.moderation_msg": "no text is sent to a moderation service",
-    "llava.utils.pretty_print_semaphore": _SERVER,
-    "llava.utils.server_error_msg": _SERVER,
+    "llava.utils.pretty_print_semaphore": _COUNTS,
+    "llava.utils.server_error_msg": _ERRORS,
     "llava.utils.violates_moderation": "no text is sent to a moderation service",
 }
 """Names in modules that are here."""

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -59,12 +58,32 @@ class EmbeddedImage:
         return self.name
 
 
-def load_image(source: str | Path | EmbeddedImage, upright: bool = False) -> Image.Image:
+@dataclass(frozen=True)
+class Trust:
+    """How far the source of an image is trusted: a user's own command reads anything, a server for others does not.
+
+    Attributes:
+        max_pixels: largest width times height; None: Pillow's limit.
+        formats: file formats that are read, by Pillow's names; None: all.
+        connect: makes the connections of a download, in place of `socket.create_connection`; raises OSError where it
+            refuses to. It is asked at every redirect. With one, proxies that the environment names are not used.
+    """
+
+    max_pixels: int | None = None
+    formats: tuple[str, ...] | None = None
+    connect: Callable[..., socket.socket] | None = None
+
+
+FULL_TRUST = Trust()
+
+
+def load_image(source: str | Path | EmbeddedImage, upright: bool = False, trust: Trust = FULL_TRUST) -> Image.Image:
     """Read one image completely.
 
     Args:
         source: path of a file, an http(s) address, or an embedded image.
         upright: rotate the image as its EXIF tag says. False keeps the stored pixels, as LLaVA's evaluation does.
+        trust: what is read of this source.
 
     Returns:
         The first frame in mode RGB. Transparency is dropped, not blended (parity: `convert("RGB")`); 16-bit grey is
@@ -76,10 +95,13 @@ def load_image(source: str | Path | EmbeddedImage, upright: bool = False) -> Ima
     """
     address = str(source)
     if isinstance(source, EmbeddedImage):
-        return _decode(BytesIO(_refuse_empty(source.content, address)), address, upright)
-    if address.lower().startswith(("http://", "https://")):
-        return _decode(BytesIO(_download(address)), _hide_secrets(address), upright)
-    return _decode(BytesIO(_refuse_empty(read_bytes(Path(source), limit=FILE_BYTES), address)), address, upright)
+        content = _refuse_empty(source.content, address)
+    elif address.lower().startswith(("http://", "https://")):
+        content, address = _download(address, trust.connect), _hide_secrets(address)
+    else:
+        content = _refuse_empty(read_bytes(Path(source), limit=FILE_BYTES), address)
+    with _explain_damage(address, trust.formats), Image.open(BytesIO(content), formats=trust.formats) as image:
+        return _read_pixels(image, address, upright, trust.max_pixels)
 
 
 def _refuse_empty(content: bytes, address: str) -> bytes:
@@ -97,13 +119,13 @@ def _hide_secrets(address: str) -> str:
     return scheme + (host + path if is_host else "...")
 
 
-def _download(address: str) -> bytes:
+def _download(address: str, connect: Callable[..., socket.socket] | None) -> bytes:
     """Download within the limits of time and size.
 
     One limit of time covers everything: looking up names, connecting, redirects, headers that trickle, the content. The
     standard library limits single reads only, so a thread does the work, and is left behind when the time is up.
     """
-    download = _Download(address)
+    download = _Download(address, connect)
     threading.Thread(target=download.run, daemon=True).start()
     try:
         if not download.ended.wait(DOWNLOAD_SECONDS):
@@ -126,11 +148,12 @@ class _Download:
         fault: why there is no image, without anything that the server sent: it may hold keys and control characters.
     """
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, connect: Callable[..., socket.socket] | None = None):
         self.ended = threading.Event()
         self.content = bytearray()
         self.fault: str | None = None
         self._address = address
+        self._connect = connect
         self._is_abandoned = False
         self._connections: list[http.client.HTTPConnection] = []
 
@@ -163,9 +186,10 @@ class _Download:
         """Fill `content`; return what is wrong with it."""
         if re.match(r"https?://[^/?#]*@", self._address, re.IGNORECASE):
             return "an address with a user name or a password is not supported"
-        opener = urllib.request.build_opener(
-            _PlainHandler(self._connections), _SecureHandler(self._connections), _RedirectHandler()
-        )
+        handlers = [_PlainHandler(self._note), _SecureHandler(self._note), _RedirectHandler()]
+        if self._connect:
+            handlers.append(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(*handlers)
         request = urllib.request.Request(self._address, headers={"User-Agent": "llava"})
         with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
             while not self._is_abandoned and (chunk := response.read1(_CHUNK_BYTES)):
@@ -177,20 +201,27 @@ class _Download:
             return f"download ended after {len(self.content)} of {expected} bytes"
         return None if self.content else "the response is empty"
 
+    def _note(self, connection: http.client.HTTPConnection) -> None:
+        """Prepare a connection that is going to be made, and keep it: another thread can then shut it down."""
+        if self._connect:
+            connection._create_connection = self._connect
+        self._connections.append(connection)
+
 
 class _NotingHandler(urllib.request.AbstractHTTPHandler):
-    """Keeps the connections it makes, so that they can be shut down by another thread."""
+    """Shows each connection to a function before it is made."""
 
-    def __init__(self, connections: list[http.client.HTTPConnection]):
+    def __init__(self, note: Callable[[http.client.HTTPConnection], None]):
         super().__init__()
-        self._connections = connections
+        self._note = note
 
     def do_open(
         self, http_class: Callable[..., http.client.HTTPConnection], req: urllib.request.Request, **options: object
     ) -> http.client.HTTPResponse:
         def connect(*args: object, **more: object) -> http.client.HTTPConnection:
-            self._connections.append(http_class(*args, **more))
-            return self._connections[-1]
+            connection = http_class(*args, **more)
+            self._note(connection)
+            return connection
 
         return super().do_open(connect, req, **options)
 
@@ -204,13 +235,21 @@ class _SecureHandler(_NotingHandler, urllib.request.HTTPSHandler):
 
 
 class _RedirectHandler(urllib.request.HTTPRedirectHandler):
-    """Does not read the content of a redirect, which may never end."""
+    """Does not read the content of a redirect, which may never end, and follows none to another scheme, such as ftp."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: http.client.HTTPResponse, *args: object
+        self,
+        req: urllib.request.Request,
+        fp: http.client.HTTPResponse,
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
     ) -> urllib.request.Request | None:
         fp.close()
-        return super().redirect_request(req, fp, *args)
+        if not newurl.lower().startswith(("http://", "https://")):
+            return None
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _describe_status(code: int) -> str:
@@ -219,11 +258,6 @@ def _describe_status(code: int) -> str:
         return f"{code}, redirected too often or to no web address"
     names = {status.value: status.phrase for status in http.HTTPStatus}
     return f"{code} {names.get(code, '')}".strip()
-
-
-def _decode(stream: BinaryIO, address: str, upright: bool) -> Image.Image:
-    with _explain_damage(address), Image.open(stream) as image:
-        return _read_pixels(image, address, upright)
 
 
 def read_image(image: Image.Image, address: str, upright: bool = False) -> Image.Image:
@@ -244,15 +278,17 @@ def read_image(image: Image.Image, address: str, upright: bool = False) -> Image
         return _read_pixels(image, address, upright)
 
 
-def _read_pixels(image: Image.Image, address: str, upright: bool) -> Image.Image:
+def _read_pixels(image: Image.Image, address: str, upright: bool, max_pixels: int | None = None) -> Image.Image:
     if max(image.size) > MAX_SIDE:
         raise InputError(f"image {address}: {image.width} x {image.height} pixels; a side has {MAX_SIDE:,} at most")
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise InputError(f"image {address}: {image.width} x {image.height} pixels; at most {max_pixels:,} are taken")
     image.load()
     return to_rgb(ImageOps.exif_transpose(image) if upright else image, address)
 
 
 @contextmanager
-def _explain_damage(address: str) -> Iterator[None]:
+def _explain_damage(address: str, formats: tuple[str, ...] | None = None) -> Iterator[None]:
     """Raise one line for everything that can go wrong with the pixels of an image."""
     try:
         with warnings.catch_warnings():
@@ -262,7 +298,8 @@ def _explain_damage(address: str) -> Iterator[None]:
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"image {address}: not an image in a known format") from None
+        known = f" ({', '.join(formats)})" if formats else ""
+        raise InputError(f"image {address}: not an image in a known format{known}") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"image {address}: more than {limit:,} pixels, refused as a decompression bomb") from None

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 import llava.image
 from llava.errors import InputError
-from llava.image import load_image, scale_window
+from llava.image import Trust, load_image, scale_window
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -189,6 +189,7 @@ ENDLESS_SECONDS = 60  # longer than any machine takes to give up after the 0.4 s
 RAW = {
     "/missing.png": b"HTTP/1.0 404 Not Found\r\n\r\n",
     "/moved.png": b"HTTP/1.0 302 Found\r\nLocation: /ok.png\r\n\r\n",
+    "/away.png": b"HTTP/1.0 302 Found\r\nLocation: ftp://127.0.0.1:9/ok.png\r\n\r\n",
     "/rude.png": b"HTTP/1.1 500 \x1b[31m sk-KEY\r\n\r\n",
     "/not_http.png": b"\x1b[31m sk-KEY\r\n\r\n",
     "/circle.png": b"HTTP/1.0 302 sk-KEY\r\nLocation: /circle.png?sk-KEY\r\n\r\n",
@@ -265,6 +266,38 @@ def server(noise):
 @pytest.mark.parametrize("page", ["ok.png", "moved.png"])
 def test_images_are_read_from_addresses(server, noise, page):
     assert load_image(f"{server}/{page}").tobytes() == noise.tobytes()
+
+
+@pytest.mark.parametrize("page", ["ok.png", "moved.png"])
+def test_every_connection_of_a_download_is_the_callers_to_make_or_refuse(server, noise, page, monkeypatch):
+    """Without one of the environment's proxies, which would look up names by itself."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    made, address = [], f"{server}/{page}"
+
+    def connect(place, *args):
+        made.append(place)
+        if len(made) > 1 + page.startswith("moved"):
+            raise OSError("refused here")
+        return socket.create_connection(place, *args)
+
+    assert load_image(address, trust=Trust(connect=connect)).tobytes() == noise.tobytes()
+    assert made == [("127.0.0.1", int(server.rpartition(":")[2]))] * (1 + page.startswith("moved"))
+    with pytest.raises(InputError, match=r"download failed \(refused here\)"):
+        load_image(address, trust=Trust(connect=connect))
+
+
+def test_a_redirect_leads_to_a_web_address_alone(server):
+    assert "302, redirected too often or to no web address" in refusal(f"{server}/away.png")
+
+
+def test_strangers_images_are_limited_by_pixels_and_by_format(noise, tmp_path):
+    path = tmp_path / "noise.tiff"
+    noise.save(path)
+    assert load_image(path, trust=Trust(48 * 64, ("PNG", "TIFF"))).size == (64, 48)
+    with pytest.raises(InputError, match=r"noise\.tiff: 64 x 48 pixels; at most 3,071 are taken"):
+        load_image(path, trust=Trust(48 * 64 - 1))
+    with pytest.raises(InputError, match=r"noise\.tiff: not an image in a known format \(PNG, JPEG\)"):
+        load_image(path, trust=Trust(formats=("PNG", "JPEG")))
 
 
 @pytest.mark.parametrize(

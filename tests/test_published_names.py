@@ -198,7 +198,7 @@ def test_a_command_that_is_gone_says_so_in_its_last_line():
     command = [sys.executable, "-m", "llava.serve.controller", "--port", "10000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "llava.serve.controller is gone: there is no web server: use python -m llava.serve.cli" in done.stderr
+    assert "llava.serve.controller is gone: use python -m llava.serve.api, one process" in done.stderr
 
 
 def test_nothing_is_gone_that_the_table_does_not_name():
