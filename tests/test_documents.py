@@ -11,8 +11,8 @@ from llava import Answer
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
-NEEDS_A_DOWNLOAD = ("transformers.md",)
-"""Names models of the hub; `tests/hf` runs the same calls on small ones."""
+NEEDS_MORE = ("transformers.md", "vllm.md")
+"""Names models of the hub, or a package of another environment; `tests/hf` and `tests/engines` run the same calls."""
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 DOCUMENTS = [
     path
@@ -44,7 +44,7 @@ def test_the_python_of_a_document_runs_from_top_to_bottom(document, clone):
     names = {"__name__": document.stem}
     for block in BLOCK.findall(document.read_text(encoding="utf-8")):
         code = compile(block, document.name, "exec")
-        if document.name not in NEEDS_A_DOWNLOAD:
+        if document.name not in NEEDS_MORE:
             exec(code, names)
 
 

@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache-mib", type=natural, default=1024, help="kept features of images, in MiB (default: %(default)s)")
     add("--data-parallel", type=positive, default=1, metavar="N", help="one server per accelerator, N in all")
     add("--tensor-parallel", type=positive, default=1, metavar="N", help="accelerators per server, with vllm")
+    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="of each accelerator, for vllm (default: 0.8)")
     group = parser.add_argument_group("address")
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine (default: %(default)s)")
@@ -145,12 +146,27 @@ def load(args: argparse.Namespace, spec: ModelSpec) -> "tuple[Front, Engine]":
     """Load the model, and make the two parts that a request passes; the engine is not started yet."""
     from llava.assistant import Llava
     from llava.serve.front import Front
-    from llava.serve.torch_engine import TorchEngine
 
-    loaded = spec.load(quiet=True)
+    engine: Engine | None = None
+    if args.engine == "vllm":
+        from llava.serve.vllm_engine import VllmEngine
+
+        # It refuses what it cannot do before our weights are read, and loads its own when it starts.
+        engine = VllmEngine(
+            spec.path,
+            spec.base,
+            tensor_parallel_size=args.tensor_parallel,
+            dtype=spec.dtype,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+        )
+    loaded = spec.load(quiet=True, without_layers=engine is not None)
     llava = Llava(*loaded, choose_template(args, loaded.model.config), spec)
     front = Front(llava, cache_bytes=args.cache_mib * 2**20, max_batch=args.max_batch)
-    return front, TorchEngine(llava.model, llava.tokenizer, max_batch=args.max_batch)
+    if engine is None:
+        from llava.serve.torch_engine import TorchEngine
+
+        engine = TorchEngine(llava.model, llava.tokenizer, max_batch=args.max_batch)
+    return front, engine
 
 
 if __name__ == "__main__":

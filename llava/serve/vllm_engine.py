@@ -23,7 +23,7 @@ from llava.errors import InputError, one_line
 from llava.files import read_json
 from llava.model.builder import read_config
 from llava.model.config_rules import GENERATION_FILE
-from llava.serve.answer_text import AnswerText, TokenNames
+from llava.serve.answer_text import AnswerText, TokenNames, find_ends
 from llava.serve.engine import FINISHED_BY_LENGTH, FINISHED_BY_STOP, Piece, Prompt, Search, TokenLogprob
 from llava.serve.export import export_language_model
 
@@ -39,6 +39,7 @@ ENVIRONMENT = {
     # It reports its use to its makers otherwise.
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the server's
 }
 """Settings of vLLM where the user's environment has none."""
 GPU_SHARE = 0.8
@@ -123,6 +124,7 @@ class VllmEngine:
         known = read_json(folder / GENERATION_FILE)["eos_token_id"]
         self._ends = frozenset([known] if isinstance(known, int) else known or ())
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._added = self._tokenizer.get_added_vocab()
         self._names = TokenNames(self._tokenizer)
         self._llm = await asyncio.to_thread(self._load, folder)
 
@@ -152,11 +154,7 @@ class VllmEngine:
                 f"{self.max_positions}: shorten the messages, give fewer images or reduce them more"
             )
         inputs = embeds_input(prompt_embeds=prompt.embeds.detach().cpu().contiguous())
-        added, ends, stop = self._tokenizer.get_added_vocab(), self._ends, search.stop
-        if prompt.end in added:
-            ends = ends | {added[prompt.end]}
-        elif prompt.end is not None:
-            stop = (*stop, prompt.end)
+        ends, stop = find_ends(prompt, search, self._ends, self._added)
         writer = _Writer(AnswerText(self._tokenizer, stop), self._names, ends, search.num_logprobs)
         name = str(next(self._numbers))
         is_waiting = True
