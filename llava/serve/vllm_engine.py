@@ -78,7 +78,7 @@ class VllmEngine:
             max_positions: of prompt and answer together, at most the model's; None: the model's.
             dtype: "float16", "bfloat16" or "float32"; None: float16 on an accelerator, float32 on the CPU.
             gpu_memory_utilization: share of each accelerator's memory for weights and cache; None: `GPU_SHARE`.
-            options: further arguments of vLLM's `AsyncEngineArgs`, by name.
+            options: further arguments of vLLM's `AsyncEngineArgs`, by name; not those that are set here.
 
         Raises:
             InputError: vLLM is not installed, the checkpoint's config is wrong, or a value out of its range.
@@ -104,10 +104,11 @@ class VllmEngine:
             "gpu_memory_utilization": share,
             "enable_prompt_embeds": True,
             "skip_tokenizer_init": True,
-            "enable_prefix_caching": True,
             "disable_log_stats": True,
-            **(options or {}),
         }
+        if taken := sorted(self._settings.keys() & (options or {}).keys()):
+            raise InputError(f"options: {taken[0]} is not free: it has an argument of its own, or follows from others")
+        self._settings |= options or {}
         self._llm: AsyncLLM | None = None
         self._ends: frozenset[int] = frozenset()
         self._numbers = count()
@@ -126,16 +127,16 @@ class VllmEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._added = self._tokenizer.get_added_vocab()
         self._names = TokenNames(self._tokenizer)
-        self._llm = await asyncio.to_thread(self._load, folder)
+        await asyncio.to_thread(self._load, folder)
 
-    def _load(self, folder: Path) -> "AsyncLLM":
+    def _load(self, folder: Path) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)  # read as vLLM is imported, and by the processes that it starts
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **self._settings))
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **self._settings))
         except Exception as error:  # of many kinds; those of its processes are on stderr by now
             raise InputError(f"vLLM does not start: {one_line(str(error))[:300]}") from error
 
@@ -181,8 +182,12 @@ class VllmEngine:
         """End the answers that are being written, and vLLM's processes."""
         if self._llm is not None:
             await self._llm.abort(list(self._open))
-            await asyncio.to_thread(self._llm.shutdown)
-            self._llm = None
+            await asyncio.to_thread(self._shut_down)
+
+    def _shut_down(self) -> None:
+        # No thread's future holds on to it: it would shut down once more as Python ends, and fail.
+        self._llm.shutdown()
+        self._llm = None
 
 
 def _make_params(search: Search, ends: Collection[int], room: int) -> "SamplingParams":

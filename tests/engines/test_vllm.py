@@ -1,8 +1,12 @@
 """vLLM behind the front gives the answers of our own `generate`; scripts/test_vllm.sh runs this in its environment."""
 
 import asyncio
+import base64
+import io
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -13,6 +17,8 @@ import torch
 from PIL import Image
 
 pytest.importorskip("vllm")
+
+import openai
 
 from llava import Llava
 from llava.cli import ModelSpec
@@ -26,6 +32,7 @@ from llava.serve.vllm_engine import VllmEngine
 from playground.shapes.world import draw_scene
 from tests.families import FAMILIES, write_checkpoint
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 """vLLM's attention on a CPU has no smaller heads than 32, and two ranks share two of them."""
 ENDS = [2, *range(300, 340)]
@@ -271,6 +278,34 @@ def test_logprobs_are_the_models_own_before_temperature(served: Served, images) 
     assert all(piece.logprobs == () for piece in pieces)
 
 
+# ------------------------------------------------------------------------------------------------------------- command
+def test_one_command_serves_a_model_by_vllm_and_ends_with_0(images, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", "llama", **SIZES)
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
+    command = [sys.executable, "-m", "llava.serve.api", "--engine", "vllm", "--model-path", str(checkpoint)]
+    options = ["--device", "cpu", "--conv-mode", "vicuna_v1", "--port", "0", "--vllm-options", json.dumps(OPTIONS)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, *options], cwd=ROOT, text=True, **pipes) as server:
+        line = server.stdout.readline()
+        assert "(engine vllm) at http" in line, server.communicate()
+        client = openai.OpenAI(base_url=line.rpartition(" at ")[2].strip(), api_key="none", max_retries=0)
+        picture = io.BytesIO()
+        images[0].save(picture, format="png")
+        address = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": QUESTIONS[0]}]
+        reply = client.chat.completions.create(
+            model="model", messages=[{"role": "user", "content": content}], max_tokens=LENGTH, temperature=0,
+            extra_body={"reduce": "TRIM:0.25"},
+        )  # fmt: skip
+        server.terminate()
+        _, errors = server.communicate(timeout=120)
+    assert server.returncode == 0 and "Traceback" not in errors, errors
+    llava = Llava.from_pretrained(checkpoint, device="cpu", reduce="TRIM:0.25", conv_mode="vicuna_v1")
+    answer = llava.ask(images[0], QUESTIONS[0], max_new_tokens=LENGTH)
+    assert reply.choices[0].message.content.strip() == answer.text and answer.text
+    assert reply.usage.prompt_tokens_details.image_tokens == answer.num_tokens
+
+
 # ------------------------------------------------------------------------------------------------- limits and the rest
 def test_an_answer_that_nobody_reads_any_more_is_given_up(served: Served, images) -> None:
     async def run() -> list[int]:
@@ -309,6 +344,7 @@ def test_an_answer_ends_where_the_positions_end(served: Served) -> None:
         ({"max_positions": 1}, "max_positions 1: expected 2 to 1024"),
         ({"max_positions": 1025}, "max_positions 1025: expected 2 to 1024"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size 3: expected a divisor of 2 heads"),
+        ({"options": {"max_model_len": 7}}, "options: max_model_len is not free: it has an argument of its own"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization 1.5: expected a number above 0, at most 1"),
     ],
 )
