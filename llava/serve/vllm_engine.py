@@ -182,12 +182,10 @@ class VllmEngine:
         """End the answers that are being written, and vLLM's processes."""
         if self._llm is not None:
             await self._llm.abort(list(self._open))
-            await asyncio.to_thread(self._shut_down)
-
-    def _shut_down(self) -> None:
-        # No thread's future holds on to it: it would shut down once more as Python ends, and fail.
-        self._llm.shutdown()
-        self._llm = None
+            # It blocks the loop for some seconds: in a thread, vLLM's own task would take the end of its processes for
+            # a failure, and the thread's future would keep it alive until Python ends.
+            self._llm.shutdown()
+            self._llm = None
 
 
 def _make_params(search: Search, ends: Collection[int], room: int) -> "SamplingParams":
