@@ -6,7 +6,8 @@ cropped or squeezed. What is padding, or cut off, is hatched.
 
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -32,8 +33,8 @@ MAX_COLUMNS = 4
 """Panels in a row."""
 PANEL, GAP, MARGIN, LINE, BAR = 3.1, 0.2, 0.2, 0.21, 0.75
 """Inches: side of a panel, between panels, around them, height of a text line, width of the color scale."""
-CAPTION_LINE = 0.16
-"""Inches: height of a line above a panel."""
+CAPTION_LINE, EDGE = 0.16, 0.06
+"""Inches: height of a line above a panel; around a panel that is drawn alone."""
 MIN_WIDTH, LETTER = 6.9, 0.088
 """Inches: of the figure, and of a letter of text on average."""
 HEADING_LINES, TEXT_LINES, DPI = 9, 3, 150
@@ -41,7 +42,7 @@ CAPTION = 48
 """Letters that fit above a panel; a longer line is set smaller, and one of more than twice as many is cut."""
 SMALLEST = 5
 """Points: size of the letters in a block, where it is narrow."""
-KEPT_COLOR, CENTRE_COLOR = "#ffd60a", "#ff3fd1"
+KEPT_COLOR, CENTRE_COLOR, THRESHOLD_COLOR = "#ffd60a", "#ff3fd1", "#ff2d2d"
 LINEAR_RANGE, LOG_RANGE, NARROW_RANGE = 20, 1e30, 100
 """Ratios of scores: largest to median from which the scale is logarithmic; its largest range; the range below which 2
 and 5 are labelled between the powers of ten.
@@ -248,10 +249,6 @@ def draw_figure(views: Sequence[View], heading: str, lines: Sequence[TextLine] =
         heading: the question.
         lines: what else is known of it.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     # 1. Sizes, in inches.
     rows = lay_out(views)
     columns = measure_columns(rows)
@@ -260,11 +257,7 @@ def draw_figure(views: Sequence[View], heading: str, lines: Sequence[TextLine] =
     heights = [PANEL * max(view.aspect for view, _ in row) for row in rows]
     headrooms = [LINE + CAPTION_LINE * max(_caption(*each).count("\n") + 1 for each in row) for row in rows]
     height = 2 * MARGIN + len(text) * LINE + sum(heights) + sum(headrooms)
-    with mpl.rc_context({"font.family": _list_fonts(), "text.parse_math": False}), warnings.catch_warnings():
-        # A letter that no installed font has becomes a box; the drawing is still right.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-        canvas = FigureCanvasAgg(figure)
+    with _new_figure(width, height) as figure:
         place = height - MARGIN
         # 2. Text.
         for pieces in text:
@@ -278,8 +271,42 @@ def draw_figure(views: Sequence[View], heading: str, lines: Sequence[TextLine] =
                 left = MARGIN + sum(columns[:column]) + GAP * column
                 frame = (left / width, place / height, PANEL / width, row_height / height)
                 _draw_panel(figure, frame, view, panel)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        return _to_image(figure)
+
+
+def draw_panel(view: View, panel: Panel) -> Image.Image:
+    """Draw one panel alone: where text stands beside it, its caption is best left empty.
+
+    Args:
+        view: the image that the panel looks at.
+        panel: one of its panels, or another of the same image.
+    """
+    headroom = CAPTION_LINE * (panel.caption.count("\n") + 1) if panel.caption else 0
+    width, height = PANEL + BAR * (panel.scores is not None) + 2 * EDGE, PANEL * view.aspect + headroom + 2 * EDGE
+    with _new_figure(width, height) as figure:
+        frame = (EDGE / width, EDGE / height, PANEL / width, PANEL * view.aspect / height)
+        _draw_panel(figure, frame, view, panel)
+        return _to_image(figure)
+
+
+@contextmanager
+def _new_figure(width: float, height: float) -> "Iterator[Figure]":
+    """Make an empty figure of so many inches, to be drawn within the context."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.family": _list_fonts(), "text.parse_math": False}), warnings.catch_warnings():
+        # A letter that no installed font has becomes a box; the drawing is still right.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _to_image(figure: "Figure") -> Image.Image:
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 def measure_columns(rows: Sequence[Sequence[tuple[View, Panel | None]]]) -> list[float]:
@@ -341,7 +368,8 @@ def _draw_scores(figure: "Figure", frame: tuple[float, float, float, float], vie
     highest = float(scores.max())
     least = float(scores[drawn.bright].min(initial=highest))
     norm = LogNorm(max(least / 3, highest / LOG_RANGE), highest, clip=True) if steep else None
-    axes = _add_axes(figure, frame, view.extent, drawn.caption + ", log scale" * bool(norm))
+    caption = drawn.caption + ", log scale" * bool(norm and drawn.caption)
+    axes = _add_axes(figure, frame, view.extent, caption)
     left, top, right, bottom = view.box
     shown = axes.imshow(scores, cmap="viridis", norm=norm, interpolation="nearest", extent=(left, right, bottom, top))
     _outline(axes, drawn.kept, view.box, "white")
@@ -355,6 +383,22 @@ def _draw_scores(figure: "Figure", frame: tuple[float, float, float, float], vie
             scale.update_ticks()
         scale.ax.yaxis.set_minor_formatter(NullFormatter())
     scale.ax.tick_params(labelsize=7.5)
+    threshold = find_threshold(scores, drawn.kept)
+    if threshold is not None:
+        scale.ax.axhline(threshold, color=THRESHOLD_COLOR, linewidth=2)
+
+
+def find_threshold(scores: np.ndarray, kept: np.ndarray) -> float | None:
+    """Return the lowest score of a kept patch; None where scores alone do not tell kept patches from dropped ones.
+
+    Args:
+        scores: float[rows, cols].
+        kept: bool[rows, cols].
+    """
+    if not kept.any() or kept.all():
+        return None
+    least = float(scores[kept].min())
+    return least if float(scores[~kept].max()) <= least else None
 
 
 def _add_axes(figure: "Figure", frame: tuple[float, float, float, float], extent: Box, caption: str) -> "Axes":

@@ -15,7 +15,7 @@ from contextlib import suppress
 from llava.packages import NEEDED_BY_SOME
 from llava.signals import describe_stop, note_told, raising_on
 
-PACKAGES = {**NEEDED_BY_SOME, "bitsandbytes": "bitsandbytes"}
+PACKAGES = {**NEEDED_BY_SOME, "bitsandbytes": "bitsandbytes", "gradio": "gradio"}
 """Packages that single parts of llava need: the name to import, the name to install."""
 EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve")
 """Packages that come with an extra of llava: the name to import, the extra."""

@@ -12,7 +12,6 @@ from types import ModuleType
 _MPT = "MPT is not a language model here: use Llama, Mistral or Qwen2"
 _DELTA = "LLaVA-1.5 is published whole, not as deltas: make whole weights with the code that came with them"
 _SERVER = "use python -m llava.serve.api, one process that is controller and worker"
-_CLIENT = "use python -m llava.serve.api, with any client of OpenAI's chat completions"
 _COUNTS = "python -m llava.serve.api counts requests under /metrics"
 _ERRORS = "python -m llava.serve.api answers errors in OpenAI's form"
 _TEMPLATE = "use llava.conversation.conv_templates[NAME]"
@@ -40,11 +39,11 @@ GONE_MODULES = {
     "llava.model.make_delta": _DELTA,
     "llava.model.utils": "configs of LLaVA-1.5 need no upgrade; those of LLaVA 0 are not read",
     "llava.serve.controller": _SERVER,
-    "llava.serve.gradio_web_server": _CLIENT,
+    "llava.serve.gradio_web_server": "use python -m llava.serve.demo, alone or with --endpoint",
     "llava.serve.model_worker": _SERVER,
     "llava.serve.register_worker": _SERVER,
     "llava.serve.sglang_worker": _SERVER,
-    "llava.serve.test_message": _CLIENT,
+    "llava.serve.test_message": "use python -m llava.serve.api, with any client of OpenAI's chat completions",
     "llava.train.llama_flash_attn_monkey_patch": f"{_ATTENTION} flash_attention_2",
     "llava.train.llama_xformers_attn_monkey_patch": f"{_ATTENTION} sdpa",
     "llava.train.train_xformers": f"use llava.train.train; {_ATTENTION} sdpa",

@@ -48,6 +48,7 @@ LAYERS = [
     ("llava.efficiency.cost", 2),
     ("llava.efficiency.estimate", 3),
     ("llava.efficiency.targets", 4),
+    ("llava.answer_cost", 4),
     ("llava.budgets", 7),
     ("llava.cli", 8),
     ("llava.model.consolidate", 9),
@@ -207,6 +208,7 @@ def test_no_module_calls_cuda_directly(path):
         "llava.eval.benchmarks.pope",
         "llava.train.flags",
         "llava.efficiency.cost",
+        "llava.serve.demo",
     ],
 )
 def test_light_modules_load_no_torch(module):

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 READERS = 16
 """Threads that fetch and decode images."""
+BODY_SECONDS = 60.0
+"""How long the body of a request may take to arrive; meanwhile it counts as one that waits."""
 logger = logging.getLogger("uvicorn.error")
 
 
@@ -107,10 +109,13 @@ class Completions:
         deadline = loop.time() + self._limits.seconds
         # 1. The text of the request: what can be refused is refused before anything is worked on.
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(BODY_SECONDS):
                 body = await _read_body(receive, self._limits.body_bytes)
         except TimeoutError:
-            raise Refusal("the body of the request did not arrive in time", status=408, code="timeout") from None
+            raise Refusal(
+                f"the body of the request did not arrive within {BODY_SECONDS:g} seconds",
+                status=408, code="timeout", headers={"Connection": "close"},
+            ) from None  # fmt: skip
         if body is None:
             return False
         request = read_request(parse_json(body, "the body"), self.model, self._limits, self._max_new_tokens)
@@ -151,7 +156,7 @@ class Completions:
             with self.metrics.time("read"):
                 messages = await asyncio.gather(*map(self._read_turn, request.turns))
             with self.metrics.time("prepare"):
-                prompt = await self._front.prepare(messages, request.reduce)
+                prompt = await self._front.prepare(messages, request.reduce, query=request.query)
             self._count_prompt(prompt)
             has_logprobs = request.searches[0].num_logprobs is not None
             completion = Completion(self.model, prompt, len(request.searches), has_logprobs)
@@ -196,6 +201,8 @@ class Completions:
             async with aclosing(self._engine.answer(prompt, search)) as pieces:
                 async for piece in pieces:
                     await take(index, piece)
+            if completion.choices[index].finish_reason is None:
+                raise Refusal("the server ended before the answer did", status=503, code="draining")
 
         try:
             async with asyncio.TaskGroup() as group:

@@ -1,7 +1,7 @@
 """OpenAI's JSON of a chat completion, read strictly: what changes the answer is served or refused, never passed over.
 
-https://platform.openai.com/docs/api-reference/chat/create names the fields. `reduce`, the token reduction of this
-request, is this server's own.
+https://platform.openai.com/docs/api-reference/chat/create names the fields. Two are this server's own: `reduce`, the
+token reduction of this request, and `query`, what the CLIP text tower reads.
 """
 
 import difflib
@@ -23,7 +23,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 _SERVED = (
     *("messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stop", "seed"),
-    *("stream", "stream_options", "logprobs", "top_logprobs", "reduce"),
+    *("stream", "stream_options", "logprobs", "top_logprobs", "reduce", "query"),
 )
 _WITHOUT_EFFECT = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -79,6 +79,7 @@ class ChatRequest:
         turns: the dialogue.
         searches: one for each answer that is wanted (`n`).
         reduce: token reduction; None: the server's own.
+        query: what the CLIP text tower reads; None: the text of the last message.
         is_streamed: whether pieces are sent as they come.
         is_usage_streamed: whether the last event of a stream says what was used.
     """
@@ -86,6 +87,7 @@ class ChatRequest:
     turns: tuple[Turn, ...]
     searches: tuple[Search, ...]
     reduce: str | None
+    query: str | None
     is_streamed: bool
     is_usage_streamed: bool
 
@@ -121,6 +123,7 @@ def read_request(data: object, model: str, limits: Limits, max_new_tokens: int) 
         turns=turns,
         searches=_read_searches(fields, max_new_tokens),
         reduce=_get(fields, "reduce", str, None),
+        query=_get(fields, "query", str, None),
         is_streamed=is_streamed,
         is_usage_streamed=_get(options, "include_usage", bool, False),
     )

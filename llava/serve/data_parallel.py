@@ -58,6 +58,8 @@ def run_workers(
         InputError: there are too few accelerators, or a server ended.
         Stopped: a server had to cut off requests.
     """
+    if sys.platform == "win32":
+        raise InputError("--data-parallel: not on Windows; start a server per port, and share the clients out")
     environments = share_devices(num_workers, num_devices, device)
     asyncio.run(_Dealer(arguments, door, environments).run())
 

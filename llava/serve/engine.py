@@ -42,8 +42,8 @@ class Prompt:
         key: what the embeddings depend on, as text: the token ids, each image's content, its query, token reduction and
             budget. Prompts with the same key have the same embeddings, others may share no cache entry past what they
             have in common.
-        end: text with which the template ends an answer, where that is no end token of the checkpoint. It works like
-            one more stop text of the search.
+        end: text with which the template ends an answer, where that is no end token of the checkpoint: one more stop
+            text of the search, or the name of a token of the tokenizer that ends this answer.
     """
 
     embeds: Tensor

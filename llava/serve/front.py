@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,7 +34,7 @@ from llava.model.image_tokens import ImageTokens
 from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.token_reduction import TEXT, Need, Reduction, parse_reduction
 from llava.picture import Picture
-from llava.prompt import end_of_turn, find_template
+from llava.prompt import check_text, end_of_turn, find_template
 from llava.serve.dialogue import Dialogue, read_dialogue
 from llava.serve.dialogue import Message as Message
 from llava.serve.engine import ImageUse, Prompt
@@ -151,13 +151,17 @@ class Front:
         self.check_reduce(None)
 
     # What is asked from outside -----------------------------------------------------------------------------------
-    async def prepare(self, messages: Sequence[Message], reduce: str | None = None) -> Prompt:
+    async def prepare(
+        self, messages: Sequence[Message], reduce: str | None = None, *, query: str | None = None
+    ) -> Prompt:
         """Make the prompt of a dialogue.
 
         Args:
             messages: see `dialogue.read_dialogue`.
             reduce: token reduction of this request, as in `Llava.from_pretrained`; "none": none; None: the model's own
                 when the front was made.
+            query: what the CLIP text tower reads, where it is not the last message's text: benchmarks leave out how to
+                answer.
 
         Raises:
             InputError: as `check_reduce` and `read_dialogue`; an image that cannot be used; a prompt that leaves the
@@ -165,7 +169,7 @@ class Front:
         """
         reduction = self._parse(reduce)
         loop = asyncio.get_running_loop()
-        draft = await loop.run_in_executor(self._readers, self._draft, tuple(messages), reduction)
+        draft = await loop.run_in_executor(self._readers, self._draft, tuple(messages), reduction, query)
         future: Future[Prompt] = Future()
         self._waiting.append((draft, future))
         self._worker.submit(self._serve)
@@ -221,18 +225,24 @@ class Front:
             self._model.read_reduction(reduction.spec())
 
     def _find_end(self) -> str | None:
-        """Return the text with which the template ends an answer, unless it is an end token of the checkpoint."""
+        """Return the text or token with which the template ends an answer, unless it is the checkpoint's end token."""
         end = end_of_turn(self._template)
+        added = self._tokenizer.get_added_vocab()
+        if end.strip() not in added:
+            return end or None
         known = self._model.generation_config.eos_token_id
-        ends = [known] if isinstance(known, int) else known or []
-        return None if self._tokenizer.get_added_vocab().get(end) in ends else end or None
+        is_known = added[end.strip()] in ([known] if isinstance(known, int) else known or [])
+        return None if is_known else end.strip()
 
     # Reading, in several threads ----------------------------------------------------------------------------------
-    def _draft(self, messages: tuple[Message, ...], reduction: Reduction) -> _Draft:
+    def _draft(self, messages: tuple[Message, ...], reduction: Reduction, query: str | None = None) -> _Draft:
         """Do everything that needs no model: ids, hashes of images, pixel values of those that are new."""
         self._get_ready(reduction)
         use_im_start_end = getattr(self._model.config, "mm_use_im_start_end", False)
         dialogue = read_dialogue(messages, self._template, self._tokenizer, use_im_start_end)
+        if query is not None:
+            check_text(query)
+            dialogue = replace(dialogue, query=query.strip())
         self._check_length(len(dialogue.input_ids))  # an image leaves at least one token
         start = time.perf_counter()
         bare = _Draft(dialogue, (), reduction)
@@ -290,7 +300,8 @@ class Front:
     @torch.inference_mode()
     def _make(self, drafts: Sequence[_Draft]) -> list[Prompt | InputError]:
         """Make prompts; an error for each that is too long."""
-        tokens = self._reduce(drafts)
+        with self._tower_lock:
+            tokens = self._reduce(drafts)
         with self._clock.stage("embed"):
             made = [self._embed(draft, [tokens[draft.name_tokens(shown)] for shown in draft.shown]) for draft in drafts]
         prompts = [prompt for prompt in made if isinstance(prompt, Prompt)]
@@ -358,7 +369,7 @@ class Front:
         for needs, group in groups.items():
             for part in _in_parts(list(group.items()), self._max_batch):
                 pixels = [self._to_pixels(shown.image) if shown.pixels is None else shown.pixels for _, shown in part]
-                with self._clock.stage("encode"), self._tower_lock:
+                with self._clock.stage("encode"):
                     encoded = self._model.encode_patches(pixels, needs)
                 for (name, _), image in zip(part, encoded, strict=True):
                     features[name] = own = _copy(image)

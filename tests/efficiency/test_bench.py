@@ -16,6 +16,7 @@ COMMANDS = {
     "memory_flat": ["--questions", "40"],
     "loading": ["--size", "tiny"],
     "evidence": ["--runs", "3", "--flips", "0.1"],
+    "serve": ["--requests", "6", "--clients", "1", "3"],
     "train_speed": ["--size", "tiny", "--pocket-batch", "2"],
 }
 
@@ -24,7 +25,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_benchmark_runs_and_writes_its_figures(name, tmp_path):
     command = [sys.executable, "-m", f"scripts.bench.{name}", *COMMANDS[name], "--json", str(tmp_path / "x.json")]
-    command += [] if name in ("memory_flat", "evidence") else ["--rounds", "1"]
+    command += [] if name in ("memory_flat", "evidence", "serve") else ["--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "x.json").read_text())["machine"]["threads"] >= 1

@@ -132,6 +132,15 @@ def test_each_request_names_its_own_reduction(client, url):
     assert kept == {"none": 64, "TRIM:9": 10, "Pool:16": 16}
 
 
+def test_a_request_may_name_what_the_text_tower_reads(client, url, pocket, image):
+    asked = "Is there a star in the image?\nAnswer the question using a single word or phrase."
+    tokens = {
+        query: ask(client, show(url), asked, extra_body={"query": query}).usage.prompt_tokens_details.image_tokens
+        for query in (None, "Is there a star in the image?", "a red square", "a green triangle")
+    }
+    assert tokens[None] == pocket.ask(image, asked, max_new_tokens=1).num_tokens and len(set(tokens.values())) > 1
+
+
 def test_several_images_turns_and_a_system_prompt_are_one_dialogue(client, url):
     turns = [
         {"role": "system", "content": "Answer briefly."},
@@ -467,6 +476,29 @@ def test_too_many_requests_are_429_with_a_time_to_wait(front, serving, scribe_cl
         for thread in threads:
             thread.join()
         assert len(replies) == 2 and ask(client, "Hello?").choices
+
+
+def test_a_client_that_leaves_the_queue_gives_its_place_up(front, serving, scribe_class, waiting):
+    engine = scribe_class(seconds=0.05)
+    with serving(front, engine, running=1, waiting=1) as (address, completions):
+        client = connect(address)
+        thread = threading.Thread(target=lambda: ask(client, "Hello?", max_tokens=40))
+        thread.start()
+        waiting(lambda: engine.num_open == 1)
+        with pytest.raises(openai.APITimeoutError):
+            ask(client.with_options(timeout=0.3), "Hello?")
+        waiting(lambda: completions.gate.num_admitted == 1)
+        assert ask(client, "Hello?").choices and len(engine.searches) == 2
+        thread.join()
+
+
+def test_a_body_that_does_not_arrive_is_given_up(served, monkeypatch):
+    monkeypatch.setattr("llava.serve.app.BODY_SECONDS", 0.3)
+    with socket.create_connection(urlsplit(served[0]).netloc.split(":"), timeout=30) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        received = b"".join(iter(lambda: connection.recv(2**16), b"")).decode()  # until it is closed
+    assert received.startswith("HTTP/1.1 408") and "did not arrive within 0.3 seconds" in received
+    assert served[1].gate.num_admitted == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -228,6 +228,15 @@ def test_stop_seed_and_probabilities_reach_the_engine(images, server):
     asyncio.run(run())
 
 
+def test_the_python_of_the_document_runs(server, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    exec(block.replace("http://127.0.0.1:8000/v1", server.url).replace("llava-v1.5-7b", "pocket"), {})
+    written = capsys.readouterr().out
+    assert "blue" in written and "image_tokens=17" in written and "image_patches=64" in written
+
+
 # --------------------------------------------------------------------------------------------------- evaluation clients
 @pytest.mark.parametrize("first", ["text", "image"])
 def test_the_requests_of_evaluation_toolkits_get_the_runners_answers(pocket, first, server):
@@ -419,6 +428,18 @@ def test_mistakes_are_told_in_one_line(options, message):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=SERVER_SECONDS)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert re.search(r"error: .*\n$", done.stderr)
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
+def test_a_missing_package_is_told_before_the_model_is_loaded(package):
+    code = f"""import runpy, sys
+sys.modules[{package!r}] = None
+sys.argv = ["api", "--model-path", "no/such/model", "--port", "0"]
+runpy.run_module("llava.serve.api", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    install = "pip install -e '.[serve]'"
+    assert done.stderr == f"error: this needs the package {package}, which is not installed: {install}\n"
+    assert done.returncode == 2
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded():
