@@ -1,6 +1,6 @@
 """What this machine can do for llava, and what to mend: `python -m llava.doctor [CKPT]`.
 
-One line per subject: Python, packages, accelerator, attention, quantisation, compiler, tokenizer files, hub, memory,
+One line per subject: Python, packages, accelerator, attention, quantisation, training, tokenizer files, hub, memory,
 disk. Exit code 0 if every command can work, 2 if something stands in the way. With a checkpoint, its weights are held
 against the memory; nothing is loaded.
 """
@@ -72,7 +72,7 @@ def examine(checkpoint: str | None = None) -> Iterator[Finding]:
         "accelerator": look_at_accelerator,
         "attention": look_at_attention,
         "quantisation": look_at_quantisation,
-        "compiler": look_at_compiler,
+        "training": look_at_training,
         "tokenizer.model": look_at_sentencepiece,
         "hub": look_at_hub,
         "memory": lambda: look_at_memory(checkpoint),
@@ -185,7 +185,7 @@ def look_at_quantisation() -> Iterator[Finding]:
     yield Finding("quantisation", OK, f"bitsandbytes {metadata.version('bitsandbytes')}{where}")
 
 
-def look_at_compiler() -> Iterator[Finding]:
+def look_at_training() -> Iterator[Finding]:
     """Look for what DeepSpeed builds its operations with when a training first needs one."""
     import torch
 
@@ -193,11 +193,11 @@ def look_at_compiler() -> Iterator[Finding]:
     if not is_there("deepspeed"):
         yield Finding("training", NOTE, "no deepspeed: the training scripts need it (Linux only)")
     elif not compiler:
-        yield Finding("compiler", NOTE, "no C++ compiler: DeepSpeed cannot build its offload optimiser; install g++")
+        yield Finding("training", NOTE, "no C++ compiler: DeepSpeed cannot build its offload optimiser; install g++")
     elif torch.cuda.is_available() and not (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
-        yield Finding("compiler", NOTE, f"{compiler}, but no nvcc: DeepSpeed's fused operations need the CUDA toolkit")
+        yield Finding("training", NOTE, f"{compiler}, but no nvcc: DeepSpeed's fused operations need the CUDA toolkit")
     else:
-        yield Finding("compiler", OK, f"{compiler}, deepspeed {metadata.version('deepspeed')}")
+        yield Finding("training", OK, f"{compiler}, deepspeed {metadata.version('deepspeed')}")
 
 
 def look_at_sentencepiece() -> Iterator[Finding]:

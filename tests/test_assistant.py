@@ -235,6 +235,7 @@ def test_ask_many_counts_on_standard_error_unless_told_not_to(model, scenes, cap
 
 
 def test_answers_of_ask_many_hold_neither_features_nor_copies_of_images(model, files, scenes):
+    pytest.importorskip("matplotlib")
     (answer,) = model.ask_many([(files[0], scenes[0][1])], progress=False)
     assert all(tokens.features.numel() == 0 for tokens in answer._image_tokens)
     assert [picture.source for picture in answer._pictures] == [files[0]]
@@ -245,6 +246,7 @@ def test_answers_of_ask_many_hold_neither_features_nor_copies_of_images(model, f
 
 # ------------------------------------------------------------------------------------------------------------ drawings
 def test_a_figure_is_saved_and_a_notebook_shows_it_without_another_file(model, scenes, tmp_path):
+    pytest.importorskip("matplotlib")
     answer = model.ask(scenes[0][0], scenes[0][1])
     answer.save(tmp_path / "kept.png")
     saved = Image.open(tmp_path / "kept.png")
@@ -256,12 +258,14 @@ def test_a_figure_is_saved_and_a_notebook_shows_it_without_another_file(model, s
 
 
 def test_html_shows_questions_and_answers_as_text_whatever_is_in_them(model, scenes):
+    pytest.importorskip("matplotlib")
     shown = model.ask(scenes[0][0], '"><script>alert(1)</script>', max_new_tokens=2)._repr_html_()
     assert "<script" not in shown and "&lt;script&gt;" in shown
 
 
 @pytest.mark.parametrize(("reduce", "has_kept", "has_scores"), [("none", True, False), ("Pool:0.25", False, False)])
 def test_answers_of_every_reduction_can_be_drawn(model, scenes, reduce, has_kept, has_scores):
+    pytest.importorskip("matplotlib")
     model.set_token_reduction(reduce)
     try:
         answer = model.ask([scenes[0][0], scenes[1][0]], scenes[0][1])
@@ -275,6 +279,7 @@ def test_answers_of_every_reduction_can_be_drawn(model, scenes, reduce, has_kept
 
 
 def test_several_crops_have_a_grid_each(golden, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(golden / "checkpoints")
     model = Llava.from_pretrained(TRIM, device="cpu")
     config = model.model.config

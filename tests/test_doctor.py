@@ -11,7 +11,7 @@ from llava.doctor import FAULT, NOTE, OK, Finding, main
 from llava.errors import InputError, run_command
 
 SUBJECTS = {
-    *("python", "packages", "attention", "quantisation", "compiler", "tokenizer.model", "hub", "memory", "disk"),
+    *("python", "packages", "attention", "quantisation", "training", "tokenizer.model", "hub", "memory", "disk"),
 }
 
 

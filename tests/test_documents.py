@@ -25,6 +25,7 @@ DOCUMENTS = [
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
     """The clone's folders as seen from a working directory that may be written to."""
+    pytest.importorskip("matplotlib")
     for name in ("docs", "playground"):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
@@ -50,6 +51,7 @@ def test_the_python_of_a_document_runs_from_top_to_bottom(document, clone):
 
 
 def test_the_notebook_runs_and_shows_kept_patches():
+    pytest.importorskip("matplotlib")
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     names, shown = {}, []
     with pytest.MonkeyPatch.context() as patch:
