@@ -269,7 +269,9 @@ def test_calibrate_tells_which_sign_finds_what_was_planted(siglips, tmp_path):
     for sign, option in ((-1, "TRIM:-1"), (1, "TRIM:-1,similarity=direct")):
         tower.text_features = lambda texts, sign=sign: sign * objects.mean(dim=0).expand(len(texts), -1)
         figures = calibrate.calibrate(tower, rows)
-        assert max(figures, key=lambda figure: figure.auc).option == option
+        assert [figure.option for figure in figures] == [*calibrate.OPTIONS, *calibrate.COSINE_OPTIONS]
+        assert max(figures[:2], key=lambda figure: figure.auc).option == option
+        assert max(figures[2:], key=lambda figure: figure.auc).option == f"{option},metric=cosine"
 
 
 # ------------------------------------------------------------------------------------------------- mistakes in files
