@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, processors, trainers
 from transformers import SiglipModel, SiglipVisionModel
 
 from llava import calibrate
@@ -137,6 +138,29 @@ def test_text_is_lower_case_unless_a_tokenizer_says_otherwise(siglips):
         vars(tower.text_tower.tokenizer).update(settings)
         tower.embed_text(["Is the SQUARE red?"])
     assert read == ["is the square red?", "is the square red?", "Is the SQUARE red?"]
+
+
+def test_a_siglip_2_reads_texts_with_gemmas_tokenizer_in_lower_case_and_ends_them(siglips, tmp_path):
+    folder = shutil.copytree(siglips / "hf", tmp_path / "second")
+    (folder / "spiece.model").unlink()
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokenizer.train_from_iterator([QUESTION.lower()] * 5, trainers.BpeTrainer(vocab_size=60, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {f"{name[1:-1]}_token": name for name in special} | {"tokenizer_class": "GemmaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tower = load_tower(str(folder), needs={TEXT})
+    assert type(tower.text_tower.tokenizer).__name__ == "GemmaTokenizer"
+    read = []
+    tower.text_tower.model.register_forward_pre_hook(
+        lambda _, inputs, options: read.append(options["input_ids"][0].tolist()), with_kwargs=True
+    )
+    tower.embed_text(["What SHAPE is red?"])
+    tower.embed_text(["what shape is red?"])
+    assert read[0] == read[1] and 3 not in read[0]
+    assert len(read[0]) == CONTEXT and read[0][read[0].index(0) - 1] == 1 and set(read[0][read[0].index(0) :]) == {0}
 
 
 # ---------------------------------------------------------------------------------------------------------- images
