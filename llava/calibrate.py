@@ -3,7 +3,7 @@
 1. The sign. TRIM keeps the patches whose dot product with the query is LOWEST (`similarity=negated`), because that is
 where OpenAI's CLIP puts the queried object. That is a property of a trained tower, not a law: another tower may need
 `similarity=direct`, and the sign can flip during training. This command asks the tower itself, on images in which the
-object's place is known.
+object's place is known. Of a SigLIP it measures dot product and cosine, each with both signs.
 
 Run: `python -m llava.calibrate --vision-tower NAME --pictures FILE.jsonl [--json OUT]`, where each line of the file is
 `{"image": path, "query": text, "boxes": [[left, top, right, bottom], ...]}` in pixels of the image; relative image
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 # Functions import what they need of torch: the command answers --help and mistaken options before that.
 
 OPTIONS = ("TRIM:-1", "TRIM:-1,similarity=direct")
+# Measured too where the tower has no CLS: the length of a patch's embedding may say little of what the patch shows.
+COSINE_OPTIONS = ("TRIM:-1,metric=cosine", "TRIM:-1,similarity=direct,metric=cosine")
 MIN_COVERED = 0.5  # a cell belongs to an object when its box covers at least this share of it
 MIN_GAIN = 0.2  # an option fits when it finds at least this much more of the object than as many random patches
 BATCH_SIZE = 32
@@ -225,9 +227,10 @@ def prepare(images: list[Image.Image], tower: "VisionTower") -> "Tensor":
 
 
 def calibrate(tower: "VisionTower", rows: Sequence[LabelledImage]) -> list[Figures]:
-    """Measure every option of `OPTIONS` for a tower."""
+    """Measure every option of `OPTIONS` for a tower, and of `COSINE_OPTIONS` for a SigLIP."""
     tokens, inside = encode_images(tower, rows)
-    return [measure_option(option, tokens, inside) for option in OPTIONS]
+    options = OPTIONS if tower.has_cls else (*OPTIONS, *COSINE_OPTIONS)
+    return [measure_option(option, tokens, inside) for option in options]
 
 
 def format_table(figures: Sequence[Figures]) -> str:

@@ -128,7 +128,7 @@ class StubTower:
     """A tower whose joint space is the mean colour of a cell, and whose query is always `red`, negated."""
 
     grid = GRID
-    covered = 1.0
+    covered, has_cls = 1.0, True
     device, dtype = torch.device("cpu"), torch.float32
     image_processor = None
 

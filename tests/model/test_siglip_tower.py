@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, processors, trainers
 from transformers import SiglipModel, SiglipVisionModel
 
 from llava import calibrate
@@ -137,6 +138,29 @@ def test_text_is_lower_case_unless_a_tokenizer_says_otherwise(siglips):
         vars(tower.text_tower.tokenizer).update(settings)
         tower.embed_text(["Is the SQUARE red?"])
     assert read == ["is the square red?", "is the square red?", "Is the SQUARE red?"]
+
+
+def test_a_siglip_2_reads_texts_with_gemmas_tokenizer_in_lower_case_and_ends_them(siglips, tmp_path):
+    folder = shutil.copytree(siglips / "hf", tmp_path / "second")
+    (folder / "spiece.model").unlink()
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokenizer.train_from_iterator([QUESTION.lower()] * 5, trainers.BpeTrainer(vocab_size=60, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {f"{name[1:-1]}_token": name for name in special} | {"tokenizer_class": "GemmaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tower = load_tower(str(folder), needs={TEXT})
+    assert type(tower.text_tower.tokenizer).__name__ == "GemmaTokenizer"
+    read = []
+    tower.text_tower.model.register_forward_pre_hook(
+        lambda _, inputs, options: read.append(options["input_ids"][0].tolist()), with_kwargs=True
+    )
+    tower.embed_text(["What SHAPE is red?"])
+    tower.embed_text(["what shape is red?"])
+    assert read[0] == read[1] and 3 not in read[0]
+    assert len(read[0]) == CONTEXT and read[0][read[0].index(0) - 1] == 1 and set(read[0][read[0].index(0) :]) == {0}
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -269,7 +293,9 @@ def test_calibrate_tells_which_sign_finds_what_was_planted(siglips, tmp_path):
     for sign, option in ((-1, "TRIM:-1"), (1, "TRIM:-1,similarity=direct")):
         tower.text_features = lambda texts, sign=sign: sign * objects.mean(dim=0).expand(len(texts), -1)
         figures = calibrate.calibrate(tower, rows)
-        assert max(figures, key=lambda figure: figure.auc).option == option
+        assert [figure.option for figure in figures] == [*calibrate.OPTIONS, *calibrate.COSINE_OPTIONS]
+        assert max(figures[:2], key=lambda figure: figure.auc).option == option
+        assert max(figures[2:], key=lambda figure: figure.auc).option == f"{option},metric=cosine"
 
 
 # ------------------------------------------------------------------------------------------------- mistakes in files
@@ -365,19 +391,18 @@ def test_a_missing_tokenizer_is_told_where_text_is_read_and_nowhere_else(siglips
         load_tower(str(folder), needs={TEXT})
 
 
-def test_a_vision_half_alone_serves_methods_that_read_no_text(siglips, tmp_path):
-    for name, keep in (("no-head", False), ("half", True)):
-        folder = tmp_path / name
-        vision = make_model().vision_model
-        if not keep:
-            vision = SiglipVisionModel(make_model(vision_use_head=False).vision_model.config).eval()
-        vision.save_pretrained(folder)
-        shutil.copy(siglips / "hf/preprocessor_config.json", folder)
-        tower = load_tower(str(folder))
-        assert tower.encode(pixels()).shape == (2, NUM_PATCHES, WIDTH)
-        with pytest.raises(InputError):
-            tower.provide({TEXT})
-        assert tower.needs == frozenset()
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_vision_half_alone_serves_methods_that_read_no_text(siglips, tmp_path, has_head):
+    folder = tmp_path / "half"
+    vision = make_model(vision_use_head=has_head).vision_model
+    vision.save_pretrained(folder)
+    shutil.copy(siglips / "hf/preprocessor_config.json", folder)
+    tower = load_tower(str(folder))
+    assert tower.encode(pixels()).shape == (2, NUM_PATCHES, WIDTH)
+    words = "SigLIP text tower" if has_head else r"has no head\.probe: .* needs a full SigLIP"
+    with pytest.raises(InputError, match=words):
+        tower.provide({TEXT})
+    assert tower.needs == frozenset()
 
 
 def test_a_checkpoint_that_holds_its_siglip_is_refused_by_what_it_is(siglips, tmp_path):

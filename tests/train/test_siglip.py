@@ -65,5 +65,5 @@ def test_training_with_a_method_that_reads_cls_is_refused(run_training: Callable
 def test_the_positions_of_an_image_are_known_from_the_config(tmp_path: Path):
     tower = write_siglip(tmp_path / "siglip")
     (tower / "model.safetensors").unlink()
-    counted = count_image_tokens(ModelArguments("none", vision_tower=str(tower)), DataArguments())
+    counted = count_image_tokens(ModelArguments("none", vision_tower=str(tower)), DataArguments("none"))
     assert counted.count((100, 100)) == NUM_PATCHES and counted.is_exact and counted.side == SIDE

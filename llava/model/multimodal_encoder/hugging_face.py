@@ -85,7 +85,8 @@ class HuggingFaceTower(VisionTower):
             config=self.config,
             names=self.names,
         )
-        self.take_parts(vision, image_processor, has_joint_head=not missing)
+        has_head = {name for name, _ in vision.named_parameters()}.issuperset(self.head_weights)
+        self.take_parts(vision, image_processor, has_joint_head=has_head and not missing)
         self.vision_tower.to(device)
 
     def read_image_processor(self) -> ImageProcessor:
