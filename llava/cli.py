@@ -256,11 +256,12 @@ class ModelSpec:
         sys.stderr.write(f"{found}\n")
         return replace(self, reduce=found.spec, calibrated=None, budget=found.to_json())
 
-    def load(self, quiet: bool = False) -> LoadedModel:
+    def load(self, quiet: bool = False, *, without_layers: bool = False) -> LoadedModel:
         """Load the model; torch and transformers are imported only now.
 
         Args:
             quiet: keep the libraries' progress bars and messages off the terminal.
+            without_layers: see `load_pretrained_model`: for a model that embeds prompts which another engine answers.
 
         Raises:
             InputError: the checkpoint or an option is not usable.
@@ -285,6 +286,7 @@ class ModelSpec:
             dtype=self.dtype,
             tower_dtype=self.tower_dtype,
             attn_implementation=self.attn_implementation,
+            without_layers=without_layers,
         )
         return LoadedModel(*loaded[:3])
 

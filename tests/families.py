@@ -38,36 +38,36 @@ FAMILIES = {
 }
 
 
-def build_language_model(name: str, seed: int = 0) -> torch.nn.Module:
-    """The plain language model, with weights far from initialisation."""
+def build_language_model(name: str, seed: int = 0, **sizes: int) -> torch.nn.Module:
+    """The plain language model, with weights far from initialisation; `sizes` change `SIZES`."""
     kind, extra = FAMILIES[name][:2]
     config_class, model_class = CLASSES[kind]
     torch.manual_seed(seed)
-    model = model_class(config_class(**SIZES | extra)).eval()
+    model = model_class(config_class(**SIZES | extra | sizes)).eval()
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     model.tie_weights()
     return model
 
 
-def build_projector() -> torch.nn.Sequential:
+def build_projector(width: int = WIDTH) -> torch.nn.Sequential:
     torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(TOWER_WIDTH, WIDTH), torch.nn.GELU(), torch.nn.Linear(WIDTH, WIDTH))
+    return torch.nn.Sequential(torch.nn.Linear(TOWER_WIDTH, width), torch.nn.GELU(), torch.nn.Linear(width, width))
 
 
-def write_checkpoint(folder: Path, name: str, is_llava: bool = True) -> Path:
-    """Write a family's checkpoint: LLaVA, or the language model alone."""
+def write_checkpoint(folder: Path, name: str, is_llava: bool = True, **sizes: int) -> Path:
+    """Write a family's checkpoint: LLaVA, or the language model alone; `sizes` change `SIZES`."""
     kind, extra, llava_type, architecture, _ = FAMILIES[name]
     folder.mkdir(parents=True)
-    weights = dict(build_language_model(name).state_dict())
+    weights = dict(build_language_model(name, **sizes).state_dict())
     if extra.get("tie_word_embeddings"):
         del weights["lm_head.weight"]
-    config = (
-        SIZES | extra | {"model_type": kind, "architectures": [CLASSES[kind][1].__name__], "torch_dtype": "float32"}
-    )
+    config = SIZES | extra | sizes
+    config |= {"model_type": kind, "architectures": [CLASSES[kind][1].__name__], "torch_dtype": "float32"}
     config |= {"bos_token_id": None if kind == "qwen2" else 1, "eos_token_id": 2}
     if is_llava:
-        weights |= {f"model.mm_projector.{key}": value for key, value in build_projector().state_dict().items()}
+        projector = build_projector(config["hidden_size"])
+        weights |= {f"model.mm_projector.{key}": value for key, value in projector.state_dict().items()}
         config |= {
             "model_type": llava_type, "architectures": [architecture], "mm_vision_tower": str(GOLDEN / TOWER),
             "mm_hidden_size": TOWER_WIDTH, "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,

@@ -11,8 +11,9 @@ from llava import Answer
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
-NEEDS_MORE = ("transformers.md", "serving.md")
-"""Models of the hub (`tests/hf` runs the same calls on small ones); a server (`tests/serve` runs it with one)."""
+NEEDS_MORE = ("transformers.md", "serving.md", "vllm.md")
+"""Models of the hub (`tests/hf` runs the same calls on small ones); a server (`tests/serve` runs it with one); vLLM
+(`tests/engines`)."""
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 DOCUMENTS = [
     path

@@ -34,6 +34,7 @@ from llava.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenize
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PACKED_ROWS = 32  # per block of a weight that bitsandbytes packs for CPUs with AVX512-BF16
 UNQUANTISED = ("model.mm_projector", "model.vision_tower", "lm_head")
+DECODER_LAYERS = r"^model\.layers\."
 DEFAULT_CONTEXT_LENGTH = 2048  # what LLaVA's loader reports for configs without max_sequence_length
 
 
@@ -54,6 +55,7 @@ def load_pretrained_model(
     tower_dtype: torch.dtype | str | None = None,
     customized_config: str | None = None,
     multimodal: bool = True,
+    without_layers: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, LlavaCausalLM, object, int]:
     """Load tokenizer, model and image processor; name, argument order and results are LLaVA's.
 
@@ -77,6 +79,8 @@ def load_pretrained_model(
             and can move the number of kept patches by a few; the scores themselves stay float32.
         customized_config: path of a config.json to use instead of the checkpoint's.
         multimodal: accepted for lmms-eval; every model here reads images.
+        without_layers: leave the decoder's layers out: the model makes image tokens and embeds prompts, and another
+            engine, which holds the layers, answers. Of a full checkpoint they are not even read.
 
     Returns:
         (tokenizer, model in evaluation mode, image processor, context length in tokens).
@@ -93,10 +97,14 @@ def load_pretrained_model(
         settings["attn_implementation"] = attention
     config = read_config(model_path, customized_config, reduce)
     part = find_weights(model_path, model_base)
+    if without_layers:
+        _check_layers_are_spare(config, load_8bit or load_4bit)
     tokenizer = load_tokenizer(model_path if part is None or has_tokenizer(model_path) else model_base)
     check_vocabulary(tokenizer, config.vocab_size, model_path)
     # 2. Language model and projector.
-    if part is None:
+    if without_layers:
+        model = _load_without_layers(model_path, model_base, part, config, settings).to(device)
+    elif part is None:
         kind = classes_of(config).model
         model, _ = load_quietly(kind, model_path, what="checkpoint", config=config, **settings)
     else:
@@ -262,6 +270,34 @@ def _loading_settings(
             llm_int8_skip_modules=list(UNQUANTISED),
         )
     return settings
+
+
+def _check_layers_are_spare(config: PreTrainedConfig, quantises: bool) -> None:
+    """Refuse what works on the decoder's layers, where they are left out."""
+    inside = parse_reduction(getattr(config, CONFIG_KEY, None)).inside
+    if inside is not None:
+        raise InputError(
+            f"{inside.spec()} drops image tokens between layers of the language model, which another engine runs: "
+            "choose a method before the language model, e.g. --reduce TRIM:-1"
+        )
+    if quantises:
+        raise InputError("8 and 4 bit are for the language model's layers, which another engine runs: leave them out")
+
+
+def _load_without_layers(
+    model_path: str, model_base: str | None, part: Part | None, config: PreTrainedConfig, settings: dict
+) -> LlavaCausalLM:
+    """Load all of a language model but its layers, on the CPU; what an adapter changes is merged first."""
+    settings = {key: value for key, value in settings.items() if key != "device_map"}
+    if part is not None:
+        model = load_on_base(part, model_base, config, settings, merge=True)
+        model.get_model().layers = nn.ModuleList()
+        return model
+    num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    kind = classes_of(config).model
+    model, _ = load_quietly(kind, model_path, what="checkpoint", config=config, ignored=(DECODER_LAYERS,), **settings)
+    model.config.num_hidden_layers = num_layers
+    return model
 
 
 def _choose_packing(model: nn.Module) -> None:

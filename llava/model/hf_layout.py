@@ -210,25 +210,15 @@ def to_hf_config(values: Values, file: str, vision: Values, num_patches: int, nu
     if values.get("mm_use_im_start_end"):
         refuse(file, "mm_use_im_start_end", True, "false: transformers' processor puts no tokens around an image")
     vocab_size = values.get("vocab_size", 32_000)
-    family = family_of(values.get("model_type"))
     llava = {key: values[key] for key in (*_LLAVA_KEYS, "unfreeze_mm_vision_tower") if values.get(key) is not None}
     dtype = values.get("dtype", values.get("torch_dtype"))
-    language = {
-        key: value
-        for key, value in values.items()
-        if key in ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
-        or (key in LANGUAGE_RULES[family] and key not in _NO_SETTINGS)
-    }
     features = {feature: strategy for strategy, feature in _SELECT_FEATURES.items()}
     settings = llava | {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "dtype": dtype,
         "text_config": {
-            **language,
-            "model_type": family,
-            "architectures": [f"{_MODELS[family]}ForCausalLM"],
-            "dtype": dtype,
+            **to_language_config(values),
             "vocab_size": padded_size(vocab_size, num_tokens),
         },
         "vision_config": _vision_settings(vision),
@@ -249,6 +239,23 @@ def to_hf_config(values: Values, file: str, vision: Values, num_patches: int, nu
             "use_image_newline_parameter": True,
         }
     return settings
+
+
+def to_language_config(values: Values) -> dict:
+    """Pick the language model's own settings out of a LLaVA config, as the config.json of a plain language model."""
+    family = family_of(values.get("model_type"))
+    language = {
+        key: value
+        for key, value in values.items()
+        if key in ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+        or (key in LANGUAGE_RULES[family] and key not in _NO_SETTINGS)
+    }
+    return {
+        **language,
+        "model_type": family,
+        "architectures": [f"{_MODELS[family]}ForCausalLM"],
+        "dtype": values.get("dtype", values.get("torch_dtype")),
+    }
 
 
 def padded_size(vocab_size: int, num_tokens: int) -> int:

@@ -3,9 +3,10 @@
 What is handed out adds up to what decoding all tokens at once gives, up to the first stop text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llava.protocols import Tokenizer
+from llava.serve.engine import Prompt, Search
 
 INCOMPLETE = "\ufffd"
 """What a tokenizer decodes a part of a character to."""
@@ -70,3 +71,40 @@ class AnswerText:
 
     def _begins_stop(self, text: str) -> bool:
         return any(stop.startswith(text) for stop in self._stop)
+
+
+class TokenNames:
+    """Texts of single tokens as they are inside an answer: with a space that some tokenizers drop at its beginning."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Name the tokens of a tokenizer; texts are remembered."""
+        self._tokenizer = tokenizer
+        self._anchor = list(tokenizer("a", add_special_tokens=False).input_ids)
+        self._start = len(tokenizer.decode(self._anchor, skip_special_tokens=False))
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        """Return the text of a token."""
+        if token not in self._known:
+            both = self._tokenizer.decode([*self._anchor, token], skip_special_tokens=False)
+            self._known[token] = both[self._start :]
+        return self._known[token]
+
+
+def find_ends(
+    prompt: Prompt, search: Search, ends: frozenset[int], added: Mapping[str, int]
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Find out what ends an answer.
+
+    Args:
+        prompt: whose template may have an end of its own.
+        search: with stop texts.
+        ends: end tokens of the checkpoint.
+        added: tokens of the tokenizer that its texts do not show, by name.
+
+    Returns:
+        Tokens, and texts.
+    """
+    if prompt.end in added:
+        return ends | {added[prompt.end]}, search.stop
+    return ends, search.stop if prompt.end is None else (*search.stop, prompt.end)

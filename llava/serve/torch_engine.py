@@ -13,7 +13,6 @@ Shape letters: `S` rows, `L` positions of a prompt, `E` width of the language mo
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from functools import lru_cache
 from threading import Condition, Thread
 from typing import TYPE_CHECKING
 
@@ -24,15 +23,12 @@ from llava.errors import InputError
 from llava.generation import PLAIN_KEYS
 from llava.protocols import Tokenizer
 from llava.sampling import Sampling
-from llava.serve.answer_text import AnswerText
+from llava.serve.answer_text import AnswerText, TokenNames, find_ends
 from llava.serve.engine import FINISHED_BY_LENGTH, FINISHED_BY_STOP, Piece, Prompt, Search, TokenLogprob
 from llava.serve.rows import Rows
 
 if TYPE_CHECKING:
     from llava.model.language_model.causal import LlavaCausalLM
-
-NAMED_TOKENS = 2**16
-"""Texts of tokens that are remembered."""
 
 
 class TorchEngine:
@@ -71,7 +67,7 @@ class TorchEngine:
         self._max_batch = self._places = max_batch
         known = model.generation_config.eos_token_id
         self._ends = frozenset([known] if isinstance(known, int) else known or ())
-        self._name_token = lru_cache(NAMED_TOKENS)(self._decode_token)
+        self._names = TokenNames(tokenizer)
         self._waiting: deque[_Answer] = deque()
         self._answers: list[_Answer] = []  # in the order of the rows
         self._rows: Rows | None = None
@@ -128,11 +124,7 @@ class TorchEngine:
 
     def _begin(self, prompt: Prompt, search: Search) -> "_Answer":
         """Find out what ends an answer: tokens, texts, and the number of positions."""
-        ends, stop = self._ends, search.stop
-        if prompt.end in self._added:
-            ends = ends | {self._added[prompt.end]}
-        elif prompt.end is not None:
-            stop = (*stop, prompt.end)
+        ends, stop = find_ends(prompt, search, self._ends, self._added)
         limit = min(search.sampling.max_new_tokens, self.max_positions - prompt.num_tokens)
         return _Answer(prompt, search, ends, AnswerText(self._tokenizer, stop), limit)
 
@@ -255,14 +247,8 @@ class TorchEngine:
             return ()
         logprobs = logits.float().log_softmax(dim=-1)  # [V]
         values, ids = logprobs.topk(num_top)
-        top = zip(ids.tolist(), map(self._name_token, ids.tolist()), values.tolist(), strict=True)
-        return (TokenLogprob(token, self._name_token(token), float(logprobs[token]), tuple(top)),)
-
-    def _decode_token(self, token: int) -> str:
-        """The text of a token inside an answer: with its space, which some tokenizers drop at the start of a text."""
-        anchor = self._tokenizer("a", add_special_tokens=False).input_ids
-        before, both = (self._tokenizer.decode(ids, skip_special_tokens=False) for ids in (anchor, [*anchor, token]))
-        return both[len(before) :]
+        top = zip(ids.tolist(), map(self._names.__getitem__, ids.tolist()), values.tolist(), strict=True)
+        return (TokenLogprob(token, self._names[token], float(logprobs[token]), tuple(top)),)
 
     def _keep(self, is_kept: Sequence[bool]) -> None:
         """Let answers leave."""

@@ -424,6 +424,8 @@ def is_running(process):
         (["--api-key-file", "/dev/null"], "/dev/null is a device, not a regular file"),
         (["--allow-files", "no_such"], "--allow-files no_such: there is no such folder"),
         (["--tensor-parallel", "2"], "--tensor-parallel: only with --engine vllm"),
+        (["--max-positions", "99"], "--max-positions: only with --engine vllm"),
+        (["--engine", "vllm", "--vllm-options", "3"], "--vllm-options: a JSON object is needed, not int"),
         (["--conv-mode", "vicuna"], 'no conversation template "vicuna"'),
         (["--data-parallel", "2", "--device", "cuda:1"], "--device cuda:1 names one accelerator"),
         (["--port", "0", "--reduce", "FastV:0.5,layer=2"], "works inside the language model"),
