@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava.model.tokenizer import load_tokenizer
-from llava.serve.answer_text import AnswerText
+from llava.serve.answer_text import AnswerText, TokenNames, find_ends
+from llava.serve.engine import Prompt, Search
 from tests.families import write_qwen_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -82,3 +83,21 @@ def test_what_only_began_like_a_stop_text_is_handed_out(tokenizer):
 def test_a_character_cut_off_at_the_end_is_what_the_tokenizer_says(tokenizer):
     ids = encode(tokenizer, "a 🙂")[:-1]
     assert "".join(write(tokenizer, ids)[0]) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_texts_of_single_tokens_join_to_the_whole_text(tokenizer):
+    names, text = TokenNames(tokenizer), " It is  red: no\n\nUSER: yes"
+    ids = encode(tokenizer, text)
+    assert len(ids) > 3 and "".join(names[token] for token in ids).strip() == text.strip()
+    assert [names[token] for token in ids] == [TokenNames(tokenizer)[token] for token in reversed(ids)][::-1]
+
+
+def test_a_templates_end_is_a_token_where_the_tokenizer_has_it_and_else_a_text():
+    search, known, added = Search(stop=("x",)), frozenset({2}), {"<|im_end|>": 7}
+
+    def find(end):
+        return find_ends(Prompt(None, (), "", end), search, known, added)
+
+    assert find(None) == ({2}, ("x",))
+    assert find("<|im_end|>") == ({2, 7}, ("x",))
+    assert find("###") == ({2}, ("x", "###"))

@@ -1,6 +1,7 @@
 """What OpenAI's client gets of the server, over real HTTP, with an engine whose answers are known."""
 
 import base64
+import gc
 import http.client
 import http.server
 import io
@@ -95,6 +96,13 @@ def post(address, body, headers=(), path="/v1/chat/completions"):
     content = json.loads(response.read())
     connection.close()
     return response.status, dict(response.getheaders()), content
+
+
+def send(address, **body):
+    """Send a request and leave its answer where it is; returns the connection."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc)
+    connection.request("POST", "/v1/chat/completions", json.dumps({"model": "pocket", **body}))
+    return connection
 
 
 def scrape(address):
@@ -529,13 +537,10 @@ def test_an_answer_that_takes_too_long_ends_with_504(front, serving, scribe_clas
 def test_a_client_that_leaves_ends_its_answer(front, serving, scribe_class, waiting, stream):
     engine = scribe_class(seconds=0.05)
     with serving(front, engine) as (address, completions):
-        body = {"model": "pocket", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1000, "stream": stream}
-        connection = http.client.HTTPConnection(urlsplit(address).netloc)
-        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        messages = [{"role": "user", "content": "x"}]
+        connection = send(address, messages=messages, max_tokens=10_000, stream=stream)
         waiting(lambda: engine.num_open == 1)
         connection.close()
-        if stream:
-            connection.sock = None
         waiting(lambda: engine.num_open == 0 and completions.gate.num_admitted == 0)
         assert engine.num_closed == 1 and scrape(address)["llava_requests_total cancelled"] == 1
 
@@ -554,6 +559,18 @@ def test_an_error_of_the_engine_ends_its_request_alone(front, serving, scribe_cl
             message = str(caught.value if caught else error)
             assert ("no position is left" if status == 400 else "the server failed") in message
             assert "secret" not in message and ask(connect(address), "Hello?", max_tokens=2).choices
+
+
+def test_while_an_answer_is_written_the_pixels_of_its_request_are_gone(front, serving, scribe_class, waiting):
+    engine, size = scribe_class(seconds=0.05), (777, 555)
+    content = [show(to_url(Image.new("RGB", size)))] * 2 + [{"type": "text", "text": QUESTION}]
+    with serving(front, engine) as (address, _):
+        connection = send(address, messages=[{"role": "user", "content": content}], max_tokens=10_000)
+        waiting(lambda: engine.num_open == 1)
+        gc.collect()
+        kept = [each for each in gc.get_objects() if isinstance(each, Image.Image) and each.size == size]
+        assert kept == [] and engine.num_open == 1
+        connection.close()
 
 
 def test_metrics_count_requests_tokens_and_stages(front, serving, scribe_class, url):
