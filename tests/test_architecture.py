@@ -79,6 +79,7 @@ LAYERS = [
     ("llava.eval.m4c_evaluator", 4),
     ("llava.eval.predictions", 4),
     ("llava.eval.identity", 8),
+    ("llava.eval.endpoint", 4),
     ("llava.eval.judge", 5),
     ("llava.eval.protocol", 5),
     ("llava.eval.results", 6),
@@ -87,6 +88,7 @@ LAYERS = [
     ("llava.eval.samples", 4),
     ("llava.eval.features", 8),
     ("llava.eval.predict", 9),
+    ("llava.eval.remote", 10),
     ("llava.eval.wrong", 10),
     ("llava.eval.comparison_page", 10),
     ("llava.eval.comparison", 10),
@@ -208,6 +210,7 @@ def test_no_module_calls_cuda_directly(path):
         "llava.eval.benchmarks.pope",
         "llava.train.flags",
         "llava.efficiency.cost",
+        "llava.serve.api",
         "llava.serve.demo",
     ],
 )

@@ -20,6 +20,7 @@ from llava.cli import (
 from llava.errors import InputError, run_command
 from llava.eval.benchmark import Benchmark, Judge, Question, index_questions
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
+from llava.eval.endpoint import check_address
 from llava.eval.report import format_latex, format_markdown, format_table, format_terminal, make_report, write_plot
 from llava.eval.results import (
     ServerOnlyError,
@@ -50,6 +51,9 @@ from llava.sampling import Sampling
 from llava.signals import ending_on_signals
 
 Item = TypeVar("Item")
+
+DEFAULT_REQUESTS = 16
+"""Requests under way at a time, where a server is asked."""
 
 
 def main() -> None:
@@ -89,6 +93,12 @@ def describe_answer(answer: argparse.ArgumentParser) -> None:
     answer.add_argument("--limit", type=positive, metavar="N", help="answer only the first N questions")
     answer.add_argument("--workers", type=positive, default=1, metavar="N", help="number of workers that share FILE")
     answer.add_argument("--worker", type=natural, default=0, metavar="K", help="which of them this is, from 0")
+    answer.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask an OpenAI-compatible server, such as http://localhost:8000/v1, for the model that it calls CKPT; "
+        f"with --reduce one of llava.serve; --batch-size requests at a time ({DEFAULT_REQUESTS})",
+    )
     add_answer_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=None)
     answer.set_defaults(command=answer_task)
 
@@ -304,31 +314,48 @@ def answer_and_exit(
     )
     spec = ModelSpec.from_options(arguments)
     find_template(arguments.conv_mode)
+    chunk = get_chunk(questions, arguments.num_chunks, arguments.chunk_idx)
+    where = {"limit": getattr(arguments, "limit", None), "worker": worker, "notify": _tell}
+    address = getattr(arguments, "endpoint", None)
+    if address is not None:
+        check_endpoint(arguments)
     # 2. Only this command needs torch; the others answer at once.
     with ending_on_signals():
-        from llava.eval.predict import Settings, make_answers
+        if address is not None:
+            from llava.eval.remote import RemoteModel, ask_server
 
-        outcome = make_answers(
-            spec,
-            get_chunk(questions, arguments.num_chunks, arguments.chunk_idx),
-            answers_file,
-            Settings(
+            model = RemoteModel(address, arguments.model_path, arguments.reduce)
+            batch_size = arguments.batch_size or DEFAULT_REQUESTS
+            asking = {"batch_size": batch_size, "num_workers": num_workers}
+            outcome = ask_server(model, chunk, answers_file, sampling, key_fields, **asking, **where)
+        else:
+            from llava.eval.predict import Settings, make_answers
+
+            settings = Settings(
                 model_id=spec.name,
                 sampling=sampling,
                 conv_mode=arguments.conv_mode,
                 batch_size=arguments.batch_size,
                 num_workers=num_workers,
-            ),
-            key_fields,
-            limit=getattr(arguments, "limit", None),
-            worker=worker,
-            notify=_tell,
-        )
+            )
+            outcome = make_answers(spec, chunk, answers_file, settings, key_fields, **where)
     # 3. How it went.
     for line in outcome.describe(answers_file):
         _tell(line)
     if not outcome.complete:
         raise SystemExit(EXIT_UNANSWERED)
+
+
+def check_endpoint(arguments: argparse.Namespace) -> None:
+    """Refuse an address that is none, and options of a model that is loaded here."""
+    check_address(arguments.endpoint, "--endpoint")
+    for name in ("model_base", "calibrated", "device", "dtype", "tower_dtype", "attn_implementation"):
+        if getattr(arguments, name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} is for a model that is loaded here: leave it out with --endpoint"
+            )
+    if arguments.conv_mode != DEFAULT_CONV_MODE:
+        raise InputError("--conv-mode: with --endpoint the server has the template; leave it out")
 
 
 def score_task(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,15 @@ def identify_model(spec: ModelSpec) -> dict[str, str]:
     return {name: part or f"unreadable {uuid.uuid4()}" for name, part in parts.items()}
 
 
+def identify_questions(questions: Sequence[Question], key_fields: Sequence[str]) -> str:
+    """Fingerprint what is asked, whatever the images show."""
+    asked = [
+        [row_key(question.head(), key_fields), question.prompt, question.query, len(question.images)]
+        for question in questions
+    ]
+    return fingerprint(json.dumps(asked))
+
+
 def identify_images(questions: Sequence[Question], key_fields: Sequence[str]) -> dict[str, str]:
     """Fingerprint the images of each question by its key; a question without images, or one not readable, is left out.
 

@@ -3,49 +3,29 @@
 `make_judge` chooses by name and environment; benchmarks know only the interface `llava.eval.benchmark.Judge`.
 """
 
-import asyncio
-import base64
-import email.utils
 import hashlib
 import json
-import os
-import random
-import re
 import threading
-import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
-
-from tqdm import tqdm
 
 from llava.errors import InputError
 from llava.eval.benchmark import Benchmark, Case, Item, Judge, Result
+from llava.eval.endpoint import (
+    ADDRESS_VARIABLE,
+    KEY_VARIABLE,
+    MIN_HIDDEN_IN_REPLIES,
+    Endpoint,
+    EndpointFault,
+    escape_surrogates,
+    read_reply,
+    read_variables,
+)
 from llava.files import FileError, append_line, explain_errors, parse_record, read_text
 
-if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletion
-
 EXACT, API = "exact", "api"
-KEY_VARIABLE, ADDRESS_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
-DEFAULT_ADDRESS = "https://api.openai.com/v1"
 
-LONGEST_PAUSE_SECONDS = 30.0
-PASSING_STATUSES = (408, 409, 425, 429)
-"""HTTP statuses below 500 that ask for another try."""
-SPENT_QUOTA = "insufficient_quota"
-"""Code of a 429 that no waiting cures."""
-
-HIDDEN = "***"
-MIN_HIDDEN, MIN_HIDDEN_IN_REPLIES = 3, 8
-"""Length of a secret from which on it is removed; a key such as "x" or "EMPTY" may be a part of a reply's text."""
-SECRET_SHAPES = re.compile(r"\bsk-[\w-]{16,}|(?<=://)[^/\s@]+(?=@)")
-"""OpenAI's keys, also in part, and the user of an address."""
-MAX_QUOTED_CHARACTERS = 200
 TORN_LINE_START = '{"key": "'
 """How a line of the cache begins, by which a torn one is told from a line of some other file."""
 
@@ -88,17 +68,13 @@ def make_judge(kind: str | None, model: str | None, cache: Path, task: Benchmark
 
 def find_endpoint(task: Benchmark) -> tuple[str | None, str | None]:
     """Read key and address from the environment; either may be None, not both. No message holds a secret."""
-    key, address = (os.environ.get(name, "").strip() or None for name in (KEY_VARIABLE, ADDRESS_VARIABLE))
+    key, address = read_variables()
     if not key and not address:
         raise InputError(
             f"{task.name} needs a language model as judge and there is no endpoint: the answers are ready; set "
             f"{KEY_VARIABLE} (OpenAI) or {ADDRESS_VARIABLE} (any compatible server) and run the same command again, or "
             f"take --judge {EXACT}, an offline stand-in whose numbers are not the benchmark's"
         )
-    if key and not re.fullmatch("[!-~]+", key):
-        raise InputError(f"{KEY_VARIABLE} holds a line break, a space or a special character: set the key alone")
-    if address and not is_address(address):
-        raise InputError(f"{ADDRESS_VARIABLE} must be an address such as {DEFAULT_ADDRESS}, not {show(address)!r}")
     return key, address
 
 
@@ -126,11 +102,7 @@ class ExactJudge:
 
 # ---------------------------------------------------------------------------------------------------------- endpoint
 class ApiJudge:
-    """A language model behind an OpenAI-compatible endpoint.
-
-    What may pass (429, 5xx, timeouts, broken connections, unreadable bodies) is tried again a bounded number of times,
-    with growing pauses or those of `Retry-After`. Replies are cached as they come, without secrets.
-    """
+    """A language model behind an OpenAI-compatible endpoint; replies are cached as they come, without secrets."""
 
     offline = False
 
@@ -142,11 +114,8 @@ class ApiJudge:
         address: str | None = None,
         key: str | None = None,
         num_runs: int = 1,
-        max_tries: int = 6,
-        first_pause_seconds: float = 1.0,
-        timeout_seconds: float = 120.0,
-        deadline_seconds: float = 600.0,
         num_threads: int = 8,
+        **patience: float,
     ):
         """Connect to nothing yet.
 
@@ -156,31 +125,12 @@ class ApiJudge:
             address: of the endpoint; None for OpenAI's.
             key: None for a server that needs none.
             num_runs: how many times each answer is judged.
-            max_tries: how often one question is sent at most.
-            first_pause_seconds: before the second try; each further pause is twice as long, up to half a minute.
-            timeout_seconds: for one try, from connecting to the last byte of the reply.
-            deadline_seconds: for a question with all its tries and pauses.
             num_threads: number of questions under way at the same time.
+            **patience: `max_tries`, `first_pause_seconds` and so on of `Endpoint`.
         """
-        import openai  # takes a second, and only an endpoint needs it
-
         self.name, self.num_runs = model, num_runs
-        self._sdk, self._cache, self._secrets = openai, cache, Secrets(key, address)
-        parts = urlsplit(address or DEFAULT_ADDRESS)
-        # The SDK's retries are off: they repeat a 429 for a spent quota, do not repeat a body that is no completion,
-        # and differ between its versions. So is its timeout, which begins anew with every byte. A query is passed on
-        # its own, or the SDK would put the path behind it. A server without keys ignores "none".
-        self._client = openai.AsyncOpenAI(
-            api_key=key or "none",
-            base_url=urlunsplit(parts._replace(query="", fragment="")),
-            default_query=dict(parse_qsl(parts.query)),
-            timeout=None,
-            max_retries=0,
-        )
-        self._place = self._secrets.hide(show(str(self._client.base_url)))
-        self._has_key, self._max_tries, self._num_threads = key is not None, max_tries, num_threads
-        self._first_pause, self._timeout, self._deadline = first_pause_seconds, timeout_seconds, deadline_seconds
-        self._loop, self._stopped, self._under_way = start_loop(), asyncio.Event(), set[Future[str]]()
+        self._cache, self._num_threads = cache, num_threads
+        self._endpoint = Endpoint(address, key, **patience)
 
     def ask(
         self,
@@ -200,177 +150,21 @@ class ApiJudge:
         known = self._cache.find(key)
         if known is not None:
             return known
-        reply = self._secrets.hide(self._run(self._try_often(case, request)), MIN_HIDDEN_IN_REPLIES)
+        try:
+            completion = self._endpoint.complete(request)
+        except EndpointFault as fault:
+            raise InputError(
+                f"judge {self.name} at {self._endpoint.place} {fault} ({case.task}, question {case.key}); the answers "
+                f"are ready, {len(self._cache)} replies are kept in {self._cache.path}: the same command goes on from "
+                "there"
+            ) from None
+        reply = self._endpoint.secrets.hide(read_reply(completion), MIN_HIDDEN_IN_REPLIES)
         about = {"task": case.task, "case": case.key, "model": self.name, "attempt": attempt}
         return self._cache.keep(key, reply, **about, temperature=temperature)
 
     def map(self, judge_one: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Judge items, several at a time; after a failure nothing more is sent, and replies on their way are kept."""
-        pool = ThreadPoolExecutor(self._num_threads)
-        failures: list[Exception] = []
-
-        def judge_unless_failed(item: Item) -> Result:
-            # Here, not where results are collected: that thread may be late.
-            if failures:
-                raise CancelledError
-            try:
-                return judge_one(item)
-            except Exception as error:
-                failures.append(error)
-                raise
-
-        try:
-            futures = [pool.submit(judge_unless_failed, item) for item in items]
-            for future in tqdm(as_completed(futures), total=len(futures), desc=f"judge {self.name}"):
-                future.result()
-            return [future.result() for future in futures]
-        except Exception:
-            self._loop.call_soon_threadsafe(self._stopped.set)
-            pool.shutdown(cancel_futures=True)
-            raise failures[0] from None
-        finally:
-            # Ctrl-C, also while replies are on their way, waits for nothing.
-            self._loop.call_soon_threadsafe(self._stopped.set)
-            for request in list(self._under_way):
-                request.cancel()
-            pool.shutdown(cancel_futures=True)
-            self._stopped = asyncio.Event()
-
-    def _run(self, request: Coroutine[None, None, str]) -> str:
-        """Wait for a request on the event loop, where it can be cut off at any time."""
-        future = asyncio.run_coroutine_threadsafe(request, self._loop)
-        self._under_way.add(future)
-        try:
-            return future.result()
-        finally:
-            future.cancel()
-            self._under_way.discard(future)
-
-    async def _try_often(self, case: Case, request: Mapping[str, object]) -> str:
-        """Send a request until there is a reply; a refusal, or failure of all tries in time, is an error."""
-        end = time.monotonic() + self._deadline
-        for number in range(1, self._max_tries + 1):
-            if self._stopped.is_set():
-                raise asyncio.CancelledError
-            limit = min(self._timeout, end - time.monotonic())
-            try:
-                return read_reply(await asyncio.wait_for(self._client.chat.completions.create(**request), limit))
-            # A body that is no JSON makes the SDK's parser raise errors that are not the SDK's.
-            except (self._sdk.OpenAIError, TimeoutError, ValueError, RecursionError) as error:
-                failure = error
-            reason, wait = self._describe(failure), read_retry_after(failure)
-            left = end - time.monotonic()
-            if not may_pass(failure) or (wait is not None and wait > left):
-                raise self._give_up(case, f"refuses: {reason}")
-            if wait is None:
-                # Questions that failed together do not come back together.
-                pause = min(self._first_pause * 2 ** (number - 1), LONGEST_PAUSE_SECONDS)
-                wait = pause * random.uniform(0.75, 1.25)
-            if number == self._max_tries or wait > left:
-                break
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), wait)
-        tries = f"{number} {'try' if number == 1 else 'tries'}"
-        raise self._give_up(case, f"gave no reply in {tries}, the last time: {reason}")
-
-    def _give_up(self, case: Case, what: str) -> InputError:
-        return InputError(
-            f"judge {self.name} at {self._place} {what} ({case.task}, question {case.key}); the answers are ready, "
-            f"{len(self._cache)} replies are kept in {self._cache.path}: the same command goes on from there"
-        )
-
-    def _describe(self, failure: Exception) -> str:
-        said = self._secrets.clip(failure.__cause__ or failure)
-        if isinstance(failure, self._sdk.APIStatusError):
-            hint = "" if self._has_key or failure.status_code != 401 else f"; {KEY_VARIABLE} is not set"
-            return f"HTTP {failure.status_code} ({said}){hint}"
-        if isinstance(failure, self._sdk.APIConnectionError):
-            return f"no connection ({said})"
-        if isinstance(failure, asyncio.TimeoutError):
-            return f"no answer within {self._timeout:g} seconds"
-        return f"a reply that is no chat completion ({said})"
-
-
-def escape_surrogates(text: str) -> str:
-    """Return a text that UTF-8 can hold: no endpoint takes half of a surrogate pair, which an answer may have."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-@cache
-def start_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="judge", daemon=True).start()
-    return loop
-
-
-def read_reply(completion: "ChatCompletion") -> str:
-    """Take the text out of a completion; an empty one is a reply, too, but none at all is a `ValueError`."""
-    try:
-        text = completion.choices[0].message.content
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise ValueError(completion if isinstance(completion, str) else "it has no choices") from None
-    if not isinstance(text, str):
-        raise ValueError("its message has no text")
-    return text
-
-
-def may_pass(failure: Exception) -> bool:
-    status = getattr(failure, "status_code", 500)
-    return (status >= 500 or status in PASSING_STATUSES) and getattr(failure, "code", None) != SPENT_QUOTA
-
-
-def read_retry_after(failure: Exception) -> float | None:
-    """Return how many seconds an endpoint asks to wait (it sends seconds or a date); None if it does not."""
-    value = getattr(getattr(failure, "response", None), "headers", {}).get("retry-after", "").strip()
-    with suppress(ValueError):
-        return max(0.0, float(value))
-    with suppress(ValueError, TypeError, OverflowError):
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    return None
-
-
-# ----------------------------------------------------------------------------------------------------------- secrets
-class Secrets:
-    """The scrubber of everything that an endpoint or a library says: hides the key and what an address may hold."""
-
-    def __init__(self, key: str | None, address: str | None):
-        parts = urlsplit(address or "")
-        user = parts.netloc.rpartition("@")[0]
-        plain = {key or "", user, user.partition(":")[2] or user, parts.fragment}
-        plain.update(value for _, value in parse_qsl(parts.query))
-        plain.update([unquote(secret) for secret in plain])
-        # As addresses, Python and the headers of HTTP write them.
-        coded = {base64.b64encode(secret.encode()).decode().rstrip("=") for secret in plain}
-        written = {form for secret in plain for form in (quote(secret, ""), repr(secret)[1:-1])}
-        self._secrets = sorted(plain | written | coded, key=len, reverse=True)
-
-    def hide(self, text: str, min_length: int = MIN_HIDDEN) -> str:
-        """Return a text without the secrets of at least `min_length` characters."""
-        for secret in self._secrets:
-            if len(secret) >= min_length:
-                text = re.sub(re.escape(secret), HIDDEN, text, flags=re.IGNORECASE)
-        return SECRET_SHAPES.sub(HIDDEN, text)
-
-    def clip(self, what: object) -> str:
-        """Quote something from outside: on one line, not at length, without secrets and control characters."""
-        line = " ".join(self.hide(str(what)).split())
-        # What no terminal shows may also hide in a key.
-        text = self.hide("".join(filter(str.isprintable, line))) or type(what).__name__
-        return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
-
-
-def is_address(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()
-    except ValueError:
-        return False
-
-
-def show(address: str) -> str:
-    """Return an address, or what should be one, without the parts that may hold a key: user, query, fragment."""
-    scheme, separator, rest = address.rpartition("://")
-    return scheme + separator + re.split("[?#&;=]", rest.rpartition("@")[2])[0]
+        return self._endpoint.map(judge_one, items, self._num_threads, f"judge {self.name}")
 
 
 # ------------------------------------------------------------------------------------------------------------- cache

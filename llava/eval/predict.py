@@ -12,7 +12,6 @@ Shape letters: `S` samples, `T` prompt ids, `P` width of the joint space.
 """
 
 import ctypes
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -29,18 +28,18 @@ from llava.cli import LoadedModel, ModelSpec
 from llava.errors import InputError
 from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, ImageSource, Question, Row, index_questions, row_key
 from llava.eval.features import EncodedImage, FeatureCache, FeatureStore, QueryCache, apply_in_parts
-from llava.eval.identity import identify_images, identify_model
+from llava.eval.identity import identify_images, identify_model, identify_questions
 from llava.eval.predictions import PredictionStore, check_workers, make_row, name_questions
 from llava.files import explain_errors
 from llava.generation import Generator
 from llava.mm_utils import tokenize_prompts
-from llava.model.identity import fingerprint
 from llava.model.token_reduction import parse_reduction
 from llava.prompt import DEFAULT_CONV_MODE, choose_conv_mode, wrap_prompt
 from llava.protocols import ImageProcessor, ImageTokens, Tokenizer, VisionLanguageModel
 from llava.sampling import Sampling
 
 Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
 
 CACHED_IMAGES = 64
 REDUCTION_BATCH = 64
@@ -586,20 +585,52 @@ def make_answers(
     check_workers(settings.num_workers)
     index_questions(questions, key_fields)
     spec = spec.resolve()
+    run = describe_run(spec, questions, settings, key_fields)
+
+    def ask(loaded: LoadedModel, asked: list[Question], sink: Sink, model_id: str) -> list[Fault]:
+        tokenizer, model, image_processor = loaded
+        own = replace(settings, model_id=model_id)
+        return answer_questions(model, tokenizer, image_processor, asked, sink, own, store)
+
+    return keep_answers(
+        run, questions, answers_file, key_fields, limit=limit, worker=worker, notify=notify, load=load, ask=ask
+    )
+
+
+def keep_answers(
+    run: Mapping[str, object],
+    questions: Sequence[Question],
+    answers_file: Path,
+    key_fields: Sequence[str],
+    *,
+    limit: int | None,
+    worker: int,
+    notify: Callable[[str], None],
+    load: Callable[[], Loaded],
+    ask: Callable[[Loaded, list[Question], Sink, str], list[Fault]],
+) -> Outcome:
+    """Join or start a run on disk, ask what is left, and close it; other arguments as for `make_answers`.
+
+    Args:
+        run: everything that all answers depend on, `model_id` among it.
+        load: gives what `ask` asks; called only if something is left to ask, or old answers would be moved aside.
+        ask: asks all questions that the sink does not have yet, under this name of the model.
+
+    Raises:
+        InputError: the file cannot be written or is in use by another worker of this number.
+    """
     asked = list(questions[:limit])
     with explain_errors("write", answers_file):
         answers_file.parent.mkdir(parents=True, exist_ok=True)
     # 1. What the answers depend on. A run that goes on may have nothing left to do; a fresh one moves old answers aside
     # once its model is loaded.
-    run = describe_run(spec, questions, settings, key_fields)
     images = identify_images(asked, key_fields)
     answers = PredictionStore(answers_file, key_fields, worker)
-    loaded: LoadedModel | None = None if answers.holds(run, images) else load()
+    loaded = None if answers.holds(run, images) else load()
     moved = answers.open(run, images)
     if moved:
         others = f" ({', '.join(answers.changes)})" if answers.changes else ""
         notify(f"{answers_file} held answers of a run with other settings; they are now {moved}{others}")
-    settings = replace(settings, model_id=str(answers.run["model_id"]))
     # 2. What is left.
     unanswered = [question for question in asked if row_key(question.head(), key_fields) not in answers.done]
     if len(unanswered) < len(asked):
@@ -607,8 +638,7 @@ def make_answers(
     faults = [Fault(question, question.fault) for question in unanswered if question.fault]
     # 3. Ask, and put the parts of all workers together if this is the last one.
     if len(faults) < len(unanswered):
-        tokenizer, model, image_processor = loaded or load()
-        faults = answer_questions(model, tokenizer, image_processor, asked, answers, settings, store)
+        faults = ask(load() if loaded is None else loaded, asked, answers, str(answers.run["model_id"]))
     return Outcome(faults, answers.finish(questions, asked))
 
 
@@ -623,10 +653,6 @@ def describe_run(
 
     Images are not part of it: each counts for the questions about it.
     """
-    asked = [
-        [row_key(question.head(), key_fields), question.prompt, question.query, len(question.images)]
-        for question in questions
-    ]
     loading = {name: value for name, value in asdict(spec).items() if value or name not in OPTIONAL}
     if spec.reduce is not None:  # TRIM:0.50 is TRIM:0.5
         loading["reduce"] = parse_reduction(spec.reduce).spec() or "none"
@@ -635,7 +661,7 @@ def describe_run(
         **loading,
         "device": device if spec.dtype is None else "any",
         **identify_model(spec),
-        "questions": fingerprint(json.dumps(asked)),
+        "questions": identify_questions(questions, key_fields),
         "model_id": settings.model_id,
         "conv_mode": choose_conv_mode(settings.conv_mode, settings.model_id),
         **asdict(settings.sampling),

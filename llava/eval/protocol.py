@@ -119,7 +119,7 @@ def describe_protocol(task: Benchmark, questions: Sequence[Question], root: Path
         ocr_hint=task.has_ocr_hint(questions),
         headline=task.headline_name,
         template=run.get("conv_mode") if isinstance(run.get("conv_mode"), str) else None,
-        query=name_query_rule(questions),
+        query=None if run.get("endpoint") and not run.get("reduce") else name_query_rule(questions),
         decoding=decoding,
         scorer=task.scorer_version,
         counted=COUNTED,

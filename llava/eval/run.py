@@ -40,6 +40,7 @@ usage: bash scripts/v1_5/eval/{task}.sh CKPT MODEL_DIR [RESULTS] [MODEL_BASE] [-
   MODEL_BASE  base model, for LoRA and projector-only checkpoints
   OPTIONS     for `python -m llava.eval answer`, e.g. --batch-size 16 --reduce none --limit 100;
               --split NAME for another split; --source hub for the public dataset instead of local files;
+              --endpoint URL asks a server for the model that it calls MODEL_DIR;
               --allow-partial scores although answers are missing; --judge exact, --judge-model MODEL
 Environment:
   LLAVA_EVAL_ROOT      folder that holds the benchmarks' folders (default: playground/data/eval)
@@ -151,6 +152,11 @@ class Options:
                 options.add(name, given)
         return options
 
+    @property
+    def asks_server(self) -> bool:
+        """Whether MODEL_DIR is what a server calls its model."""
+        return any(argument.partition("=")[0] == "--endpoint" for argument in self.answer)
+
     def add(self, name: str, value: str) -> None:
         """Take in an option with a value that is a path, or goes not to `answer` alone."""
         if name in ("--judge-cache", CALIBRATED) or (name == "--hub-dataset" and absolute_path(value).exists()):
@@ -207,9 +213,9 @@ def make_plan(name: str, arguments: Sequence[str]) -> Plan:
         name = str(absolute_path(name))
     count = arguments.index("--") if "--" in arguments else len(arguments)
     run, model, results, base = read_positional(arguments[:count], usage)
-    checkpoint = find_checkpoint(run, model)
-    base_model = resolve_model(base) if base else None
     options = Options.parse(arguments[count + 1 :])
+    checkpoint = model if options.asks_server else find_checkpoint(run, model)
+    base_model = resolve_model(base) if base else None
     if options.split is not None:
         task = task.with_split(options.split)
     # 2. The places that it reads and writes.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,6 @@ from llava.serve.remote_images import ImageReader
 if TYPE_CHECKING:
     from llava.serve.front import Front
 
-READERS = 16
-"""Threads that fetch and decode images."""
 BODY_SECONDS = 60.0
 """How long the body of a request may take to arrive; meanwhile it counts as one that waits."""
 logger = logging.getLogger("uvicorn.error")
@@ -79,7 +78,8 @@ class Completions:
         self._limits = limits
         self._reader = reader
         self._max_new_tokens = max_new_tokens
-        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="image")
+        # A slow address holds the thread of its own request alone.
+        self._threads = ThreadPoolExecutor(limits.running, thread_name_prefix="image")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = _Reply(send)
@@ -93,7 +93,7 @@ class Completions:
             outcome = str(refusal.status)
             await reply.refuse(refusal)
         except Exception:
-            logger.exception("a chat completion failed")  # the stack alone: neither texts nor images
+            logger.exception("a chat completion failed")
             outcome = "500"
             await reply.refuse(Refusal("the server failed; its log says where", status=500, code="internal_error"))
         finally:
@@ -108,22 +108,13 @@ class Completions:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._limits.seconds
         # 1. The text of the request: what can be refused is refused before anything is worked on.
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await _read_body(receive, self._limits.body_bytes)
-        except TimeoutError:
-            raise Refusal(
-                f"the body of the request did not arrive within {BODY_SECONDS:g} seconds",
-                status=408, code="timeout", headers={"Connection": "close"},
-            ) from None  # fmt: skip
-        if body is None:
+        request = await self._read_request(receive)
+        if request is None:
             return False
-        request = read_request(parse_json(body, "the body"), self.model, self._limits, self._max_new_tokens)
-        if request.reduce is not None:
-            await self._check_reduce(request.reduce)
         # 2. The answer, beside it a watch on the client: whichever ends first ends the other.
         answering = asyncio.create_task(self._answer(request, reply))
         leaving = asyncio.create_task(_wait_until_gone(receive))
+        del request  # its images are megabytes, which only the first part of the answer needs
         try:
             await asyncio.wait(
                 (answering, leaving), timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED
@@ -142,22 +133,34 @@ class Completions:
                 task.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    async def _check_reduce(self, reduce: str) -> None:
-        try:  # in a thread: the first reduction of its kind reads weights
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._front.check_reduce, reduce)
-        except InputError as error:
-            raise Refusal(str(error), "reduce", code="unsupported_value") from None
+    async def _read_request(self, receive: Receive) -> ChatRequest | None:
+        """Read a request and check it; None if its client left."""
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _read_body(receive, self._limits.body_bytes)
+        except TimeoutError:
+            raise Refusal(
+                f"the body of the request did not arrive within {BODY_SECONDS:g} seconds",
+                status=408, code="timeout", headers={"Connection": "close"},
+            ) from None  # fmt: skip
+        if body is None:
+            return None
+        request = read_request(parse_json(body, "the body"), self.model, self._limits, self._max_new_tokens)
+        if request.reduce is not None:
+            try:  # in a thread: the first reduction of its kind reads weights
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._threads, self._front.check_reduce, request.reduce)
+            except InputError as error:
+                raise Refusal(str(error), "reduce", code="unsupported_value") from None
+        return request
 
     async def _answer(self, request: ChatRequest, reply: "_Reply") -> None:
         """Answer: images, prompt, language model, each timed."""
         arrival = time.perf_counter()
         async with self.gate.take_place():
             self.metrics.observe("queue", time.perf_counter() - arrival)
-            with self.metrics.time("read"):
-                messages = await asyncio.gather(*map(self._read_turn, request.turns))
-            with self.metrics.time("prepare"):
-                prompt = await self._front.prepare(messages, request.reduce, query=request.query)
-            self._count_prompt(prompt)
+            prompt = await self._prepare(request)
+            request = replace(request, turns=())
             has_logprobs = request.searches[0].num_logprobs is not None
             completion = Completion(self.model, prompt, len(request.searches), has_logprobs)
             with self.metrics.time("answer"):
@@ -168,6 +171,16 @@ class Completions:
         if request.is_usage_streamed:
             await reply.send_event(completion.last_chunk())
         await reply.end_events()
+
+    async def _prepare(self, request: ChatRequest) -> Prompt:
+        with self.metrics.time("read"):
+            messages = await asyncio.gather(*map(self._read_turn, request.turns))
+        with self.metrics.time("prepare"):
+            prompt = await self._front.prepare(messages, request.reduce, query=request.query)
+        self.metrics.prompt_tokens.inc(prompt.num_tokens)
+        self.metrics.image_tokens.inc(sum(image.num_tokens for image in prompt.images))
+        self.metrics.image_patches.inc(sum(image.num_patches for image in prompt.images))
+        return prompt
 
     async def _read_turn(self, turn: Turn) -> Message:
         loop = asyncio.get_running_loop()
@@ -210,11 +223,6 @@ class Completions:
                     group.create_task(follow(index, search))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-
-    def _count_prompt(self, prompt: Prompt) -> None:
-        self.metrics.prompt_tokens.inc(prompt.num_tokens)
-        self.metrics.image_tokens.inc(sum(image.num_tokens for image in prompt.images))
-        self.metrics.image_patches.inc(sum(image.num_patches for image in prompt.images))
 
 
 def _make_metrics(front: "Front", engine: Engine, gate: Gate) -> Metrics:

@@ -1,8 +1,8 @@
 """The server under load: requests per second, time to the first token and latencies, with and without reduction.
 
-Clients ask mixed questions, several about each image, through OpenAI's SDK with streaming. Beside the
-server runs the plain loop: the same model behind a lock, one `Llava.ask` at a time, in this process, without HTTP.
-Every run has images of its own, so that no cache is warm; greedy answers of both are compared.
+Clients ask mixed questions, several about each image, through OpenAI's SDK with streaming. The plain loop beside it is
+the same model behind a lock, one `Llava.ask` at a time, in this process, without HTTP. Every run has images of its own,
+so that no cache is warm; greedy answers of both are compared.
 
     python -m scripts.bench.serve --reduce TRIM:-1 none --clients 1 4 16
     python -m scripts.bench.serve --model-path liuhaotian/llava-v1.5-7b --device cuda --requests 512 --max-tokens 64

@@ -246,12 +246,16 @@ def make_handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # of 5, the default, some of 16 connections at once are lost for minutes
+
+
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
     """A judge's endpoint, named by the environment as a user would."""
     pytest.importorskip("openai")
     fake = FakeEndpoint()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(fake))
+    server = Server(("127.0.0.1", 0), make_handler(fake))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     fake.address = f"http://127.0.0.1:{server.server_port}/v1"

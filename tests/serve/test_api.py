@@ -1,6 +1,7 @@
 """What OpenAI's client gets of the server, over real HTTP, with an engine whose answers are known."""
 
 import base64
+import gc
 import http.client
 import http.server
 import io
@@ -14,9 +15,12 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from llava.errors import InputError
 from llava.serve.front import Front
+from llava.serve.listener import announce, bind
+from llava.serve.remote_images import FORMATS
 from playground.shapes.world import draw_scene
 
 QUESTION = "What color is the circle?"
@@ -94,14 +98,21 @@ def post(address, body, headers=(), path="/v1/chat/completions"):
     return response.status, dict(response.getheaders()), content
 
 
+def send(address, **body):
+    """Send a request and leave its answer where it is; returns the connection."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc)
+    connection.request("POST", "/v1/chat/completions", json.dumps({"model": "pocket", **body}))
+    return connection
+
+
 def scrape(address):
-    """Return Prometheus' values by name and labels."""
+    """Return Prometheus' values, by name and the values of its labels."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
-    rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in rows}
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return {" ".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -130,6 +141,11 @@ def test_each_request_names_its_own_reduction(client, url):
         usage = ask(client, show(url), QUESTION, extra_body={"reduce": spec}).usage
         kept[spec] = usage.prompt_tokens_details.image_tokens
     assert kept == {"none": 64, "TRIM:9": 10, "Pool:16": 16}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_images_of_every_format_that_is_named_are_read(client, image, form):
+    assert ask(client, show(to_url(image, form)), QUESTION).usage.prompt_tokens_details.image_patches == 64
 
 
 def test_a_request_may_name_what_the_text_tower_reads(client, url, pocket, image):
@@ -521,15 +537,12 @@ def test_an_answer_that_takes_too_long_ends_with_504(front, serving, scribe_clas
 def test_a_client_that_leaves_ends_its_answer(front, serving, scribe_class, waiting, stream):
     engine = scribe_class(seconds=0.05)
     with serving(front, engine) as (address, completions):
-        body = {"model": "pocket", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1000, "stream": stream}
-        connection = http.client.HTTPConnection(urlsplit(address).netloc)
-        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        messages = [{"role": "user", "content": "x"}]
+        connection = send(address, messages=messages, max_tokens=10_000, stream=stream)
         waiting(lambda: engine.num_open == 1)
         connection.close()
-        if stream:
-            connection.sock = None
         waiting(lambda: engine.num_open == 0 and completions.gate.num_admitted == 0)
-        assert engine.num_closed == 1 and scrape(address)['llava_requests_total{status="cancelled"}'] == 1
+        assert engine.num_closed == 1 and scrape(address)["llava_requests_total cancelled"] == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -548,6 +561,18 @@ def test_an_error_of_the_engine_ends_its_request_alone(front, serving, scribe_cl
             assert "secret" not in message and ask(connect(address), "Hello?", max_tokens=2).choices
 
 
+def test_while_an_answer_is_written_the_pixels_of_its_request_are_gone(front, serving, scribe_class, waiting):
+    engine, size = scribe_class(seconds=0.05), (777, 555)
+    content = [show(to_url(Image.new("RGB", size)))] * 2 + [{"type": "text", "text": QUESTION}]
+    with serving(front, engine) as (address, _):
+        connection = send(address, messages=[{"role": "user", "content": content}], max_tokens=10_000)
+        waiting(lambda: engine.num_open == 1)
+        gc.collect()
+        kept = [each for each in gc.get_objects() if isinstance(each, Image.Image) and each.size == size]
+        assert kept == [] and engine.num_open == 1
+        connection.close()
+
+
 def test_metrics_count_requests_tokens_and_stages(front, serving, scribe_class, url):
     with serving(front, scribe_class()) as (address, _):
         before, client = scrape(address), connect(address)
@@ -555,13 +580,20 @@ def test_metrics_count_requests_tokens_and_stages(front, serving, scribe_class, 
             ask(client, show(url), "Where is the star?")
         refusal(client, "Hello?", n=0)
         after = scrape(address)
-    assert after['llava_requests_total{status="200"}'] == 2 and after['llava_requests_total{status="400"}'] == 1
-    assert after["llava_completion_tokens_total"] == 6 and after["llava_image_patches_total"] == 128
+    assert (after["llava_requests_total 200"], after["llava_requests_total 400"]) == (2, 1)
+    assert (after["llava_completion_tokens_total"], after["llava_image_patches_total"]) == (6, 128)
     assert 0 < after["llava_image_tokens_total"] < min(128, after["llava_prompt_tokens_total"])
-    found = 'llava_image_cache_hits_total{found="tokens"}'
+    found = "llava_image_cache_hits_total tokens"
     assert after[found] - before[found] >= 1
     for stage in ("queue", "read", "prepare", "first_token", "answer"):
-        assert after[f'llava_stage_seconds_count{{stage="{stage}"}}'] == 2
+        assert after[f"llava_stage_seconds_count {stage}"] == 2
+
+
+def test_the_line_that_says_where_the_server_is_names_an_address_of_either_kind(capsys):
+    for host, shown in (("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")):
+        with bind(host, 0) as door:
+            announce(door, "pocket")
+            assert capsys.readouterr().out == f"pocket at http://{shown}:{door.getsockname()[1]}/v1\n"
 
 
 def test_a_server_that_drains_answers_what_it_has_and_refuses_the_rest(front, serving, scribe_class, waiting):

@@ -237,6 +237,14 @@ def test_the_python_of_the_document_runs(server, monkeypatch, capsys):
     assert "blue" in written and "image_tokens=17" in written and "image_patches=64" in written
 
 
+def test_the_page_asks_the_server(server, images, solo, tmp_path):
+    from llava.serve.page_endpoint import Endpoint
+
+    images[0][0].save(tmp_path / "shapes.png")
+    *pieces, result = Endpoint(server.url, 24).ask(tmp_path / "shapes.png", QUESTIONS[0], "TRIM:9")
+    assert (result.text, result.num_tokens) == solo((0,), QUESTIONS[0], "TRIM:9") and pieces[-1].strip() == result.text
+
+
 # --------------------------------------------------------------------------------------------------- evaluation clients
 @pytest.mark.parametrize("first", ["text", "image"])
 def test_the_requests_of_evaluation_toolkits_get_the_runners_answers(pocket, first, server):
