@@ -24,6 +24,7 @@ from llava.errors import InputError
 from llava.eval.benchmark import Item, Result
 
 if TYPE_CHECKING:
+    from openai import AsyncOpenAI
     from openai.types.chat import ChatCompletion
 
 KEY_VARIABLE, ADDRESS_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
@@ -109,17 +110,7 @@ class Endpoint:
         import openai  # takes a second, and only an endpoint needs it
 
         self._sdk, self.secrets = openai, Secrets(key, address)
-        parts = urlsplit(address or DEFAULT_ADDRESS)
-        # The SDK's retries are off: they repeat a 429 for a spent quota, do not repeat a body that is no completion,
-        # and differ between its versions. So is its timeout, which begins anew with every byte. A query is passed on
-        # its own, or the SDK would put the path behind it. A server without keys ignores "none".
-        self._client = openai.AsyncOpenAI(
-            api_key=key or "none",
-            base_url=urlunsplit(parts._replace(query="", fragment="")),
-            default_query=dict(parse_qsl(parts.query)),
-            timeout=None,
-            max_retries=0,
-        )
+        self._client = connect(address or DEFAULT_ADDRESS, key)
         self.place = self.secrets.hide(show(str(self._client.base_url)))
         self._has_key, self._max_tries = key is not None, max_tries
         self._first_pause, self._timeout, self._deadline = first_pause_seconds, timeout_seconds, deadline_seconds
@@ -224,6 +215,28 @@ class Endpoint:
         if isinstance(failure, asyncio.TimeoutError):
             return f"no answer within {self._timeout:g} seconds"
         return f"a reply that is no chat completion ({said})"
+
+
+@cache
+def connect(address: str, key: str | None) -> "AsyncOpenAI":
+    """Make the client of an endpoint, which stays for good.
+
+    The SDK closes the connections of a client that is let go in the course of garbage collection. By then their file
+    descriptors may be those of another client, whose requests would wait for ever.
+    """
+    import openai
+
+    parts = urlsplit(address)
+    # The SDK's retries are off: they repeat a 429 for a spent quota, do not repeat a body that is no completion, and
+    # differ between its versions. So is its timeout, which begins anew with every byte. A query is passed on its own,
+    # or the SDK would put the path behind it. A server without keys ignores "none".
+    return openai.AsyncOpenAI(
+        api_key=key or "none",
+        base_url=urlunsplit(parts._replace(query="", fragment="")),
+        default_query=dict(parse_qsl(parts.query)),
+        timeout=None,
+        max_retries=0,
+    )
 
 
 def escape_surrogates(text: str) -> str:

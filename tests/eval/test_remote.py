@@ -1,6 +1,7 @@
 """A benchmark's questions to a server: the answers file of a model that is loaded here, resumed and refused alike."""
 
 import base64
+import gc
 import json
 from io import BytesIO
 from pathlib import Path
@@ -98,6 +99,15 @@ def test_workers_share_the_questions_of_a_server(endpoint, make_pope, tmp_path) 
         done = ask_endpoint(folder, answers, endpoint, "--workers", 2, "--worker", worker)
         assert done.returncode == 0, done.stderr
     assert len(endpoint.requests) == 18 == len(read_rows(answers))
+
+
+def test_requests_of_one_run_after_the_other_all_come_back(endpoint, make_client) -> None:
+    """Clients that are garbage take no connection of a later one with them."""
+    for _ in range(12):
+        rows = Rows()
+        assert make_client().answer([Question(number, prompt="Hi") for number in range(18)], rows, NAME, 16) == []
+        assert len(rows) == 18
+        gc.collect()
 
 
 def test_only_with_a_reduction_more_is_sent_than_openais_protocol_has(make_client) -> None:
