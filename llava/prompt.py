@@ -32,6 +32,8 @@ USER_TURNS = (
     ("Human:", "Assistant:"),
 )
 SYSTEM_BLOCK = re.compile(r"<<SYS>>.*?<</SYS>>", re.DOTALL)
+MARK = re.compile(r"<\S+>|\[\S+\]")
+"""A special token that is no text. A tokenizer may keep sentences as special tokens, too, so that they stay whole."""
 
 
 def recover_text(text: str) -> str:
@@ -103,7 +105,8 @@ def recover_query(input_ids: "Tensor", tokenizer: Tokenizer) -> str:
     # Some templates mark their roles with special tokens, so these are cut out behind the search, not before it.
     question = find_question(decode_prompt(input_ids, tokenizer))
     for token in tokenizer.all_special_tokens:
-        question = question.replace(token, "")
+        if MARK.fullmatch(token):
+            question = question.replace(token, "")
     return question.strip()
 
 
