@@ -33,6 +33,8 @@ USER_TURNS = (
     ("Human:", "Assistant:"),
 )
 SYSTEM_BLOCK = re.compile(r"<<SYS>>.*?<</SYS>>", re.DOTALL)
+MARK = re.compile(r"<\S+>|\[\S+\]")
+"""A special token that is no text. A tokenizer may keep sentences as special tokens, too, so that they stay whole."""
 
 
 def recover_text(text: str) -> str:
@@ -109,7 +111,8 @@ def recover_query(input_ids: "Tensor", tokenizer: Tokenizer, conv_mode: str | No
     template = read_chat_template(tokenizer) if conv_mode == CHAT_TEMPLATE else None
     question = find_question(decode_prompt(input_ids, tokenizer), template)
     for token in tokenizer.all_special_tokens:
-        question = question.replace(token, "")
+        if MARK.fullmatch(token):
+            question = question.replace(token, "")
     return question.strip()
 
 

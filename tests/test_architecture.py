@@ -73,6 +73,7 @@ LAYERS = [
     ("llava.processor", 9),
     ("llava.serve", 10),
     ("llava.efficiency", 10),
+    ("llava.lmms", 10),
     ("llava.train", 10),
     # Evaluation, room by room.
     ("llava.eval.metrics", 1),
@@ -176,6 +177,12 @@ def test_train_eval_and_serve_never_import_each_other(path):
 def test_only_its_user_imports_the_reduction_in_transformers(path):
     name = module_name(path)
     assert is_in(name, "llava.hf") or not any(is_in(imported, "llava.hf") for imported in imports_of(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_the_room_of_its_models_imports_lmms_eval(path):
+    name = module_name(path)
+    assert is_in(name, "llava.lmms") or not any(is_in(imported, "lmms_eval") for imported in imports_of(path))
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if module_name(path).startswith(PURE)], ids=module_name)

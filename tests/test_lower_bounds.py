@@ -105,8 +105,8 @@ def test_the_tested_lower_bounds_are_those_of_the_project() -> None:
         assert version.removesuffix(".0") == bounds[package], package
 
 
-@pytest.mark.parametrize("script", ["test_lower_bounds.sh", "test_vllm.sh"])
-def test_the_script_wants_a_folder(script: str) -> None:
+@pytest.mark.parametrize("script", ["test_lower_bounds.sh", "test_vllm.sh", "test_clients.sh", "test_page.sh"])
+def test_the_scripts_with_an_environment_of_their_own_want_a_folder(script: str) -> None:
     done = subprocess.run(["bash", f"scripts/{script}"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: name a folder for the environment")

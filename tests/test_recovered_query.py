@@ -1,9 +1,13 @@
 """Recovering the question from a prompt, for clients that pass no query."""
 
+from pathlib import Path
+
 import pytest
 
 from llava.conversation import conv_templates
-from llava.prompt import find_question
+from llava.mm_utils import tokenizer_image_token
+from llava.model.tokenizer import load_tokenizer
+from llava.prompt import find_question, recover_query, wrap_prompt
 
 QUESTION = "What is the color of the bus?\nAnswer the question using a single word or phrase."
 CHAT_TEMPLATES = [name for name in conv_templates if "plain" not in name]
@@ -39,3 +43,11 @@ def test_a_prompt_without_roles_is_the_question():
 
 def test_an_empty_question_stays_empty():
     assert find_question("A chat. USER: <image>\n ASSISTANT:") == ""
+
+
+def test_a_sentence_that_the_tokenizer_keeps_as_a_special_token_stays_in_the_query():
+    tokenizer = load_tokenizer(str(Path(__file__).parents[1] / "playground/shapes/checkpoints/llava-shapes-trim"))
+    question = "What color is the circle?\nAnswer the question using a single word or phrase."
+    assert question.rpartition("\n")[2] in tokenizer.all_special_tokens
+    ids = tokenizer_image_token(wrap_prompt(question, 1, "vicuna_v1"), tokenizer, return_tensors="pt")
+    assert recover_query(ids, tokenizer) == question

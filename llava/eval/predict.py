@@ -199,12 +199,14 @@ class Answered:
         question: what was asked.
         text: the answer.
         image_tokens: one record per image.
+        num_positions: positions that the language model read.
         seconds: by stage; where a stage works on many questions at once, each has an equal share of its time.
     """
 
     question: Question
     text: str
     image_tokens: tuple[ImageTokens, ...]
+    num_positions: int
     seconds: Mapping[str, float]
 
     @property
@@ -362,7 +364,8 @@ class Predictor:
             seconds = _share(self.clock.take(), len(batch))
             pairs = zip(batch, texts, strict=True)
             return [
-                Answered(item.question, text, item.image_tokens, {**item.seconds, **seconds}) for item, text in pairs
+                Answered(item.question, text, item.image_tokens, item.length, {**item.seconds, **seconds})
+                for item, text in pairs
             ], []
         # Outside the handler, so that the failed call's tensors are gone before the next one.
         if len(batch) == 1:
