@@ -198,5 +198,7 @@ def test_layers_are_not_read_where_they_are_left_out(tmp_path: Path, monkeypatch
     ],
 )
 def test_what_works_on_the_layers_is_refused_without_them(options: dict, says: str) -> None:
+    if "load_4bit" in options:
+        pytest.importorskip("bitsandbytes")
     with pytest.raises(InputError, match=says):
         load_pretrained_model(str(GOLDEN / "llava-v1.5-tiny84"), device="cpu", without_layers=True, **options)

@@ -114,6 +114,7 @@ def test_a_method_without_a_rule_of_its_own_has_no_automatic_budget(name):
 
 
 def test_mistakes_are_told_in_one_line(model, image, tmp_path):
+    pytest.importorskip("matplotlib")
     (tmp_path / "text.png").write_text("no image")
     for arguments, words in (
         ((tmp_path / "text.png", QUESTION, NONE), "not an image in a known format"),
