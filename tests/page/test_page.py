@@ -42,15 +42,23 @@ def find_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """The command's page, on the pocket model."""
+def address(tmp_path_factory) -> Iterator[str]:
+    """The command's page, on the pocket model; uploads are gone with it, and a proxy of the system is no obstacle."""
     port = find_port()
+    folder = tmp_path_factory.mktemp("temporary")
+    settings = os.environ | {
+        "TMPDIR": str(folder),
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "http_proxy": "http://127.0.0.1:9",
+    }
     command = [sys.executable, "-m", "llava.serve.demo", "--port", str(port), "--device", "cpu"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         yield line.removeprefix("page at ").split()[0]
+        assert list(folder.glob("llava-page-*/*/*"))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 143
+    assert not list(folder.glob("llava-page-*"))
 
 
 @pytest.fixture(scope="module")
