@@ -1,1 +1,1 @@
-"""Faces for people: chat in the terminal."""
+"""Faces: chat in the terminal, a page, and what a server needs."""

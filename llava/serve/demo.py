@@ -7,6 +7,7 @@ no reduction. Without `--model-path` it is the pocket model of the repository. `
 import argparse
 import os
 import sys
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 PORT = 7860
 MAX_NEW_TOKENS = 512
+OWN_NAMES = ("localhost", "127.0.0.1", "0.0.0.0", "::1")
 OF_A_MODEL = (
     "model_path", "model_base", "reduce", "calibrated", "device", "dtype", "tower_dtype", "attn_implementation",
     "conv_mode", "load_8bit", "load_4bit",
@@ -93,8 +95,24 @@ def main() -> None:
     """
     args = build_parser().parse_args()
     check_options(args)
-    # 1. gradio before the model: a missing package is told at once. It sends no statistics.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with TemporaryDirectory(prefix="llava-page-") as uploads:
+        serve(args, uploads)
+
+
+def serve(args: argparse.Namespace, uploads: str) -> None:
+    """Load the model, and serve the page until the command is ended.
+
+    Args:
+        args: checked options.
+        uploads: a folder for images that visitors bring.
+
+    Raises:
+        InputError: the checkpoint, the server or the port is not usable.
+    """
+    # 1. gradio before the model: a missing package is told at once. It reads these when it is imported.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it sends no statistics
+    os.environ["GRADIO_TEMP_DIR"] = uploads
+    bypass_proxy()
     import gradio
 
     from llava.serve.page import Page
@@ -118,6 +136,12 @@ def main() -> None:
         Event().wait()
     finally:
         page.close(verbose=False)
+
+
+def bypass_proxy() -> None:
+    """Let this process reach its own machine without a proxy: gradio asks its page whether it is there."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*filter(None, [known]), *OWN_NAMES])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from llava.errors import InputError
-from llava.serve.page_model import NONE, Answerer, Result, make_spec
+from llava.serve.page_model import NONE, Answerer, Result, make_spec, takes_budget
 from llava.serve.page_parts import (
     CARET,
     Column,
@@ -108,7 +108,10 @@ class Page:
         sample = self.samples[0]
         method = next(iter(self.answerer.methods))
         settings = (True, method, self.default_count, self.answerer.methods[method], False, [])
-        *_, (answers, pictures, _, history) = self._answer(str(sample.image), sample.questions[0], *settings)
+        try:
+            *_, (answers, pictures, _, history) = self._answer(str(sample.image), sample.questions[0], *settings)
+        except InputError as error:
+            return show_problem(str(error)), "", []
         return answers, pictures, history
 
     @property
@@ -120,6 +123,10 @@ class Page:
         """Show a sample: its image, its first question, and the list of its questions."""
         sample = self.samples[number]
         return str(sample.image), sample.questions[0], gr.Dataset(samples=[[text] for text in sample.questions])
+
+    def choose_method(self, method: str) -> tuple[Any, Any]:
+        """Offer a method's settings: the slider where it has no budget yet, its own rule where it has one."""
+        return gr.Slider(interactive=takes_budget(method)), gr.Checkbox(visible=self.answerer.methods[method])
 
     # The page ---------------------------------------------------------------------------------------------------
     def lay_out(self) -> gr.Blocks:
@@ -161,7 +168,7 @@ class Page:
                         method = gr.Dropdown(list(methods), value=first, label="Method", elem_id="method")
                         count = gr.Slider(
                             1, answerer.num_patches, self.default_count, step=1, label="Budget: patches to keep",
-                            elem_id="budget",
+                            elem_id="budget", interactive=takes_budget(first),
                         )  # fmt: skip
                         is_automatic = gr.Checkbox(
                             True, label="The method's own rule decides instead (-1)", visible=methods[first],
@@ -185,8 +192,8 @@ class Page:
             count.input(lambda: False, outputs=is_automatic, **quick)
             moved = count.release(self.answer_again, **options)
             chosen = method.input(
-                lambda name: gr.Checkbox(visible=methods[name]), inputs=method, outputs=is_automatic, **quick
-            ).then(self.answer_again, **options)
+                self.choose_method, inputs=method, outputs=[count, is_automatic], **quick
+            ).then(self.answer_again, **options)  # fmt: skip
             ticked = gr.on([is_automatic.input, compares.input, is_short.input], self.answer_again, **options)
             shown = samples.click(
                 self.choose_sample, inputs=samples, outputs=[image, question, questions], **quick

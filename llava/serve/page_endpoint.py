@@ -15,12 +15,12 @@ import openai
 from llava.chat import read_question
 from llava.errors import InputError, one_line
 from llava.image import load_image
-from llava.model.token_reduction import parse_reduction
+from llava.model.token_reduction import REDUCERS, parse_reduction
 from llava.serve.page_model import Result, list_methods
 from llava.serve.page_parts import to_data_url
 
 NUM_PATCHES = 576
-"""Of LLaVA-1.5; a budget above a model's own number keeps everything."""
+"""Of LLaVA-1.5, until a reply says how many there are; a budget above that keeps everything."""
 KEY = "OPENAI_API_KEY"
 NO_PICTURES = (
     "A server's reply does not say which patches were kept: the page shows them where it loads the model itself."
@@ -28,9 +28,7 @@ NO_PICTURES = (
 
 
 class Endpoint:
-    """A server; see `llava.serve.page_model.Answerer`."""
-
-    num_patches = NUM_PATCHES
+    """A server; see `llava.serve.page_model.Answerer`. Its methods are those before the language model."""
 
     def __init__(self, address: str, max_new_tokens: int = 512):
         """Ask the server for its model.
@@ -56,7 +54,8 @@ class Endpoint:
             raise InputError(f"{self._address} serves no model")
         self._model = models[0].id
         self.title = f"{self._model}, served at {self._address}"
-        self.methods = list_methods()
+        self.methods = {name: has_rule for name, has_rule in list_methods().items() if name in REDUCERS}
+        self.num_patches = NUM_PATCHES
 
     def ask(self, image: Path, question: str, spec: str) -> Iterator[str | Result]:
         """Answer a question; see `llava.serve.page_model.Answerer`."""
@@ -89,6 +88,7 @@ class Endpoint:
             raise InputError(self._explain(error)) from None
         end = time.perf_counter()
         num_tokens, num_patches = find_image_counts(usage)
+        self.num_patches = num_patches or self.num_patches
         yield Result(
             spec=spec,
             text=text.strip(),

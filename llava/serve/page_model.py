@@ -20,6 +20,7 @@ from transformers import TextStreamer
 from llava.answer_cost import count_answer, read_counted_shape
 from llava.assistant import Llava
 from llava.chat import read_question
+from llava.conversation import get_model_name_from_path
 from llava.drawing import Panel, draw_panel, find_threshold
 from llava.errors import InputError
 from llava.image import load_image
@@ -92,7 +93,8 @@ class Answerer(Protocol):
 
     Attributes:
         title: what it is, in a line.
-        methods: names for the page's list, and whether the method has a budget of its own ("automatic").
+        methods: entries of the page's list, names or whole spec strings, and whether the method has a rule of its own
+            for its budget.
         num_patches: N, the largest budget.
     """
 
@@ -116,11 +118,16 @@ class Answerer(Protocol):
         """
 
 
+def takes_budget(method: str) -> bool:
+    """Whether an entry of the page's list is a method's name; a whole spec string has its budget."""
+    return method in REDUCERS or method in LAYER_REDUCERS
+
+
 def make_spec(method: str, count: int, num_patches: int, is_automatic: bool) -> str:
     """Write the spec string of a choice on the page.
 
     Args:
-        method: a name of `Answerer.methods`, or a whole spec string, which has its budget.
+        method: an entry of `Answerer.methods`.
         count: patches to keep, 1 to N.
         num_patches: N.
         is_automatic: the method's own rule decides instead.
@@ -128,19 +135,19 @@ def make_spec(method: str, count: int, num_patches: int, is_automatic: bool) -> 
     Raises:
         InputError: the method cannot keep so many.
     """
-    if method not in REDUCERS and method not in LAYER_REDUCERS:
+    if not takes_budget(method):
         return method
     budget = Budget(-1) if is_automatic else Budget.of_count(count, num_patches)
     return parse_reduction(f"{method}:{budget}").spec() or NONE
 
 
 def list_methods() -> dict[str, bool]:
-    """Map the name of every method to whether it has a budget of its own; those before the language model first."""
+    """Map the name of every method to whether it has a rule for its budget; those before the language model first."""
     return {name: method.has_automatic_budget for name, method in (REDUCERS | LAYER_REDUCERS).items()}
 
 
 class PageModel:
-    """A checkpoint in this process; see `Answerer` and `load`. One question at a time is answered, others wait."""
+    """A checkpoint in this process; see `Answerer`. One question at a time is answered, others wait."""
 
     def __init__(self, llava: Llava, path: str, max_new_tokens: int = 512):
         """Find out what the model can do.
@@ -156,11 +163,15 @@ class PageModel:
         self._shape, self._uncounted = read_counted_shape(path)
         tower = llava.model.get_vision_tower()
         self.num_patches = tower.grid[0] * tower.grid[1]
-        self.title = f"{Path(path).name}, {self.num_patches} patches per image, on {llava.model.device}"
+        self.title = f"{get_model_name_from_path(path)}, {self.num_patches} patches per image, on {llava.model.device}"
         self.methods = {name: has_rule for name, has_rule in list_methods().items() if self._can_serve(name)}
-        own = None if llava.reduce == NONE else parse_reduction(llava.reduce).spec()
-        if own is not None:  # first, and with everything that it says
-            self.methods = {own: False, **self.methods}
+        if llava.reduce != NONE:  # first: as a name, or as a spec string with everything that it says
+            own = parse_reduction(llava.reduce).spec()
+            by_name = {
+                make_spec(name, 1, self.num_patches, True): name for name, rules in self.methods.items() if rules
+            }
+            first = by_name.get(own, own)
+            self.methods = {first: first in by_name.values(), **self.methods}
 
     def _can_serve(self, name: str) -> bool:
         try:

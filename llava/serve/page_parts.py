@@ -25,9 +25,10 @@ STAGES = {"encode": "vision tower", "reduce": "reduction", "generate": "language
 """Stages of an answer as the page names them."""
 
 CSS = """
-.gradio-container { max-width: 1320px !important; margin: 0 auto !important; --quiet: var(--neutral-500); }
+.gradio-container { overflow: clip !important; max-width: 1320px !important; margin: 0 auto !important;
+  --quiet: var(--neutral-500); }
 .dark .gradio-container, .gradio-container.dark { --quiet: var(--neutral-400); }
-.cards, .pictures, .steps { display: flex; flex-wrap: wrap; gap: 14px; }
+.cards, .pictures { display: flex; flex-wrap: wrap; gap: 14px; }
 .card { flex: 1 1 300px; min-width: 0; border: 1px solid var(--border-color-primary); border-radius: 8px;
   padding: 10px 16px 12px; background: var(--block-background-fill); }
 .card h3 { margin: 0; font: 600 14px/1.4 ui-monospace, monospace; color: var(--quiet); overflow-wrap: anywhere; }
@@ -47,7 +48,8 @@ CSS = """
 .pictures figure.scores { flex-grow: 595; max-width: 579px; }
 .pictures img { width: 100%; display: block; border-radius: 4px; }
 .pictures figcaption { font-size: 14px; line-height: 1.4; margin-bottom: 4px; }
-.steps figure { width: 150px; margin: 0; padding: 5px; border: 2px solid transparent; border-radius: 6px; }
+.steps { display: grid; grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)); gap: 8px; }
+.steps figure { max-width: 170px; margin: 0; padding: 5px; border: 2px solid transparent; border-radius: 6px; }
 .steps figure.now { border-color: #4269d0; }
 .steps img { width: 100%; display: block; border-radius: 3px; }
 .steps figcaption { font-size: 13px; line-height: 1.35; margin-top: 4px; overflow-wrap: anywhere; }
@@ -99,7 +101,8 @@ def _show_card(column: Column, against: Result | None, results: Sequence[Result 
         same = is_same(result.text, against.text)
         verdict = f'<span class="verdict {"same" if same else "other"}">{"same" if same else "another"} answer</span>'
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in _list_figures(result, against, results))
-    note = f"<small>{escape(result.note)}</small>" if result.note else ""
+    is_first = column.result is results[0]
+    note = f"<small>{escape(result.note)}</small>" if result.note and is_first else ""
     return (
         f'<section class="card"><h3>{title}</h3><div class="text">{escape(result.text or show(""))}{verdict}</div>'
         f"<dl>{rows}</dl>{note}</section>"
@@ -141,7 +144,7 @@ def _show_bar(share: float | None) -> str:
 
 def format_flops(flops: int) -> str:
     """Write FLOPs for a person, with three digits: `326 MFLOPs`, `8.67 TFLOPs`."""
-    size, unit = next((each for each in UNITS if flops >= each[0]), UNITS[-1])
+    size, unit = next((each for each in UNITS if flops >= 0.9995 * each[0]), UNITS[-1])  # 999.9 M is 1.00 G
     return f"{flops / size:#.3g}".rstrip(".") + f" {unit}FLOPs"
 
 

@@ -1,5 +1,7 @@
 """The page's command: what it refuses before it loads anything, and what it begins with."""
 
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -77,3 +79,18 @@ def test_the_pocket_model_answers_every_question_of_the_samples(reduce):
         answers |= {ask_presence(name): "yes" if name in names else "no" for name in ALL_NAMES}
         for question in sample.questions:
             assert model.ask(sample.image, question + SUFFIX).text.lower() == answers[question], question
+
+
+def test_the_browser_script_wants_a_folder_and_a_chromium(tmp_path):
+    root = SHAPES.parents[1]
+    command = ["bash", str(root / "scripts" / "test_page.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.partition(": bash")[0]) == (2, "error: name a folder for the environment")
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    bare = {"PATH": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run([*command, str(tmp_path / "env")], env=bare, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2, "error: there is no Chromium: apt-get install chromium, or set CHROMIUM to its file\n",
+    )  # fmt: skip
+    assert not (tmp_path / "env").exists()

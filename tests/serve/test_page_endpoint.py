@@ -74,11 +74,13 @@ def address(server: ThreadingHTTPServer) -> str:
 def test_a_question_goes_out_with_image_and_reduction_and_its_answer_grows(server, end):
     endpoint = Endpoint(address(server) + end, max_new_tokens=7)
     assert endpoint.title == f"llava-shapes, served at {address(server)}/v1"
+    assert endpoint.num_patches == 576 and endpoint.methods["TRIM"] and "FastV" not in endpoint.methods
     image = list_samples()[0].image
     *texts, result = endpoint.ask(image, "What is it?", "TRIM:8")
     assert texts == ["a ", "a blue", "a blue square"]
     assert (result.text, result.tokens, result.num_tokens, result.num_patches) == ("a blue square", "9", 9, 64)
     assert (result.new_tokens, result.pictures, result.note) == (3, (), NO_PICTURES)
+    assert endpoint.num_patches == 64
     (sent,) = server.seen
     assert (sent["model"], sent["reduce"], sent["temperature"], sent["max_tokens"]) == ("llava-shapes", "TRIM:8", 0, 7)
     (message,) = sent["messages"]

@@ -86,11 +86,14 @@ def test_another_question_moves_the_kept_patches_and_no_reduction_has_no_picture
 def test_the_methods_are_those_that_the_model_can_serve_its_own_first(llava, model):
     assert set(model.methods) == {*REDUCERS, *LAYER_REDUCERS} - {"HiPrune"}  # HiPrune looks at a layer too deep for it
     assert model.methods["TRIM"] and not model.methods["FasterVLM"] and model.num_patches == 64
-    llava.set_token_reduction("TRIM:0.25,similarity=direct")
-    try:
-        assert next(iter(PageModel(llava, POCKET).methods.items())) == ("TRIM:0.25,similarity=direct", False)
-    finally:
-        llava.set_token_reduction(NONE)
+    for own, first in (("TRIM:0.25,similarity=direct", ("TRIM:0.25,similarity=direct", False)),
+                       ("TextSim:-1", ("TextSim", True)), ("TRIM:8", ("TRIM:8", False))):  # fmt: skip
+        llava.set_token_reduction(own)
+        try:
+            methods = PageModel(llava, POCKET).methods
+        finally:
+            llava.set_token_reduction(NONE)
+        assert next(iter(methods.items())) == first and set(methods) == {*model.methods, first[0]}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,7 @@ def test_a_method_without_a_rule_of_its_own_has_no_automatic_budget(name):
 
 
 def test_mistakes_are_told_in_one_line(model, image, tmp_path):
+    pytest.importorskip("matplotlib")
     (tmp_path / "text.png").write_text("no image")
     for arguments, words in (
         ((tmp_path / "text.png", QUESTION, NONE), "not an image in a known format"),

@@ -80,7 +80,14 @@ def test_what_is_not_known_is_left_out():
 
 @pytest.mark.parametrize(
     ("flops", "text"),
-    [(326_242_048, "326 MFLOPs"), (8_672_000_000_000, "8.67 TFLOPs"), (13_300_000_000, "13.3 GFLOPs")],
+    [
+        (326_242_048, "326 MFLOPs"),
+        (8_672_000_000_000, "8.67 TFLOPs"),
+        (13_300_000_000, "13.3 GFLOPs"),
+        (999_900_000, "1.00 GFLOPs"),
+        (999_400_000, "999 MFLOPs"),
+        (500_000, "0.500 MFLOPs"),
+    ],
 )
 def test_flops_have_three_digits(flops, text):
     assert format_flops(flops) == text
