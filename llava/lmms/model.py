@@ -30,7 +30,7 @@ from llava.eval.predict import Answered, Predictor, Settings, choose_unit_size, 
 from llava.files import parse_natural
 from llava.image import read_image
 from llava.picture import Picture
-from llava.prompt import DEFAULT_CONV_MODE, find_template, query_of
+from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode, query_of
 from llava.sampling import Sampling
 
 DEFAULT_NEW_TOKENS = 1024
@@ -101,7 +101,7 @@ class LlavaTrim(lmms):
         if unknown:
             known = ", ".join(name for name in LlavaTrim.__init__.__annotations__ if name not in ("unknown", "return"))
             raise InputError(f"llava_trim has no option {sorted(unknown)[0]}; it has {known}")
-        find_template(conv_template)
+        check_conv_mode(conv_template)
         batch_size = parse_batch_size(batch_size)
         spec = ModelSpec(
             path=str(user_path(str(pretrained))),

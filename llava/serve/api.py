@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from llava.cli import ModelSpec, add_model_options, choose_template, natural, positive, user_path
 from llava.errors import InputError, run_command
 from llava.files import parse_record, read_lines
-from llava.prompt import find_template
+from llava.prompt import check_conv_mode
 from llava.signals import watch_starter
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def main() -> None:
     # 1. What needs no library: options out of place, files.
     spec = ModelSpec.from_options(args)
     if args.conv_mode:
-        find_template(args.conv_mode)
+        check_conv_mode(args.conv_mode)
     if args.tensor_parallel > 1 and args.engine != "vllm":
         raise InputError("--tensor-parallel: only with --engine vllm; --data-parallel runs a server per accelerator")
     vllm_options = read_vllm_options(args)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llava.cli import ModelSpec, add_model_options, choose_template, natural, positive
 from llava.errors import InputError, run_command
-from llava.prompt import find_template
+from llava.prompt import check_conv_mode
 from llava.serve.samples import SHAPES, find_pocket_checkpoint, list_samples
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check_options(args: argparse.Namespace) -> None:
             )
         return
     if args.conv_mode is not None:
-        find_template(args.conv_mode)
+        check_conv_mode(args.conv_mode)
     if args.model_path is None:
         args.model_path = str(find_pocket_checkpoint())
 

@@ -133,7 +133,7 @@ class Front:
             raise InputError(f"cache_bytes {cache_bytes}, max_batch {max_batch}: expected 0 or more, and 1 or more")
         self._model, self._tokenizer = llava.model, llava.tokenizer
         self._image_processor = llava.image_processor
-        self._template = find_template(llava.conv_mode)
+        self._template = find_template(llava.conv_mode, llava.tokenizer)
         self._own = Reduction(self._model.token_reducer, self._model.layer_reducer)
         self._end = self._find_end()
         self._max_batch = max_batch

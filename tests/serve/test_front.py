@@ -149,7 +149,7 @@ def test_chatml_tokens_in_a_text_open_and_end_no_turn(tmp_path):
     assert text in tokenizer.decode(dialogue.input_ids, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize(("mode", "end"), [("vicuna_v1", None), ("llava_v0", "###"), ("qwen_2", "<|im_end|>\n")])
+@pytest.mark.parametrize(("mode", "end"), [("vicuna_v1", None), ("llava_v0", "###"), ("qwen_2", "<|im_end|>")])
 def test_a_prompt_names_the_end_of_turn_that_is_no_end_token(llava, monkeypatch, mode, end):
     monkeypatch.setattr(llava, "conv_mode", mode)
     ((prompt,), _) = prepare(llava, ([user("Hi")], None))
