@@ -413,7 +413,7 @@ def check_endpoint(arguments: argparse.Namespace) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} is for a model that is loaded here: leave it out with --endpoint"
             )
-    if arguments.conv_mode != DEFAULT_CONV_MODE:
+    if arguments.conv_mode is not None:
         raise InputError("--conv-mode: with --endpoint the server has the template; leave it out")
 
 
