@@ -1,5 +1,6 @@
 """What OpenAI's client gets of the server, over real HTTP, with an engine whose answers are known."""
 
+import asyncio
 import base64
 import gc
 import http.client
@@ -611,3 +612,22 @@ def test_a_server_that_drains_answers_what_it_has_and_refuses_the_rest(front, se
         assert connection.getresponse().status == 503
         thread.join()
         assert replies[0].choices[0].finish_reason == "length"
+
+
+def test_pieces_of_an_answer_are_sent_at_once():
+    """Nagle's algorithm holds a short piece back until the one before is acknowledged, 40 ms later."""
+    found = []
+
+    async def take(reader, writer):
+        found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def connect():
+        door = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(take, sock=door):
+            reader, writer = await asyncio.open_connection(*door.getsockname())
+            await reader.read()
+            writer.close()
+
+    asyncio.run(connect())
+    assert found and all(found)
