@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that CI runs: lint, unit tests, then the slow tier, which runs the real scripts.
+# Lint, unit tests, then the slow tier, which runs the real scripts. CI runs this and scripts/test_clients.sh.
 #   bash scripts/test.sh                             everything
 #   bash scripts/test.sh -m "not slow" -k splice     arguments go to pytest
 # shellcheck source=scripts/lib/environment.sh
