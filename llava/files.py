@@ -20,6 +20,12 @@ class FileError(InputError):
     """A file that cannot be read or written, or does not hold what it should."""
 
 
+def find_repository() -> Path | None:
+    """Return the repository that this package lies in; None for an installed package."""
+    folder = Path(__file__).resolve().parents[1]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
 # ----------------------------------------------------------------------------------------------------------- reading
 def read_bytes(path: Path, hint: str = "", limit: int | None = None) -> bytes:
     """Read a regular file.

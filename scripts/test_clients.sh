@@ -5,16 +5,8 @@
 # 6 GB; once). Without lmms-eval, as in scripts/test.sh, these tests are skipped.
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
-if [[ $# -eq 0 || "$1" == -* ]]; then
-    echo "error: name a folder for the environment: bash scripts/test_clients.sh FOLDER [PYTEST ARGUMENTS]" >&2
-    exit 2
-fi
-venv=$(absolute_path "$1")
+name_environment "$@"
 shift
-if ! cat pyproject.toml scripts/clients.txt | cmp -s - "$venv/.installed"; then
-    [[ -x "$venv/bin/python" ]] || "$(find_base_python)" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r scripts/clients.txt
-    cat pyproject.toml scripts/clients.txt >"$venv/.installed"
-fi
+fill_environment scripts/clients.txt
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUTF8=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$venv/bin/python" -m pytest -rs tests/clients tests/model/test_tokenizer.py "$@"

@@ -3,22 +3,15 @@
 #   bash scripts/test_page.sh FOLDER [PYTEST ARGUMENTS]
 # FOLDER gets an environment with gradio and playwright over the repository's packages (some minutes; once). Chromium is
 # the one that CHROMIUM names, or the system's (apt-get install chromium). PAGE_SCREENSHOTS=DIR keeps what it looked like.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/environment.sh
-source scripts/lib/environment.sh
-if [[ $# -eq 0 || "$1" == -* ]]; then
-    echo "error: name a folder for the environment: bash scripts/test_page.sh FOLDER [PYTEST ARGUMENTS]" >&2
-    exit 2
-fi
-venv="$1"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+name_environment "$@"
 shift
 for name in "${CHROMIUM:-}" chromium chromium-browser google-chrome; do
     if [[ -n "$name" ]] && CHROMIUM=$(command -v "$name"); then break; fi
 done
 if [[ -z "${CHROMIUM:-}" ]]; then
-    echo "error: there is no Chromium: apt-get install chromium, or set CHROMIUM to its file" >&2
-    exit 2
+    die "there is no Chromium: apt-get install chromium, or set CHROMIUM to its file"
 fi
 use_environment
 # gradio 6 wants an older Pillow than the tested set has: its own stands before the repository's packages.

@@ -357,13 +357,7 @@ def answer_and_exit(
         SystemExit: with code 3 if questions stayed without an answer.
     """
     # 1. What needs no library: options out of range, unknown templates.
-    worker, num_workers = getattr(arguments, "worker", 0), getattr(arguments, "workers", 1)
-    if worker >= num_workers:
-        raise InputError(f"--worker {worker}: with --workers {num_workers} it counts from 0")
-    if arguments.chunk_idx >= arguments.num_chunks:
-        raise InputError(
-            f"--chunk-idx {arguments.chunk_idx}: with --num-chunks {arguments.num_chunks} it counts from 0"
-        )
+    worker, num_workers = read_share(arguments)
     sampling = Sampling(
         temperature=arguments.temperature,
         top_p=getattr(arguments, "top_p", None),
@@ -373,11 +367,11 @@ def answer_and_exit(
     spec = ModelSpec.from_options(arguments)
     if arguments.conv_mode:
         check_conv_mode(arguments.conv_mode)
-    chunk = get_chunk(questions, arguments.num_chunks, arguments.chunk_idx)
-    where = {"limit": getattr(arguments, "limit", None), "worker": worker, "notify": _tell}
     address = getattr(arguments, "endpoint", None)
     if address is not None:
         check_endpoint(arguments)
+    chunk = get_chunk(questions, arguments.num_chunks, arguments.chunk_idx)
+    where = {"limit": getattr(arguments, "limit", None), "worker": worker, "notify": _tell}
     # 2. Only this command needs torch; the others answer at once.
     with ending_on_signals():
         if address is not None:
@@ -403,6 +397,22 @@ def answer_and_exit(
         _tell(line)
     if not outcome.complete:
         raise SystemExit(EXIT_UNANSWERED)
+
+
+def read_share(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Return the number of this worker, and how many there are.
+
+    Raises:
+        InputError: a worker or a chunk beyond their number.
+    """
+    worker, num_workers = getattr(arguments, "worker", 0), getattr(arguments, "workers", 1)
+    if worker >= num_workers:
+        raise InputError(f"--worker {worker}: with --workers {num_workers} it counts from 0")
+    if arguments.chunk_idx >= arguments.num_chunks:
+        raise InputError(
+            f"--chunk-idx {arguments.chunk_idx}: with --num-chunks {arguments.num_chunks} it counts from 0"
+        )
+    return worker, num_workers
 
 
 def check_endpoint(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from llava.errors import InputError
 from llava.eval.benchmark import Benchmark
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.predictions import check_workers
-from llava.files import explain_errors, find_target, make_folder, read_bytes
+from llava.files import explain_errors, find_repository, find_target, make_folder, read_bytes
 from llava.signals import GRACE_SECONDS, PARENT_VARIABLE, SIGNAL_CODE, STOP_SIGNALS, ending_on_signals
 
 EXIT_INCOMPLETE = 1
@@ -75,12 +75,6 @@ WORKER_GRACE_SECONDS = GRACE_SECONDS + 1.0
 
 
 # --------------------------------------------------------------------------------------------------------------- places
-def find_repository() -> Path | None:
-    """Return the repository that this package lies in; None for an installed package."""
-    folder = Path(__file__).resolve().parents[2]
-    return folder if (folder / "pyproject.toml").is_file() else None
-
-
 def find_data_root() -> Path:
     """Return the folder that holds the benchmarks' folders, as an absolute path."""
     named = os.environ.get("LLAVA_EVAL_ROOT")

@@ -109,7 +109,7 @@ class _Dealer:
                 await self._start(environment)
             ends = [asyncio.create_task(worker.process.wait()) for worker in self._workers]
             if await self._are_ready():
-                # 2. Until a signal comes, or a server ends: then all end, and whoever started this one starts it anew.
+                # 2. Serve until a signal comes or a server ends. Then all end; nothing is restarted here.
                 server = await asyncio.start_server(self._pass_on, sock=self._door)
                 announce(self._door, f"{len(self._workers)} servers")
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

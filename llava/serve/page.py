@@ -44,20 +44,16 @@ class Page:
         self.samples = samples
 
     # What the handlers do -----------------------------------------------------------------------------------------
-    def answer(
-        self,
-        image: str | None,
-        question: str,
-        is_short: bool,
-        method: str,
-        count: int,
-        is_automatic: bool,
-        compares: bool,
-        history: list[Step],
-    ) -> Iterator[Shown]:
-        """Answer, each time anew as the answer grows: the chosen method first, then no reduction."""
+    def answer(self, image: str | None, question: str, *settings: Any) -> Iterator[Shown]:
+        """Answer, each time anew as the answer grows: the chosen method first, then no reduction.
+
+        Args:
+            image: the file, or None where there is none.
+            question: the user's text.
+            *settings: as `_answer` takes them, in the order in which the page hands them over.
+        """
         try:
-            yield from self._answer(image, question, is_short, method, count, is_automatic, compares, history)
+            yield from self._answer(image, question, *settings)
         except InputError as error:
             # Where the upload lies on this machine is nobody's business.
             text = str(error).replace(image, Path(image).name) if image else str(error)

@@ -16,7 +16,7 @@ from llava.download.inventory import DELETE, find_missing, find_unreadable
 from llava.download.store import DataSet, bring
 from llava.download.table import Download, Place
 from llava.errors import InputError, run_command
-from llava.files import read_json
+from llava.files import find_repository, read_json
 
 LLAVA_PAGE = "https://github.com/haotian-liu/LLaVA#visual-instruction-tuning"
 PRETRAIN_PAGE = "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain"
@@ -126,8 +126,7 @@ STAGES = {
 
 def find_data_root() -> Path:
     """Return `playground/data` of the repository that this package lies in; for an installed package the user's."""
-    folder = Path(__file__).resolve().parents[2]
-    return (folder if (folder / "pyproject.toml").is_file() else Path.cwd()) / "playground" / "data"
+    return (find_repository() or Path.cwd()) / "playground" / "data"
 
 
 def check_stage(name: str, root: Path) -> Iterator[Finding]:

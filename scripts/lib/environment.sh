@@ -33,6 +33,23 @@ install_packages() {
     exec 9>&-
 }
 
+# Name the environment of a tier of its own, `venv`, by the script's first argument: name_environment "$@"; shift
+name_environment() {
+    if [[ $# -eq 0 || $1 == -* ]]; then
+        die "name a folder for the environment: bash scripts/$(basename "$0") FOLDER [PYTEST ARGUMENTS]"
+    fi
+    venv=$(absolute_path "$1")
+}
+
+# Let `venv` hold the packages of a list, anew where the list or pyproject.toml has changed; COMMAND runs after that.
+fill_environment() { # LIST [COMMAND]
+    if cat pyproject.toml "$1" | cmp -s - "$venv/.installed"; then return; fi
+    [[ -x $venv/bin/python ]] || "$(find_base_python)" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$1"
+    [[ $# -eq 1 ]] || "${@:2}"
+    cat pyproject.toml "$1" >"$venv/.installed"
+}
+
 # The Python that creates .venv: the first on the PATH of a version that constraints.txt is for.
 find_base_python() {
     local candidate
