@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava.chat_template import find_end_token
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import KeywordsStoppingCriteria
-from llava.model.language_model.causal import sliding_window
+from llava.model.language_model.causal import list_tokens, sliding_window
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.splice import PromptEmbeds
 from llava.protocols import ImageTokens, Tokenizer, VisionLanguageModel
@@ -76,7 +76,7 @@ class Generator:
         Raises:
             InputError: a prompt is longer than the model's positions.
         """
-        if end is not None and self._ends_at(end):
+        if end is not None and is_end_token(end, self._model, self._tokenizer):
             end = None
         is_ours = self._decoder is not None and sampling.is_greedy and end is None and streamer is None
         # A prompt beyond the model's positions is for `generate` to refuse.
@@ -86,12 +86,6 @@ class Generator:
             output_ids = self._generate(prompts, image_tokens, sampling, end, streamer)
         texts = (text.strip() for text in self._tokenizer.batch_decode(output_ids, skip_special_tokens=True))
         return [text.removesuffix(end).strip() if end else text for text in texts]
-
-    def _ends_at(self, end: str) -> bool:
-        """Whether a text is the tokenizer's name for a token that ends every answer: nothing has to watch for it."""
-        token = find_end_token(end, self._tokenizer)
-        known = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
-        return token is not None and token in ([known] if isinstance(known, int) else known or [])
 
     def _generate(
         self,
@@ -119,6 +113,12 @@ class Generator:
             **sampling.as_arguments(),
             **options,
         )
+
+
+def is_end_token(end: str, model: VisionLanguageModel, tokenizer: Tokenizer) -> bool:
+    """Whether a text is the name of a token that ends every answer of a model: nothing has to watch for the text."""
+    known = list_tokens(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    return find_end_token(end, tokenizer) in known
 
 
 def _first_step(batch: PromptEmbeds, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
@@ -208,9 +208,8 @@ class GreedyDecoder:
             model: answers.
             ends: tokens that end an answer; None: those that the model's generation config names.
         """
-        known = model.generation_config.eos_token_id if ends is None else ends
         self._model = model
-        self._ends = {known} if isinstance(known, int) else set(known or ())
+        self._ends = set(list_tokens(model.generation_config.eos_token_id if ends is None else ends))
         self._opening = torch.empty(0, dtype=torch.long)  # ids before the first image
         self._opening_states: States = []
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llava.clock import StageClock
 from llava.errors import InputError
+from llava.generation import is_end_token
 from llava.mm_utils import process_images
 from llava.model.image_tokens import ImageTokens
 from llava.model.multimodal_encoder.tower import ImageFeatures
@@ -135,7 +136,8 @@ class Front:
         self._image_processor = llava.image_processor
         self._template = find_template(llava.conv_mode, llava.tokenizer)
         self._own = Reduction(self._model.token_reducer, self._model.layer_reducer)
-        self._end = self._find_end()
+        end = end_of_turn(self._template)
+        self._end = None if is_end_token(end, self._model, self._tokenizer) else end or None
         self._max_batch = max_batch
         self._kept: Kept[ImageFeatures | ImageTokens] = Kept(cache_bytes)
         self._readers = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="front-read")
@@ -223,16 +225,6 @@ class Front:
             return
         with self._tower_lock:
             self._model.read_reduction(reduction.spec())
-
-    def _find_end(self) -> str | None:
-        """Return the text or token with which the template ends an answer, unless it is the checkpoint's end token."""
-        end = end_of_turn(self._template)
-        added = self._tokenizer.get_added_vocab()
-        if end.strip() not in added:
-            return end or None
-        known = self._model.generation_config.eos_token_id
-        is_known = added[end.strip()] in ([known] if isinstance(known, int) else known or [])
-        return None if is_known else end.strip()
 
     # Reading, in several threads ----------------------------------------------------------------------------------
     def _draft(self, messages: tuple[Message, ...], reduction: Reduction, query: str | None = None) -> _Draft:

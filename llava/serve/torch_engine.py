@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llava.errors import InputError
 from llava.generation import PLAIN_KEYS
+from llava.model.language_model.causal import list_tokens
 from llava.protocols import Tokenizer
 from llava.sampling import Sampling
 from llava.serve.answer_text import AnswerText, TokenNames, find_ends
@@ -65,8 +66,7 @@ class TorchEngine:
         self._tokenizer = tokenizer
         self._added = tokenizer.get_added_vocab()
         self._max_batch = self._places = max_batch
-        known = model.generation_config.eos_token_id
-        self._ends = frozenset([known] if isinstance(known, int) else known or ())
+        self._ends = frozenset(list_tokens(model.generation_config.eos_token_id))
         self._names = TokenNames(tokenizer)
         self._waiting: deque[_Answer] = deque()
         self._answers: list[_Answer] = []  # in the order of the rows

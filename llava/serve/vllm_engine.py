@@ -23,6 +23,7 @@ from llava.errors import InputError, one_line
 from llava.files import read_json
 from llava.model.builder import read_config
 from llava.model.config_rules import GENERATION_FILE
+from llava.model.language_model.causal import list_tokens
 from llava.serve.answer_text import AnswerText, TokenNames, find_ends
 from llava.serve.engine import FINISHED_BY_LENGTH, FINISHED_BY_STOP, Piece, Prompt, Search, TokenLogprob
 from llava.serve.export import export_language_model
@@ -122,8 +123,7 @@ class VllmEngine:
             InputError: the checkpoint cannot be exported, or vLLM refuses it or a setting.
         """
         folder = await asyncio.to_thread(export_language_model, self._checkpoint, self._base, self._dtype)
-        known = read_json(folder / GENERATION_FILE)["eos_token_id"]
-        self._ends = frozenset([known] if isinstance(known, int) else known or ())
+        self._ends = frozenset(list_tokens(read_json(folder / GENERATION_FILE)["eos_token_id"]))
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._added = self._tokenizer.get_added_vocab()
         self._names = TokenNames(self._tokenizer)

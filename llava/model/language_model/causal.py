@@ -310,12 +310,13 @@ def add_end_tokens(model: PreTrainedModel, tokens: int | Sequence[int] | None) -
         model: a causal language model; its config and generation config are changed where a token is new.
         tokens: one id, several or none.
     """
-    known, new = _list_tokens(model.generation_config.eos_token_id), _list_tokens(tokens)
+    known, new = list_tokens(model.generation_config.eos_token_id), list_tokens(tokens)
     if not set(new) <= set(known):
         model.generation_config.eos_token_id = model.config.eos_token_id = list(dict.fromkeys(known + new))
 
 
-def _list_tokens(tokens: int | Sequence[int] | None) -> list[int]:
+def list_tokens(tokens: int | Sequence[int] | None) -> list[int]:
+    """Return the ids of an entry of a generation config, which is one id, several or none, as a list."""
     return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
 
 
