@@ -12,12 +12,14 @@ import pytest
 
 from llava import Llava
 from llava.serve.engine import Piece, TokenLogprob
+from playground.shapes.world import draw_scene
 
 # The server is an extra, and so is the client that asks it here.
 SERVER = ("fastapi", "uvicorn", "prometheus_client", "openai")
 collect_ignore = [] if all(map(find_spec, SERVER)) else ["test_api.py", "test_api_process.py"]
 ROOT = Path(__file__).parents[2]
-POCKET = ROOT / "playground/shapes/checkpoints/llava-shapes-trim"
+POCKETS = ROOT / "playground/shapes/checkpoints"
+POCKET = POCKETS / "llava-shapes-trim"
 
 
 class Scribe:
@@ -121,6 +123,18 @@ def wait_for(holds, seconds=20):
     while not holds():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    """The pocket model that was trained on all patches, with TRIM."""
+    return Llava.from_pretrained(POCKETS / "llava-shapes", reduce="TRIM:-1", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Eight images."""
+    return [draw_scene(1, 2, number)[0] for number in range(8)]
 
 
 @pytest.fixture(scope="session")

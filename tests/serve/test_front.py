@@ -1,7 +1,6 @@
 """Prompts of the server are those of `Llava.ask` and of a chat, whatever is asked beside them."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,25 +16,10 @@ from llava.prompt import place_images
 from llava.serve.dialogue import read_dialogue
 from llava.serve.front import Front, Message
 from llava.serve.kept import Kept
-from playground.shapes.world import draw_scene
 from tests.families import write_checkpoint, write_qwen_tokenizer
 
-ROOT = Path(__file__).parents[2]
-SHAPES = ROOT / "playground/shapes/checkpoints/llava-shapes"
 SPECS = ("none", "TRIM:-1", "TRIM:0.25", "FasterVLM:0.25", "DivPrune:9", "Pool:16", "PruMerge+:0.25")
 BUS = "What color is the circle?"
-
-
-@pytest.fixture(scope="module")
-def llava():
-    """The pocket model of shapes, with TRIM."""
-    return Llava.from_pretrained(SHAPES, reduce="TRIM:-1", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def images():
-    """Eight images."""
-    return [draw_scene(1, 2, number)[0] for number in range(8)]
 
 
 def prepare(llava, *requests, **options):

@@ -5,12 +5,10 @@ import gc
 import random
 import time
 from contextlib import aclosing
-from pathlib import Path
 
 import pytest
 import torch
 
-from llava import Llava
 from llava.chat import ChatSession
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
@@ -18,26 +16,11 @@ from llava.sampling import Sampling
 from llava.serve.engine import FINISHED_BY_LENGTH, FINISHED_BY_STOP, Prompt, Search
 from llava.serve.front import Front, Message
 from llava.serve.torch_engine import TorchEngine, _Answer
-from playground.shapes.world import draw_scene
 from tests.families import FAMILIES, WIDTH, write_checkpoint
 
-ROOT = Path(__file__).parents[2]
-SHAPES = ROOT / "playground/shapes/checkpoints/llava-shapes"
 SPECS = (None, "none", "TRIM:0.25", "FasterVLM:0.25", "Pool:16")
 COLOR, LONG = "What color is the circle?", "Describe the image in detail."
 QUESTIONS = (COLOR, LONG, "Is there a red square?", "How many objects are there?")
-
-
-@pytest.fixture(scope="module")
-def llava():
-    """The pocket model of shapes, with TRIM."""
-    return Llava.from_pretrained(SHAPES, reduce="TRIM:-1", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def images():
-    """Eight images."""
-    return [draw_scene(1, 2, number)[0] for number in range(8)]
 
 
 def user(*parts):
