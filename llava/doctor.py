@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from llava.efficiency.shapes import read_source
 from llava.errors import InputError, one_line, run_command
-from llava.packages import NEEDED, NEEDED_BY_SOME
+from llava.packages import NEEDED, NEEDED_BY_SOME, tell_install
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +191,9 @@ def look_at_training() -> Iterator[Finding]:
 
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not is_there("deepspeed"):
-        yield Finding("training", NOTE, "no deepspeed: the training scripts need it (Linux only)")
+        yield Finding(
+            "training", NOTE, f"no deepspeed: the training scripts need it (Linux only): {tell_install('deepspeed')}"
+        )
     elif not compiler:
         yield Finding("training", NOTE, "no C++ compiler: DeepSpeed cannot build its offload optimiser; install g++")
     elif torch.cuda.is_available() and not (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):

@@ -12,13 +12,11 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from llava.packages import NEEDED_BY_SOME
+from llava.packages import EXTRAS, NEEDED_BY_SOME, name_package, tell_install
 from llava.signals import describe_stop, note_told, raising_on
 
-PACKAGES = {**NEEDED_BY_SOME, "bitsandbytes": "bitsandbytes", "gradio": "gradio"}
-"""Packages that single parts of llava need: the name to import, the name to install."""
-EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve")
-"""Packages that come with an extra of llava: the name to import, the extra."""
+PACKAGES = {*NEEDED_BY_SOME, *EXTRAS, "gradio"}
+"""Packages that single parts of llava need, by the name to import."""
 
 
 class InputError(ValueError):
@@ -48,7 +46,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     Raises:
         SystemExit: with code 2 after an `InputError`, an error of the system, too little memory or space on a disk, or
-            when one of `PACKAGES` or `EXTRAS` is not installed; 130 after Ctrl-C, 143 after SIGTERM, 141 where the
+            when one of `PACKAGES` is not installed; 130 after Ctrl-C, 143 after SIGTERM, 141 where the
             reader of the output has left (`... | head -1`), as the shell has it.
     """
     _prepare_streams()
@@ -79,10 +77,8 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
         return 2, f"error: {one_line(str(error))}"
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").partition(".")[0]
-        package = name if name in EXTRAS else PACKAGES.get(name)
-        install = f"pip install -e '.[{EXTRAS[name]}]'" if name in EXTRAS else f"pip install {package}"
-        missing = f"error: this needs the package {package}, which is not installed: {install}"
-        return (2, missing) if package else None
+        missing = f"error: this needs the package {name_package(name)}, which is not installed: {tell_install(name)}"
+        return (2, missing) if name in PACKAGES else None
     if isinstance(error, KeyboardInterrupt):
         return describe_stop(error)
     if isinstance(error, BrokenPipeError):

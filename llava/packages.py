@@ -1,10 +1,12 @@
 """The packages that llava needs: a command that starts without one of them says so in one line.
 
-    python llava/packages.py    leaves with code 2 if something is missing that most commands need
+    python llava/packages.py            leaves with code 2 if something is missing that most commands need
+    python llava/packages.py deepspeed  ... or one of the packages that are named
 
 A Python that is too old for llava can read this module and `llava/__init__.py`, in order to say so.
 """
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -25,7 +27,6 @@ NEEDED = {
 NEEDED_BY_SOME = {
     "accelerate": "accelerate",
     "peft": "peft",
-    "deepspeed": "deepspeed",
     "open_clip": "open_clip_torch",
     "datasets": "datasets",
     "openai": "openai",
@@ -34,6 +35,16 @@ NEEDED_BY_SOME = {
     "matplotlib": "matplotlib",
 }
 """What one command or one option needs."""
+EXTRAS = {
+    "deepspeed": ("deepspeed", "train"),
+    "bitsandbytes": ("bitsandbytes", "quantise"),
+    "fastapi": ("fastapi", "serve"),
+    "starlette": ("fastapi", "serve"),
+    "uvicorn": ("uvicorn", "serve"),
+    "prometheus_client": ("prometheus_client", "serve"),
+}
+"""What comes with an extra of llava: the name to import, the name to install, the extra."""
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def start_command():
@@ -48,7 +59,7 @@ def start_command():
     def explain(kind, error, trace):
         if kind is ModuleNotFoundError and error.name in NEEDED:
             refuse_missing(list_missing())
-        if kind is ModuleNotFoundError and error.name in NEEDED_BY_SOME:
+        if kind is ModuleNotFoundError and (error.name in NEEDED_BY_SOME or error.name in EXTRAS):
             refuse_missing([error.name])
         if kind is KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
@@ -67,9 +78,29 @@ def refuse_old_python():
 def refuse_missing(names):
     """Leave if names to import are given: tell in one line what to install where."""
     if names:
-        packages = ", ".join({**NEEDED, **NEEDED_BY_SOME}[name] for name in names)
-        install = f"{sys.executable} -m pip install -c constraints.txt -e ."
-        leave(f"lacks {packages}; run '{install}' in the repository, or set PYTHON to one that has them")
+        packages = [name_package(name) for name in names]
+        extra = "".join(sorted({f"[{EXTRAS[name][1]}]" for name in names if name in EXTRAS}))
+        if not is_repository():
+            leave(f"lacks {', '.join(packages)}; run '{sys.executable} -m pip install {' '.join(packages)}'")
+        install = f"{sys.executable} -m pip install -c constraints.txt -e .{extra}"
+        leave(f"lacks {', '.join(packages)}; run '{install}' in the repository, or set PYTHON to one that has them")
+
+
+def name_package(name):
+    """Return the name to install for a name to import."""
+    return EXTRAS[name][0] if name in EXTRAS else {**NEEDED, **NEEDED_BY_SOME}.get(name, name)
+
+
+def is_repository():
+    """Whether this package lies in its repository; a wheel leaves pyproject.toml behind."""
+    return os.path.isfile(os.path.join(REPOSITORY, "pyproject.toml"))
+
+
+def tell_install(name):
+    """Tell how to install what one part needs, for a name of `NEEDED_BY_SOME` or `EXTRAS`."""
+    if name in EXTRAS and is_repository():
+        return f"pip install -e '.[{EXTRAS[name][1]}]'"
+    return f"pip install {name_package(name)}"
 
 
 def list_missing():
@@ -91,4 +122,4 @@ def leave(message):
 
 if __name__ == "__main__":
     refuse_old_python()
-    refuse_missing(list_missing())
+    refuse_missing([*list_missing(), *(name for name in sys.argv[1:] if not is_installed(name))])

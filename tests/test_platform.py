@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava.packages import NEEDED, NEEDED_BY_SOME, OLDEST_PYTHON
+from llava.packages import EXTRAS, NEEDED, NEEDED_BY_SOME, OLDEST_PYTHON
 from llava.signals import is_alive
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +184,25 @@ def package_names(requirements: list[str]) -> set[str]:
 def test_the_known_packages_are_the_declared_ones() -> None:
     known = package_names([*NEEDED.values(), *NEEDED_BY_SOME.values()])
     assert known == package_names(PROJECT["dependencies"])
+
+
+def test_a_package_that_comes_with_an_extra_is_declared_there() -> None:
+    for package, extra in EXTRAS.values():
+        assert package_names([package]) <= package_names(PROJECT["optional-dependencies"][extra])
+
+
+def test_a_missing_package_of_training_is_told_with_its_extra(bare: Path, tmp_path: Path) -> None:
+    done = run([str(bare), str(ROOT / "llava/packages.py"), "deepspeed"], tmp_path)
+    install = f"'{bare} -m pip install -c constraints.txt -e .[train]' in the repository"
+    assert (done.returncode, done.stdout) == (2, "") and install in done.stderr
+
+
+def test_an_installed_package_names_what_to_install_without_the_repository(bare: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "llava", tmp_path / "llava", ignore=shutil.ignore_patterns("__pycache__"))
+    done = run([str(bare), "llava/packages.py", "deepspeed"], tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "constraints" not in done.stderr and f"run '{bare} -m pip install torch " in done.stderr
+    assert done.stderr.endswith("tqdm deepspeed'\n")
 
 
 OWN_ENVIRONMENTS = {"demo", "vllm"}

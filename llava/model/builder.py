@@ -30,6 +30,7 @@ from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.stored_weights import NO_WEIGHTS, first_line, holds_weights, list_weight_files
 from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
+from llava.packages import tell_install
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PACKED_ROWS = 32  # per block of a weight that bitsandbytes packs for CPUs with AVX512-BF16
@@ -260,7 +261,7 @@ def _loading_settings(
         raise InputError("a model is quantised to 8 or to 4 bit, not to both: give one of load_8bit and load_4bit")
     if load_8bit or load_4bit:
         if not is_bitsandbytes_available():
-            raise InputError("quantising to 8 or 4 bit needs bitsandbytes: pip install -e '.[quantise]'")
+            raise InputError(f"quantising to 8 or 4 bit needs bitsandbytes: {tell_install('bitsandbytes')}")
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=load_8bit,
             load_in_4bit=load_4bit,

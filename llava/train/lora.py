@@ -9,6 +9,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from llava.errors import InputError
 from llava.model.builder import UNQUANTISED
+from llava.packages import tell_install
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import is_partitioned
 from llava.train.flags import FULL_BITS
@@ -33,7 +34,7 @@ def quantisation_settings(training_args: TrainingArguments, dtype: torch.dtype) 
     if training_args.bits == FULL_BITS:
         return {}
     if not is_bitsandbytes_available():
-        raise InputError(f"--bits {training_args.bits} needs bitsandbytes: pip install -e '.[quantise]'")
+        raise InputError(f"--bits {training_args.bits} needs bitsandbytes: {tell_install('bitsandbytes')}")
     settings = BitsAndBytesConfig(
         load_in_4bit=training_args.bits == 4,
         load_in_8bit=training_args.bits == 8,
