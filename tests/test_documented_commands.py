@@ -1,12 +1,16 @@
 """Every command that a document shows is one: its script exists, and its own parser takes its options."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
@@ -132,3 +136,22 @@ def test_every_documented_command_is_taken_by_its_own_parser() -> None:
         [sys.executable, "-c", PARSE_EACH, json.dumps(shown)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.slow
+def test_the_page_about_own_data_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("matplotlib")
+    for name in ("llava", "scripts", "playground"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    settings = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    settings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{settings['PATH']}"
+    printed = ""
+    for kind, block in FENCE.findall((ROOT / "docs/your_data.md").read_text(encoding="utf-8")):
+        command = [sys.executable, "-c", block] if kind == "python" else ["bash", "-euc", block]
+        done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
+        printed += done.stdout + done.stderr
+    assert "learns: record 0" in printed and "of 64 kept" in printed and "written to my_data/kept.png" in printed
