@@ -261,6 +261,7 @@ def write_tokenizer(tokenizer: object, settings: dict, folder: Path) -> None:
         {"id": settings["pad_token_id"], "content": pad, "normalized": False, **entry},
     ]
     write_json(folder / "tokenizer.json", content, indent=None)
+    is_qwen = settings["text_config"]["model_type"] == "qwen2"
     names = {
         f"{name}_token": str(getattr(tokenizer, f"{name}_token"))
         for name in ("bos", "eos", "unk")
@@ -269,8 +270,8 @@ def write_tokenizer(tokenizer: object, settings: dict, folder: Path) -> None:
     write_json(
         folder / SETTINGS_FILE,
         {
-            # Llama's own class would not take tokenizer.json as it is.
-            "tokenizer_class": "PreTrainedTokenizerFast" if is_sentencepiece else "Qwen2Tokenizer",
+            # The classes of Llama and others would not take tokenizer.json as it is.
+            "tokenizer_class": "Qwen2Tokenizer" if is_qwen else "PreTrainedTokenizerFast",
             "processor_class": processor_class(settings),
             **names,
             "pad_token": pad,
@@ -412,8 +413,8 @@ def write_llava_tokenizer(tokenizer: object, family: str, folder: Path) -> None:
     special = [token["content"] for token in kept if token["special"]]
     # What stands for padding has no loss and no meaning: Llama's <unk>; Qwen's <|endoftext|>, the first of its kind.
     padding = names["unk"] or next(iter(special), names["eos"])
-    of_family = {"tokenizer_class": "Qwen2Tokenizer"}
-    if family != "qwen2":
+    of_family = {"tokenizer_class": "Qwen2Tokenizer" if family == "qwen2" else "PreTrainedTokenizerFast"}
+    if any(piece.startswith("▁") for piece in content["model"]["vocab"]):  # sentencepiece's
         of_family = {
             "tokenizer_class": "LlamaTokenizer",
             "add_bos_token": True,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -30,6 +31,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.hf_layout import NAMES, rename
 from llava.model.stored_weights import iterate_tensors, list_weight_files
 from llava.model.tokenizer import load_tokenizer
+from tests.families import write_checkpoint
 
 NAME = "llava-v1.5-tiny84"
 CLIP = "openai/clip-vit-tiny-patch14-84"
@@ -110,6 +112,37 @@ def test_there_and_back_gives_the_same_bits_and_the_same_answers(place, golden, 
     assert torch.equal(our_logits(source, image, PROMPT), our_logits("back", image, PROMPT))
     old, new = (json.loads((Path(folder) / "config.json").read_text()) for folder in (source, "back"))
     assert {key: old[key] for key in old.keys() & new.keys() - {"mm_vision_tower", "model_type"}}.items() <= new.items()
+
+
+def write_digits_tokenizer(folder: Path) -> None:
+    """Bytes with digits apart, as SmolLM2's tokenizer: neither Llama's sentencepiece nor Qwen2's words."""
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(["What shape is red?", "12 12 12 of 1212"] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 2048}))
+
+
+def test_a_tokenizer_of_neither_llama_nor_qwen_keeps_its_ids_there_and_back(place):
+    write_checkpoint(place / "other", "llama")
+    for file in ("tokenizer.model", "special_tokens_map.json"):
+        (place / "other" / file).unlink()
+    write_digits_tokenizer(place / "other")
+    convert("other", "there", "llava-hf")
+    convert("there", "back", "llava")
+    text = "What shape is red? 1212 of 12, it's\n 3"
+    ids = load_tokenizer("other")(text).input_ids
+    assert len(ids) > len(text.split()) and load_tokenizer("back")(text).input_ids == ids
+    assert AutoProcessor.from_pretrained("there", backend="pil").tokenizer(text).input_ids == ids
+    assert load_tokenizer("back").eos_token == "<|im_end|>"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
