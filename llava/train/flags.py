@@ -268,7 +268,10 @@ def _check_values(flags: argparse.Namespace) -> None:
     if flags.freeze_backbone and flags.freeze_mm_mlp_adapter:
         raise InputError("--freeze_backbone and --freeze_mm_mlp_adapter together leave nothing to train")
     if flags.group_by_modality_length and flags.group_by_reduced_length:
-        raise InputError("--group_by_modality_length and --group_by_reduced_length: choose one order of the data")
+        raise InputError(
+            "--group_by_modality_length and --group_by_reduced_length: choose one order of the data "
+            "(the scripts set the first; --group_by_modality_length False takes it back)"
+        )
     _check_lora(flags)
     if flags.evaluation_strategy not in (None, "no") or flags.eval_strategy not in (None, ["no"]):
         raise InputError("--eval_strategy: training runs no evaluation; score checkpoints with llava.eval")
