@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llava.efficiency.cost import Workload
+from llava.efficiency.estimate import PUBLISHED_KEPT_RATIO, count_left, fix_kept
 from llava.efficiency.shapes import ModelSource, read_source
 from llava.efficiency.targets import describe_work, find_count
 from llava.errors import InputError
 from llava.files import read_json
-from llava.model.token_reduction import Target, parse_reduction, read_target
+from llava.model.token_reduction import Target, TokenReducer, parse_reduction, read_target
 from llava.model.token_reduction.trim import AUTOMATIC_BUDGET
 
 
@@ -140,6 +141,21 @@ def find_by_flops(target: Target, source: ModelSource, work: Workload) -> FoundB
     found = find_count(target, source.shape, work)
     how = f"{found.share:.4f} of the FLOPs without reduction ({describe_work(work)})"
     return FoundBudget(str(target), found.spec, how, {"flops_share": found.share, "workload": asdict(work)})
+
+
+def expect_tokens(reducer: TokenReducer | None, grid: tuple[int, int]) -> tuple[int, bool]:
+    """Find out how many tokens one view of an image leaves.
+
+    Args:
+        reducer: the method before the language model, or None.
+        grid: rows and columns of patches.
+
+    Returns:
+        The number, and whether it is that of every image; else the method decides by the image, and it is taken to keep
+        TRIM's published mean share of the patches.
+    """
+    fixed = fix_kept(reducer, grid[0] * grid[1], PUBLISHED_KEPT_RATIO)
+    return count_left(fixed, grid).num_tokens, fixed == reducer
 
 
 def assume_mean(target: Target) -> FoundBudget:

@@ -39,6 +39,7 @@ LAYERS = [
     ("llava.model.multimodal_encoder", 3),
     ("llava.model.multimodal_projector", 3),
     ("llava.model.image_tokens", 4),
+    ("llava.model.packing", 4),
     ("llava.model.checkpoint_folder", 4),
     ("llava.model.identity", 4),
     ("llava.model.llava_arch", 5),

@@ -30,6 +30,7 @@ from llava.model.image_tokens import (
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_vision_projector
+from llava.model.packing import check_packing, find_even_width, pack_batch
 from llava.model.splice import PromptEmbeds, assign_images, count_placeholders, pad_batch, splice_sample, strip_padding
 from llava.model.token_reduction import (
     CONFIG_KEY,
@@ -378,6 +379,7 @@ class LlavaMetaForCausalLM(ABC):
         image_tokens: list[ImageTokens] | None = None,
         padding_side: str | None = None,
         pad_token_id: int | None = None,
+        packing: bool = False,
     ) -> PromptEmbeds:
         """Turn prompt ids and images into the embeddings that the decoder reads.
 
@@ -393,10 +395,14 @@ class LlavaMetaForCausalLM(ABC):
             image_tokens: instead of `images`: records from `encode_images`, one per placeholder.
             padding_side: "left" or "right"; None takes the config's `tokenizer_padding_side`, else "right".
             pad_token_id: see `splice.strip_padding`.
+            packing: lay samples end to end in rows of at most the model's length, for training; see
+                `llava.model.packing`.
 
         Raises:
-            InputError: when images, placeholders and texts do not fit together.
+            InputError: when images, placeholders and texts do not fit together, or packing does not fit the model.
         """
+        if packing:
+            check_packing(self.config._attn_implementation, self.token_reducer)
         # 1. Leave out padding. Ids are looked at one by one: on the host, with one wait for the device, not many.
         real = strip_padding(input_ids, attention_mask, pad_token_id).cpu()  # bool[S, T]
         input_ids = input_ids.cpu()
@@ -421,14 +427,18 @@ class LlavaMetaForCausalLM(ABC):
         if anchor is not None:
             text_embeds = torch.cat([text_embeds, anchor.to(text_embeds)])
         real_labels = torch.full_like(real_ids, IGNORE_INDEX) if labels is None else labels.cpu()[real]
-        # 4. Splice sample by sample, and pad to one length. Training cuts at the model's length.
+        # 4. Splice sample by sample, and pad to one length or pack. Training cuts at the model's length.
         num_real = real.sum(dim=1).tolist()
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
-        side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
         rows = (field.split(num_real) for field in (real_ids, text_embeds, real_labels))
         spliced = [splice_sample(*row) for row in zip(*rows, features, positions, strict=True)]
-        columns = ([row[:limit] for row in column] for column in zip(*spliced, strict=True))
-        batch = pad_batch(*columns, side=side)
+        columns = [[row[:limit] for row in column] for column in zip(*spliced, strict=True)]
+        if packing:
+            *columns, _ = columns  # positions are counted anew
+            batch = pack_batch(*columns, limit, find_even_width(self.config))
+        else:
+            side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
+            batch = pad_batch(*columns, side=side)
         return batch if labels is not None else replace(batch, labels=None)
 
     def prepare_inputs_labels_for_multimodal(

@@ -26,6 +26,8 @@ class PromptEmbeds:
             original positions they have gaps.
         image_of: `int64[S, L]` which of its sample's images each token belongs to, -1 at text and padding; on the CPU.
         labels: `int64[S, L]`, IGNORE_INDEX at image tokens and padding; None where no labels were given.
+        borders: `int32[S + 1]` of packed rows (see `llava.model.packing`; S above then counts rows): where each sample
+            begins when the rows are laid end to end, and where the last one ends; on the CPU. None: a row is a sample.
     """
 
     embeds: Tensor
@@ -33,6 +35,7 @@ class PromptEmbeds:
     position_ids: Tensor
     image_of: Tensor
     labels: Tensor | None = None
+    borders: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,12 @@ class LlavaTrainingFlags:
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "Batches of one modality and similar lengths."}
     )
+    group_by_reduced_length: bool = field(
+        default=False, metadata={"help": "Batches of similar lengths, counted as the reduction leaves them."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Lay a batch's samples end to end, each attending to itself; the same loss."}
+    )
     lora_enable: bool = field(default=False, metadata={"help": "Train LoRA adapters; the language model is frozen."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters, times the rank."})
@@ -261,6 +267,11 @@ def _check_values(flags: argparse.Namespace) -> None:
         raise InputError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train")
     if flags.freeze_backbone and flags.freeze_mm_mlp_adapter:
         raise InputError("--freeze_backbone and --freeze_mm_mlp_adapter together leave nothing to train")
+    if flags.group_by_modality_length and flags.group_by_reduced_length:
+        raise InputError(
+            "--group_by_modality_length and --group_by_reduced_length: choose one order of the data "
+            "(the scripts set the first; --group_by_modality_length False takes it back)"
+        )
     _check_lora(flags)
     if flags.evaluation_strategy not in (None, "no") or flags.eval_strategy not in (None, ["no"]):
         raise InputError("--eval_strategy: training runs no evaluation; score checkpoints with llava.eval")

@@ -2,9 +2,9 @@
 
     create_optimizer              `--mm_projector_lr`: the projector's parameters get groups of their own
     get_optimizer_cls_and_kwargs  ZeRO offload: DeepSpeed's Adam for states in main memory
-    _get_train_sampler            `--group_by_modality_length`: batches of one modality and similar lengths
+    _get_train_sampler            `--group_by_modality_length`, `--group_by_reduced_length`: batches of similar lengths
     get_train_dataloader          batches stay on the host until `_prepare_inputs`; workers survive a signal to all
-    _prepare_inputs               ids, mask and labels stay there: the model splices on the host
+    _prepare_inputs               ids, mask and labels stay there: the model splices on the host; `--packing`
     _prepare_input                pixel values reach the frozen tower in float32, whatever the run computes in
     _save                         checkpoints in LLaVA's layout: movable tower path, no towers, what LoRA leaves out
     _load_from_checkpoint         on resuming, also what LoRA leaves out
@@ -18,7 +18,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,12 +30,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.gone import look_up
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
 from llava.model.language_model.causal import TOWER_PREFIX
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.packing import find_learnable
 from llava.protocols import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import (
@@ -49,7 +49,7 @@ from llava.train.checkpoint import (
 from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Batch
 from llava.train.records import SHOWN_FAULTS
-from llava.train.sampler import ModalityLengthSampler, SetEpoch
+from llava.train.sampler import POOLED_GROUPS, ModalityLengthSampler, SetEpoch
 from llava.train.stopping import begin_training, is_requested, keep_worker
 
 __getattr__ = look_up(__name__)
@@ -96,8 +96,8 @@ def count_unlearnable(model: PreTrainedModel, tally: Tally) -> None:
     compute = model.loss_function
 
     def loss_function(logits: torch.Tensor, labels: torch.Tensor, **options: object) -> torch.Tensor:
-        # logits [S, L, V], labels int64[S, L] of the spliced and cut sequence; position 0 is never predicted.
-        is_learnable = (labels[:, 1:] != IGNORE_INDEX).any(dim=1)  # [S]
+        # logits [S, L, V], labels int64[S, L] of the spliced and cut sequences, or of packed rows.
+        is_learnable = find_learnable(labels, options.get("cu_seq_lens_q"))  # [S]
         tally.num_samples += len(is_learnable)
         tally.num_unlearnable = tally.num_unlearnable + (~is_learnable).sum()
         loss = compute(logits=logits, labels=labels, **options)
@@ -116,9 +116,23 @@ class LLaVATrainer(Trainer):
 
     was_stopped = False
 
-    def __init__(self, *arguments: object, tokenizer: Tokenizer | None = None, **options: object) -> None:
-        """As transformers' `Trainer`; `tokenizer` is what LLaVA's scripts call its `processing_class`."""
+    def __init__(
+        self,
+        *arguments: object,
+        tokenizer: Tokenizer | None = None,
+        lengths: Sequence[int] | None = None,
+        **options: object,
+    ) -> None:
+        """As transformers' `Trainer`.
+
+        Args:
+            *arguments: of the base class.
+            tokenizer: what LLaVA's scripts call its `processing_class`.
+            lengths: positions of each record, for `--group_by_reduced_length`.
+            **options: of the base class.
+        """
         super().__init__(*arguments, **{"processing_class": tokenizer, **options})
+        self.lengths = lengths
         self.tally = Tally()
         count_unlearnable(unwrap(self.model), self.tally)
 
@@ -192,15 +206,16 @@ class LLaVATrainer(Trainer):
         return chosen, settings
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if not self.args.group_by_modality_length:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.group_by_reduced_length:
+            lengths, has_image, num_pooled = self.lengths, [True] * len(dataset), POOLED_GROUPS
+        elif self.args.group_by_modality_length:
+            lengths, num_pooled = [record.num_words for record in dataset.records], 1
+            has_image = [bool(record.images) for record in dataset.records]
+        else:
             return super()._get_train_sampler(train_dataset)
-        records = (self.train_dataset if train_dataset is None else train_dataset).records
-        sampler = ModalityLengthSampler(
-            lengths=[record.num_words for record in records],
-            has_image=[bool(record.images) for record in records],
-            group_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            seed=self.args.seed,
-        )
+        group_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        sampler = ModalityLengthSampler(lengths, has_image, group_size, self.args.seed, num_pooled)
         self.add_callback(SetEpoch(sampler))
         return sampler
 
@@ -216,7 +231,7 @@ class LLaVATrainer(Trainer):
         if "images" not in inputs:
             return super()._prepare_inputs(inputs)  # a plain language model
         # Ids on the device would be fetched back, for which the host would wait until the last step is done.
-        return {**inputs, "images": self._prepare_input(inputs["images"])}
+        return {**inputs, "images": self._prepare_input(inputs["images"]), "packing": self.args.packing}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -18,8 +18,9 @@ from llava.model.language_model.families import classes_of
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
+from llava.model.packing import check_packing
 from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
-from llava.model.token_reduction import CONFIG_KEY
+from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.model.tokenizer import load_tokenizer
 from llava.prompt import end_of_turn
 from llava.train.arguments import TrainingArguments
@@ -99,9 +100,13 @@ def check_start(model_args: ModelArguments, training_args: TrainingArguments, co
     """Check what is trained from, as far as that takes no model.
 
     Raises:
-        InputError: the result would overwrite the model it starts from; or `--pretrain_mm_mlp_adapter` is no projector
-            for this language model.
+        InputError: the result would overwrite the model it starts from; `--pretrain_mm_mlp_adapter` is no projector
+            for this language model; or `--packing` does not fit it.
     """
+    if training_args.packing:
+        if model_args.vision_tower is None:
+            raise InputError(f"--packing: {model_args.model_name_or_path} has no vision tower; leave it out")
+        check_packing(model_args.attn_implementation, parse_reduction(getattr(model_args, CONFIG_KEY)).before)
     start, end = Path(model_args.model_name_or_path), Path(training_args.output_dir)
     if start.is_dir() and end.is_dir() and start.samefile(end):
         raise InputError(f"--output_dir {end} is the model that the training starts from: give another folder")

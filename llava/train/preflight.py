@@ -173,12 +173,17 @@ def count_image_tokens(model_args: ModelArguments, data_args: DataArguments) -> 
     except InputError:
         return None  # loading the tower says why
     reducer = parse_reduction(getattr(model_args, CONFIG_KEY)).before
-    canvases = data_args.image_grid_pinpoints if data_args.image_aspect_ratio == "anyres" else None
+    canvases = list_canvases(data_args)
     if reducer is None:
         return ImageTokens(num_patches, True, canvases, image_size)
     if reducer.budget.is_automatic:
         return ImageTokens(1, False, canvases, image_size)
     return ImageTokens(reducer.budget.count(num_patches), False, canvases, image_size)
+
+
+def list_canvases(data_args: DataArguments) -> str | list | None:
+    """Return the canvases of images of several crops; None where an image is one."""
+    return data_args.image_grid_pinpoints if data_args.image_aspect_ratio == "anyres" else None
 
 
 def inspect_records(
@@ -211,7 +216,7 @@ def inspect_records(
         except InputError as error:
             faults.append(f"{record.name}: {error}")
             continue
-        sizes = [_count_positions(image, tokens, folder) for image in record.images]
+        sizes = [count_positions(image, tokens, folder) for image in record.images]
         learned, length = _cut(targets.input_ids, targets.labels, sizes, limit)
         total = sum(label != IGNORE_INDEX for label in targets.labels)
         findings.num_sampled += 1
@@ -234,7 +239,8 @@ def inspect_records(
     return findings
 
 
-def _count_positions(image: str | StoredImage, tokens: ImageTokens | None, folder: str | Path | None) -> int:
+def count_positions(image: str | StoredImage, tokens: ImageTokens | None, folder: str | Path | None) -> int:
+    """Count the positions of one image, by the size in its header if it has several crops; arguments as above."""
     if tokens is None:
         return 1
     if tokens.canvases is None:

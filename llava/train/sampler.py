@@ -1,4 +1,4 @@
-"""The order of training samples for batches of one modality and similar lengths.
+"""The order of training samples for batches of one modality, or of similar lengths.
 
 Batches of text alone then hold no image tokens, and little of a batch is padding.
 """
@@ -10,6 +10,9 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+POOLED_GROUPS = 50
+"""Steps whose samples are sorted together where all that counts is the length; enough that a step has no long tail."""
+
 
 class ModalityLengthSampler(Sampler[int]):
     """Shuffles, then groups by modality and length.
@@ -20,15 +23,20 @@ class ModalityLengthSampler(Sampler[int]):
 
     Args:
         lengths: a number per sample that grows with its length.
-        has_image: whether each sample has an image.
+        has_image: whether each sample has an image; all alike: modalities are not told apart.
         group_size: samples per optimizer step: batch size x accumulation steps x ranks.
         seed: of the shuffling.
+        num_pooled: groups whose samples are sorted together before they are divided: with 1 every step sees short and
+            long samples, with more its samples are of similar lengths.
     """
 
-    def __init__(self, lengths: Sequence[int], has_image: Sequence[bool], group_size: int, seed: int = 0):
+    def __init__(
+        self, lengths: Sequence[int], has_image: Sequence[bool], group_size: int, seed: int = 0, num_pooled: int = 1
+    ):
         self.lengths = lengths
         self.has_image = has_image
         self.group_size = group_size
+        self.num_pooled = num_pooled
         self.seed = seed
         self.epoch = 0
 
@@ -46,14 +54,19 @@ class ModalityLengthSampler(Sampler[int]):
         for modality in (True, False):
             members = [index for index in order if self.has_image[index] is modality]
             num_grouped = len(members) // self.group_size * self.group_size
-            groups += [members[start : start + self.group_size] for start in range(0, num_grouped, self.group_size)]
+            for pool in _divide(members[:num_grouped], self.group_size * self.num_pooled):
+                groups += _divide(self._sort(pool), self.group_size)
             leftovers += members[num_grouped:]
         for number in torch.randperm(len(groups), generator=generator).tolist():
-            yield from self._sort(groups[number])
+            yield from groups[number]
         yield from self._sort(leftovers)
 
     def _sort(self, group: list[int]) -> list[int]:
         return sorted(group, key=lambda index: self.lengths[index], reverse=True)
+
+
+def _divide(members: list[int], size: int) -> list[list[int]]:
+    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 class SetEpoch(TrainerCallback):

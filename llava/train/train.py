@@ -30,6 +30,7 @@ from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_a
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
 from llava.train.engine import leave_engine, start_engine
+from llava.train.lengths import count_lengths, expect_image_tokens
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.lora import find_all_linear_names as find_all_linear_names
@@ -112,6 +113,11 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     record_template(model, model_args.version, text_format.template, tokenizer)
 
     # 4. Training. Samples are built when the loader asks for them.
+    lengths = None
+    if training_args.group_by_reduced_length:
+        tokens = expect_image_tokens(model, data_args) if image_format is not None else None
+        limit = training_args.model_max_length
+        lengths = count_lengths(records, tokenizer, text_format, limit, tokens, data_args.image_folder)
     dataset = ConversationDataset(records, tokenizer, text_format, image_format, data_args.skip_broken_records)
     with explaining_refusals("training arguments"):
         trainer = LLaVATrainer(
@@ -120,6 +126,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
             train_dataset=dataset,
             data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
             tokenizer=tokenizer,
+            lengths=lengths,
         )
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.report_tally()

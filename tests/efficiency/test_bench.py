@@ -17,6 +17,7 @@ COMMANDS = {
     "loading": ["--size", "tiny"],
     "evidence": ["--runs", "3", "--flips", "0.1"],
     "serve": ["--requests", "6", "--clients", "1", "3"],
+    "train_packing": ["--size", "tiny", "--layers", "1", "--pocket-samples", "4", "--random-samples", "2"],
     "train_speed": ["--size", "tiny", "--pocket-batch", "2"],
 }
 

@@ -125,6 +125,8 @@ def runs(run_ranks: Callable, data: dict[str, Path]) -> Path:
             {"name": f"lora-{name}", "flags": few | LORA | engine | {"gradient_checkpointing": True}},
             {"name": f"qlora-{name}", "flags": few | LORA | engine | {"bits": 4, "bf16": True}},
         ]
+    packed = uneven | {"data_path": data["mixed"], "per_device_train_batch_size": 4, "max_steps": 2} | engines["zero2"]
+    scenarios += [{"name": f"packing-{packing}", "flags": packed | {"packing": packing}} for packing in (True, False)]
     llava = {"model_name_or_path": "llava-v1.5-tiny84", "learning_rate": 0.0}
     scenarios += [
         {"name": "bf16", "flags": few | engines["zero3"] | {"bf16": True}},
@@ -219,6 +221,11 @@ def test_a_rank_of_texts_beside_a_rank_of_images_gives_the_right_gradients(name:
     )
     moved = max((together[key] - value).abs().max().item() for key, value in start.items())
     assert moved > 1e-4
+
+
+def test_two_ranks_train_the_same_on_packed_rows(runs: Path):
+    assert losses(runs, "packing-True") == pytest.approx(losses(runs, "packing-False"), abs=1e-5)
+    assert furthest(weights(runs, "packing-True"), weights(runs, "packing-False")) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

@@ -1,6 +1,7 @@
 """The order of samples when batches are grouped by modality and length."""
 
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -36,6 +37,15 @@ def test_lengths_fall_inside_a_group():
     for group in groups(list(make_sampler()))[:-2]:
         lengths = [LENGTHS[index] for index in group]
         assert lengths == sorted(lengths, reverse=True)
+
+
+def test_pooled_groups_hold_samples_of_neighbouring_lengths():
+    order = list(ModalityLengthSampler(LENGTHS, [True] * len(LENGTHS), GROUP, num_pooled=100))
+    assert sorted(order) == list(range(len(LENGTHS)))
+    *whole, _ = groups(order)
+    spans = sorted((LENGTHS[group[-1]], LENGTHS[group[0]]) for group in whole)
+    assert all(below[1] <= above[0] for below, above in pairwise(spans))
+    assert spans != [(LENGTHS[group[-1]], LENGTHS[group[0]]) for group in whole]  # groups come in random order
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():

@@ -19,6 +19,7 @@ from llava.model.image_tokens import ImageTokens
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
+from llava.model.packing import mark_borders
 from llava.model.splice import TEXT as NO_IMAGE
 from llava.model.splice import PromptEmbeds
 from llava.model.token_reduction import CONFIG_KEY, TEXT, Reduction, parse_reduction
@@ -112,6 +113,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         image_sizes: list[tuple[int, int]] | None = None,
         texts: str | list[str] | None = None,
         logits_to_keep: int | Tensor = 0,
+        packing: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """One pass over prompts with images (arguments as in `embed_prompts`), or over what `generate` continues.
@@ -121,11 +123,19 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
         With labels, and in training, the language model reads all image tokens, whatever would leave inside it.
 
+        `packing` lays the samples of a training batch end to end in rows (see `llava.model.packing`): the loss is the
+        same, the logits are `[R, L, V]` over the rows.
+
+        Raises:
+            InputError: as `embed_prompts`, or packing without ids and labels.
+
         Returns:
             Loss (mean over labelled tokens, with labels) and logits `[S, L, V]` over the spliced positions, or over
             the last `logits_to_keep` of them. Where image tokens leave inside the language model, L counts those that
             reach the last layer, padded on the left.
         """
+        if packing and (labels is None or input_ids is None or past_key_values is not None):
+            raise InputError("packing is for training: give input_ids and labels, and no cache")
         if inputs_embeds is None and past_key_values is None:
             batch = self.embed_prompts(
                 input_ids,
@@ -134,9 +144,14 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
                 images=images,
                 image_sizes=image_sizes,
                 texts=texts,
+                packing=packing,
             )
             input_ids, inputs_embeds, labels = None, batch.embeds, batch.labels
             attention_mask, position_ids = batch.attention_mask, batch.position_ids
+            if batch.borders is not None:
+                # With a mask, or a cache, transformers would not look for samples among the positions.
+                attention_mask, use_cache = None, False
+                kwargs |= mark_borders(batch.borders, inputs_embeds.device)
             if self.layer_reducer is not None and labels is None and not self.training:
                 past_key_values = self.make_cache(batch)
         return super().forward(
