@@ -272,9 +272,10 @@ class Meter:
 
     # ---------------------------------------------------------------------------------------------------------- moments
     def begin(self, step: int) -> None:
-        """Start the clock, at a step."""
-        self._begin = time.monotonic(), step
-        self.timeline.enter(OTHER)
+        """Start the clock, at a step, unless it runs already."""
+        if self._begin is None:
+            self._begin = time.monotonic(), step
+            self.timeline.enter(OTHER)
 
     def end_step(self, step: int) -> None:
         """Note that a step is done; call it when the device has done it."""

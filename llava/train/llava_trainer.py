@@ -267,7 +267,6 @@ class LLaVATrainer(Trainer):
         model, loader = super()._prepare_for_training(*arguments, **options)
         if self.args.runs_deepspeed:
             model.step = self.meter.timed(OPTIMIZER, model.step)  # the engine's, called at the end of a backward pass
-        self.meter.begin(self.state.global_step)
         return model, loader
 
     def training_step(self, *arguments: object, **options: object) -> torch.Tensor:
@@ -289,6 +288,7 @@ class LLaVATrainer(Trainer):
             # The base class would take one more step before it looks.
             self.control.should_training_stop = True
             return
+        self.meter.begin(self.state.global_step)  # what comes before, such as a tracker's log-in, is no step's
         super()._run_epoch(**arguments)
 
     def _maybe_log_save_evaluate(

@@ -91,11 +91,12 @@ def data(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     records = json.loads((golden / "data/questions/train6.json").read_text(encoding="utf-8"))
     images = [raw for raw in records if "image" in raw]
     text = next(raw for raw in records if "image" not in raw)
+    more = [{"from": "human", "value": "Are you sure?"}, {"from": "gpt", "value": "Yes."}]
     contents = {
         "mixed": records * 5,  # two epochs are begun: the order of the second is made anew
         "in_turn": [raw for image in images[:3] for raw in (image, text)],
         "captions": [raw for raw in images if len(raw["conversations"]) == 2] * 2,
-        "held_out": [raw | {"conversations": [*raw["conversations"], *raw["conversations"]]} for raw in records],
+        "held_out": [raw | {"conversations": [*raw["conversations"], *more]} for raw in records],
     }
     folder = tmp_path_factory.mktemp("data")
     for name, content in contents.items():
