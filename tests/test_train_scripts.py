@@ -378,7 +378,7 @@ def test_the_trim_script_trains_on_two_cpu_ranks_as_one_process_does(world: Path
     for zero in ("zero2", "zero3"):
         done = run("finetune_8gpu_TRIM", "--", *few, ZERO=f"scripts/{zero}.json", **shapes_settings(world, zero))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        assert "'train_loss'" in (world / f"{zero}.log").read_text(encoding="utf-8")
+        assert "mean loss" in (world / f"{zero}.log").read_text(encoding="utf-8")
     command, _ = dry_run("finetune_8gpu_TRIM", "--", *few, **shapes_settings(world, "alone"))
     alone = command[command.index("llava/train/train_mem.py") :]
     place = alone.index("--deepspeed")

@@ -18,6 +18,7 @@ from llava.errors import InputError
 from llava.model.token_reduction import parse_reduction
 from llava.train.flags import DataArguments, LlavaTrainingFlags, ModelArguments, OneLineParser, check_flags
 from llava.train.targets import check_version
+from llava.train.trackers import split_names
 
 
 @dataclass
@@ -38,6 +39,8 @@ class TrainingArguments(LlavaTrainingFlags, transformers.TrainingArguments):
         """Map the old names, and move to the CPU where there is no accelerator."""
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
+        if self.report_to is not None:
+            self.report_to = split_names([self.report_to] if isinstance(self.report_to, str) else self.report_to)
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio
         if not torch.accelerator.is_available():

@@ -21,6 +21,9 @@ from typing import NoReturn
 
 from llava.errors import InputError
 from llava.files import read_json, read_text
+from llava.train.noise import hide_noise
+from llava.train.score_command import check_command
+from llava.train.trackers import check_trackers, split_names
 
 FULL_BITS = 16  # not quantised
 ASPECT_RATIOS = ("square", "pad", "anyres")
@@ -83,6 +86,13 @@ class DataArguments:
         metadata={"help": "LLaVA training data: .json, .jsonl, .parquet, a folder of them, or a hub name."}
     )
     image_folder: str | None = field(default=None, metadata={"help": "Folder that image names are relative to."})
+    eval_data_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out records, as --data_path; their loss before the first step, every --eval_steps and at "
+            "the end."
+        },
+    )
     image_aspect_ratio: str | None = field(
         default=None, metadata={"help": "square, pad or anyres. Default: the checkpoint's, else square."}
     )
@@ -130,6 +140,17 @@ class LlavaTrainingFlags:
     preflight_only: bool = field(
         default=False, metadata={"help": "Check flags, records and images, print what was found, and stop."}
     )
+    eval_command: str | None = field(
+        default=None,
+        metadata={
+            "help": "Command that scores the model in {checkpoint} and writes lines name<TAB>value into {results}; "
+            "{step} is the step's number."
+        },
+    )
+    eval_command_steps: int | None = field(default=None, metadata={"help": "How often --eval_command runs, in steps."})
+    verbose_log: bool = field(
+        default=False, metadata={"help": "Also print what libraries say that concerns no user. (Scripts: VERBOSE=1.)"}
+    )
     resume_anyway: bool = field(
         default=False,
         metadata={"help": "Go on in an output folder with other settings, or without optimizer state."},
@@ -148,11 +169,14 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def check_flags(arguments: Sequence[str] | None = None) -> None:
+def check_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Answer `--help`, and refuse a command line that cannot be right, without importing torch or transformers.
 
     Args:
         arguments: the flags; None: those of the process.
+
+    Returns:
+        LLaVA's own flags as given, and those of transformers as texts.
 
     Raises:
         InputError: a flag that does not exist, is missing, has a wrong value, or does not go with another one.
@@ -165,6 +189,13 @@ def check_flags(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         raise InputError(_describe_unknown(unknown[0]))
     _check_values(given)
+    return given
+
+
+def begin_command() -> None:
+    """Check the flags of this process, and hide what libraries would print while they are imported."""
+    if not check_flags().verbose_log:
+        hide_noise()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -273,11 +304,24 @@ def _check_values(flags: argparse.Namespace) -> None:
             "(the scripts set the first; --group_by_modality_length False takes it back)"
         )
     _check_lora(flags)
-    if flags.evaluation_strategy not in (None, "no") or flags.eval_strategy not in (None, ["no"]):
-        raise InputError("--eval_strategy: training runs no evaluation; score checkpoints with llava.eval")
+    _check_looks(flags)
     _check_unserved(flags)
-    _check_trackers(flags.report_to or [])
+    check_trackers(split_names(flags.report_to or []), _only(flags.output_dir) or ".", _only(flags.trackio_space_id))
     _check_engine(flags)
+
+
+def _check_looks(flags: argparse.Namespace) -> None:
+    """Check what is asked of the model while it trains: held-out losses and scores."""
+    strategy = flags.evaluation_strategy or _only(flags.eval_strategy) or "no"
+    _check_choice("eval_strategy", strategy, ("no", "steps"))
+    asked = {"eval_strategy": strategy != "no", "eval_steps": flags.eval_steps, "eval_on_start": flags.eval_on_start}
+    for name, is_given in asked.items():
+        if is_given and flags.eval_data_path is None:
+            raise InputError(f"--{name}: needs --eval_data_path, the records that are held out")
+    if bool(flags.eval_command) != bool(flags.eval_command_steps):
+        raise InputError("--eval_command and --eval_command_steps go together: what scores the model, and how often")
+    if flags.eval_command:
+        check_command(flags.eval_command)
 
 
 MAX_STEPS = 10**9
@@ -301,6 +345,9 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "save_steps": (0, False, 1e9),
     "save_total_limit": (1, True, 1e9),
     "logging_steps": (0, False, 1e9),
+    "eval_steps": (0, False, 1e9),
+    "eval_command_steps": (1, True, 1e9),
+    "per_device_eval_batch_size": (1, True, 1e6),
     "lora_r": (1, True, 1e5),
     "lora_alpha": (0, False, 1e6),
 }
@@ -335,17 +382,21 @@ def _check_ranges(flags: argparse.Namespace) -> None:
 
 def _check_unserved(flags: argparse.Namespace) -> None:
     """Refuse flags of transformers that nothing here serves, or that need another one."""
-    for name in ("eval_on_start", "load_best_model_at_end"):
-        if getattr(flags, name):
-            raise InputError(f"--{name}: training runs no evaluation; leave it out")
+    if flags.load_best_model_at_end:
+        raise InputError("--load_best_model_at_end: no checkpoint is chosen by its held-out loss; leave it out")
     if flags.save_strategy == ["best"]:
-        raise InputError("--save_strategy best: training runs no evaluation; expected no, steps or epoch")
+        raise InputError("--save_strategy best: no checkpoint is chosen by its loss; expected no, steps or epoch")
     if flags.neftune_noise_alpha is not None:
         raise InputError("--neftune_noise_alpha: no noise is added to embeddings here; leave it out")
     if flags.dataloader_persistent_workers and not flags.dataloader_num_workers:
         raise InputError("--dataloader_persistent_workers True needs --dataloader_num_workers from 1")
     if flags.use_liger_kernel and not importlib.util.find_spec("liger_kernel"):
         raise InputError("--use_liger_kernel: liger_kernel is not installed: pip install liger-kernel")
+
+
+def _only(words: Sequence[str] | None) -> str | None:
+    """The word of a flag of transformers that has one; None where it is not given."""
+    return words[0] if words else None
 
 
 def _to_number(value: object) -> float | None:
@@ -356,27 +407,6 @@ def _to_number(value: object) -> float | None:
         return None if value is None else float(value)
     except ValueError:
         return None
-
-
-# The packages that transformers' trackers need; where there are several, any of them.
-_TRACKERS = {
-    "azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
-    "dagshub": ("dagshub",), "dvclive": ("dvclive",), "flyte": ("flytekit",), "kubeflow": ("kubeflow",),
-    "mlflow": ("mlflow",), "neptune": ("neptune",), "swanlab": ("swanlab",),
-    "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",),
-    "wandb": ("wandb",),
-}  # fmt: skip
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that do not exist or are not installed."""
-    for name in names:
-        if name in ("none", "all"):
-            continue
-        if name not in _TRACKERS:
-            raise InputError(f"--report_to {name}: expected none, all, {', '.join(_TRACKERS)}")
-        if not any(importlib.util.find_spec(package) for package in _TRACKERS[name]):
-            raise InputError(f"--report_to {name}: {name} is not installed: pip install {_TRACKERS[name][0]}")
 
 
 def _check_engine(flags: argparse.Namespace) -> None:

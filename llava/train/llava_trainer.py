@@ -9,6 +9,10 @@
     _save                         checkpoints in LLaVA's layout: movable tower path, no towers, what LoRA leaves out
     _load_from_checkpoint         on resuming, also what LoRA leaves out
     _issue_warnings_after_load    no warning about the towers that a checkpoint does not hold
+    training_step                 its passes are counted and timed (`figures.Meter`)
+    log                           the figures of the steps since the last record
+    evaluate                      the loss of the records that are held out
+    _evaluate                     before the first step and after a step: held-out loss and scores, where they are due
     _maybe_log_save_evaluate      after each step: stop at a signal, with a checkpoint, or at a loss that is nan
     _run_epoch                    no step beyond the last one, when a run resumes at its end
     get_batch_samples             records that were replaced while their batch was built are noted, not trained on
@@ -17,7 +21,9 @@
 """
 
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +33,7 @@ from pathlib import Path
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from llava.errors import InputError
@@ -48,8 +54,13 @@ from llava.train.checkpoint import (
 )
 from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Batch
+from llava.train.console import Console
+from llava.train.dataset import ConversationDataset
+from llava.train.figures import DATA, LANGUAGE_MODEL, OPTIMIZER, OTHER, PAUSE, Meter, Sums, gather
+from llava.train.held_out import PlacedSamples, deal_batches, undisturbed
 from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import POOLED_GROUPS, ModalityLengthSampler, SetEpoch
+from llava.train.score_command import ScoreCommand
 from llava.train.stopping import begin_training, is_requested, keep_worker
 
 __getattr__ = look_up(__name__)
@@ -91,15 +102,16 @@ def count_unlearnable(model: PreTrainedModel, tally: Tally) -> None:
 
     Args:
         model: computes its loss by `loss_function`, which is replaced.
-        tally: counts; on the device, so that nothing waits.
+        tally: counts what is trained on; on the device, so that nothing waits.
     """
     compute = model.loss_function
 
     def loss_function(logits: torch.Tensor, labels: torch.Tensor, **options: object) -> torch.Tensor:
         # logits [S, L, V], labels int64[S, L] of the spliced and cut sequences, or of packed rows.
         is_learnable = find_learnable(labels, options.get("cu_seq_lens_q"))  # [S]
-        tally.num_samples += len(is_learnable)
-        tally.num_unlearnable = tally.num_unlearnable + (~is_learnable).sum()
+        if model.training:
+            tally.num_samples += len(is_learnable)
+            tally.num_unlearnable = tally.num_unlearnable + (~is_learnable).sum()
         loss = compute(logits=logits, labels=labels, **options)
         return torch.where(is_learnable.any(), loss, torch.zeros_like(loss))  # a mean over no token is nan
 
@@ -112,6 +124,7 @@ class LLaVATrainer(Trainer):
     Attributes:
         was_stopped: whether a signal ended the training before its last step.
         tally: samples that taught nothing, and records that were replaced.
+        meter: what the log says beyond the loss.
     """
 
     was_stopped = False
@@ -121,20 +134,27 @@ class LLaVATrainer(Trainer):
         *arguments: object,
         tokenizer: Tokenizer | None = None,
         lengths: Sequence[int] | None = None,
+        score: ScoreCommand | None = None,
         **options: object,
     ) -> None:
-        """As transformers' `Trainer`.
+        """As transformers' `Trainer`; the dataset that is held out is an `eval_dataset` of the same class.
 
         Args:
             *arguments: of the base class.
             tokenizer: what LLaVA's scripts call its `processing_class`.
             lengths: positions of each record, for `--group_by_reduced_length`.
+            score: called every `--eval_command_steps` steps.
             **options: of the base class.
         """
         super().__init__(*arguments, **{"processing_class": tokenizer, **options})
         self.lengths = lengths
         self.tally = Tally()
+        self.meter = Meter(self.args.device)
+        self.score = score
         count_unlearnable(unwrap(self.model), self.tally)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(Console())
 
     def train(self, resume_from_checkpoint: str | None = None, **options: object) -> TrainOutput:
         """Train; files of a checkpoint that hold code are refused.
@@ -143,7 +163,7 @@ class LLaVATrainer(Trainer):
             InputError: a checkpoint holds code, or the loss is nan.
         """
         begin_training()
-        with data_only():
+        with data_only(), self.meter.watching(unwrap(self.model)):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def save_trained(self, only_projector: bool) -> None:
@@ -154,17 +174,20 @@ class LLaVATrainer(Trainer):
                 the run computed in, or with LoRA the adapter and the other weights that were trained.
         """
         self.save_state()
-        folder = Path(self.args.output_dir)
-        if only_projector:
-            save_projector(self.model, folder, is_writer=self.args.should_save)
-            if self.args.should_save and adds_tokens(self.model):
-                self.processing_class.save_pretrained(str(folder))
-                copy_sentencepiece_model(self.processing_class, folder)
-            return
-        if not (self.args.runs_deepspeed or self.args.lora_enable):
+        if not (only_projector or self.args.runs_deepspeed or self.args.lora_enable):
             # The weights here are float32 masters; with DeepSpeed and LoRA they have the run's dtype already.
             self.model.to(self.args.compute_dtype)
-        self.save_model(str(folder))
+        self._write_weights(Path(self.args.output_dir), only_projector)
+
+    def _write_weights(self, folder: Path, only_projector: bool) -> None:
+        """Write what this run trains, as it is now; all ranks have to call."""
+        if not only_projector:
+            self.save_model(str(folder), _internal_call=folder != Path(self.args.output_dir))
+            return
+        save_projector(self.model, folder, is_writer=self.args.should_save)
+        if self.args.should_save and adds_tokens(self.model):
+            self.processing_class.save_pretrained(str(folder))
+            copy_sentencepiece_model(self.processing_class, folder)
 
     def report_tally(self) -> None:
         """Log what taught nothing, and what was replaced; each process speaks of its own samples."""
@@ -229,6 +252,7 @@ class LLaVATrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         if "images" not in inputs:
+            self.meter.count_texts(inputs["attention_mask"])
             return super()._prepare_inputs(inputs)  # a plain language model
         # Ids on the device would be fetched back, for which the host would wait until the last step is done.
         return {**inputs, "images": self._prepare_input(inputs["images"]), "packing": self.args.packing}
@@ -237,23 +261,146 @@ class LLaVATrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | int | None]:
         """Fetch the batches of one step, and note the records that were replaced while they were built."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self.meter.timeline.during(DATA):
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self.tally.replaced.update(dict.fromkeys(batch.pop("replaced", ())))
         return batches, num_items
+
+    def _prepare_for_training(self, *arguments: object, **options: object) -> tuple[torch.nn.Module, DataLoader]:
+        model, loader = super()._prepare_for_training(*arguments, **options)
+        if self.args.runs_deepspeed:
+            model.step = self.meter.timed(OPTIMIZER, model.step)  # the engine's, called at the end of a backward pass
+        return model, loader
+
+    def training_step(self, *arguments: object, **options: object) -> torch.Tensor:
+        """One forward and backward pass, counted and timed; what follows it belongs to the optimizer."""
+        self.meter.timeline.enter(LANGUAGE_MODEL)
+        with self.meter.on():
+            loss = super().training_step(*arguments, **options)
+        self.meter.timeline.enter(OPTIMIZER)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures since the last record to a record of the loss; every rank has to call."""
+        if "loss" in logs:
+            logs |= self.meter.record(self.state.global_step, self.state.max_steps)
+        super().log(logs, start_time)
 
     def _run_epoch(self, **arguments: object) -> None:
         if self.state.global_step >= self.state.max_steps:
             # The base class would take one more step before it looks.
             self.control.should_training_stop = True
             return
+        self.meter.begin(self.state.global_step)  # what comes before, such as a tracker's log-in, is no step's
         super()._run_epoch(**arguments)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *rest: object, **options: object
     ) -> None:
+        self.meter.timeline.enter(OTHER)
         self._agree_to_go_on(tr_loss, grad_norm)
+        self.meter.end_step(self.state.global_step)
+        # Where a signal asks for a checkpoint, nothing may delay it: what is due is done when the run goes on.
+        self.control.should_evaluate = not self.was_stopped
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **options)
+
+    # ---------------------------------------------------------------------------------------------- held-out, scores
+    def _evaluate(self, *rest: object, **options: object) -> dict[str, float]:
+        """Measure the held-out loss and run `--eval_command`, each where it is due and not done at this step."""
+        metrics: dict[str, float] = {}
+        with self.meter.timeline.during(PAUSE):
+            if self._is_held_out_due() and not self._is_logged("eval_loss"):
+                metrics |= super()._evaluate(*rest, **options)
+            if self._is_score_due() and not self._is_logged("score_"):
+                self._score()
+        return metrics
+
+    def _is_held_out_due(self) -> bool:
+        step, last, every = self.state.global_step, self.state.max_steps, self.args.eval_steps
+        if every is not None and every < 1:
+            every = math.ceil(last * every)
+        return self.eval_dataset is not None and (step in (0, last) or (every is not None and step % every == 0))
+
+    def _is_score_due(self) -> bool:
+        step = self.state.global_step
+        return self.score is not None and step > 0 and step % self.args.eval_command_steps == 0
+
+    def _is_logged(self, prefix: str) -> bool:
+        entries = (entry for entry in self.state.log_history if entry["step"] == self.state.global_step)
+        return any(key.startswith(prefix) for entry in entries for key in entry)
+
+    def evaluate(
+        self,
+        eval_dataset: ConversationDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the mean loss of a learned token of held-out records, and log it; every rank has to call.
+
+        Nothing is drawn and no gradient is kept. A record counts once, whatever the ranks and the batch size.
+
+        Args:
+            eval_dataset: None: the trainer's own.
+            ignore_keys: transformers' own, of no meaning here.
+            metric_key_prefix: of the names.
+
+        Returns:
+            `eval_loss`, `eval_loss_image` and `eval_loss_text` (a modality without records is left out),
+            `eval_samples`, `eval_runtime` in seconds.
+
+        Raises:
+            InputError: no record has a token to learn.
+        """
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        begin = time.monotonic()
+        watching = self.meter.watching(unwrap(self.model))
+        with undisturbed(self.model), watching, self.meter.apart() as totals, torch.no_grad():
+            self.model_wrapped.eval()
+            for batch in self._held_out_loader(samples):
+                self.tally.replaced.update(dict.fromkeys(batch.pop("replaced", ())))
+                self.model_wrapped(**self._prepare_inputs(batch))
+            sums = Sums(*map(sum, zip(*gather(totals.read(), self.args.device), strict=True)))
+        tokens = sums.image_tokens + sums.text_tokens
+        if not tokens:
+            raise InputError("--eval_data_path: no held-out record has a token to learn within --model_max_length")
+        metrics = {"loss": (sums.image_loss + sums.text_loss) / tokens, **sums.losses(), "samples": len(samples)}
+        metrics["runtime"] = time.monotonic() - begin
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_loader(self, samples: ConversationDataset) -> DataLoader:
+        places = deal_batches(samples.records, self.args.eval_batch_size, self.args.process_index, self.args.world_size)
+        return DataLoader(
+            PlacedSamples(samples),
+            batch_sampler=places,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=partial(start_worker, None),
+            generator=torch.Generator(),  # else a number would be drawn from the training's
+        )
+
+    def _score(self) -> None:
+        """Let `--eval_command` score the weights as they are now; the other ranks wait for the first."""
+        scores: dict[str, float] = {}
+        with undisturbed(self.model):
+            with self.score.room() if self.args.process_index == 0 else nullcontext():
+                self._write_weights(self.score.checkpoint, self.score.only_projector)
+                if self.args.process_index == 0:
+                    scores = self.score.run(self.state.global_step)
+            if self.args.world_size > 1:
+                torch.distributed.barrier()
+        if scores:
+            self.log(scores)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
+        return False  # no checkpoint is chosen by its held-out loss
+
+    def _save_checkpoint(self, *arguments: object, **options: object) -> None:
+        with self.meter.timeline.during(PAUSE):
+            super()._save_checkpoint(*arguments, **options)
 
     def _agree_to_go_on(self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
         """Stop all ranks at the same step: with a checkpoint if one was asked to stop, with an error at a nan loss.
@@ -268,7 +415,6 @@ class LLaVATrainer(Trainer):
             torch.distributed.all_reduce(signs, op=torch.distributed.ReduceOp.MAX)
         any_bad, any_stopped = signs.tolist()
         if any_bad:
-            sys.stderr.write("\n")  # ends the line of a progress bar
             raise InputError(
                 f"the loss or its gradient is nan at step {self.state.global_step}: nothing of this step was saved; "
                 "lower --learning_rate, use bf16 instead of fp16, or look for broken weights in the starting checkpoint"

@@ -40,6 +40,10 @@ class Record:
         """Number of words in all turns: the length by which batches are grouped."""
         return sum(len(turn.split()) for turn in self.turns)
 
+    def content(self) -> bytes:
+        """Texts and image names, by which records are the same or not."""
+        return "\0".join([*self.turns, "", *map(str, self.images)]).encode("utf-8", "surrogatepass")
+
 
 def read_records(path: str | Path, skip_broken: bool = False) -> list[Record]:
     """Read a training set.

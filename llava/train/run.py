@@ -1,14 +1,14 @@
 """What a training run is: the settings in OUTPUT/run.json, so that no other run goes on in its place.
 
 Settings that do not decide the result (`NEUTRAL`) may change while a run is interrupted. Every other flag counts, those
-of later versions of transformers too; files count by content.
+of later versions of transformers too; files count by content. The file also tells people where the run came from and
+what came of it (`provenance`); of that nothing is compared.
 """
 
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from enum import Enum
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from llava.errors import InputError
@@ -20,6 +20,7 @@ from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import zero_stage
 from llava.train.flags import DataArguments, ModelArguments
+from llava.train.provenance import describe_start, now, to_json
 from llava.train.records import Record
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ NEUTRAL = frozenset(
         "skip_broken_records",
         "attn_implementation",
         "preflight_only",
+        "eval_data_path",
+        "eval_command",
+        "eval_command_steps",
+        "verbose_log",
         "resume_anyway",
         "mpt_attn_impl",
         "lora_weight_path",
@@ -176,7 +181,7 @@ class RunSettings:
                 is wrong.)
         """
         given = {
-            flag.name: _to_json(getattr(group, flag.name))
+            flag.name: to_json(getattr(group, flag.name))
             for group in (model_args, data_args, training_args)
             for flag in fields(group)
             if flag.init and flag.name not in NEUTRAL and flag.name not in FILE_FLAGS
@@ -219,17 +224,8 @@ def hash_records(records: Iterable[Record]) -> str:
     """Return the fingerprint of training records: their texts and image names, in order."""
     digest = hashlib.sha256()
     for record in records:
-        line = "\0".join([*record.turns, "", *map(str, record.images)])
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+        digest.update(record.content() + b"\n")
     return digest.hexdigest()
-
-
-def _to_json(value: object) -> object:
-    if isinstance(value, Enum):
-        return _to_json(value.value)
-    if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 @dataclass(frozen=True)
@@ -240,11 +236,13 @@ class Run:
         folder: of `--output_dir`.
         settings: of this start of the run.
         is_writer: whether this rank writes.
+        notes: what else the file says: flags and data.
     """
 
     folder: Path
     settings: RunSettings
     is_writer: bool
+    notes: Mapping[str, object] = field(default_factory=dict)
 
     def is_finished(self, has_checkpoint: bool, resume_anyway: bool) -> bool:
         """Compare with what the folder holds.
@@ -280,12 +278,23 @@ class Run:
         return False
 
     def begin(self) -> None:
-        """Write the settings into the folder."""
-        self._write(finished=False)
+        """Write the settings into the folder, and when, where and with what this start of the run began."""
+        if self.is_writer:
+            path = self.folder / RUN_FILE
+            earlier = read_json(path).get("starts", []) if path.exists() else []
+            start = describe_start(int(self.settings.flags["world_size"]))
+            self._write(finished=False, starts=[*earlier, start], figures=None)
 
-    def finish(self) -> None:
-        """Note that the result is there."""
-        self._write(finished=True)
+    def end(self, figures: Mapping[str, object], finished: bool) -> None:
+        """Note that this start of the run has ended.
+
+        Args:
+            figures: final ones.
+            finished: whether the result is there.
+        """
+        if self.is_writer:
+            *earlier, start = read_json(self.folder / RUN_FILE)["starts"]
+            self._write(finished, [*earlier, start | {"ended": now()}], figures)
 
     def _read(self) -> tuple[RunSettings, bool] | None:
         path = self.folder / RUN_FILE
@@ -298,11 +307,10 @@ class Run:
         except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{path} is not the file that training writes; remove it to start without it") from None
 
-    def _write(self, finished: bool) -> None:
-        if not self.is_writer:
-            return
+    def _write(self, finished: bool, starts: Sequence[object], figures: Mapping[str, object] | None) -> None:
         contents = {name: vars(content) for name, content in self.settings.contents.items()}
         content = {
             "format": FORMAT, "finished": finished, "settings": dict(self.settings.flags), "contents": contents,
+            **self.notes, "starts": starts, "figures": figures,
         }  # fmt: skip
         write_json(self.folder / RUN_FILE, content)

@@ -7,18 +7,20 @@ Without a vision tower it trains the language model alone.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llava.errors import InputError, run_command
 from llava.train import stopping
-from llava.train.flags import DataArguments, ModelArguments, check_flags
+from llava.train.flags import DataArguments, ModelArguments, begin_command
 
 if __name__ == "__main__":
     # Signals, `--help` and mistyped flags are answered before the imports below, which take seconds.
     stopping.install()
-    run_command(check_flags)
+    run_command(begin_command)
 
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from llava.conversation import Conversation
 from llava.files import make_folder
@@ -30,6 +32,7 @@ from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_a
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
 from llava.train.engine import leave_engine, start_engine
+from llava.train.held_out import check_held_out
 from llava.train.lengths import count_lengths, expect_image_tokens
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
@@ -45,8 +48,10 @@ from llava.train.model_setup import (
     record_template,
 )
 from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
+from llava.train.provenance import describe_records, list_flags, sum_up
 from llava.train.records import Record, check_image_files, read_records, report_faults
-from llava.train.run import Run, RunSettings
+from llava.train.run import Run, RunSettings, hash_records
+from llava.train.score_command import ScoreCommand, check_command
 from llava.train.targets import choose_placeholder, choose_template, settle_version
 
 __getattr__ = look_up(__name__)
@@ -82,10 +87,17 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     #    complete checkpoint, with the same settings; a finished one has nothing to do.
     text_format = describe_text(model_args, tokenizer)
     records = load_records(model_args, data_args, text_format.template)
+    held_out = load_held_out(model_args, data_args, text_format.template, records)
+    settings = RunSettings.collect(model_args, data_args, training_args, records)
     run = Run(
         folder=make_folder(Path(training_args.output_dir)),
-        settings=RunSettings.collect(model_args, data_args, training_args, records),
+        settings=settings,
         is_writer=training_args.process_index == 0,
+        notes={
+            "flags": list_flags(model_args, data_args, training_args),
+            "data": describe_records(data_args.data_path, records, settings.contents["data_path"].fingerprint),
+            "held_out": describe_records(data_args.eval_data_path, held_out, hash_records(held_out)),
+        },
     )
     if run.is_finished(bool(list_checkpoints(run.folder)), training_args.resume_anyway):
         say(training_args, f"finished already, nothing to do: {run.folder}")
@@ -119,23 +131,32 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         limit = training_args.model_max_length
         lengths = count_lengths(records, tokenizer, text_format, limit, tokens, data_args.image_folder)
     dataset = ConversationDataset(records, tokenizer, text_format, image_format, data_args.skip_broken_records)
+    # What is asked of the model while it trains; the trainer knows when it is due, also at the step it resumes at.
+    eval_dataset, score = None, choose_score(training_args, run.folder, model_args.tune_mm_mlp_adapter)
+    if held_out:
+        eval_dataset = ConversationDataset(held_out, tokenizer, text_format, image_format, dataset.skip_broken)
+    training_args.eval_on_start = bool(held_out) or score is not None
     with explaining_refusals("training arguments"):
         trainer = LLaVATrainer(
             model=trained,
             args=training_args,
             train_dataset=dataset,
+            eval_dataset=eval_dataset,
             data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
             tokenizer=tokenizer,
             lengths=lengths,
+            score=score,
         )
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.report_tally()
+    figures = sum_up(trainer.state.log_history)
     if trainer.was_stopped:
+        run.end(figures, finished=False)
         return trainer
 
     # 5. Files, in LLaVA's layout.
     trainer.save_trained(only_projector=model_args.tune_mm_mlp_adapter)
-    run.finish()
+    run.end(figures, finished=True)
     say(training_args, f"trained: {run.folder}")
     return trainer
 
@@ -159,6 +180,29 @@ def load_records(model_args: ModelArguments, data_args: DataArguments, template:
     if not usable:
         raise InputError(f"{data_args.data_path}: every training record has a broken image")
     return usable
+
+
+def load_held_out(
+    model_args: ModelArguments, data_args: DataArguments, template: Conversation, records: Sequence[Record]
+) -> list[Record]:
+    """Read and check the records that are held out, as those that are trained on; none where none are asked for.
+
+    Raises:
+        InputError: they cannot be used, or are the training records.
+    """
+    path = data_args.eval_data_path
+    if path is None:
+        return []
+    held_out = load_records(model_args, replace(data_args, data_path=path), template)
+    check_held_out(held_out, records, (path, data_args.data_path))
+    return held_out
+
+
+def choose_score(training_args: TrainingArguments, folder: Path, only_projector: bool) -> ScoreCommand | None:
+    """Return what scores the model while it trains, if anything does."""
+    if not training_args.eval_command:
+        return None
+    return ScoreCommand(check_command(training_args.eval_command), folder, only_projector)
 
 
 def run_preflight(
@@ -199,6 +243,7 @@ def describe_images(data_args: DataArguments, processor: ImageProcessor) -> Imag
 
 def main(attn_implementation: str = "sdpa") -> None:
     """Run training as a command."""
+    disable_progress_bar()  # the log has a line for everything that takes long
     trainer = train(attn_implementation=attn_implementation)
     if trainer is not None and trainer.was_stopped:
         trainer.report_stop()

@@ -10,11 +10,11 @@ from pathlib import Path
 def main() -> None:
     """Run training as a command."""
     from llava.train import stopping
-    from llava.train.flags import check_flags
+    from llava.train.flags import begin_command
 
     # Signals, `--help` and mistyped flags are answered before the imports below, which take seconds.
     stopping.install()
-    check_flags()
+    begin_command()
     from transformers.utils import is_flash_attn_2_available
 
     from llava.train.train import main as train

@@ -12,9 +12,11 @@
 #   MASTER_PORT     port at which the ranks connect (default: a free one; 29500 on several machines)
 #   GLOBAL_BATCH    samples per optimizer step; accumulation follows from it, or set GRADIENT_ACCUMULATION
 #   PRECISION       bf16 (default), fp16 or fp32
-#   REPORT_TO       none (default), tensorboard or wandb
+#   REPORT_TO       none (default), or trackers such as tensorboard,wandb,trackio
 #   LOG             log file, to which each run appends (default: OUTPUT.log)
+#   VERBOSE         1: show all of the log on the screen, also what libraries print that concerns no user (default 0)
 #   STOP_SECONDS    how long a stopped run may take to write its checkpoint before it is killed (default 60)
+#   EVAL_DATA       held-out records (default: none); EVAL_STEPS: measure their loss also every so many steps
 #   MODEL, DATA, IMAGES, VISION_TOWER, PROJECTOR, OUTPUT, VERSION, ZERO, BATCH_SIZE, LEARNING_RATE, EPOCHS, MAX_LENGTH,
 #   ASPECT_RATIO, SAVE_STEPS, LOGGING_STEPS, GRADIENT_CHECKPOINTING, NUM_WORKERS, SEED, reduce_func, reduce_func_param
 #                   the trainer's flags of similar names; an empty VISION_TOWER, IMAGES or PROJECTOR leaves it out
@@ -67,6 +69,8 @@ set_common_defaults() {
     default reduce_func_param ""
     default_source VISION_TOWER openai/clip-vit-large-patch14-336
     default_source PROJECTOR ""
+    default_source EVAL_DATA ""
+    default EVAL_STEPS ""
     default VERSION v1
     default NUM_GPUS ""
     default NUM_NODES 1
@@ -83,6 +87,7 @@ set_common_defaults() {
     default NUM_WORKERS 4
     default SEED 42
     default REPORT_TO none
+    default VERBOSE 0
     default STOP_SECONDS 60
     default_output LOG "$OUTPUT.log"
 }
@@ -114,6 +119,8 @@ train_llava() {
         --version "$VERSION"
         --data_path "$DATA"
         ${IMAGES:+--image_folder "$IMAGES"}
+        ${EVAL_DATA:+--eval_data_path "$EVAL_DATA"}
+        ${EVAL_STEPS:+--eval_steps "$EVAL_STEPS"}
         --output_dir "$OUTPUT"
         --num_train_epochs "$EPOCHS"
         --per_device_train_batch_size "$BATCH_SIZE"
@@ -128,7 +135,8 @@ train_llava() {
         --logging_steps "$LOGGING_STEPS"
         --dataloader_num_workers "$NUM_WORKERS"
         --seed "$SEED"
-        --report_to "$REPORT_TO")
+        --report_to "$REPORT_TO"
+        --verbose_log True) # into the log; `to_screen` leaves out what is noise
     set_vision
     set_precision
     start_training "${LAUNCHER[@]}" "${TRAINER[@]}" ${own[@]+"${own[@]}"} ${extra[@]+"${extra[@]}"}
@@ -197,7 +205,7 @@ check_files() {
     for name in MODEL DATA OUTPUT LEARNING_RATE ZERO; do
         [[ -n ${!name} ]] || die "$name is empty"
     done
-    for name in MODEL DATA OUTPUT ZERO VISION_TOWER IMAGES PROJECTOR LOG; do
+    for name in MODEL DATA EVAL_DATA OUTPUT ZERO VISION_TOWER IMAGES PROJECTOR LOG; do
         [[ ${!name} != -* && ! ${!name} =~ [[:cntrl:]] ]] ||
             die "$name: a path starts with no dash and has no control characters; write ./-name for a name with a dash"
     done
@@ -208,6 +216,7 @@ check_files() {
     check_source MODEL "a checkpoint folder"
     [[ $VISION_TOWER == open_clip:* || -z $VISION_TOWER ]] || check_source VISION_TOWER "a CLIP folder"
     check_source DATA "a .json, .jsonl or .parquet file"
+    [[ -z $EVAL_DATA ]] || check_source EVAL_DATA "a .json, .jsonl or .parquet file"
     [[ -z $IMAGES || -d $IMAGES ]] || die "IMAGES: no folder $IMAGES"
     [[ -z $PROJECTOR || -f $PROJECTOR ]] || die "PROJECTOR: no file $PROJECTOR; scripts/pretrain.sh makes one (mm_projector.bin)"
 }
@@ -306,7 +315,7 @@ start_training() {
     # Signals to the terminal's group, and a screen that is gone, do not end the log.
     (
         trap '' INT TERM HUP PIPE
-        exec tee -a "$LOG" <"$pipes/screen"
+        tee -a "$LOG" <"$pipes/screen" | to_screen
     ) &
     tee=$!
     exec 3>"$pipes/screen"
@@ -333,6 +342,15 @@ start_training() {
     exec 3>&-
     wait "$tee" || true
     report_end "$code"
+}
+
+# Pass on what concerns the user.
+to_screen() {
+    if [[ $VERBOSE == 1 ]]; then
+        cat
+    else
+        "$(python_command)" -c 'from llava.train.noise import main; main()'
+    fi
 }
 
 ask_to_stop() {

@@ -1,8 +1,8 @@
 """Run training scenarios on several CPU ranks: `python ranks.py SCENARIOS.json`; not a test itself.
 
 torch and DeepSpeed are imported once and every scenario's ranks are forked from here, which is several times cheaper
-than a launcher each. Each scenario leaves `<name>.json` (losses of rank 0, the error of a rank that failed) beside the
-scenarios' file, and `<name>.<rank>.log`.
+than a launcher each. Each scenario leaves `<name>.json` (losses and log of rank 0, the error of a rank that failed)
+beside the scenarios' file, and `<name>.<rank>.log`.
 """
 
 import json
@@ -41,7 +41,8 @@ def run_rank(rank: int, num_ranks: int, port: int, scenario: dict, folder: Path)
         trainer = train([word for key, value in scenario["flags"].items() for word in (f"--{key}", str(value))])
         if rank == 0:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            (folder / f"{scenario['name']}.json").write_text(json.dumps({"losses": losses}))
+            result = {"losses": losses, "log": trainer.state.log_history}
+            (folder / f"{scenario['name']}.json").write_text(json.dumps(result))
         torch.distributed.barrier()
     except BaseException as error:
         traceback.print_exc()

@@ -56,7 +56,7 @@ def test_without_accelerator_the_run_moves_to_the_cpu(monkeypatch: pytest.Monkey
         ("--mm_vision_token_reduce_query answers", "expected one of questions, conversation"),
         ("--image_aspect_ratio padd", "expected one of square, pad, anyres"),
         ("--warmup_ratio 3", r"--warmup_ratio 3.0: expected a share in \[0, 1\)"),
-        ("--evaluation_strategy epoch", "training runs no evaluation"),
+        ("--evaluation_strategy epoch", "--eval_strategy epoch: expected one of no, steps"),
         ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "leave nothing to train"),
         ("--fp16 True --bf16 True", "training arguments: At most one of fp16 and bf16"),
     ],

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,11 +34,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_SECONDS)]
 
 
 def losses(folder: Path, name: str) -> list[float]:
+    return read_result(folder, name)["losses"]
+
+
+def read_result(folder: Path, name: str) -> dict:
     result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     assert "error" not in result, (
         f"{name}: {result['error']}\n{(folder / f'{name}.0.log').read_text(encoding='utf-8')[-3000:]}"
     )
-    return result["losses"]
+    return result
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -86,10 +91,12 @@ def data(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     records = json.loads((golden / "data/questions/train6.json").read_text(encoding="utf-8"))
     images = [raw for raw in records if "image" in raw]
     text = next(raw for raw in records if "image" not in raw)
+    more = [{"from": "human", "value": "Are you sure?"}, {"from": "gpt", "value": "Yes."}]
     contents = {
         "mixed": records * 5,  # two epochs are begun: the order of the second is made anew
         "in_turn": [raw for image in images[:3] for raw in (image, text)],
         "captions": [raw for raw in images if len(raw["conversations"]) == 2] * 2,
+        "held_out": [raw | {"conversations": [*raw["conversations"], *more]} for raw in records],
     }
     folder = tmp_path_factory.mktemp("data")
     for name, content in contents.items():
@@ -107,7 +114,11 @@ def runs(run_ranks: Callable, data: dict[str, Path]) -> Path:
     uneven = {
         "data_path": data["in_turn"], "train_sampling_strategy": "sequential", "max_steps": 3,
         "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant",
+        "eval_data_path": data["held_out"], "per_device_eval_batch_size": 2,
     }  # fmt: skip
+    code = "import os, sys; open(sys.argv[1], 'w').write('files' + chr(9) + str(len(os.listdir(sys.argv[2]))))"
+    command = f"{sys.executable} -c {shlex.quote(code)} {{results}} {{checkpoint}}"
+    scored = {"eval_command": command, "eval_command_steps": 2}
     few = {"data_path": data["mixed"], "max_steps": 3}
     engines = {"zero2": {"deepspeed": SCRIPTS / "zero2.json"}, "zero3": {"deepspeed": SCRIPTS / "zero3.json"}}
     # The loss is a mean over micro-batches, so two ranks with a sample each are one process that accumulates two.
@@ -120,7 +131,7 @@ def runs(run_ranks: Callable, data: dict[str, Path]) -> Path:
     for name, engine in engines.items():
         scenarios += [
             {"name": name, "flags": whole | engine},
-            {"name": f"uneven-{name}", "flags": uneven | engine},
+            {"name": f"uneven-{name}", "flags": uneven | engine | scored},
             {"name": f"stage1-{name}", "flags": stage_1(data) | engine | {"gradient_checkpointing": True}},
             {"name": f"lora-{name}", "flags": few | LORA | engine | {"gradient_checkpointing": True}},
             {"name": f"qlora-{name}", "flags": few | LORA | engine | {"bits": 4, "bf16": True}},
@@ -226,6 +237,31 @@ def test_a_rank_of_texts_beside_a_rank_of_images_gives_the_right_gradients(name:
 def test_two_ranks_train_the_same_on_packed_rows(runs: Path):
     assert losses(runs, "packing-True") == pytest.approx(losses(runs, "packing-False"), abs=1e-5)
     assert furthest(weights(runs, "packing-True"), weights(runs, "packing-False")) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_the_held_out_loss_of_two_ranks_is_that_of_one(name: str, runs: Path):
+    looks = [
+        [entry for entry in read_result(runs, f"uneven-{run}")["log"] if "eval_loss" in entry] for run in (name, "one")
+    ]
+    assert [entry["step"] for entry in looks[0]] == [0, 3]
+    for key in ("eval_loss", "eval_loss_image", "eval_loss_text"):
+        assert looks[0][0][key] == pytest.approx(looks[1][0][key], abs=1e-6)
+        assert looks[0][1][key] == pytest.approx(looks[1][1][key], abs=1e-4)
+        assert looks[0][1][key] < looks[0][0][key]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_figures_are_those_of_all_ranks_and_a_command_may_score_in_between(name: str, runs: Path):
+    logs = [read_result(runs, f"uneven-{run}")["log"] for run in (name, "one")]
+    steps = [[entry for entry in log if "loss" in entry] for log in logs]
+    for together, alone in zip(*steps, strict=True):
+        for key in ("loss_image", "loss_text"):
+            assert together[key] == pytest.approx(alone[key], abs=1e-4)
+        for key in ("kept_tokens_mean", "kept_tokens_std", "padding_share"):
+            assert together[key] == pytest.approx(alone[key], abs=1e-9)
+        assert together["seconds_optimizer"] > 0
+    assert [entry["step"] for entry in logs[0] if "score_files" in entry] == [2]
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

@@ -67,7 +67,7 @@ def test_the_flags_read_from_the_source_are_those_of_transformers():
         ("{} --lora_enable perhaps", "--lora_enable: expected True or False, not 'perhaps'"),
         ("{} --image_aspect_ratio padd", "--image_aspect_ratio padd: expected one of square, pad, anyres"),
         ("{} --bits 3", "--bits 3: expected one of 4, 8, 16"),
-        ("{} --eval_strategy steps", "--eval_strategy: training runs no evaluation; score checkpoints with llava.eval"),
+        ("{} --eval_strategy steps", "--eval_strategy: needs --eval_data_path, the records that are held out"),
         ("{} --deepspeed none.json", "no such file: none.json; --deepspeed takes zero2.json"),
         ("{} --deepspeed scripts/zero2.json", "--deepspeed needs a launcher, also for one process"),
     ],

@@ -81,9 +81,15 @@ def losses(trainer: LLaVATrainer) -> list[float]:
         ({"fsdp": "True"}, r"--fsdp needs several processes"),
         ({"resume_from_checkpoint": "run/checkpoint-3"}, r"--resume_from_checkpoint: a run resumes by itself"),
         ({"max_steps": 10**18}, r"--max_steps 1000000000000000000: expected a number from 1, at most 1e\+09"),
-        ({"eval_on_start": True}, r"--eval_on_start: training runs no evaluation; leave it out"),
-        ({"load_best_model_at_end": True}, r"--load_best_model_at_end: training runs no evaluation; leave it out"),
-        ({"save_strategy": "best"}, r"--save_strategy best: training runs no evaluation; expected no, steps or epoch"),
+        ({"eval_on_start": True}, r"--eval_on_start: needs --eval_data_path, the records that are held out"),
+        (
+            {"load_best_model_at_end": True},
+            r"--load_best_model_at_end: no checkpoint is chosen by its held-out loss; leave it out",
+        ),
+        (
+            {"save_strategy": "best"},
+            r"--save_strategy best: no checkpoint is chosen by its loss; expected no, steps or epoch",
+        ),
         ({"neftune_noise_alpha": 5}, r"--neftune_noise_alpha: no noise is added to embeddings here"),
         ({"dataloader_persistent_workers": True}, r"--dataloader_persistent_workers True needs --dataloader_num_wor"),
         ({"use_liger_kernel": True}, r"--use_liger_kernel: liger_kernel is not installed: pip install liger-kernel"),

@@ -107,7 +107,7 @@ def whole(flags: dict[str, object], tmp_path_factory: pytest.TempPathFactory) ->
     """The weights of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     run = Training(command_of(flags, folder / "run"), folder / "log.txt")
-    run.wait_for("'loss'")
+    run.wait_for("loss")
     assert run.process.wait(timeout=STARTS_WITHIN_SECONDS) == 0, run.read()[-3000:]
     return (folder / "run/model.safetensors").read_bytes()
 
@@ -121,7 +121,7 @@ def test_a_signal_to_one_process_leaves_a_checkpoint_from_which_it_goes_on_as_if
     output = tmp_path / "run"
     run = Training(command_of(flags, output), tmp_path / "log.txt")
     begun.append(run)
-    run.wait_for("'loss'")
+    run.wait_for("loss")
     time.sleep(MOMENTS.random())
     (os.killpg if whole_group else os.kill)(run.process.pid, number)
     assert run.end() == code, run.read()[-3000:]
@@ -169,7 +169,7 @@ def test_a_signal_to_the_script_stops_all_ranks_with_a_checkpoint(
     output = tmp_path / "run"
     run = start_script(flags | {"max_steps": 5000}, ranks, output, tmp_path / "log.txt")
     begun.append(run)
-    run.wait_for("'loss'")
+    run.wait_for("loss")
     time.sleep(MOMENTS.random())
     run.process.send_signal(number)
     assert run.end() == code, run.read()[-3000:]
@@ -187,7 +187,7 @@ def test_ranks_end_when_the_script_is_killed_and_a_run_of_two_goes_on(
     output = tmp_path / "run"
     run = start_script(flags | {"max_steps": 5000}, ranks, output, tmp_path / "log.txt")
     begun.append(run)
-    run.wait_for("'loss'")
+    run.wait_for("loss")
     run.process.kill()
     run.end()
     assert_gone(str(output))
@@ -196,7 +196,7 @@ def test_ranks_end_when_the_script_is_killed_and_a_run_of_two_goes_on(
     again = start_script(flags | {"max_steps": 5000}, ranks, output, tmp_path / "again.txt")
     begun.append(again)
     again.wait_for(f"resuming at {checkpoint.parent}")
-    again.wait_for("'loss'")
+    again.wait_for("loss")
     again.process.terminate()
     assert again.end() == 143
     assert int(re.search(r"stopped at step (\d+)", again.last_line())[1]) > step

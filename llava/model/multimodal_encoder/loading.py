@@ -237,7 +237,7 @@ def build_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 @contextmanager
 def quiet_loading(subject: str) -> Iterator[None]:
     """Silence transformers inside the block; whatever it raises becomes one line about the subject."""
-    verbosity = logging.get_verbosity()
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -249,4 +249,5 @@ def quiet_loading(subject: str) -> Iterator[None]:
         raise InputError(f"{subject} can't be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if shows_progress:
+            logging.enable_progress_bar()

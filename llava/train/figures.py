@@ -1,0 +1,396 @@
+"""What a run does while it trains: losses by modality, tokens, speed, time per part, memory, time left.
+
+Nothing here makes the host wait between logging steps. What the host knows anyway (kept tokens, samples) is added up as
+plain numbers; what only the device knows (losses, lengths) stays there as small tensors until it is read. Parts are
+timed by events in the device's own stream, which are read after the wait that ends every step.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from llava.constants import IGNORE_INDEX
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.splice import PromptEmbeds
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+GIBIBYTE = 2**30
+CHUNK = 512  # positions whose float32 logits are held at a time, where a batch mixes modalities
+
+# Parts of a step. A pause (checkpoints, held-out losses, scores) is no part of the speed, only of the time left.
+DATA, TOWER, LANGUAGE_MODEL, OPTIMIZER, OTHER, PAUSE = PARTS = (
+    "data",
+    "tower",
+    "language_model",
+    "optimizer",
+    "other",
+    "pause",
+)
+
+
+@dataclass
+class Totals:
+    """Sums since some moment, of this rank.
+
+    Attributes:
+        num_samples: samples whose loss was computed.
+        num_images: images of which the language model read a token.
+        kept: tokens of these images.
+        kept_squared: the sum of their squares.
+        num_positions: of all sequences, padding included.
+        real: positions without padding, a tensor per batch.
+        losses: `float32[4]` per batch: the loss summed over learned tokens, and their number, of samples with an image
+            and of those without.
+    """
+
+    num_samples: int = 0
+    num_images: int = 0
+    kept: int = 0
+    kept_squared: int = 0
+    num_positions: int = 0
+    real: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+    def read(self) -> list[float]:
+        """Return the sums as numbers, those on the device last; waits for it."""
+        host = [self.num_samples, self.num_images, self.kept, self.kept_squared, self.num_positions]
+        real = float(torch.stack(self.real).sum()) if self.real else 0.0
+        losses = torch.stack(self.losses).cpu().double().sum(dim=0).tolist() if self.losses else [0.0] * 4
+        return [*map(float, host), real, *losses]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Totals of all ranks; the fields are those of `Totals`, in the order of `Totals.read`."""
+
+    num_samples: float
+    num_images: float
+    kept: float
+    kept_squared: float
+    num_positions: float
+    real: float
+    image_loss: float
+    image_tokens: float
+    text_loss: float
+    text_tokens: float
+
+    def losses(self) -> dict[str, float]:
+        """Return the mean loss of a learned token, by modality of its sample; a modality without tokens is left out."""
+        parts = {"loss_image": (self.image_loss, self.image_tokens), "loss_text": (self.text_loss, self.text_tokens)}
+        return {name: loss / tokens for name, (loss, tokens) in parts.items() if tokens}
+
+    def kept_tokens(self) -> dict[str, float]:
+        """Return mean and standard deviation of the tokens of an image; nothing without an image."""
+        if not self.num_images:
+            return {}
+        mean = self.kept / self.num_images
+        spread = math.sqrt(max(0.0, self.kept_squared / self.num_images - mean**2))
+        return {"kept_tokens_mean": mean, "kept_tokens_std": spread}
+
+
+class Timeline:
+    """Which part of a step runs when, on one device.
+
+    On an accelerator a moment is an event in the stream, elsewhere a reading of the host's clock.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.part = OTHER
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._marks: list[tuple[str, torch.Event | float]] = []
+
+    def enter(self, part: str) -> str:
+        """Let a part begin now; return the one that ends."""
+        before, self.part = self.part, part
+        self._marks.append((part, self._now()))
+        return before
+
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """Count what runs inside for a part, and then go on with the one before."""
+        before = self.enter(part)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def fold(self) -> None:
+        """Add up the marks so far; call it when the device has reached the last one."""
+        for (part, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            self.seconds[part] += end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
+        del self._marks[:-1]
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds of each part since the last call."""
+        taken, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
+        return taken
+
+    def _now(self) -> torch.Event | float:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        return event
+
+
+class Meter:
+    """Watches a model while it trains.
+
+    Attributes:
+        totals: since the last `record`, or inside `apart` since its beginning.
+        timeline: of this rank.
+        is_on: whether forward passes count.
+    """
+
+    def __init__(self, device: torch.device):
+        """Start at zero.
+
+        Args:
+            device: on which this rank computes.
+        """
+        self.device = device
+        self.totals = Totals()
+        self.timeline = Timeline(device)
+        self.is_on = False
+        self._has_image: list[bool] = []
+        self._is_watching = False
+        self._begin: tuple[float, int] | None = None
+        self._first_end: tuple[float, int] | None = None
+
+    # ------------------------------------------------------------------------------------------------- what is watched
+    @contextmanager
+    def watching(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside, count the losses of a model and what a LLaVA's prompts hold, and time its tower.
+
+        Methods of the model are replaced meanwhile; afterwards it is as before, and may be copied.
+        """
+        if self._is_watching:
+            yield
+            return
+        compute, is_llava = model.loss_function, isinstance(model, LlavaMetaForCausalLM)
+        model.loss_function = self._counting_losses(compute)
+        if is_llava:
+            model.embed_prompts = self._counting_prompts(model.embed_prompts)
+            model.encode_images = self.timed(TOWER, model.encode_images)
+        self._is_watching = True
+        try:
+            yield
+        finally:
+            self._is_watching = False
+            model.loss_function = compute
+            if is_llava:
+                del model.embed_prompts, model.encode_images
+
+    def timed(self, part: str, function: Callable[Given, Result]) -> Callable[Given, Result]:
+        """Return a function whose time counts for a part."""
+
+        @wraps(function)
+        def run(*arguments: Given.args, **options: Given.kwargs) -> Result:
+            is_timed = self.is_on and self.timeline.part != PAUSE
+            with self.timeline.during(part) if is_timed else nullcontext():
+                return function(*arguments, **options)
+
+        return run
+
+    def _counting_prompts(self, function: Callable[..., PromptEmbeds]) -> Callable[..., PromptEmbeds]:
+        @wraps(function)
+        def run(*arguments: object, **options: object) -> PromptEmbeds:
+            batch = function(*arguments, **options)
+            if self.is_on:
+                self.count_prompts(batch)
+            return batch
+
+        return run
+
+    def _counting_losses(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(function)
+        def run(logits: Tensor, labels: Tensor, **options: object) -> Tensor:
+            loss = function(logits=logits, labels=labels, **options)
+            if self.is_on:
+                self.count_loss(loss, logits, labels)
+            return loss
+
+        return run
+
+    @torch.compiler.disable
+    def count_prompts(self, batch: PromptEmbeds) -> None:
+        """Count the tokens of a batch with images."""
+        totals, has_image = self.totals, []
+        for row in batch.image_of:  # int64[L], on the host
+            owners = row[row >= 0]
+            has_image.append(len(owners) > 0)
+            for kept in torch.bincount(owners).tolist():
+                totals.num_images += 1
+                totals.kept += kept
+                totals.kept_squared += kept**2
+        self._has_image = has_image
+        self._count_positions(batch.attention_mask)
+
+    def count_texts(self, attention_mask: Tensor) -> None:
+        """Count a batch of a plain language model, `bool[S, T]`."""
+        self._has_image = [False] * len(attention_mask)
+        self._count_positions(attention_mask)
+
+    def _count_positions(self, attention_mask: Tensor) -> None:
+        self.totals.num_positions += attention_mask.numel()
+        self.totals.real.append(attention_mask.sum())
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def count_loss(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count the loss of the batch that was counted last.
+
+        Args:
+            loss: the mean over its learned tokens.
+            logits: `[S, L, V]`; looked at only where the batch mixes samples with and without images.
+            labels: `int64[S, L]`; position 0 is never predicted.
+        """
+        has_image = self._has_image
+        self.totals.num_samples += len(has_image)
+        learned = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).float()  # [S]
+        if len(set(has_image)) == 1:
+            pair, none = [loss.float() * learned.sum(), learned.sum()], [torch.zeros_like(learned[0])] * 2
+            self.totals.losses.append(torch.stack(pair + none if has_image[0] else none + pair))
+            return
+        summed = sum_losses(logits, labels)  # [S]
+        rows = {kind: [index for index, own in enumerate(has_image) if own is kind] for kind in (True, False)}
+        parts = [sum(values[index] for index in rows[kind]) for kind in (True, False) for values in (summed, learned)]
+        self.totals.losses.append(torch.stack(parts))
+
+    # ---------------------------------------------------------------------------------------------------------- moments
+    def begin(self, step: int) -> None:
+        """Start the clock, at a step, unless it runs already."""
+        if self._begin is None:
+            self._begin = time.monotonic(), step
+            self.timeline.enter(OTHER)
+
+    def end_step(self, step: int) -> None:
+        """Note that a step is done; call it when the device has done it."""
+        self.timeline.fold()
+        if self._first_end is None:
+            self._first_end = time.monotonic(), step
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Let the forward passes inside count."""
+        before, self.is_on = self.is_on, True
+        try:
+            yield
+        finally:
+            self.is_on = before
+
+    @contextmanager
+    def apart(self) -> Iterator[Totals]:
+        """Count the forward passes inside apart from those of the training."""
+        before, self.totals = self.totals, Totals()
+        try:
+            with self.on():
+                yield self.totals
+        finally:
+            self.totals = before
+
+    # ---------------------------------------------------------------------------------------------------------- figures
+    def record(self, step: int, max_steps: int) -> dict[str, float]:
+        """Return the figures since the last call, of all ranks; every rank has to call.
+
+        Args:
+            step: the last one that is done.
+            max_steps: of the whole run.
+
+        Returns:
+            What docs/training.md describes under "Figures while it runs"; what a step has not is left out.
+        """
+        self.timeline.fold()
+        taken, self.totals = self.totals, Totals()
+        seconds = self.timeline.take()
+        own = [*taken.read(), *(seconds[part] for part in PARTS), float(peak_memory(self.device) or 0)]
+        rows = gather(own, self.device)
+        columns = list(zip(*rows, strict=True))
+        *columns, peaks = columns
+        num_sums = len(columns) - len(PARTS)
+        sums = Sums(*map(sum, columns[:num_sums]))
+        parts = {name: sum(own) / len(rows) for name, own in zip(PARTS, columns[num_sums:], strict=True)}
+
+        busy = sum(parts.values()) - parts[PAUSE]
+        figures = sums.losses() | sums.kept_tokens()
+        if busy > 0:
+            figures |= {
+                "visual_tokens_per_second": sums.kept / busy,
+                "text_tokens_per_second": (sums.real - sums.kept) / busy,
+                "samples_per_second": sums.num_samples / busy,
+            }
+        if sums.num_positions:
+            figures["padding_share"] = 1 - sums.real / sums.num_positions
+        if max(peaks):
+            figures["memory_gib"] = max(peaks) / GIBIBYTE
+        figures |= {f"seconds_{part}": parts[part] for part in PARTS}
+        left = self.seconds_left(step, max_steps)
+        return figures if left is None else figures | {"eta_seconds": left}
+
+    def seconds_left(self, step: int, max_steps: int) -> float | None:
+        """Estimate how long the rest takes, by the steps so far; the first one, which warms up, counts only alone."""
+        for start in (self._first_end, self._begin):
+            if start is not None and step > start[1]:
+                return (time.monotonic() - start[0]) / (step - start[1]) * max(0, max_steps - step)
+        return None
+
+
+def sum_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Add up the losses of each sample's learned tokens, a few positions at a time.
+
+    Args:
+        logits: `[S, L, V]` in any dtype.
+        labels: `int64[S, L]`; position 0 is never predicted.
+
+    Returns:
+        `float32[S]`.
+    """
+    add = partial(cross_entropy, ignore_index=IGNORE_INDEX, reduction="sum")
+    sums = []
+    for row, targets in zip(logits[:, :-1], labels[:, 1:].to(logits.device), strict=True):
+        parts = zip(row.split(CHUNK), targets.split(CHUNK), strict=True)
+        sums.append(torch.stack([add(part.float(), wanted) for part, wanted in parts]).sum())
+    return torch.stack(sums)
+
+
+def gather(numbers: Sequence[float], device: torch.device) -> list[list[float]]:
+    """Return the numbers of every rank, in order of ranks; every rank has to call, with as many.
+
+    Args:
+        numbers: of this rank.
+        device: on which ranks exchange tensors.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [list(numbers)]
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(rows, own)
+    return torch.stack(rows).tolist()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that this process has held at a time: on the accelerator, or resident without one.
+
+    None where the system does not tell.
+    """
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
