@@ -429,7 +429,7 @@ class LlavaMetaForCausalLM(ABC):
         spliced = [splice_sample(*row) for row in zip(*rows, features, positions, strict=True)]
         columns = ([row[:limit] for row in column] for column in zip(*spliced, strict=True))
         batch = pad_batch(*columns, side=side)
-        return batch if labels is not None else replace(batch, labels=None)
+        return batch if labels is not None else replace(batch, labels=None, targets=None)
 
     def prepare_inputs_labels_for_multimodal(
         self,

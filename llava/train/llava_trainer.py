@@ -4,7 +4,8 @@
     get_optimizer_cls_and_kwargs  ZeRO offload: DeepSpeed's Adam for states in main memory
     _get_train_sampler            `--group_by_modality_length`: batches of one modality and similar lengths
     get_train_dataloader          batches stay on the host until `_prepare_inputs`; workers survive a signal to all
-    _prepare_inputs               ids, mask and labels stay there: the model splices on the host
+    _prepare_inputs               ids, mask and labels stay there, as the model splices on the host; no logits
+    compute_loss                  samples without a token to learn are counted
     _prepare_input                pixel values reach the frozen tower in float32, whatever the run computes in
     _save                         checkpoints in LLaVA's layout: movable tower path, no towers, what LoRA leaves out
     _load_from_checkpoint         on resuming, also what LoRA leaves out
@@ -30,11 +31,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.gone import look_up
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
 from llava.model.language_model.causal import TOWER_PREFIX
+from llava.model.language_model.label_loss import MOST_LOGITS, LossOutput, take_only_loss
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.protocols import Tokenizer
 from llava.train.arguments import TrainingArguments
@@ -48,6 +49,7 @@ from llava.train.checkpoint import (
 )
 from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Batch
+from llava.train.engine import is_partitioned
 from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
 from llava.train.stopping import begin_training, is_requested, keep_worker
@@ -70,7 +72,7 @@ class Tally:
     """
 
     num_samples: int = 0
-    num_unlearnable: torch.Tensor | int = 0
+    num_unlearnable: int = 0
     replaced: dict[str, None] = field(default_factory=dict)
 
 
@@ -84,26 +86,6 @@ def start_worker(seed_worker: Callable[[int], None] | None, number: int) -> None
 def unwrap(model: torch.nn.Module) -> PreTrainedModel:
     """The model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def count_unlearnable(model: PreTrainedModel, tally: Tally) -> None:
-    """Let a model's loss count samples without a label; a batch of such samples alone has loss 0 instead of nan.
-
-    Args:
-        model: computes its loss by `loss_function`, which is replaced.
-        tally: counts; on the device, so that nothing waits.
-    """
-    compute = model.loss_function
-
-    def loss_function(logits: torch.Tensor, labels: torch.Tensor, **options: object) -> torch.Tensor:
-        # logits [S, L, V], labels int64[S, L] of the spliced and cut sequence; position 0 is never predicted.
-        is_learnable = (labels[:, 1:] != IGNORE_INDEX).any(dim=1)  # [S]
-        tally.num_samples += len(is_learnable)
-        tally.num_unlearnable = tally.num_unlearnable + (~is_learnable).sum()
-        loss = compute(logits=logits, labels=labels, **options)
-        return torch.where(is_learnable.any(), loss, torch.zeros_like(loss))  # a mean over no token is nan
-
-    model.loss_function = loss_function
 
 
 class LLaVATrainer(Trainer):
@@ -120,7 +102,8 @@ class LLaVATrainer(Trainer):
         """As transformers' `Trainer`; `tokenizer` is what LLaVA's scripts call its `processing_class`."""
         super().__init__(*arguments, **{"processing_class": tokenizer, **options})
         self.tally = Tally()
-        count_unlearnable(unwrap(self.model), self.tally)
+        if not isinstance(unwrap(self.model), LlavaMetaForCausalLM):
+            take_only_loss(unwrap(self.model), None if is_partitioned() else MOST_LOGITS)
 
     def train(self, resume_from_checkpoint: str | None = None, **options: object) -> TrainOutput:
         """Train; files of a checkpoint that hold code are refused.
@@ -154,9 +137,9 @@ class LLaVATrainer(Trainer):
 
     def report_tally(self) -> None:
         """Log what taught nothing, and what was replaced; each process speaks of its own samples."""
-        empty = int(self.tally.num_unlearnable)
-        if empty:
-            logger.warning("%d of %d samples had no token to learn", empty, self.tally.num_samples)
+        if self.tally.num_unlearnable:
+            counts = self.tally.num_unlearnable, self.tally.num_samples
+            logger.warning("%d of %d samples had no token to learn", *counts)
         if self.tally.replaced:
             names = list(self.tally.replaced)
             shown = "; ".join(names[:SHOWN_FAULTS]) + ("; ..." if len(names) > SHOWN_FAULTS else "")
@@ -213,10 +196,26 @@ class LLaVATrainer(Trainer):
         return loader
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        if "images" not in inputs:
-            return super()._prepare_inputs(inputs)  # a plain language model
-        # Ids on the device would be fetched back, for which the host would wait until the last step is done.
-        return {**inputs, "images": self._prepare_input(inputs["images"])}
+        # Labels, and ids of a LLaVA, on the device would be fetched back, for which the host would wait until the last
+        # step is done.
+        if "images" in inputs:
+            moved = {"images": self._prepare_input(inputs["images"])}
+        else:  # a plain language model
+            moved = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
+        return {**inputs, **moved, "only_loss": True}
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, LossOutput]:
+        """Compute the loss of a prepared batch, and count its samples without a label."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.tally.num_samples += len(outputs["num_targets"])
+        self.tally.num_unlearnable += int((outputs["num_targets"] == 0).sum())
+        return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

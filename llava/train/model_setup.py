@@ -237,6 +237,8 @@ def add_vision(
     add_image_tokens(model, tokenizer, model_args)
     if training_args.runs_deepspeed:
         detach_tower(model, training_args.device)
+    if is_partitioned():
+        model.most_logits = None
 
 
 def load_projector(model: LlavaCausalLM, path: str | None, training_args: TrainingArguments) -> None:

@@ -16,11 +16,12 @@ from llava.errors import InputError
 from llava.model.checkpoint_folder import portable_config
 from llava.model.hf_layout import NAMES, STORED_PREFIX
 from llava.model.image_tokens import ImageTokens
+from llava.model.language_model.label_loss import MOST_LOGITS, pass_for_loss
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.splice import TEXT as NO_IMAGE
-from llava.model.splice import PromptEmbeds
+from llava.model.splice import PromptEmbeds, Targets
 from llava.model.token_reduction import CONFIG_KEY, TEXT, Reduction, parse_reduction
 
 TOWER_PREFIX = "model.vision_tower."
@@ -54,7 +55,14 @@ class LlavaDecoder(LlavaMetaModel):
 
 
 class LlavaCausalLM(LlavaMetaForCausalLM):
-    """LLaVA with token reduction; the reducer is parsed here, before any weight is read."""
+    """LLaVA with token reduction; the reducer is parsed here, before any weight is read.
+
+    Attributes:
+        most_logits: made at a time where a pass is asked for its loss alone; None: all at once, for ranks that gather
+            the head's weights together and so have to call it equally often (ZeRO-3).
+    """
+
+    most_logits: int | None = MOST_LOGITS
 
     # Mean over micro-batches, as in LLaVA's training (transformers 5 would weight by tokens).
     accepts_loss_kwargs = False
@@ -112,6 +120,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         image_sizes: list[tuple[int, int]] | None = None,
         texts: str | list[str] | None = None,
         logits_to_keep: int | Tensor = 0,
+        only_loss: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """One pass over prompts with images (arguments as in `embed_prompts`), or over what `generate` continues.
@@ -121,11 +130,20 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
         With labels, and in training, the language model reads all image tokens, whatever would leave inside it.
 
+        `only_loss`, with labels, asks for no logits: the output head reads the labelled positions alone, part by part,
+        and what comes back is a `LossOutput`. The trainer asks so; the loss and its gradients are the same.
+
         Returns:
             Loss (mean over labelled tokens, with labels) and logits `[S, L, V]` over the spliced positions, or over
             the last `logits_to_keep` of them. Where image tokens leave inside the language model, L counts those that
             reach the last layer, padded on the left.
+
+        Raises:
+            InputError: `only_loss` without labels.
         """
+        if only_loss and labels is None:
+            raise InputError("only_loss=True: there is no loss without labels; give labels, or leave it out")
+        targets = None
         if inputs_embeds is None and past_key_values is None:
             batch = self.embed_prompts(
                 input_ids,
@@ -137,8 +155,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             )
             input_ids, inputs_embeds, labels = None, batch.embeds, batch.labels
             attention_mask, position_ids = batch.attention_mask, batch.position_ids
+            targets = batch.targets
             if self.layer_reducer is not None and labels is None and not self.training:
                 past_key_values = self.make_cache(batch)
+        if only_loss:
+            num_items = kwargs.pop("num_items_in_batch", None)
+            inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds} | kwargs
+            inputs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+            targets = targets or Targets.of(labels, labels.device)
+            return pass_for_loss(self, targets, inputs, self.most_logits, num_items)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
