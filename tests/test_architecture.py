@@ -41,6 +41,7 @@ LAYERS = [
     ("llava.model.image_tokens", 4),
     ("llava.model.checkpoint_folder", 4),
     ("llava.model.identity", 4),
+    ("llava.model.feature_files", 5),
     ("llava.model.llava_arch", 5),
     ("llava.model.language_model", 6),
     ("llava.model.tokenizer", 4),

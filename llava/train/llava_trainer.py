@@ -37,6 +37,7 @@ from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_con
 from llava.model.language_model.causal import TOWER_PREFIX
 from llava.model.language_model.label_loss import MOST_LOGITS, LossOutput, take_only_loss
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.protocols import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import (
@@ -50,6 +51,7 @@ from llava.train.checkpoint import (
 from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Batch
 from llava.train.engine import is_partitioned
+from llava.train.feature_cache import FeatureCache
 from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
 from llava.train.stopping import begin_training, is_requested, keep_worker
@@ -98,9 +100,16 @@ class LLaVATrainer(Trainer):
 
     was_stopped = False
 
-    def __init__(self, *arguments: object, tokenizer: Tokenizer | None = None, **options: object) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        tokenizer: Tokenizer | None = None,
+        feature_cache: FeatureCache | None = None,
+        **options: object,
+    ) -> None:
         """As transformers' `Trainer`; `tokenizer` is what LLaVA's scripts call its `processing_class`."""
         super().__init__(*arguments, **{"processing_class": tokenizer, **options})
+        self.feature_cache = feature_cache
         self.tally = Tally()
         if not isinstance(unwrap(self.model), LlavaMetaForCausalLM):
             take_only_loss(unwrap(self.model), None if is_partitioned() else MOST_LOGITS)
@@ -113,7 +122,10 @@ class LLaVATrainer(Trainer):
         """
         begin_training()
         with data_only():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        if self.feature_cache is not None:
+            self.feature_cache.close()
+        return output
 
     def save_trained(self, only_projector: bool) -> None:
         """Save the result of a finished run in LLaVA's layout.
@@ -199,10 +211,18 @@ class LLaVATrainer(Trainer):
         # Labels, and ids of a LLaVA, on the device would be fetched back, for which the host would wait until the last
         # step is done.
         if "images" in inputs:
-            moved = {"images": self._prepare_input(inputs["images"])}
+            moved = {"images": self._prepare_images(inputs)}
         else:  # a plain language model
             moved = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
-        return {**inputs, **moved, "only_loss": True}
+        kept = {name: value for name, value in inputs.items() if name != "image_keys"}
+        return {**kept, **moved, "only_loss": True}
+
+    def _prepare_images(self, batch: Batch) -> torch.Tensor | list[torch.Tensor] | list[ImageFeatures] | None:
+        """Bring pixels to the device, or to features where there is a cache of them."""
+        images = batch["images"]
+        if "image_keys" not in batch:
+            return self._prepare_input(images)
+        return self.feature_cache.complete(images, batch["image_keys"], batch["image_sizes"])
 
     def compute_loss(
         self,

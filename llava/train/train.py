@@ -30,6 +30,7 @@ from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_a
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
 from llava.train.engine import leave_engine, start_engine
+from llava.train.feature_cache import open_cache
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.lora import find_all_linear_names as find_all_linear_names
@@ -81,6 +82,8 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     #    complete checkpoint, with the same settings; a finished one has nothing to do.
     text_format = describe_text(model_args, tokenizer)
     records = load_records(model_args, data_args, text_format.template)
+    if data_args.feature_cache:
+        make_folder(Path(data_args.feature_cache))
     run = Run(
         folder=make_folder(Path(training_args.output_dir)),
         settings=RunSettings.collect(model_args, data_args, training_args, records),
@@ -104,15 +107,24 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     set_seed(training_args.seed)
     model = load_language_model(model_args, training_args, config)
     trained = add_lora(model, training_args)  # the same model, or PEFT's wrapper around it
-    image_format = None
+    image_format = feature_cache = None
     if model_args.vision_tower is not None:
         add_vision(model, tokenizer, model_args, data_args, training_args)
-        image_format = describe_images(data_args, model.get_vision_tower().image_processor)
+        tower = model.get_vision_tower()
+        image_format = describe_images(data_args, tower.image_processor)
+        feature_cache = open_cache(model_args, data_args, tower, model.needs)
     choose_trainable(model, model_args)
     record_template(model, model_args.version, text_format.template, tokenizer)
 
     # 4. Training. Samples are built when the loader asks for them.
-    dataset = ConversationDataset(records, tokenizer, text_format, image_format, data_args.skip_broken_records)
+    dataset = ConversationDataset(
+        records,
+        tokenizer,
+        text_format,
+        image_format,
+        data_args.skip_broken_records,
+        feature_files=feature_cache and feature_cache.files,
+    )
     with explaining_refusals("training arguments"):
         trainer = LLaVATrainer(
             model=trained,
@@ -120,6 +132,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
             train_dataset=dataset,
             data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
             tokenizer=tokenizer,
+            feature_cache=feature_cache,
         )
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.report_tally()

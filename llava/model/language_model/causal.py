@@ -280,7 +280,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
     def _check_cache(self, cache: Cache | None, batch: PromptEmbeds) -> None:
         """Refuse a cache with tokens of images that were just reduced anew: for this question others may be kept."""
         length = 0 if cache is None else int(cache.get_seq_length())
-        if TEXT in self._needs and bool((batch.image_of[:, :length] != NO_IMAGE).any()):
+        if TEXT in self.needs and bool((batch.image_of[:, :length] != NO_IMAGE).any()):
             raise InputError(
                 f"past_key_values holds image tokens that {self.token_reducer.spec()} chose for an earlier question: "
                 "give the same ones as image_tokens= (from encode_images, made once per image) instead of images="
