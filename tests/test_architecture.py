@@ -42,6 +42,7 @@ LAYERS = [
     ("llava.model.packing", 4),
     ("llava.model.checkpoint_folder", 4),
     ("llava.model.identity", 4),
+    ("llava.model.feature_files", 5),
     ("llava.model.llava_arch", 5),
     ("llava.model.language_model", 6),
     ("llava.model.tokenizer", 4),

@@ -124,6 +124,7 @@ class LlavaMetaForCausalLM(ABC):
 
     token_reducer: TokenReducer | None = None
     layer_reducer: LayerReducer | None = None
+    _blank: tuple[object, ImageFeatures] | None = None
     tokenizer: Tokenizer | None = None
     """For `recover_queries`, in prompts of clients without texts: set by the loader, else read from the checkpoint."""
 
@@ -194,7 +195,8 @@ class LlavaMetaForCausalLM(ABC):
             logger.warning(least, reducer.spec(), num_patches, reducer.spec_name)
 
     @property
-    def _needs(self) -> frozenset[Need]:
+    def needs(self) -> frozenset[Need]:
+        """What the token reduction before the language model looks at besides the patches."""
         return self.token_reducer.needs if self.token_reducer else frozenset()
 
     def _reducer(self, reduction: Reduction | None) -> TokenReducer | None:
@@ -214,22 +216,25 @@ class LlavaMetaForCausalLM(ABC):
         return tower
 
     def encode_patches(
-        self, images: Tensor | list[Tensor], needs: Collection[Need] | None = None
+        self, images: Tensor | list[Tensor] | list[ImageFeatures], needs: Collection[Need] | None = None
     ) -> list[ImageFeatures]:
         """Run the vision tower over a batch of images; the result depends on the images alone.
 
         Args:
-            images: `[I, 3, S, S]`, `[I, C, 3, S, S]`, or a list of `[3, S, S]` and `[C, 3, S, S]`.
+            images: `[I, 3, S, S]`, `[I, C, 3, S, S]`, or a list of `[3, S, S]` and `[C, 3, S, S]`; or records of an
+                earlier call, which come back as they are.
             needs: what to take of the tower besides the patches; None: what the token reduction needs.
 
         Returns:
             One record per image: patches `[C, N, D]` (C = 1 for single-crop models) in the tower's dtype, and what else
             the token reduction needs of the tower.
         """
+        if isinstance(images, list) and all(isinstance(image, ImageFeatures) for image in images):
+            return images
         crops = [image[None] if image.dim() == 3 else image for image in images]
         if not crops:
             return []
-        features = self.ready_tower().extract(torch.cat(crops), self._needs if needs is None else needs)
+        features = self.ready_tower().extract(torch.cat(crops), self.needs if needs is None else needs)
         return features.split([image.shape[0] for image in crops])
 
     def embed_queries(self, texts: list[str], reduction: Reduction | None = None) -> Tensor | None:
@@ -333,7 +338,7 @@ class LlavaMetaForCausalLM(ABC):
         """
         if texts is not None:
             return self.make_image_tokens(self.encode_patches(images), texts, image_sizes)
-        if TEXT in self._needs:
+        if TEXT in self.needs:
             raise InputError(f"{self.token_reducer.spec()} reads the question: give texts=, one for each image")
         tokens = self.encode_images(images, [""] * len(images), image_sizes)
         features = [image.features for image in tokens]
@@ -358,7 +363,7 @@ class LlavaMetaForCausalLM(ABC):
     def _sample_texts(self, texts: str | list[str] | None, input_ids: Tensor, real: Tensor) -> list[str]:
         """One query per sample: as given, one for all, or recovered from the ids."""
         num_samples = input_ids.shape[0]
-        if TEXT not in self._needs:
+        if TEXT not in self.needs:
             return [""] * num_samples
         if texts is None:
             return self.recover_queries(input_ids, real)
@@ -439,7 +444,7 @@ class LlavaMetaForCausalLM(ABC):
         else:
             side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
             batch = pad_batch(*columns, side=side)
-        return batch if labels is not None else replace(batch, labels=None)
+        return batch if labels is not None else replace(batch, labels=None, targets=None)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -475,9 +480,17 @@ class LlavaMetaForCausalLM(ABC):
             return None
         first = next((image for own in features for image in own), None)
         if first is None:
-            side = self.get_vision_tower().image_size
-            first = self.encode_images(torch.zeros(1, 3, side, side), [""])[0].features
+            first = self.make_image_tokens([self._encode_blank()], [""])[0].features
         return first[:0]
+
+    def _encode_blank(self) -> ImageFeatures:
+        """Encode an image of zeros, once while the token reduction needs the same of it."""
+        tower = self.get_vision_tower()
+        made_for = (self.needs, tower.device, tower.dtype)
+        if self._blank is None or self._blank[0] != made_for:
+            side = tower.image_size
+            self._blank = made_for, self.encode_patches(torch.zeros(1, 3, side, side))[0]
+        return self._blank[1]
 
     def initialize_vision_tokenizer(self, model_args: VisionArguments, tokenizer: Tokenizer) -> None:
         """Add the tokens that `mm_use_im_patch_token` and `mm_use_im_start_end` ask for (LLaVA-1.5: none), in place."""

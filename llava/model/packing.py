@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
-from llava.model.splice import PromptEmbeds, pad_batch
+from llava.model.splice import PromptEmbeds, Targets, pad_batch
 from llava.model.token_reduction import TokenReducer
 
 FLASH = "flash_attention_2"
@@ -120,7 +120,9 @@ def pack_batch(
     positions = torch.cat([torch.arange(extent) for extent in extents]).split(width)
     columns = ([torch.cat([column[sample] for sample in row]) for row in rows] for column in (embeds, labels, image_of))
     borders = torch.tensor([0, *extents]).cumsum(dim=0, dtype=torch.int32)
-    return replace(pad_batch(*columns, positions), borders=borders)
+    batch = pad_batch(*columns, positions)
+    targets = Targets.of(batch.labels.cpu(), batch.embeds.device, borders)
+    return replace(batch, borders=borders, targets=targets)
 
 
 def mark_borders(borders: Tensor, device: torch.device) -> dict[str, Tensor | int]:
@@ -132,20 +134,3 @@ def mark_borders(borders: Tensor, device: torch.device) -> dict[str, Tensor | in
     """
     longest, places = int(borders.diff().max()), borders.to(device)
     return {"cu_seq_lens_q": places, "cu_seq_lens_k": places, "max_length_q": longest, "max_length_k": longest}
-
-
-def find_learnable(labels: Tensor, borders: Tensor | None = None) -> Tensor:
-    """Find the samples with a token to learn.
-
-    Args:
-        labels: `int64[S, L]`, or `int64[R, L]` of packed rows; the first one of a sample is never predicted.
-        borders: `int32[S + 1]` of packed rows, on the same device.
-
-    Returns:
-        `bool[S]`, in the order of the rows.
-    """
-    is_label = labels != IGNORE_INDEX
-    if borders is None:
-        return is_label[:, 1:].any(dim=1)
-    counts = torch.nn.functional.pad(is_label.flatten().cumsum(dim=0), (1, 0))
-    return counts[borders].diff() > 0

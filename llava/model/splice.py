@@ -6,6 +6,7 @@ Shape letters: `S` samples, `T` prompt ids, `M` tokens of one image, `L` spliced
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -13,6 +14,44 @@ from llava.errors import InputError
 
 TEXT = -1
 """In `image_of`: a token that belongs to no image."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a batch teaches: the K positions whose next token has a label.
+
+    Attributes:
+        places: `int64[K]` those positions among all `S * L`, row by row.
+        labels: `int64[K]` the next token of each.
+        owners: `int64[K]` which sample each belongs to.
+        counts: `int64[S]` how many each sample has, on the CPU.
+    """
+
+    places: Tensor
+    labels: Tensor
+    owners: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, device: torch.device, borders: Tensor | None = None) -> "Targets":
+        """Find them.
+
+        Args:
+            labels: `int64[S, L]`, IGNORE_INDEX where nothing is learned; on the CPU nothing waits for the device.
+            device: where places, labels and owners go.
+            borders: of packed rows, see `PromptEmbeds`; the first token of a sample has no label there. None: a row is
+                a sample.
+        """
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # the first token is never predicted
+        is_learned = following != IGNORE_INDEX
+        places = is_learned.flatten().nonzero().flatten()
+        chosen = following.flatten()[places]
+        if borders is None:
+            counts = is_learned.sum(dim=1).cpu()
+        else:
+            counts = F.pad(is_learned.flatten().cumsum(dim=0), (1, 0))[borders].diff()
+        owners = torch.arange(len(counts)).repeat_interleave(counts)
+        return cls(upload(places, device), upload(chosen, device), upload(owners, device), counts)
 
 
 @dataclass(frozen=True)
@@ -26,6 +65,7 @@ class PromptEmbeds:
             original positions they have gaps.
         image_of: `int64[S, L]` which of its sample's images each token belongs to, -1 at text and padding; on the CPU.
         labels: `int64[S, L]`, IGNORE_INDEX at image tokens and padding; None where no labels were given.
+        targets: the same as the positions that the loss covers, on the embeddings' device; None without labels.
         borders: `int32[S + 1]` of packed rows (see `llava.model.packing`; S above then counts rows): where each sample
             begins when the rows are laid end to end, and where the last one ends; on the CPU. None: a row is a sample.
     """
@@ -35,6 +75,7 @@ class PromptEmbeds:
     position_ids: Tensor
     image_of: Tensor
     labels: Tensor | None = None
+    targets: Targets | None = None
     borders: Tensor | None = None
 
 
@@ -54,6 +95,11 @@ class Positions:
     def without_gaps(cls, num_tokens: int) -> "Positions":
         """One token after the other."""
         return cls(torch.arange(num_tokens), num_tokens)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Move values of the host to a device; the host goes on at once, while the device still works on other things."""
+    return values.to(device, non_blocking=True)
 
 
 def count_placeholders(input_ids: Tensor) -> list[int]:
@@ -165,9 +211,15 @@ def pad_batch(
     def stack(rows: list[Tensor], fill: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
 
-    batch_labels = stack(labels, IGNORE_INDEX).to(device)
-    owners, position_ids = stack(image_of, TEXT), stack(positions, 0)
-    return PromptEmbeds(stack(embeds, 0), mask.to(device), position_ids.to(device), owners, batch_labels)
+    owners, position_ids, batch_labels = stack(image_of, TEXT), stack(positions, 0), stack(labels, IGNORE_INDEX)
+    return PromptEmbeds(
+        embeds=stack(embeds, 0),
+        attention_mask=upload(mask, device),
+        position_ids=upload(position_ids, device),
+        image_of=owners,
+        labels=upload(batch_labels, device),
+        targets=Targets.of(batch_labels, device),
+    )
 
 
 def strip_padding(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:

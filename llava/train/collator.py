@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.train.dataset import Sample
 
 
@@ -19,8 +20,10 @@ class Batch(TypedDict, total=False):
         input_ids: int64[S, T].
         labels: int64[S, T].
         attention_mask: bool[S, T].
-        images: float32[I, 3, H, W] if all shapes agree, else a list of I tensors; None without any image.
+        images: float32[I, 3, H, W] if all shapes agree, else a list of I tensors; with a feature cache a list of what
+            the samples have; None without any image.
         image_sizes: (width, height) of each image before any resizing; None without any image.
+        image_keys: with a feature cache, the name of each image in it; the trainer takes it out.
         texts: one query per sample.
         replaced: faults of records that others stand in for; the trainer takes it out.
     """
@@ -28,8 +31,9 @@ class Batch(TypedDict, total=False):
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor
-    images: Tensor | list[Tensor] | None
+    images: Tensor | list[Tensor] | list[Tensor | ImageFeatures] | None
     image_sizes: list[tuple[int, int]] | None
+    image_keys: list[str]
     texts: list[str]
     replaced: list[str]
 
@@ -68,13 +72,18 @@ class Collator:
 
         # 3. Images of all samples in one list. The model hands them to the placeholders in this order, so an image
         #    whose placeholder was cut off must go.
-        images: list[Tensor] = []
+        images: list[Tensor | ImageFeatures] = []
         sizes: list[tuple[int, int]] = []
+        keys: list[str] = []
         for sample, row in zip(samples, ids, strict=True):
             num_images = int((row == IMAGE_TOKEN_INDEX).sum())
             images += sample.images[:num_images]
             sizes += sample.image_sizes[:num_images]
-        batch["images"] = _stack_alike(images)  # [I, 3, H, W]
+            keys += sample.image_keys[:num_images]
+        if keys:
+            batch["images"], batch["image_keys"] = images, keys
+        else:
+            batch["images"] = _stack_alike(images)  # [I, 3, H, W]
         batch["image_sizes"] = sizes or None
         batch["texts"] = [sample.query for sample in samples]
         return batch

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,7 +20,10 @@ from llava.conversation import Conversation, SeparatorStyle
 from llava.errors import InputError
 from llava.image import load_image
 from llava.mm_utils import process_images
+from llava.model.feature_files import FeatureFiles
+from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.protocols import ImageProcessor, Tokenizer
+from llava.train.feature_cache import read_source
 from llava.train.records import Record, locate_image, report_faults
 from llava.train.sources import StoredImage
 from llava.train.targets import build_targets, choose_query, render
@@ -34,16 +38,19 @@ class Sample:
     Attributes:
         input_ids: int64[T] with IMAGE_TOKEN_INDEX at the images.
         labels: int64[T], IGNORE_INDEX where there is no loss.
-        images: float32[3, H, W] each (float32[C, 3, H, W] for several crops), in order of the placeholders.
+        images: float32[3, H, W] each (float32[C, 3, H, W] for several crops), in order of the placeholders; with a
+            feature cache what it holds of an image stands for its pixels.
         image_sizes: (width, height) of the images before any resizing.
+        image_keys: with a feature cache, the name of each image in it.
         query: the text by which token reduction chooses patches.
         replaced: faults of records that this sample stands in for.
     """
 
     input_ids: Tensor
     labels: Tensor
-    images: list[Tensor] = field(default_factory=list)
+    images: list[Tensor | ImageFeatures] = field(default_factory=list)
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    image_keys: list[str] = field(default_factory=list)
     query: str = ""
     replaced: tuple[str, ...] = ()
 
@@ -126,6 +133,7 @@ class ConversationDataset(Dataset):
         image_format: how to read images; None if no record has any.
         skip_broken: replace a record that turns out to be broken by the next good one of its modality, the same one
             whenever it is asked for; else such a record is an error.
+        feature_files: of `--feature_cache`; an image that they hold is not decoded.
     """
 
     def __init__(
@@ -135,7 +143,9 @@ class ConversationDataset(Dataset):
         text_format: TextFormat,
         image_format: ImageFormat | None = None,
         skip_broken: bool = False,
+        feature_files: FeatureFiles | None = None,
     ):
+        self.feature_files = feature_files
         self.skip_broken = skip_broken
         self.records = records
         self.tokenizer = tokenizer
@@ -172,19 +182,36 @@ class ConversationDataset(Dataset):
         with _naming(record):
             rendered = render(record.turns, self.text_format.template, self.text_format.placeholder)
             targets = build_targets(rendered, self.tokenizer)
-            images, sizes = self._load_images(record.images)
+            images, sizes, keys = self._load_images(record.images)
         return Sample(
             input_ids=torch.tensor(targets.input_ids, dtype=torch.long),
             labels=torch.tensor(targets.labels, dtype=torch.long),
             images=images,
             image_sizes=sizes,
+            image_keys=keys,
             query=choose_query(record.turns, rendered, self.text_format.query_source),
         )
 
-    def _load_images(self, names: Sequence[str | StoredImage]) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    def _load_images(
+        self, names: Sequence[str | StoredImage]
+    ) -> tuple[list[Tensor | ImageFeatures], list[tuple[int, int]], list[str]]:
+        """Load pixels or features of images, their sizes and their names in the feature cache."""
         if not names:
-            return [], []
+            return [], [], []
         found = [locate_image(name, self.image_format.folder) for name in names]
+        if self.feature_files is not None:
+            images, sizes, keys = zip(*(self._find_image(image) for image in found), strict=True)
+            return list(images), list(sizes), list(keys)
         images = [load_image(image.read() if isinstance(image, StoredImage) else image) for image in found]
         values = process_images(images, self.image_format.processor, self.image_format)
-        return list(values), [image.size for image in images]
+        return list(values), [image.size for image in images], []
+
+    def _find_image(self, image: str | StoredImage) -> tuple[Tensor | ImageFeatures, tuple[int, int], str]:
+        """Find an image in the feature cache, and decode it if it is not there."""
+        source, key = read_source(image)
+        kept = self.feature_files.read(key)
+        if kept is not None:
+            return kept.features, kept.size, key
+        decoded = source if isinstance(source, Image.Image) else load_image(source)
+        (pixels,) = process_images([decoded], self.image_format.processor, self.image_format)
+        return pixels, decoded.size, key

@@ -11,23 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from llava.constants import IGNORE_INDEX
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.splice import PromptEmbeds
+from llava.model.splice import PromptEmbeds, upload
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 GIBIBYTE = 2**30
-CHUNK = 512  # positions whose float32 logits are held at a time, where a batch mixes modalities
 
 # Parts of a step. A pause (checkpoints, held-out losses, scores) is no part of the speed, only of the time left.
 DATA, TOWER, LANGUAGE_MODEL, OPTIMIZER, OTHER, PAUSE = PARTS = (
@@ -173,15 +170,14 @@ class Meter:
     # ------------------------------------------------------------------------------------------------- what is watched
     @contextmanager
     def watching(self, model: PreTrainedModel) -> Iterator[None]:
-        """Inside, count the losses of a model and what a LLaVA's prompts hold, and time its tower.
+        """Inside, count what a LLaVA's prompts hold, and time its tower.
 
         Methods of the model are replaced meanwhile; afterwards it is as before, and may be copied.
         """
         if self._is_watching:
             yield
             return
-        compute, is_llava = model.loss_function, isinstance(model, LlavaMetaForCausalLM)
-        model.loss_function = self._counting_losses(compute)
+        is_llava = isinstance(model, LlavaMetaForCausalLM)
         if is_llava:
             model.embed_prompts = self._counting_prompts(model.embed_prompts)
             model.encode_images = self.timed(TOWER, model.encode_images)
@@ -190,7 +186,6 @@ class Meter:
             yield
         finally:
             self._is_watching = False
-            model.loss_function = compute
             if is_llava:
                 del model.embed_prompts, model.encode_images
 
@@ -215,21 +210,14 @@ class Meter:
 
         return run
 
-    def _counting_losses(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @wraps(function)
-        def run(logits: Tensor, labels: Tensor, **options: object) -> Tensor:
-            loss = function(logits=logits, labels=labels, **options)
-            if self.is_on:
-                self.count_loss(loss, logits, labels)
-            return loss
-
-        return run
-
     @torch.compiler.disable
     def count_prompts(self, batch: PromptEmbeds) -> None:
         """Count the tokens of a batch with images."""
         totals, has_image = self.totals, []
-        for row in batch.image_of:  # int64[L], on the host
+        samples = batch.image_of  # int64[S, L], on the host
+        if batch.borders is not None:
+            samples = samples.flatten().split(batch.borders.diff().tolist())
+        for row in samples:
             owners = row[row >= 0]
             has_image.append(len(owners) > 0)
             for kept in torch.bincount(owners).tolist():
@@ -248,27 +236,22 @@ class Meter:
         self.totals.num_positions += attention_mask.numel()
         self.totals.real.append(attention_mask.sum())
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def count_loss(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count the loss of the batch that was counted last.
+    def count_losses(self, sums: Tensor, counts: Tensor) -> None:
+        """Count the losses of the batch that was counted last.
 
         Args:
-            loss: the mean over its learned tokens.
-            logits: `[S, L, V]`; looked at only where the batch mixes samples with and without images.
-            labels: `int64[S, L]`; position 0 is never predicted.
+            sums: `float32[S]` of each sample's learned tokens, on the device.
+            counts: `int64[S]` of these tokens, on the CPU.
         """
-        has_image = self._has_image
-        self.totals.num_samples += len(has_image)
-        learned = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).float()  # [S]
-        if len(set(has_image)) == 1:
-            pair, none = [loss.float() * learned.sum(), learned.sum()], [torch.zeros_like(learned[0])] * 2
-            self.totals.losses.append(torch.stack(pair + none if has_image[0] else none + pair))
+        if not self.is_on:
             return
-        summed = sum_losses(logits, labels)  # [S]
-        rows = {kind: [index for index, own in enumerate(has_image) if own is kind] for kind in (True, False)}
-        parts = [sum(values[index] for index in rows[kind]) for kind in (True, False) for values in (summed, learned)]
-        self.totals.losses.append(torch.stack(parts))
+        has_image = torch.tensor(self._has_image)  # bool[S]
+        self.totals.num_samples += len(counts)
+        kinds = torch.stack([has_image, ~has_image]).float()  # [2, S]
+        numbers = kinds @ counts.float()
+        losses = upload(kinds, sums.device) @ sums
+        pairs = torch.stack([losses, upload(numbers, sums.device)], dim=1)
+        self.totals.losses.append(pairs.flatten())
 
     # ---------------------------------------------------------------------------------------------------------- moments
     def begin(self, step: int) -> None:
@@ -346,24 +329,6 @@ class Meter:
             if start is not None and step > start[1]:
                 return (time.monotonic() - start[0]) / (step - start[1]) * max(0, max_steps - step)
         return None
-
-
-def sum_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Add up the losses of each sample's learned tokens, a few positions at a time.
-
-    Args:
-        logits: `[S, L, V]` in any dtype.
-        labels: `int64[S, L]`; position 0 is never predicted.
-
-    Returns:
-        `float32[S]`.
-    """
-    add = partial(cross_entropy, ignore_index=IGNORE_INDEX, reduction="sum")
-    sums = []
-    for row, targets in zip(logits[:, :-1], labels[:, 1:].to(logits.device), strict=True):
-        parts = zip(row.split(CHUNK), targets.split(CHUNK), strict=True)
-        sums.append(torch.stack([add(part.float(), wanted) for part, wanted in parts]).sum())
-    return torch.stack(sums)
 
 
 def gather(numbers: Sequence[float], device: torch.device) -> list[list[float]]:

@@ -99,6 +99,10 @@ class DataArguments:
     image_grid_pinpoints: str | None = field(
         default=None, metadata={"help": "Canvases for anyres, e.g. [[336,672],[672,336]]."}
     )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder for what the frozen vision tower makes of images, kept for later epochs and runs."},
+    )
     lazy_preprocess: bool = field(default=True, metadata={"help": "Ignored; samples are always built when needed."})
     is_multimodal: bool = field(default=False, metadata={"help": "Ignored; the data decide."})
     skip_broken_records: bool = field(

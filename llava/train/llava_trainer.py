@@ -4,7 +4,8 @@
     get_optimizer_cls_and_kwargs  ZeRO offload: DeepSpeed's Adam for states in main memory
     _get_train_sampler            `--group_by_modality_length`, `--group_by_reduced_length`: batches of similar lengths
     get_train_dataloader          batches stay on the host until `_prepare_inputs`; workers survive a signal to all
-    _prepare_inputs               ids, mask and labels stay there: the model splices on the host; `--packing`
+    _prepare_inputs               ids, mask and labels stay there, as the model splices on the host; no logits
+    compute_loss                  its samples and their losses are counted, by modality
     _prepare_input                pixel values reach the frozen tower in float32, whatever the run computes in
     _save                         checkpoints in LLaVA's layout: movable tower path, no towers, what LoRA leaves out
     _load_from_checkpoint         on resuming, also what LoRA leaves out
@@ -40,8 +41,9 @@ from llava.errors import InputError
 from llava.gone import look_up
 from llava.model.checkpoint_folder import copy_sentencepiece_model, portable_config, tidy_checkpoint
 from llava.model.language_model.causal import TOWER_PREFIX
+from llava.model.language_model.label_loss import MOST_LOGITS, LossOutput, take_only_loss
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.packing import find_learnable
+from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.protocols import Tokenizer
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import (
@@ -56,6 +58,8 @@ from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_a
 from llava.train.collator import Batch
 from llava.train.console import Console
 from llava.train.dataset import ConversationDataset
+from llava.train.engine import is_partitioned
+from llava.train.feature_cache import FeatureCache
 from llava.train.figures import DATA, LANGUAGE_MODEL, OPTIMIZER, OTHER, PAUSE, Meter, Sums, gather
 from llava.train.held_out import PlacedSamples, deal_batches, undisturbed
 from llava.train.records import SHOWN_FAULTS
@@ -81,7 +85,7 @@ class Tally:
     """
 
     num_samples: int = 0
-    num_unlearnable: torch.Tensor | int = 0
+    num_unlearnable: int = 0
     replaced: dict[str, None] = field(default_factory=dict)
 
 
@@ -95,27 +99,6 @@ def start_worker(seed_worker: Callable[[int], None] | None, number: int) -> None
 def unwrap(model: torch.nn.Module) -> PreTrainedModel:
     """The model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def count_unlearnable(model: PreTrainedModel, tally: Tally) -> None:
-    """Let a model's loss count samples without a label; a batch of such samples alone has loss 0 instead of nan.
-
-    Args:
-        model: computes its loss by `loss_function`, which is replaced.
-        tally: counts what is trained on; on the device, so that nothing waits.
-    """
-    compute = model.loss_function
-
-    def loss_function(logits: torch.Tensor, labels: torch.Tensor, **options: object) -> torch.Tensor:
-        # logits [S, L, V], labels int64[S, L] of the spliced and cut sequences, or of packed rows.
-        is_learnable = find_learnable(labels, options.get("cu_seq_lens_q"))  # [S]
-        if model.training:
-            tally.num_samples += len(is_learnable)
-            tally.num_unlearnable = tally.num_unlearnable + (~is_learnable).sum()
-        loss = compute(logits=logits, labels=labels, **options)
-        return torch.where(is_learnable.any(), loss, torch.zeros_like(loss))  # a mean over no token is nan
-
-    model.loss_function = loss_function
 
 
 class LLaVATrainer(Trainer):
@@ -134,6 +117,7 @@ class LLaVATrainer(Trainer):
         *arguments: object,
         tokenizer: Tokenizer | None = None,
         lengths: Sequence[int] | None = None,
+        feature_cache: FeatureCache | None = None,
         score: ScoreCommand | None = None,
         **options: object,
     ) -> None:
@@ -143,15 +127,18 @@ class LLaVATrainer(Trainer):
             *arguments: of the base class.
             tokenizer: what LLaVA's scripts call its `processing_class`.
             lengths: positions of each record, for `--group_by_reduced_length`.
+            feature_cache: completes images of which a batch has keys.
             score: called every `--eval_command_steps` steps.
             **options: of the base class.
         """
         super().__init__(*arguments, **{"processing_class": tokenizer, **options})
         self.lengths = lengths
+        self.feature_cache = feature_cache
         self.tally = Tally()
         self.meter = Meter(self.args.device)
         self.score = score
-        count_unlearnable(unwrap(self.model), self.tally)
+        if not isinstance(unwrap(self.model), LlavaMetaForCausalLM):
+            take_only_loss(unwrap(self.model), None if is_partitioned() else MOST_LOGITS)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(Console())
@@ -164,7 +151,10 @@ class LLaVATrainer(Trainer):
         """
         begin_training()
         with data_only(), self.meter.watching(unwrap(self.model)):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        if self.feature_cache is not None:
+            self.feature_cache.close()
+        return output
 
     def save_trained(self, only_projector: bool) -> None:
         """Save the result of a finished run in LLaVA's layout.
@@ -191,9 +181,9 @@ class LLaVATrainer(Trainer):
 
     def report_tally(self) -> None:
         """Log what taught nothing, and what was replaced; each process speaks of its own samples."""
-        empty = int(self.tally.num_unlearnable)
-        if empty:
-            logger.warning("%d of %d samples had no token to learn", empty, self.tally.num_samples)
+        if self.tally.num_unlearnable:
+            counts = self.tally.num_unlearnable, self.tally.num_samples
+            logger.warning("%d of %d samples had no token to learn", *counts)
         if self.tally.replaced:
             names = list(self.tally.replaced)
             shown = "; ".join(names[:SHOWN_FAULTS]) + ("; ..." if len(names) > SHOWN_FAULTS else "")
@@ -251,11 +241,36 @@ class LLaVATrainer(Trainer):
         return loader
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        if "images" not in inputs:
+        # Labels, and ids of a LLaVA, on the device would be fetched back, for which the host would wait until the last
+        # step is done.
+        if "images" in inputs:
+            moved = {"images": self._prepare_images(inputs), "packing": self.args.packing}
+        else:  # a plain language model
             self.meter.count_texts(inputs["attention_mask"])
-            return super()._prepare_inputs(inputs)  # a plain language model
-        # Ids on the device would be fetched back, for which the host would wait until the last step is done.
-        return {**inputs, "images": self._prepare_input(inputs["images"]), "packing": self.args.packing}
+            moved = super()._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
+        kept = {name: value for name, value in inputs.items() if name != "image_keys"}
+        return {**kept, **moved, "only_loss": True}
+
+    def _prepare_images(self, batch: Batch) -> torch.Tensor | list[torch.Tensor] | list[ImageFeatures] | None:
+        """Bring pixels to the device, or to features where there is a cache of them."""
+        images = batch["images"]
+        if "image_keys" not in batch:
+            return self._prepare_input(images)
+        return self.feature_cache.complete(images, batch["image_keys"], batch["image_sizes"])
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, LossOutput]:
+        """Compute the loss of a prepared batch, and count its samples, their losses, and those without a label."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.meter.count_losses(outputs["loss_sums"], outputs["num_targets"])
+        self.tally.num_samples += len(outputs["num_targets"])
+        self.tally.num_unlearnable += int((outputs["num_targets"] == 0).sum())
+        return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -359,7 +374,8 @@ class LLaVATrainer(Trainer):
             self.model_wrapped.eval()
             for batch in self._held_out_loader(samples):
                 self.tally.replaced.update(dict.fromkeys(batch.pop("replaced", ())))
-                self.model_wrapped(**self._prepare_inputs(batch))
+                outputs = self.model_wrapped(**self._prepare_inputs(batch))
+                self.meter.count_losses(outputs["loss_sums"], outputs["num_targets"])
             sums = Sums(*map(sum, zip(*gather(totals.read(), self.args.device), strict=True)))
         tokens = sums.image_tokens + sums.text_tokens
         if not tokens:

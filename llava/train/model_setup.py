@@ -68,7 +68,7 @@ def complete_arguments(
     """
     tower = model_args.vision_tower or getattr(config, "mm_vision_tower", None)
     if tower is None:
-        _refuse_vision_flags(model_args)
+        _refuse_vision_flags(model_args, data_args)
         return model_args, data_args
     known = getattr(config, "mm_projector_type", None) if hasattr(config, "mm_vision_tower") else None
     if known and model_args.mm_projector_type not in (None, known):
@@ -90,9 +90,10 @@ def _fill(arguments: object, config: PreTrainedConfig, defaults: dict[str, objec
     }
 
 
-def _refuse_vision_flags(model_args: ModelArguments) -> None:
-    for flag in ("pretrain_mm_mlp_adapter", "tune_mm_mlp_adapter", CONFIG_KEY):
-        if getattr(model_args, flag):
+def _refuse_vision_flags(model_args: ModelArguments, data_args: DataArguments) -> None:
+    given = vars(model_args) | vars(data_args)
+    for flag in ("pretrain_mm_mlp_adapter", "tune_mm_mlp_adapter", CONFIG_KEY, "feature_cache"):
+        if given[flag]:
             raise InputError(f"--{flag}: {model_args.model_name_or_path} has no vision tower; give --vision_tower")
 
 
@@ -242,6 +243,8 @@ def add_vision(
     add_image_tokens(model, tokenizer, model_args)
     if training_args.runs_deepspeed:
         detach_tower(model, training_args.device)
+    if is_partitioned():
+        model.most_logits = None
 
 
 def load_projector(model: LlavaCausalLM, path: str | None, training_args: TrainingArguments) -> None:

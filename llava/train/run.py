@@ -40,6 +40,7 @@ NEUTRAL = frozenset(
         "lazy_preprocess",
         "is_multimodal",
         "skip_broken_records",
+        "feature_cache",
         "attn_implementation",
         "preflight_only",
         "eval_data_path",
@@ -187,6 +188,8 @@ class RunSettings:
             if flag.init and flag.name not in NEUTRAL and flag.name not in FILE_FLAGS
         }
         given[CONFIG_KEY] = parse_reduction(getattr(model_args, CONFIG_KEY)).spec()
+        # Its place does not matter, but features that go through it are rounded.
+        given["feature_cache"] = bool(data_args.feature_cache)
         given |= {"world_size": training_args.world_size, "deepspeed": zero_stage(training_args)}
         start = model_args.model_name_or_path
         contents = {

@@ -8,6 +8,7 @@ Without a vision tower it trains the language model alone.
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from llava.errors import InputError, run_command
@@ -19,12 +20,13 @@ if __name__ == "__main__":
     stopping.install()
     run_command(begin_command)
 
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from llava.conversation import Conversation
 from llava.files import make_folder
 from llava.gone import look_up
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
 from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
@@ -32,6 +34,7 @@ from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_a
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
 from llava.train.engine import leave_engine, start_engine
+from llava.train.feature_cache import open_cache
 from llava.train.held_out import check_held_out
 from llava.train.lengths import count_lengths, expect_image_tokens
 from llava.train.llava_trainer import LLaVATrainer
@@ -88,17 +91,9 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     text_format = describe_text(model_args, tokenizer)
     records = load_records(model_args, data_args, text_format.template)
     held_out = load_held_out(model_args, data_args, text_format.template, records)
-    settings = RunSettings.collect(model_args, data_args, training_args, records)
-    run = Run(
-        folder=make_folder(Path(training_args.output_dir)),
-        settings=settings,
-        is_writer=training_args.process_index == 0,
-        notes={
-            "flags": list_flags(model_args, data_args, training_args),
-            "data": describe_records(data_args.data_path, records, settings.contents["data_path"].fingerprint),
-            "held_out": describe_records(data_args.eval_data_path, held_out, hash_records(held_out)),
-        },
-    )
+    if data_args.feature_cache:
+        make_folder(Path(data_args.feature_cache))
+    run = describe_run(model_args, data_args, training_args, records, held_out)
     if run.is_finished(bool(list_checkpoints(run.folder)), training_args.resume_anyway):
         say(training_args, f"finished already, nothing to do: {run.folder}")
         return None
@@ -117,34 +112,35 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     set_seed(training_args.seed)
     model = load_language_model(model_args, training_args, config)
     trained = add_lora(model, training_args)  # the same model, or PEFT's wrapper around it
-    image_format = None
+    image_format = feature_cache = None
     if model_args.vision_tower is not None:
         add_vision(model, tokenizer, model_args, data_args, training_args)
-        image_format = describe_images(data_args, model.get_vision_tower().image_processor)
+        tower = model.get_vision_tower()
+        image_format = describe_images(data_args, tower.image_processor)
+        feature_cache = open_cache(model_args, data_args, tower, model.needs)
     choose_trainable(model, model_args)
     record_template(model, model_args.version, text_format.template, tokenizer)
 
     # 4. Training. Samples are built when the loader asks for them.
-    lengths = None
-    if training_args.group_by_reduced_length:
-        tokens = expect_image_tokens(model, data_args) if image_format is not None else None
-        limit = training_args.model_max_length
-        lengths = count_lengths(records, tokenizer, text_format, limit, tokens, data_args.image_folder)
-    dataset = ConversationDataset(records, tokenizer, text_format, image_format, data_args.skip_broken_records)
+    files = feature_cache and feature_cache.files
+    make_dataset = partial(
+        ConversationDataset, tokenizer=tokenizer, text_format=text_format, image_format=image_format,
+        skip_broken=data_args.skip_broken_records, feature_files=files,
+    )  # fmt: skip
+    lengths = find_lengths(model, records, tokenizer, text_format, data_args, training_args)
     # What is asked of the model while it trains; the trainer knows when it is due, also at the step it resumes at.
-    eval_dataset, score = None, choose_score(training_args, run.folder, model_args.tune_mm_mlp_adapter)
-    if held_out:
-        eval_dataset = ConversationDataset(held_out, tokenizer, text_format, image_format, dataset.skip_broken)
+    score = choose_score(training_args, run.folder, model_args.tune_mm_mlp_adapter)
     training_args.eval_on_start = bool(held_out) or score is not None
     with explaining_refusals("training arguments"):
         trainer = LLaVATrainer(
             model=trained,
             args=training_args,
-            train_dataset=dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=make_dataset(records),
+            eval_dataset=make_dataset(held_out) if held_out else None,
             data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
             tokenizer=tokenizer,
             lengths=lengths,
+            feature_cache=feature_cache,
             score=score,
         )
     trainer.train(resume_from_checkpoint=last_checkpoint)
@@ -166,6 +162,44 @@ def say(training_args: TrainingArguments, text: str) -> None:
     if training_args.process_index == 0:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
+
+
+def describe_run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    records: list[Record],
+    held_out: list[Record],
+) -> Run:
+    """Say which run this is, and what its run.json tells besides."""
+    settings = RunSettings.collect(model_args, data_args, training_args, records)
+    return Run(
+        folder=make_folder(Path(training_args.output_dir)),
+        settings=settings,
+        is_writer=training_args.process_index == 0,
+        notes={
+            "flags": list_flags(model_args, data_args, training_args),
+            "data": describe_records(data_args.data_path, records, settings.contents["data_path"].fingerprint),
+            "held_out": describe_records(data_args.eval_data_path, held_out, hash_records(held_out)),
+        },
+    )
+
+
+def find_lengths(
+    model: PreTrainedModel,
+    records: list[Record],
+    tokenizer: Tokenizer,
+    text_format: TextFormat,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> list[int] | None:
+    """Find the positions of each record, where `--group_by_reduced_length` groups by them."""
+    if not training_args.group_by_reduced_length:
+        return None
+    has_vision = isinstance(model, LlavaMetaForCausalLM)
+    tokens = expect_image_tokens(model, data_args) if has_vision else None
+    limit = training_args.model_max_length
+    return count_lengths(records, tokenizer, text_format, limit, tokens, data_args.image_folder)
 
 
 def load_records(model_args: ModelArguments, data_args: DataArguments, template: Conversation) -> list[Record]:

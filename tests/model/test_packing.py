@@ -11,7 +11,8 @@ from transformers import LlamaConfig, modeling_flash_attention_utils
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
-from llava.model.packing import find_even_width, find_learnable, plan_rows
+from llava.model.packing import find_even_width, plan_rows
+from llava.model.splice import Targets
 from tests.families import write_checkpoint
 
 LIMIT = 64
@@ -203,12 +204,11 @@ def test_attention_is_even_with_the_rest_of_a_layer_where_their_flops_are():
     assert find_even_width(config) == math.inf
 
 
-def test_samples_without_a_token_to_learn_are_found_in_rows_as_well():
+def test_the_tokens_to_learn_are_counted_for_each_sample_of_a_row():
     rows = torch.full((2, 6), IGNORE_INDEX)
-    rows[0, 1] = rows[1, 5] = 7
-    assert find_learnable(rows, torch.tensor([0, 2, 6, 9, 12])).tolist() == [True, False, False, True]
-    rows[:, 0] = 7  # never predicted
-    assert find_learnable(rows[:, [0, 2]]).tolist() == [False, False]
+    rows[0, 1] = rows[1, 4] = rows[1, 5] = 7
+    targets = Targets.of(rows, torch.device("cpu"), torch.tensor([0, 2, 6, 9, 12]))
+    assert targets.counts.tolist() == [1, 0, 0, 2] and targets.owners.tolist() == [0, 3, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.train.console import COLUMNS, HEADING, format_step
-from llava.train.figures import Meter, Timeline, sum_losses
+from llava.train.figures import Meter, Timeline
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.noise import is_noise, pass_on
 from llava.train.trackers import check_trackers, check_wandb, split_names
@@ -116,15 +116,6 @@ def test_a_record_of_several_steps_covers_all_of_them(run_training: Callable, tm
     assert all(record[name] > 0 for name in parts)
     assert record["eta_seconds"] == 0 and single[0]["eta_seconds"] > 0
     assert record["memory_gib"] > 0
-
-
-def test_losses_of_a_mixed_batch_are_summed_per_sample_in_any_length():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(3, 1100, 7), torch.randint(0, 7, (3, 1100))
-    labels[0, 500:] = labels[2] = IGNORE_INDEX
-    each = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none").view(3, -1)
-    assert sum_losses(logits, labels).tolist() == pytest.approx(each.sum(dim=1).tolist(), rel=1e-5)
-    assert sum_losses(logits, labels)[2] == 0
 
 
 def test_time_counts_for_the_innermost_part_and_is_never_counted_twice(monkeypatch: pytest.MonkeyPatch):

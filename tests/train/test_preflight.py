@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import LlamaTokenizer
 
 from llava.errors import InputError
-from llava.train import llava_trainer, preflight, train
+from llava.train import preflight, train
 from llava.train.dataset import TextFormat
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preflight import ImageTokens, find_broken_images, inspect_records, sample
@@ -343,14 +343,17 @@ def test_an_infinite_gradient_of_fp16_is_left_to_the_loss_scaler(run_training: C
 
 def test_a_sample_without_labels_beside_others_changes_nothing(run_training: Callable):
     trainer = run_training(max_steps=1)
-    model, tally = trainer.model, llava_trainer.Tally()
-    llava_trainer.count_unlearnable(model, tally)
-    logits = torch.randn(2, 4, model.config.vocab_size, requires_grad=True)
+    model, before = trainer.model, trainer.tally.num_samples
+    ids = torch.randint(3, 900, (2, 4), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[1, 2, 3, 4], [-100] * 4])
-    both = model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size)
-    alone = model.loss_function(logits=logits[:1], labels=labels[:1], vocab_size=model.config.vocab_size)
-    none = model.loss_function(logits=logits[1:], labels=labels[1:], vocab_size=model.config.vocab_size)
-    assert both == alone and none == 0
-    (gradient,) = torch.autograd.grad(none, logits)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+
+    def loss(rows: slice) -> torch.Tensor:
+        batch = {"input_ids": ids[rows], "labels": labels[rows], "attention_mask": mask[rows], "images": None}
+        return trainer.compute_loss(model, trainer._prepare_inputs(batch | {"texts": [""] * len(ids[rows])}))
+
+    both, alone, none = loss(slice(2)), loss(slice(1)), loss(slice(1, 2))
+    assert both.item() == pytest.approx(alone.item(), rel=1e-6) and none == 0
+    gradient = torch.autograd.grad(none, model.lm_head.weight)[0]
     assert gradient.count_nonzero() == 0
-    assert (tally.num_samples, int(tally.num_unlearnable)) == (4, 2)
+    assert (trainer.tally.num_samples - before, trainer.tally.num_unlearnable) == (4, 2)

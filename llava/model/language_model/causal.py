@@ -16,12 +16,13 @@ from llava.errors import InputError
 from llava.model.checkpoint_folder import portable_config
 from llava.model.hf_layout import NAMES, STORED_PREFIX
 from llava.model.image_tokens import ImageTokens
+from llava.model.language_model.label_loss import MOST_LOGITS, pass_for_loss
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.packing import mark_borders
 from llava.model.splice import TEXT as NO_IMAGE
-from llava.model.splice import PromptEmbeds
+from llava.model.splice import PromptEmbeds, Targets
 from llava.model.token_reduction import CONFIG_KEY, TEXT, Reduction, parse_reduction
 
 TOWER_PREFIX = "model.vision_tower."
@@ -55,7 +56,14 @@ class LlavaDecoder(LlavaMetaModel):
 
 
 class LlavaCausalLM(LlavaMetaForCausalLM):
-    """LLaVA with token reduction; the reducer is parsed here, before any weight is read."""
+    """LLaVA with token reduction; the reducer is parsed here, before any weight is read.
+
+    Attributes:
+        most_logits: made at a time where a pass is asked for its loss alone; None: all at once, for ranks that gather
+            the head's weights together and so have to call it equally often (ZeRO-3).
+    """
+
+    most_logits: int | None = MOST_LOGITS
 
     # Mean over micro-batches, as in LLaVA's training (transformers 5 would weight by tokens).
     accepts_loss_kwargs = False
@@ -114,6 +122,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         texts: str | list[str] | None = None,
         logits_to_keep: int | Tensor = 0,
         packing: bool = False,
+        only_loss: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """One pass over prompts with images (arguments as in `embed_prompts`), or over what `generate` continues.
@@ -123,19 +132,25 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
         With labels, and in training, the language model reads all image tokens, whatever would leave inside it.
 
+        `only_loss`, with labels, asks for no logits: the output head reads the labelled positions alone, part by part,
+        and what comes back is a `LossOutput`. The trainer asks so; the loss and its gradients are the same.
+
         `packing` lays the samples of a training batch end to end in rows (see `llava.model.packing`): the loss is the
         same, the logits are `[R, L, V]` over the rows.
-
-        Raises:
-            InputError: as `embed_prompts`, or packing without ids and labels.
 
         Returns:
             Loss (mean over labelled tokens, with labels) and logits `[S, L, V]` over the spliced positions, or over
             the last `logits_to_keep` of them. Where image tokens leave inside the language model, L counts those that
             reach the last layer, padded on the left.
+
+        Raises:
+            InputError: `only_loss` without labels.
         """
         if packing and (labels is None or input_ids is None or past_key_values is not None):
             raise InputError("packing is for training: give input_ids and labels, and no cache")
+        if only_loss and labels is None:
+            raise InputError("only_loss=True: there is no loss without labels; give labels, or leave it out")
+        targets = None
         if inputs_embeds is None and past_key_values is None:
             batch = self.embed_prompts(
                 input_ids,
@@ -148,12 +163,19 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             )
             input_ids, inputs_embeds, labels = None, batch.embeds, batch.labels
             attention_mask, position_ids = batch.attention_mask, batch.position_ids
+            targets = batch.targets
             if batch.borders is not None:
                 # With a mask, or a cache, transformers would not look for samples among the positions.
                 attention_mask, use_cache = None, False
                 kwargs |= mark_borders(batch.borders, inputs_embeds.device)
             if self.layer_reducer is not None and labels is None and not self.training:
                 past_key_values = self.make_cache(batch)
+        if only_loss:
+            num_items = kwargs.pop("num_items_in_batch", None)
+            inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds} | kwargs
+            inputs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+            targets = targets or Targets.of(labels, labels.device)
+            return pass_for_loss(self, targets, inputs, self.most_logits, num_items)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -270,7 +292,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
     def _check_cache(self, cache: Cache | None, batch: PromptEmbeds) -> None:
         """Refuse a cache with tokens of images that were just reduced anew: for this question others may be kept."""
         length = 0 if cache is None else int(cache.get_seq_length())
-        if TEXT in self._needs and bool((batch.image_of[:, :length] != NO_IMAGE).any()):
+        if TEXT in self.needs and bool((batch.image_of[:, :length] != NO_IMAGE).any()):
             raise InputError(
                 f"past_key_values holds image tokens that {self.token_reducer.spec()} chose for an earlier question: "
                 "give the same ones as image_tokens= (from encode_images, made once per image) instead of images="
