@@ -19,7 +19,7 @@ from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
-from llava.model.token_reduction import CONFIG_KEY
+from llava.model.token_reduction import CONFIG_KEY, RANGE_KEY, read_training_reduction
 from llava.model.tokenizer import load_tokenizer
 from llava.prompt import end_of_turn
 from llava.train.arguments import TrainingArguments
@@ -75,6 +75,8 @@ def complete_arguments(
             f"--mm_projector_type {model_args.mm_projector_type}: {model_args.model_name_or_path} already has a {known}"
         )
     chosen = _fill(model_args, config, VISION_DEFAULTS) | {"vision_tower": tower}
+    if getattr(model_args, CONFIG_KEY) is None:
+        chosen[CONFIG_KEY] = _find_range(config) or chosen[CONFIG_KEY]
     images = _fill(data_args, config, IMAGE_DEFAULTS)
     if images["image_aspect_ratio"] == "anyres" and not images["image_grid_pinpoints"]:
         raise InputError("--image_aspect_ratio anyres needs --image_grid_pinpoints, e.g. [[336,672],[672,336]]")
@@ -87,6 +89,13 @@ def _fill(arguments: object, config: PreTrainedConfig, defaults: dict[str, objec
         name: getattr(config, name, default) if given[name] is None else given[name]
         for name, default in defaults.items()
     }
+
+
+def _find_range(config: PreTrainedConfig) -> str | None:
+    """Return the ranges that a checkpoint was trained with, unless its reduction has been changed since."""
+    spec = getattr(config, RANGE_KEY, None)
+    is_kept = spec and read_training_reduction(spec).middle.spec() == getattr(config, CONFIG_KEY, None)
+    return spec if is_kept else None
 
 
 def _refuse_vision_flags(model_args: ModelArguments) -> None:
@@ -218,14 +227,21 @@ def add_vision(
     Raises:
         InputError: a tower or projector that cannot be loaded.
     """
+    reduction = read_training_reduction(getattr(model_args, CONFIG_KEY))
     with whole_weights():
-        adapterless = replace(model_args, pretrain_mm_mlp_adapter=None)
-        model.get_model().initialize_vision_modules(model_args=adapterless, fsdp=training_args.fsdp)
-        # Also for a LLaVA checkpoint with another reduction (parity: the released code trains with the old one).
-        model.set_token_reduction(getattr(model_args, CONFIG_KEY))
+        settings = replace(model_args, pretrain_mm_mlp_adapter=None, **{CONFIG_KEY: reduction.middle.spec()})
+        model.get_model().initialize_vision_modules(model_args=settings, fsdp=training_args.fsdp)
+        # Also for a LLaVA checkpoint with another reduction (parity: the released code trains with the old one). Of
+        # ranges the ends too, which warn of what the tower's images cannot meet; the middle stays.
+        for each in dict.fromkeys((reduction.lowest, reduction.highest)):
+            model.set_token_reduction(each.spec())
+        model.set_token_reduction(reduction.middle.spec())
     load_projector(model, model_args.pretrain_mm_mlp_adapter, training_args)
     model.tokenizer = tokenizer
     config = model.config
+    vars(config).pop(RANGE_KEY, None)
+    if reduction.varies:
+        setattr(config, RANGE_KEY, reduction.spec())
     config.image_aspect_ratio = data_args.image_aspect_ratio
     if data_args.image_grid_pinpoints is not None:
         config.image_grid_pinpoints = data_args.image_grid_pinpoints

@@ -23,6 +23,7 @@ from transformers import set_seed
 from llava.conversation import Conversation
 from llava.files import make_folder
 from llava.gone import look_up
+from llava.model.token_reduction import CONFIG_KEY, read_training_reduction
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
 from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
@@ -47,6 +48,7 @@ from llava.train.preflight import count_image_tokens, find_broken_images, inspec
 from llava.train.records import Record, check_image_files, read_records, report_faults
 from llava.train.run import Run, RunSettings
 from llava.train.targets import choose_placeholder, choose_template, settle_version
+from llava.train.varying import DrawReduction
 
 __getattr__ = look_up(__name__)
 
@@ -121,6 +123,10 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
             data_collator=Collator(tokenizer.pad_token_id, training_args.model_max_length, image_format is not None),
             tokenizer=tokenizer,
         )
+    reduction = read_training_reduction(getattr(model_args, CONFIG_KEY))
+    if reduction.varies:
+        trainer.add_callback(DrawReduction(model, reduction, training_args.seed))
+        say(training_args, f"each step draws from {reduction.spec()}; the result is saved at {reduction.middle.spec()}")
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.report_tally()
     if trainer.was_stopped:
