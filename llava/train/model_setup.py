@@ -21,7 +21,7 @@ from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
 from llava.model.token_reduction import CONFIG_KEY, RANGE_KEY, read_training_reduction
 from llava.model.tokenizer import load_tokenizer
-from llava.prompt import end_of_turn
+from llava.prompt import JOINED_TURNS, QUERY_KEY, end_of_turn
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
 from llava.train.flags import DataArguments, ModelArguments
@@ -36,6 +36,7 @@ VISION_DEFAULTS = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_patch_merge_type": "flat",
     CONFIG_KEY: None,
+    QUERY_KEY: JOINED_TURNS,
 }
 IMAGE_DEFAULTS = {"image_aspect_ratio": "square", "image_grid_pinpoints": None}
 
@@ -228,6 +229,7 @@ def add_vision(
         InputError: a tower or projector that cannot be loaded.
     """
     reduction = read_training_reduction(getattr(model_args, CONFIG_KEY))
+    setattr(model.config, QUERY_KEY, getattr(model_args, QUERY_KEY))
     with whole_weights():
         settings = replace(model_args, pretrain_mm_mlp_adapter=None, **{CONFIG_KEY: reduction.middle.spec()})
         model.get_model().initialize_vision_modules(model_args=settings, fsdp=training_args.fsdp)

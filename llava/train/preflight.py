@@ -99,15 +99,16 @@ class Findings:
         lines = [
             f"preflight: {self.num_records} records, {self.num_images} images; tokens counted in {sampled}",
             f"  positions of --model_max_length {limit}: {quantiles}{remark}",
-            f"  no token to learn: {_name(self.nothing)}",
-            f"  answers cut by --model_max_length: {_name(self.cut)}",
-            f"  empty answers: {_name(self.empty)}",
+            f"  no token to learn: {name_records(self.nothing)}",
+            f"  answers cut by --model_max_length: {name_records(self.cut)}",
+            f"  empty answers: {name_records(self.empty)}",
             *(f"  learns: {example}" for example in self.examples),
         ]
         return "\n".join(lines)
 
 
-def _name(names: Sequence[str]) -> str:
+def name_records(names: Sequence[str]) -> str:
+    """Count records, and name the first few."""
     shown = "; ".join(names[:SHOWN_FAULTS]) + ("; ..." if len(names) > SHOWN_FAULTS else "")
     return f"{len(names)} records" + (f": {shown}" if names else "")
 

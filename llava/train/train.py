@@ -24,6 +24,7 @@ from llava.conversation import Conversation
 from llava.files import make_folder
 from llava.gone import look_up
 from llava.model.token_reduction import CONFIG_KEY, read_training_reduction
+from llava.prompt import JOINED_TURNS, QUERY_KEY
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
 from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
@@ -45,6 +46,7 @@ from llava.train.model_setup import (
     record_template,
 )
 from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
+from llava.train.queries import find_cut_queries, find_measure
 from llava.train.records import Record, check_image_files, read_records, report_faults
 from llava.train.run import Run, RunSettings
 from llava.train.targets import choose_placeholder, choose_template, settle_version
@@ -182,13 +184,15 @@ def run_preflight(
         records, tokenizer, text_format, limit, tokens, data_args.image_folder, data_args.skip_broken_records
     )
     say(training_args, findings.describe(limit, tokens))
+    if (measure := find_measure(model_args)) is not None:
+        say(training_args, find_cut_queries(records, text_format, measure).describe())
 
 
 def describe_text(model_args: ModelArguments, tokenizer: Tokenizer) -> TextFormat:
     """Collect what the flags, and the tokenizer, say about texts."""
     template = choose_template(model_args.version, tokenizer)
     placeholder = choose_placeholder(template, model_args.mm_use_im_start_end)
-    return TextFormat(template, placeholder, model_args.mm_vision_token_reduce_query)
+    return TextFormat(template, placeholder, getattr(model_args, QUERY_KEY) or JOINED_TURNS)
 
 
 def describe_images(data_args: DataArguments, processor: ImageProcessor) -> ImageFormat:
