@@ -24,7 +24,7 @@ from llava.files import read_json, read_text
 
 FULL_BITS = 16  # not quantised
 ASPECT_RATIOS = ("square", "pad", "anyres")
-QUERY_SOURCES = ("questions", "turns", "conversation")
+QUERY_SOURCES = ("questions", "conversation", "turns")
 TRAINER_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 
 
@@ -64,7 +64,10 @@ class ModelArguments:
     mm_use_im_patch_token: bool = field(default=False, metadata={"help": "Add <im_patch> to the vocabulary."})
     mm_vision_token_reduce_func: str | None = field(
         default=None,
-        metadata={"help": "Token reduction, e.g. TRIM:-1; none switches it off. Default: the checkpoint's, else none."},
+        metadata={
+            "help": "Token reduction, e.g. TRIM:-1; TRIM:0.1-0.4 draws a budget for each step; none switches it off. "
+            "Default: the checkpoint's, else none."
+        },
     )
     mm_vision_token_reduce_query: str | None = field(
         default=None,

@@ -235,9 +235,9 @@ def add_vision(
         model.get_model().initialize_vision_modules(model_args=settings, fsdp=training_args.fsdp)
         # Also for a LLaVA checkpoint with another reduction (parity: the released code trains with the old one). Of
         # ranges the ends too, which warn of what the tower's images cannot meet; the middle stays.
-        for each in dict.fromkeys((reduction.lowest, reduction.highest)):
+        ends = (reduction.lowest, reduction.highest) if reduction.varies else ()
+        for each in (*ends, reduction.middle):
             model.set_token_reduction(each.spec())
-        model.set_token_reduction(reduction.middle.spec())
     load_projector(model, model_args.pretrain_mm_mlp_adapter, training_args)
     model.tokenizer = tokenizer
     config = model.config
