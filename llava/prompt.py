@@ -6,6 +6,7 @@ docs/parity.md lists what each entry point sends.
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava.chat_template import CHAT_TEMPLATE, read_chat_template
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_CONV_MODE = "vicuna_v1"
+
+QUERY_KEY = "mm_vision_token_reduce_query"
+"""The flag of training, and the key of config.json, that say which text token reduction reads."""
+JOINED_TURNS, POOLED_TURNS = "questions", "turns"
+"""Two of its values: the user's turns as one text, cut at the text half's context length; or each turn by itself."""
+TURN_BREAK = "\x1e"
+"""Between the turns of a query that are embedded one by one: a separator that no question holds."""
 
 MAX_TEXT = 2**20
 """Characters of a text: hundreds of times what the language models read, and tokenized in seconds."""
@@ -71,6 +79,16 @@ def query_of(text: str) -> str:
     turn, all turns of a training sample; see docs/parity.md.
     """
     return text.replace(DEFAULT_IMAGE_TOKEN, " ")
+
+
+def join_turns(turns: Sequence[str], source: str = JOINED_TURNS) -> str:
+    """Return the query of several user turns.
+
+    Args:
+        turns: their texts.
+        source: `JOINED_TURNS`: one text, a turn a line. `POOLED_TURNS`: a query that is embedded turn by turn.
+    """
+    return (TURN_BREAK if source == POOLED_TURNS else "\n").join(query_of(turn).strip() for turn in turns)
 
 
 def find_question(prompt: str, template: Conversation | None = None) -> str:

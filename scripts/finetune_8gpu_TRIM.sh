@@ -8,7 +8,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib/train.sh"
 
 default reduce_func TRIM     # none for plain LLaVA
-default reduce_func_param -1 # -1 automatic (IQR), 0.25 a share of the patches, 144 a number of patches
+default reduce_func_param -1 # -1 automatic (IQR), 0.25 a share of the patches, 144 a number, 0.1-0.4 or 6-26 drawn anew for each step
 default_source MODEL lmsys/vicuna-7b-v1.5
 default_source DATA playground/data/llava_v1_5_mix665k.json
 default_source IMAGES playground/data

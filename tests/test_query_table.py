@@ -111,6 +111,7 @@ TURNS = ("<image>\nWhat is it?", "A bus.", "Is <image> red?", "Yes.")
     ("source", "query"),
     [
         ("questions", "What is it?\nIs   red?"),
+        ("turns", "What is it?\x1eIs   red?"),
         ("conversation", "USER:  \nWhat is it? ASSISTANT: A bus.</s>USER: Is   red? ASSISTANT: Yes.</s>"),
     ],
 )
@@ -119,3 +120,13 @@ def test_training_reads_the_users_turns_or_the_whole_conversation(loaded, source
     text_format = TextFormat(conv_templates["v1"], query_source=source)
     (sample,) = [ConversationDataset([record], loaded[0], text_format)[0]]
     assert sample.query.removeprefix(conv_templates["v1"].system + " ") == query
+
+
+def test_turns_are_embedded_one_by_one_where_the_checkpoint_pools_them(loaded, checkpoints, monkeypatch) -> None:
+    tower = loaded[1].get_vision_tower()
+    monkeypatch.setattr(tower, "pools_queries", True)
+    texts: list[str] = []
+    features = tower.text_features
+    monkeypatch.setattr(tower, "text_features", lambda batch: (texts.extend(batch), features(batch))[1])
+    embeds = loaded[1].embed_queries(["What is it?\x1eIs   red?", "What is it?"])
+    assert texts == ["What is it?", "Is   red?", "What is it?"] and embeds.shape[0] == 2

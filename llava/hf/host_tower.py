@@ -11,6 +11,7 @@ from transformers import CLIPVisionModel
 from llava.errors import InputError
 from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.query_pooling import TextMeasure
 from llava.model.multimodal_encoder.tower import JointMap, VisionTower
 from llava.model.token_reduction import TEXT
 
@@ -90,6 +91,10 @@ class HostTower(CLIPVisionTower):
     def joint_head(self) -> tuple[nn.LayerNorm, JointMap]:
         self.load_text_tower()
         return self.text_half.joint_head()
+
+    def read_text_measure(self) -> TextMeasure:
+        self.load_text_tower()
+        return self.text_half.text_measure
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.text_half.text_features(texts)

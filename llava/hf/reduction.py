@@ -38,6 +38,7 @@ from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.splice import PromptEmbeds
 from llava.model.token_reduction import REDUCERS, TEXT, Reduction, parse_reduction
 from llava.model.tokenizer import load_tokenizer
+from llava.prompt import POOLED_TURNS, QUERY_KEY
 from llava.protocols import Tokenizer
 
 PROMPT = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes", "labels")
@@ -80,6 +81,7 @@ def reduce_tokens(
     _check_model(model, reduction)
     name = model.name_or_path or type(model).__name__
     tower = HostTower(model.model.vision_tower, model.config.vision_feature_layer, name)
+    tower.pools_queries = getattr(model.config, QUERY_KEY, None) == POOLED_TURNS
     if reduction.inside is not None:
         reduction.inside.layers(model.config.text_config.num_hidden_layers)
     if reduction.before is not None:

@@ -307,6 +307,8 @@ LLAVA_RULES = {
     "mm_use_im_start_end": flag(),
     "mm_use_im_patch_token": flag(),
     "unfreeze_mm_vision_tower": flag(),
+    "token_reduction_range": text(),
+    "mm_vision_token_reduce_query": choice("questions", "turns", "conversation"),
     "vision_config": record(),
     "use_mm_proj": flag(),
     "tune_mm_mlp_adapter": flag(),

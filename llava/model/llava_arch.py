@@ -43,7 +43,7 @@ from llava.model.token_reduction import (
     parse_reduction,
 )
 from llava.model.tokenizer import load_tokenizer
-from llava.prompt import recover_query
+from llava.prompt import POOLED_TURNS, QUERY_KEY, recover_query
 from llava.protocols import Tokenizer, VisionArguments
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "get_anyres_image_grid_shape", "unpad_image"]
@@ -69,7 +69,9 @@ class LlavaMetaModel:
             raise InputError(
                 f"{CONFIG_KEY} works on patches: set mm_vision_select_feature to patch, not {select_feature}"
             )
-        return build_vision_tower(config, delay_load=True, needs=reducer.needs if reducer else frozenset())
+        tower = build_vision_tower(config, delay_load=True, needs=reducer.needs if reducer else frozenset())
+        tower.pools_queries = getattr(config, QUERY_KEY, None) == POOLED_TURNS
+        return tower
 
     def _add_newline(self, config: PreTrainedConfig) -> None:
         if "unpad" in (getattr(config, "mm_patch_merge_type", None) or "flat"):

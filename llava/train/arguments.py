@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, Trainer, get_scheduler
 
 from llava.errors import InputError
-from llava.model.token_reduction import parse_reduction
+from llava.model.token_reduction import read_training_reduction
 from llava.train.flags import DataArguments, LlavaTrainingFlags, ModelArguments, OneLineParser, check_flags
 from llava.train.targets import check_version
 from llava.train.trackers import split_names
@@ -70,7 +70,7 @@ def parse_arguments(
     with explaining_refusals("training arguments"):
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     check_version(model_args.version)
-    parse_reduction(model_args.mm_vision_token_reduce_func)
+    read_training_reduction(model_args.mm_vision_token_reduce_func)
     try_recipe(training_args)
     return model_args, data_args, training_args
 

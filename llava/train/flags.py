@@ -27,7 +27,7 @@ from llava.train.trackers import check_trackers, split_names
 
 FULL_BITS = 16  # not quantised
 ASPECT_RATIOS = ("square", "pad", "anyres")
-QUERY_SOURCES = ("questions", "conversation")
+QUERY_SOURCES = ("questions", "conversation", "turns")
 TRAINER_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 
 
@@ -67,11 +67,18 @@ class ModelArguments:
     mm_use_im_patch_token: bool = field(default=False, metadata={"help": "Add <im_patch> to the vocabulary."})
     mm_vision_token_reduce_func: str | None = field(
         default=None,
-        metadata={"help": "Token reduction, e.g. TRIM:-1; none switches it off. Default: the checkpoint's, else none."},
+        metadata={
+            "help": "Token reduction, e.g. TRIM:-1; TRIM:0.1-0.4 draws a budget for each step; none switches it off. "
+            "Default: the checkpoint's, else none."
+        },
     )
-    mm_vision_token_reduce_query: str = field(
-        default="questions",
-        metadata={"help": "Text that the reduction reads: questions (the user's turns) or conversation (the prompt)."},
+    mm_vision_token_reduce_query: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that the reduction reads: questions (the user's turns as one text, cut where the text half "
+            "ends), turns (each by itself, pooled; nothing is cut) or conversation (the prompt). Default: the "
+            "checkpoint's, else questions."
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager or flash_attention_2. Default: the entry point's choice."}
@@ -295,7 +302,7 @@ def _describe_unknown(word: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ the values
 def _check_values(flags: argparse.Namespace) -> None:
-    _check_choice("mm_vision_token_reduce_query", flags.mm_vision_token_reduce_query, QUERY_SOURCES)
+    _check_choice("mm_vision_token_reduce_query", flags.mm_vision_token_reduce_query, (None, *QUERY_SOURCES))
     _check_choice("image_aspect_ratio", flags.image_aspect_ratio, (None, *ASPECT_RATIOS))
     _check_ranges(flags)
     if flags.tune_mm_mlp_adapter and flags.freeze_mm_mlp_adapter:

@@ -20,9 +20,9 @@ from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.packing import check_packing
 from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
-from llava.model.token_reduction import CONFIG_KEY, parse_reduction
+from llava.model.token_reduction import CONFIG_KEY, RANGE_KEY, read_training_reduction
 from llava.model.tokenizer import load_tokenizer
-from llava.prompt import end_of_turn
+from llava.prompt import JOINED_TURNS, QUERY_KEY, end_of_turn
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
 from llava.train.flags import DataArguments, ModelArguments
@@ -37,6 +37,7 @@ VISION_DEFAULTS = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_patch_merge_type": "flat",
     CONFIG_KEY: None,
+    QUERY_KEY: JOINED_TURNS,
 }
 IMAGE_DEFAULTS = {"image_aspect_ratio": "square", "image_grid_pinpoints": None}
 
@@ -76,6 +77,8 @@ def complete_arguments(
             f"--mm_projector_type {model_args.mm_projector_type}: {model_args.model_name_or_path} already has a {known}"
         )
     chosen = _fill(model_args, config, VISION_DEFAULTS) | {"vision_tower": tower}
+    if getattr(model_args, CONFIG_KEY) is None:
+        chosen[CONFIG_KEY] = _find_range(config) or chosen[CONFIG_KEY]
     images = _fill(data_args, config, IMAGE_DEFAULTS)
     if images["image_aspect_ratio"] == "anyres" and not images["image_grid_pinpoints"]:
         raise InputError("--image_aspect_ratio anyres needs --image_grid_pinpoints, e.g. [[336,672],[672,336]]")
@@ -88,6 +91,13 @@ def _fill(arguments: object, config: PreTrainedConfig, defaults: dict[str, objec
         name: getattr(config, name, default) if given[name] is None else given[name]
         for name, default in defaults.items()
     }
+
+
+def _find_range(config: PreTrainedConfig) -> str | None:
+    """Return the ranges that a checkpoint was trained with, unless its reduction has been changed since."""
+    spec = getattr(config, RANGE_KEY, None)
+    is_kept = spec and read_training_reduction(spec).middle.spec() == getattr(config, CONFIG_KEY, None)
+    return spec if is_kept else None
 
 
 def _refuse_vision_flags(model_args: ModelArguments, data_args: DataArguments) -> None:
@@ -107,7 +117,8 @@ def check_start(model_args: ModelArguments, training_args: TrainingArguments, co
     if training_args.packing:
         if model_args.vision_tower is None:
             raise InputError(f"--packing: {model_args.model_name_or_path} has no vision tower; leave it out")
-        check_packing(model_args.attn_implementation, parse_reduction(getattr(model_args, CONFIG_KEY)).before)
+        reducer = read_training_reduction(getattr(model_args, CONFIG_KEY)).middle.before
+        check_packing(model_args.attn_implementation, reducer)
     start, end = Path(model_args.model_name_or_path), Path(training_args.output_dir)
     if start.is_dir() and end.is_dir() and start.samefile(end):
         raise InputError(f"--output_dir {end} is the model that the training starts from: give another folder")
@@ -224,14 +235,22 @@ def add_vision(
     Raises:
         InputError: a tower or projector that cannot be loaded.
     """
+    reduction = read_training_reduction(getattr(model_args, CONFIG_KEY))
+    setattr(model.config, QUERY_KEY, getattr(model_args, QUERY_KEY))
     with whole_weights():
-        adapterless = replace(model_args, pretrain_mm_mlp_adapter=None)
-        model.get_model().initialize_vision_modules(model_args=adapterless, fsdp=training_args.fsdp)
-        # Also for a LLaVA checkpoint with another reduction (parity: the released code trains with the old one).
-        model.set_token_reduction(getattr(model_args, CONFIG_KEY))
+        settings = replace(model_args, pretrain_mm_mlp_adapter=None, **{CONFIG_KEY: reduction.middle.spec()})
+        model.get_model().initialize_vision_modules(model_args=settings, fsdp=training_args.fsdp)
+        # Also for a LLaVA checkpoint with another reduction (parity: the released code trains with the old one). Of
+        # ranges the ends too, which warn of what the tower's images cannot meet; the middle stays.
+        ends = (reduction.lowest, reduction.highest) if reduction.varies else ()
+        for each in (*ends, reduction.middle):
+            model.set_token_reduction(each.spec())
     load_projector(model, model_args.pretrain_mm_mlp_adapter, training_args)
     model.tokenizer = tokenizer
     config = model.config
+    vars(config).pop(RANGE_KEY, None)
+    if reduction.varies:
+        setattr(config, RANGE_KEY, reduction.spec())
     config.image_aspect_ratio = data_args.image_aspect_ratio
     if data_args.image_grid_pinpoints is not None:
         config.image_grid_pinpoints = data_args.image_grid_pinpoints

@@ -18,7 +18,7 @@ from llava.errors import InputError
 from llava.image import EmbeddedImage
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX, build_named_tower
-from llava.model.token_reduction import CONFIG_KEY, parse_reduction
+from llava.model.token_reduction import CONFIG_KEY, read_training_reduction
 from llava.train.dataset import TextFormat
 from llava.train.flags import DataArguments, ModelArguments
 from llava.train.records import SHOWN_FAULTS, Record, locate_image, report_faults
@@ -42,12 +42,14 @@ class ImageTokens:
         is_exact: whether every image takes as many.
         canvases: of "anyres", else None: an image is one view.
         side: of a view, in pixels.
+        is_most: whether `per_view` is the largest number of those that training draws.
     """
 
     per_view: int
     is_exact: bool
     canvases: str | list | None = None
     side: int = 0
+    is_most: bool = False
 
     def count(self, size: tuple[int, int] | None) -> int:
         """Count for an image of (width, height); None: not known, one view."""
@@ -91,19 +93,22 @@ class Findings:
         ordered = sorted(self.lengths)
         quantiles = ", ".join(f"{share:.0%} {ordered[round(share * (len(ordered) - 1))]}" for share in QUANTILES)
         sampled = f"{self.num_sampled} of {self.num_records}" if self.num_sampled < self.num_records else "all"
-        at_least = "" if tokens is None or tokens.is_exact else ", at least (the reduction decides by the image)"
+        remark = "" if tokens is None or tokens.is_exact else ", at least (the reduction decides by the image)"
+        if tokens is not None and tokens.is_most:
+            remark = ", at the largest budget that is drawn"
         lines = [
             f"preflight: {self.num_records} records, {self.num_images} images; tokens counted in {sampled}",
-            f"  positions of --model_max_length {limit}: {quantiles}{at_least}",
-            f"  no token to learn: {_name(self.nothing)}",
-            f"  answers cut by --model_max_length: {_name(self.cut)}",
-            f"  empty answers: {_name(self.empty)}",
+            f"  positions of --model_max_length {limit}: {quantiles}{remark}",
+            f"  no token to learn: {name_records(self.nothing)}",
+            f"  answers cut by --model_max_length: {name_records(self.cut)}",
+            f"  empty answers: {name_records(self.empty)}",
             *(f"  learns: {example}" for example in self.examples),
         ]
         return "\n".join(lines)
 
 
-def _name(names: Sequence[str]) -> str:
+def name_records(names: Sequence[str]) -> str:
+    """Count records, and name the first few."""
     shown = "; ".join(names[:SHOWN_FAULTS]) + ("; ..." if len(names) > SHOWN_FAULTS else "")
     return f"{len(names)} records" + (f": {shown}" if names else "")
 
@@ -172,13 +177,14 @@ def count_image_tokens(model_args: ModelArguments, data_args: DataArguments) -> 
         num_patches, image_size = tower.num_patches, tower.image_size
     except InputError:
         return None  # loading the tower says why
-    reducer = parse_reduction(getattr(model_args, CONFIG_KEY)).before
+    reduction = read_training_reduction(getattr(model_args, CONFIG_KEY))
+    reducer = reduction.highest.before
     canvases = list_canvases(data_args)
     if reducer is None:
         return ImageTokens(num_patches, True, canvases, image_size)
     if reducer.budget.is_automatic:
         return ImageTokens(1, False, canvases, image_size)
-    return ImageTokens(reducer.budget.count(num_patches), False, canvases, image_size)
+    return ImageTokens(reducer.budget.count(num_patches), False, canvases, image_size, reduction.varies)
 
 
 def list_canvases(data_args: DataArguments) -> str | list | None:

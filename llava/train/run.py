@@ -16,7 +16,7 @@ from llava.files import read_json, write_json
 from llava.model.adapter import ADAPTER_CONFIG_FILE
 from llava.model.checkpoint_folder import PROJECTOR_FILE
 from llava.model.identity import hash_files, identify_checkpoint, identify_tower
-from llava.model.token_reduction import CONFIG_KEY, parse_reduction
+from llava.model.token_reduction import CONFIG_KEY, read_training_reduction
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import zero_stage
 from llava.train.flags import DataArguments, ModelArguments
@@ -187,7 +187,7 @@ class RunSettings:
             for flag in fields(group)
             if flag.init and flag.name not in NEUTRAL and flag.name not in FILE_FLAGS
         }
-        given[CONFIG_KEY] = parse_reduction(getattr(model_args, CONFIG_KEY)).spec()
+        given[CONFIG_KEY] = read_training_reduction(getattr(model_args, CONFIG_KEY)).spec()
         # Its place does not matter, but features that go through it are rounded.
         given["feature_cache"] = bool(data_args.feature_cache)
         given |= {"world_size": training_args.world_size, "deepspeed": zero_stage(training_args)}

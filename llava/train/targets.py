@@ -23,7 +23,7 @@ from llava.constants import (
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.errors import InputError
 from llava.mm_utils import tokenize_texts, tokenizer_image_token
-from llava.prompt import end_of_turn, find_template, query_of
+from llava.prompt import end_of_turn, find_template, join_turns, query_of
 from llava.protocols import Tokenizer
 
 AUTO = "auto"
@@ -181,12 +181,13 @@ def choose_query(turns: Sequence[str], rendered: Rendered, source: str) -> str:
     Args:
         turns: the conversation's texts, user first.
         rendered: the same conversation as a prompt.
-        source: `questions`: the user's turns, as at inference, when no answer is known. `conversation`: the whole
-            prompt with system message, roles and answers, as in the released training code.
+        source: `questions`: the user's turns, as at inference, when no answer is known. `turns`: the same, to be
+            embedded one by one. `conversation`: the whole prompt with system message, roles and answers, as in the
+            released training code.
     """
     if source == "conversation":
         return query_of(rendered.prompt)
-    return "\n".join(query_of(turn).strip() for turn in turns[::2])
+    return join_turns(turns[::2], source)
 
 
 def build_targets(rendered: Rendered, tokenizer: Tokenizer) -> Targets:

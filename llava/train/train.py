@@ -27,6 +27,8 @@ from llava.conversation import Conversation
 from llava.files import make_folder
 from llava.gone import look_up
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.token_reduction import CONFIG_KEY, read_training_reduction
+from llava.prompt import JOINED_TURNS, QUERY_KEY
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
 from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
@@ -52,10 +54,12 @@ from llava.train.model_setup import (
 )
 from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
 from llava.train.provenance import describe_records, list_flags, sum_up
+from llava.train.queries import find_cut_queries, find_measure
 from llava.train.records import Record, check_image_files, read_records, report_faults
 from llava.train.run import Run, RunSettings, hash_records
 from llava.train.score_command import ScoreCommand, check_command
 from llava.train.targets import choose_placeholder, choose_template, settle_version
+from llava.train.varying import DrawReduction
 
 __getattr__ = look_up(__name__)
 
@@ -122,10 +126,9 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     record_template(model, model_args.version, text_format.template, tokenizer)
 
     # 4. Training. Samples are built when the loader asks for them.
-    files = feature_cache and feature_cache.files
     make_dataset = partial(
         ConversationDataset, tokenizer=tokenizer, text_format=text_format, image_format=image_format,
-        skip_broken=data_args.skip_broken_records, feature_files=files,
+        skip_broken=data_args.skip_broken_records, feature_files=feature_cache and feature_cache.files,
     )  # fmt: skip
     lengths = find_lengths(model, records, tokenizer, text_format, data_args, training_args)
     # What is asked of the model while it trains; the trainer knows when it is due, also at the step it resumes at.
@@ -143,6 +146,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
             feature_cache=feature_cache,
             score=score,
         )
+    vary_reduction(trainer, model, model_args)
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.report_tally()
     figures = sum_up(trainer.state.log_history)
@@ -200,6 +204,14 @@ def find_lengths(
     tokens = expect_image_tokens(model, data_args) if has_vision else None
     limit = training_args.model_max_length
     return count_lengths(records, tokenizer, text_format, limit, tokens, data_args.image_folder)
+
+
+def vary_reduction(trainer: LLaVATrainer, model: PreTrainedModel, model_args: ModelArguments) -> None:
+    """Let each step draw its token reduction, where the spec string has ranges."""
+    reduction = read_training_reduction(getattr(model_args, CONFIG_KEY))
+    if reduction.varies:
+        trainer.add_callback(DrawReduction(model, reduction, trainer.args.seed))
+        say(trainer.args, f"each step draws from {reduction.spec()}; the result is saved at {reduction.middle.spec()}")
 
 
 def load_records(model_args: ModelArguments, data_args: DataArguments, template: Conversation) -> list[Record]:
@@ -261,13 +273,15 @@ def run_preflight(
         records, tokenizer, text_format, limit, tokens, data_args.image_folder, data_args.skip_broken_records
     )
     say(training_args, findings.describe(limit, tokens))
+    if (measure := find_measure(model_args)) is not None:
+        say(training_args, find_cut_queries(records, text_format, measure).describe())
 
 
 def describe_text(model_args: ModelArguments, tokenizer: Tokenizer) -> TextFormat:
     """Collect what the flags, and the tokenizer, say about texts."""
     template = choose_template(model_args.version, tokenizer)
     placeholder = choose_placeholder(template, model_args.mm_use_im_start_end)
-    return TextFormat(template, placeholder, model_args.mm_vision_token_reduce_query)
+    return TextFormat(template, placeholder, getattr(model_args, QUERY_KEY) or JOINED_TURNS)
 
 
 def describe_images(data_args: DataArguments, processor: ImageProcessor) -> ImageFormat:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.bench import side_by_side, varying_budgets
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "eval_loop": ["--images", "2", "--questions-per-image", "3"],
@@ -30,3 +32,20 @@ def test_benchmark_runs_and_writes_its_figures(name, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "x.json").read_text())["machine"]["threads"] >= 1
+
+
+@pytest.mark.slow
+def test_one_checkpoint_in_place_of_four_differs_from_none_at_any_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(varying_budgets, "train", lambda args, budget, logs: ROOT / side_by_side.CHECKPOINT)
+    sizes = ["--train-images", "2", "--images", "1", "--budgets", "4", "12"]
+    monkeypatch.setattr(sys, "argv", ["", "--work", str(tmp_path), "--json", str(tmp_path / "x.json"), *sizes])
+    varying_budgets.main()
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [(row["budget"], row["task"]) for row in rows] == [
+        (budget, task) for budget in (4, 12) for task in ("pope", "gqa", "vqav2", "mean")
+    ]
+    assert all(set(row["scores"]) == {"4", "12", "4-12"} and len(set(row["scores"].values())) == 1 for row in rows)
+    assert all(row["difference"]["value"] == 0 for row in rows if row["task"] != "mean")
+    assert "| scored at | benchmark | trained at 4 | trained at 12 | trained at 4-12 | 4-12 less own, 95 % |" in (
+        capsys.readouterr().out
+    )

@@ -198,6 +198,17 @@ def test_of_the_clip_only_the_text_half_and_the_joint_space_stay(held, clip):
     assert tower.embed_text(["a bus"]).shape == (1, 32)
 
 
+def test_a_checkpoint_whose_config_pools_turns_reads_a_long_question_whole(held, clip, monkeypatch):
+    queries = ["Is there a bus? " * 40, "Is there a bus? " * 40 + "And is there a red square?"]
+    tower = HostTower(held.model.vision_tower, -2, "model")
+    tower.take_text_half(clip)
+    cut = tower.embed_text(queries)
+    torch.testing.assert_close(cut[0], cut[1])
+    monkeypatch.setattr(held.config, "mm_vision_token_reduce_query", "turns", raising=False)
+    pooled = reduce_tokens(held, "TRIM:-1", clip=clip, texts="a bus")._reader._tower.embed_text(queries)
+    assert not torch.allclose(pooled[0], pooled[1], atol=1e-4)
+
+
 def test_rounding_to_16_bits_does_not_make_another_tower(pair, clip):
     for dtype in (torch.float16, torch.bfloat16):
         reduce_tokens(copy.deepcopy(pair[0]).to(dtype), "TRIM:-1", clip=clip, texts="a bus")

@@ -26,7 +26,7 @@ PUBLISHED = PUBLISHED_TEXT.split()
 def test_the_published_script_parses_unchanged():
     model_args, data_args, training_args = parse_arguments(PUBLISHED)
     assert model_args.mm_vision_token_reduce_func == "TRIM:-1"
-    assert model_args.mm_vision_token_reduce_query == "questions"
+    assert model_args.mm_vision_token_reduce_query is None  # as the checkpoint says, else the user's turns
     assert (model_args.mm_vision_select_layer, data_args.image_aspect_ratio) == (-2, "pad")
     assert training_args.bf16 and training_args.group_by_modality_length
     assert training_args.optim == "adamw_torch"
@@ -53,7 +53,7 @@ def test_without_accelerator_the_run_moves_to_the_cpu(monkeypatch: pytest.Monkey
         ("--lerning_rate 1", r"--lerning_rate: no such training argument; did you mean --learning_rate\?"),
         ("--version v9", r"--version v9: .*known:"),
         ("--mm_vision_token_reduce_func TRIMM:-1", "TRIMM"),
-        ("--mm_vision_token_reduce_query answers", "expected one of questions, conversation"),
+        ("--mm_vision_token_reduce_query answers", "expected one of questions, conversation, turns"),
         ("--image_aspect_ratio padd", "expected one of square, pad, anyres"),
         ("--warmup_ratio 3", r"--warmup_ratio 3.0: expected a share in \[0, 1\)"),
         ("--evaluation_strategy epoch", "--eval_strategy epoch: expected one of no, steps"),

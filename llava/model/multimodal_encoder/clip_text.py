@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from llava.errors import InputError
 from llava.files import read_text
+from llava.model.config_rules import read_tower_config
 from llava.model.multimodal_encoder.loading import load_quietly
+from llava.model.multimodal_encoder.query_pooling import TextMeasure, count_tokens
 from llava.model.stored_weights import find_file, first_line
 
 # Stored weights that the text half has no place for.
@@ -60,6 +62,23 @@ class CLIPTextTower(nn.Module):
         return self.model(
             input_ids=tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device)
         ).text_embeds
+
+
+def read_measure(name: str) -> TextMeasure:
+    """Read how long texts are for the text half of a CLIP, without its weights.
+
+    Args:
+        name: folder or hub id.
+
+    Raises:
+        InputError: no text half, or no tokenizer.
+    """
+    values = read_tower_config(name)
+    if values["model_type"].endswith("_vision_model"):
+        raise InputError(f"vision tower {name} has no text half: text-guided token reduction needs a full CLIP")
+    config = CLIPTextConfig(**(values.get("text_config") or {}))
+    tokenizer = read_tokenizer(name, config.vocab_size)
+    return TextMeasure(config.max_position_embeddings, lambda texts: count_tokens(tokenizer, texts))
 
 
 def read_tokenizer(name: str, vocab_size: int) -> CLIPTokenizerFast:

@@ -19,6 +19,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava.errors import InputError
 from llava.model.multimodal_encoder.open_clip_source import OpenClipSource, parse_source
+from llava.model.multimodal_encoder.query_pooling import TextMeasure
 from llava.model.multimodal_encoder.siglip_pooling import PatchPooling
 from llava.model.multimodal_encoder.tower import JointMap, VisionTower
 from llava.model.token_reduction import TEXT
@@ -144,6 +145,9 @@ class OpenClipVisionTower(VisionTower):
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.text_tower(texts)
+
+    def read_text_measure(self) -> TextMeasure:
+        return self.source.read_text_measure()
 
     @property
     def patch_size(self) -> int:

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextConfig, SiglipTextModel
 
 from llava.errors import InputError
 from llava.files import read_text
+from llava.model.config_rules import read_tower_config
 from llava.model.multimodal_encoder.loading import load_quietly, quiet_loading
+from llava.model.multimodal_encoder.query_pooling import TextMeasure, count_tokens
 from llava.model.stored_weights import find_file
 
 # Stored weights that the text half has no place for.
@@ -53,10 +55,8 @@ class SiglipTextTower(nn.Module):
 
     def forward(self, texts: list[str]) -> Tensor:
         """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
-        if getattr(self.tokenizer, "do_lower_case", True):  # SigLIP 2's tokenizer, Gemma's, keeps capitals by itself
-            texts = [text.lower() for text in texts]
         tokens = self.tokenizer(
-            texts,
+            lower(self.tokenizer, texts),
             padding="max_length",
             padding_side="right",
             truncation=True,
@@ -65,6 +65,28 @@ class SiglipTextTower(nn.Module):
         )
         device = next(self.model.parameters()).device
         return self.model(input_ids=tokens.input_ids.to(device)).pooler_output
+
+
+def lower(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+    """Return texts in lower case, where a SigLIP reads them so: SigLIP 2's tokenizer, Gemma's, keeps capitals."""
+    return [text.lower() for text in texts] if getattr(tokenizer, "do_lower_case", True) else texts
+
+
+def read_measure(name: str) -> TextMeasure:
+    """Read how long texts are for the text half of a SigLIP, without its weights.
+
+    Args:
+        name: folder or hub id.
+
+    Raises:
+        InputError: no text half, or no tokenizer.
+    """
+    values = read_tower_config(name, is_siglip=True)
+    if values["model_type"].endswith("_vision_model"):
+        raise InputError(f"vision tower {name} has no text half: text-guided token reduction needs a full SigLIP")
+    config = SiglipTextConfig(**(values.get("text_config") or {}))
+    tokenizer = read_tokenizer(name, config.vocab_size)
+    return TextMeasure(config.max_position_embeddings, lambda texts: count_tokens(tokenizer, lower(tokenizer, texts)))
 
 
 def read_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:

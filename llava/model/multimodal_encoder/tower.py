@@ -12,12 +12,14 @@ heads, `d` width of a head.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.errors import InputError
+from llava.model.multimodal_encoder.query_pooling import TextMeasure, pool_embeddings, split_query
 from llava.model.token_reduction import LAYER_REDUCERS, TEXT, Need, methods_without_cls
 from llava.protocols import ImageProcessor
 
@@ -80,9 +82,12 @@ class VisionTower(nn.Module, ABC):
         is_loaded: whether the weights are there.
         image_processor: turns PIL images into pixel values; set by `load_model`.
         has_cls: whether row 0 of a hidden state is CLS, as in CLIP; a SigLIP has patches alone.
+        pools_queries: whether queries are embedded turn by turn and pooled, as config.json may say; see
+            `llava.model.multimodal_encoder.query_pooling`.
     """
 
     has_cls = True
+    pools_queries = False
 
     def __init__(
         self,
@@ -176,6 +181,14 @@ class VisionTower(nn.Module, ABC):
     @abstractmethod
     def text_features(self, texts: list[str]) -> Tensor:
         """Embed texts in the joint space, cut at the tower's context length: `[S, P]`, not normalised."""
+
+    @abstractmethod
+    def read_text_measure(self) -> TextMeasure:
+        """Read the text half's tokenizer; no weights are needed for it.
+
+        Raises:
+            InputError: there is none.
+        """
 
     @property
     @abstractmethod
@@ -350,7 +363,9 @@ class VisionTower(nn.Module, ABC):
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]) -> Tensor:
-        """Embed queries in the joint space; texts beyond the tower's context length are cut (CLIP: 77, SigLIP: 64).
+        """Embed queries in the joint space.
+
+        Texts beyond the tower's context length (CLIP: 77 tokens, SigLIP: 64) are cut, unless it pools queries.
 
         Args:
             texts: S queries; "" is allowed.
@@ -360,7 +375,16 @@ class VisionTower(nn.Module, ABC):
         """
         self.load_text_tower()
         with self.own_precision():
-            return self.text_features(texts).float()
+            if not self.pools_queries:
+                return self.text_features(texts).float()
+            pieces = [split_query(text, self.text_measure) for text in texts]
+            embedded = self.text_features([piece for own in pieces for piece in own]).float()
+        return pool_embeddings(embedded, [len(own) for own in pieces])
+
+    @cached_property
+    def text_measure(self) -> TextMeasure:
+        """How long texts are for the text half, read once."""
+        return self.read_text_measure()
 
     def own_precision(self) -> torch.autocast:
         """Switch a training loop's autocast off: the towers run, and score, in their own dtype."""

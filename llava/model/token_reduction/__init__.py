@@ -13,10 +13,12 @@ from llava.model.token_reduction.registry import (
     parse_reduction,
     read_target,
 )
+from llava.model.token_reduction.varying import RANGE_KEY, TrainingReduction, read_training_reduction
 
 __all__ = [
     "CONFIG_KEY",
     "LAYER_REDUCERS",
+    "RANGE_KEY",
     "REDUCERS",
     "TEXT",
     "Budget",
@@ -26,9 +28,11 @@ __all__ = [
     "Reduction",
     "Target",
     "TokenReducer",
+    "TrainingReduction",
     "VisualTokens",
     "methods_without_cls",
     "parse_reducer",
     "parse_reduction",
     "read_target",
+    "read_training_reduction",
 ]

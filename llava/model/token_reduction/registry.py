@@ -23,6 +23,7 @@ from llava.model.token_reduction.holo_v import HoloV
 from llava.model.token_reduction.layers import LayerReducer
 from llava.model.token_reduction.prumerge import PruMerge, PruMergePlus
 from llava.model.token_reduction.pyramid_drop import PyramidDrop
+from llava.model.token_reduction.ranges import Range, cut_ranges
 from llava.model.token_reduction.scope import SCOPE
 from llava.model.token_reduction.sparse_vlm import SparseVLM, SparseVLMPlus
 from llava.model.token_reduction.trim import TextSim, TextSimPlus, Trim
@@ -91,6 +92,7 @@ def parse_reduction(spec: str | None) -> Reduction:
         return Reduction()
     if not isinstance(spec, str):
         raise InputError(f'{CONFIG_KEY}: {spec!r} is not a string; use for example "TRIM:-1", or null for no reduction')
+    _refuse_ranges(spec)
     methods = [_parse_method(part, spec) for part in spec.split(SEPARATOR)]
     before = [method for method in methods if isinstance(method, TokenReducer)]
     inside = [method for method in methods if isinstance(method, LayerReducer)]
@@ -100,6 +102,21 @@ def parse_reduction(spec: str | None) -> Reduction:
             f"at most one inside it ({', '.join(LAYER_REDUCERS)})"
         )
     return Reduction(*(before or [None]), *(inside or [None]))
+
+
+def _refuse_ranges(spec: str) -> None:
+    try:
+        pieces = cut_ranges(spec)
+    except InputError as error:
+        raise InputError(name_spec(error, spec)) from None
+    if len(pieces) > 1:
+        one = "".join(piece.middle if isinstance(piece, Range) else piece for piece in pieces)
+        raise InputError(f'{CONFIG_KEY}: "{spec}": only training draws from a range; give one number, as in "{one}"')
+
+
+def name_spec(error: InputError, spec: str | None) -> str:
+    """Return the line of an error about a spec string, which names it."""
+    return str(error) if str(error).startswith(CONFIG_KEY) else f'{CONFIG_KEY}: "{spec}": {error}'
 
 
 def parse_reducer(spec: str | None) -> TokenReducer | None:
