@@ -48,9 +48,9 @@ from llava.train.checkpoint import (
 )
 from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Batch
-from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import ModalityLengthSampler, SetEpoch
 from llava.train.stopping import begin_training, is_requested, keep_worker
+from llava.train.store import SHOWN_FAULTS
 
 __getattr__ = look_up(__name__)
 
@@ -196,8 +196,8 @@ class LLaVATrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         records = (self.train_dataset if train_dataset is None else train_dataset).records
         sampler = ModalityLengthSampler(
-            lengths=[record.num_words for record in records],
-            has_image=[bool(record.images) for record in records],
+            lengths=records.num_words,
+            has_image=records.num_images > 0,
             group_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             seed=self.args.seed,
         )

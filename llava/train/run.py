@@ -4,9 +4,8 @@ Settings that do not decide the result (`NEUTRAL`) may change while a run is int
 of later versions of transformers too; files count by content.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -20,7 +19,7 @@ from llava.model.token_reduction import CONFIG_KEY, parse_reduction
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import zero_stage
 from llava.train.flags import DataArguments, ModelArguments
-from llava.train.records import Record
+from llava.train.store import Records
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,7 @@ NEUTRAL = frozenset(
         "output_dir",
         "cache_dir",
         "image_folder",
+        "data_cache",
         "lazy_preprocess",
         "is_multimodal",
         "skip_broken_records",
@@ -161,7 +161,7 @@ class RunSettings:
         model_args: ModelArguments,
         data_args: DataArguments,
         training_args: TrainingArguments,
-        records: Sequence[Record],
+        records: Records,
     ) -> "RunSettings":
         """Collect the settings of a run that is about to start.
 
@@ -186,7 +186,7 @@ class RunSettings:
         start = model_args.model_name_or_path
         contents = {
             "model_name_or_path": Content(start, identify_checkpoint(start) or start),
-            "data_path": Content(data_args.data_path, hash_records(records)),
+            "data_path": Content(data_args.data_path, records.fingerprint()),
         }
         if (tower := model_args.vision_tower) is not None:
             contents["vision_tower"] = Content(tower, identify_tower(tower, start) or tower)
@@ -213,15 +213,6 @@ class RunSettings:
             else:
                 changed.append(f"{name} {old and old.name} -> {now and now.name}")
         return changed
-
-
-def hash_records(records: Iterable[Record]) -> str:
-    """Return the fingerprint of training records: their texts and image names, in order."""
-    digest = hashlib.sha256()
-    for record in records:
-        line = "\0".join([*record.turns, "", *map(str, record.images)])
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
 
 
 def _to_json(value: object) -> object:

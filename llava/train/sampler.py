@@ -3,8 +3,9 @@
 Batches of text alone then hold no image tokens, and little of a batch is padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
@@ -19,15 +20,15 @@ class ModalityLengthSampler(Sampler[int]):
     alone, never on the global random state.
 
     Args:
-        lengths: a number per sample that grows with its length.
-        has_image: whether each sample has an image.
+        lengths: int[S], numbers that grow with the samples' lengths.
+        has_image: bool[S], whether each sample has an image.
         group_size: samples per optimizer step: batch size x accumulation steps x ranks.
         seed: of the shuffling.
     """
 
-    def __init__(self, lengths: Sequence[int], has_image: Sequence[bool], group_size: int, seed: int = 0):
-        self.lengths = lengths
-        self.has_image = has_image
+    def __init__(self, lengths: np.ndarray, has_image: np.ndarray, group_size: int, seed: int = 0):
+        self.lengths = np.asarray(lengths)
+        self.has_image = np.asarray(has_image, dtype=bool)
         self.group_size = group_size
         self.seed = seed
         self.epoch = 0
@@ -41,19 +42,21 @@ class ModalityLengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = torch.randperm(len(self.lengths), generator=generator).numpy()
         groups, leftovers = [], []
         for modality in (True, False):
-            members = [index for index in order if self.has_image[index] is modality]
+            members = order[self.has_image[order] == modality]
             num_grouped = len(members) // self.group_size * self.group_size
-            groups += [members[start : start + self.group_size] for start in range(0, num_grouped, self.group_size)]
-            leftovers += members[num_grouped:]
-        for number in torch.randperm(len(groups), generator=generator).tolist():
+            groups.append(members[:num_grouped].reshape(-1, self.group_size))
+            leftovers.append(members[num_grouped:])
+        groups = np.concatenate(groups)
+        for number in torch.randperm(len(groups), generator=generator).numpy():
             yield from self._sort(groups[number])
-        yield from self._sort(leftovers)
+        yield from self._sort(np.concatenate(leftovers))
 
-    def _sort(self, group: list[int]) -> list[int]:
-        return sorted(group, key=lambda index: self.lengths[index], reverse=True)
+    def _sort(self, group: np.ndarray) -> list[int]:
+        """Sort longest first; samples of one length stay in their order."""
+        return group[np.argsort(-self.lengths[group], kind="stable")].tolist()
 
 
 class SetEpoch(TrainerCallback):

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     stopping.install()
     run_command(check_flags)
 
+import numpy as np
 from transformers import set_seed
 
 from llava.conversation import Conversation
@@ -33,6 +34,7 @@ from llava.train.engine import leave_engine, start_engine
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.lora import find_all_linear_names as find_all_linear_names
+from llava.train.machine import check_alike, once_per_machine
 from llava.train.model_setup import (
     add_vision,
     check_start,
@@ -44,8 +46,9 @@ from llava.train.model_setup import (
     record_template,
 )
 from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
-from llava.train.records import Record, check_image_files, read_records, report_faults
+from llava.train.records import check_image_files, leave_out, read_records
 from llava.train.run import Run, RunSettings
+from llava.train.store import Records, find_data_cache
 from llava.train.targets import choose_placeholder, choose_template, settle_version
 
 __getattr__ = look_up(__name__)
@@ -80,7 +83,8 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     # 2. Data and the output folder are checked now, before the model is loaded. An interrupted run resumes at its last
     #    complete checkpoint, with the same settings; a finished one has nothing to do.
     text_format = describe_text(model_args, tokenizer)
-    records = load_records(model_args, data_args, text_format.template)
+    records = once_per_machine(lambda: load_records(model_args, data_args, text_format.template), training_args)
+    check_alike(records.fingerprint(), f"--data_path {data_args.data_path}: other records")
     run = Run(
         folder=make_folder(Path(training_args.output_dir)),
         settings=RunSettings.collect(model_args, data_args, training_args, records),
@@ -140,22 +144,23 @@ def say(training_args: TrainingArguments, text: str) -> None:
         sys.stdout.flush()
 
 
-def load_records(model_args: ModelArguments, data_args: DataArguments, template: Conversation) -> list[Record]:
-    """Read the training records and check them against the flags and their images, before any weight is loaded."""
-    skip = data_args.skip_broken_records
-    records = read_records(data_args.data_path, skip)
+def load_records(model_args: ModelArguments, data_args: DataArguments, template: Conversation) -> Records:
+    """Open the training records and check them against the flags and their images, before any weight is loaded."""
+    skip, folder = data_args.skip_broken_records, data_args.image_folder
+    records = read_records(data_args.data_path, skip, data_args.data_cache)
     records = check_fit(records, template, has_vision=model_args.vision_tower is not None, skip_broken=skip)
-    records = check_image_files(records, data_args.image_folder, skip)
-    faults = find_broken_images(records, data_args.image_folder)
-    report_faults(list(faults.values()), "images", skip)
-    usable = [record for record in records if record.name not in faults]
-    if not usable:
+    records = check_image_files(records, folder, skip)
+    faults = find_broken_images(records, folder, find_data_cache(data_args.data_cache))
+    is_broken = np.zeros(len(records), bool)
+    is_broken[list(faults)] = True
+    records = leave_out(records, is_broken, lambda position: faults[position], "images", skip)
+    if not records:
         raise InputError(f"{data_args.data_path}: every training record has a broken image")
-    return usable
+    return records.repeated()
 
 
 def run_preflight(
-    records: Sequence[Record],
+    records: Records,
     tokenizer: Tokenizer,
     text_format: TextFormat,
     model_args: ModelArguments,
