@@ -423,11 +423,9 @@ def open_store(source: Source, cache: Path, parse: Callable[[object, int], Recor
         for rest in [*cache.glob(f".{folder.name}.*.partial"), folder]:  # of a process that was killed
             shutil.rmtree(rest, ignore_errors=True)
         with atomic_folder(folder) as partial:
-            rows = tqdm(
-                read_rows(source, partial), desc=f"reading {source.name}", unit=" records", delay=PATIENCE_SECONDS
-            )
-            with rows:
-                write_store(partial, (_attempt(parse, row, number) for number, row in enumerate(rows)), source.files)
+            rows = read_rows(source, partial)
+            with tqdm(rows, f"reading {source.name}", unit=" records", delay=PATIENCE_SECONDS, leave=False) as bar:
+                write_store(partial, (_attempt(parse, row, number) for number, row in enumerate(bar)), source.files)
     finally:
         lock.release()
     return Store(folder, source.files, label, source.weight)
