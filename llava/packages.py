@@ -31,6 +31,7 @@ NEEDED_BY_SOME = {
     "openai": "openai",
     "openpyxl": "openpyxl",
     "pandas": "pandas",
+    "yaml": "pyyaml",
     "matplotlib": "matplotlib",
 }
 """What one command or one option needs."""

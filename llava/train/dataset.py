@@ -7,7 +7,6 @@ tokenized per sample, which costs far less than decoding an image.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +135,7 @@ class ConversationDataset(Dataset):
         skip_broken: bool = False,
     ):
         self.skip_broken = skip_broken
-        self.records = records
+        self.records = Records.of(records)
         self.tokenizer = tokenizer
         self.text_format = text_format
         self.image_format = image_format
@@ -163,9 +162,10 @@ class ConversationDataset(Dataset):
     def _list_candidates(self, index: int) -> Iterator[int]:
         """Yield a record's index, then those of the records that may stand in for it."""
         yield index
-        has_image, number = bool(self.records[index].images), len(self.records)
-        following = (other % number for other in range(index + 1, index + number))
-        yield from islice((other for other in following if bool(self.records[other].images) is has_image), MOST_TRIED)
+        has_image = self.records.num_images > 0
+        (alike,) = np.nonzero(has_image == has_image[index])
+        place = np.searchsorted(alike, index)
+        yield from np.concatenate([alike[place + 1 :], alike[:place]])[:MOST_TRIED].tolist()
 
     def _build(self, record: Record) -> Sample:
         with _naming(record):

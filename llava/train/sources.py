@@ -6,6 +6,7 @@ Arrow files stay there: a row names the place of each, and its bytes are read wh
 """
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ class _ParquetImages:
         self._kept: tuple[int, pa.ChunkedArray] | None = None
 
     def read(self, row: int) -> object:
-        group = next(number for number, start in enumerate(self._starts[1:]) if row < start)
+        group = bisect_right(self._starts, row) - 1
         if self._kept is None or self._kept[0] != group:
             table = self._file.read_row_group(group, columns=[self._column], use_threads=False)
             self._kept = (group, table.column(self._column))

@@ -424,7 +424,9 @@ def open_store(source: Source, cache: Path, parse: Callable[[object, int], Recor
             shutil.rmtree(rest, ignore_errors=True)
         with atomic_folder(folder) as partial:
             rows = read_rows(source, partial)
-            with tqdm(rows, f"reading {source.name}", unit=" records", delay=PATIENCE_SECONDS, leave=False) as bar:
+            with tqdm(
+                rows, f"reading {source.name}", unit=" records", mininterval=1, delay=PATIENCE_SECONDS, leave=False
+            ) as bar:
                 write_store(partial, (_attempt(parse, row, number) for number, row in enumerate(bar)), source.files)
     finally:
         lock.release()

@@ -107,8 +107,7 @@ def open_records(args: argparse.Namespace) -> Records:
     """Do what training does with its data before weights are loaded, except counting tokens."""
     model_args = ModelArguments(model_name_or_path=str(side_by_side.CHECKPOINT), vision_tower=str(TOWER))
     data_args = DataArguments(
-        data_path=str(args.data), image_folder=str(args.data.parent / "images"), image_aspect_ratio="pad",
-        data_cache=str(args.cache),
+        data_path=str(args.data), image_folder=str(args.data.parent / "images"), image_aspect_ratio="pad"
     )  # fmt: skip
     return load_records(model_args, data_args, choose_template("v1"))
 
@@ -154,9 +153,10 @@ def run_rank(args: argparse.Namespace) -> None:
 
 
 def start_part(part: str, args: argparse.Namespace, data: Path) -> subprocess.Popen:
-    words = ["--part", part, "--data", str(data), "--cache", str(args.cache), "--workers", str(args.workers)]
+    words = ["--part", part, "--data", str(data), "--workers", str(args.workers)]
     command = [sys.executable, "-m", "scripts.bench.train_data", *words]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"LLAVA_CACHE": str(data.parent / "cache")}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def time_start(args: argparse.Namespace, data: Path) -> dict:
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes that train together (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="loader workers of each (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where the data are written (default: the system's temporary one)")
-    for name, kind in (("part", str), ("data", Path), ("cache", Path)):
+    for name, kind in (("part", str), ("data", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -215,7 +215,6 @@ def main() -> None:
         raise InputError(f"--records from {FEW}, --ranks and --workers from 1 on")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        args.cache = folder / "cache"
         few, data = write_data(folder, FEW), write_data(folder, args.records)
         print(f"{args.records} records, {data.stat().st_size / 1e6:.0f} MB of JSON, {args.records // 2} image files")
         starts = {label: time_start(args, data) for label in ("first", "second")}
@@ -225,7 +224,7 @@ def main() -> None:
                 print(f"{label} start, {part}: {wall:.1f} s ({processor:.1f} s of a processor)")
         is_same = len({(start["order"], start["fingerprint"]) for start in starts.values()}) == 1
         print(f"order of a resumed second epoch: {'the same' if is_same else 'DIFFERENT'}")
-        size = sum(file.stat().st_size for file in args.cache.rglob("*"))
+        size = sum(file.stat().st_size for file in (folder / "cache").rglob("*"))
         print(f"store: {size / 1e6:.0f} MB on disk, {args.ranks} ranks with {args.workers} workers each")
         memory = {"few": measure_memory(args, few), "all": measure_memory(args, data)}
         costs = dict(tell_costs(memory["few"], memory["all"]))
