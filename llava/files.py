@@ -39,12 +39,23 @@ def read_bytes(path: Path, hint: str = "", limit: int | None = None) -> bytes:
         FileError: missing, not a regular file, not readable, or larger than the limit or the memory.
     """
     with explain_errors("read", path, hint):
-        state = os.stat(path)
-        if not stat.S_ISREG(state.st_mode):
-            raise FileError(f"{path} is {_kind(path)}, not a regular file")
-        if limit is not None and state.st_size > limit:
+        size = check_regular(path)
+        if limit is not None and size > limit:
             raise FileError(f"{path} is larger than {limit / 2**30:g} GiB")
         return Path(path).read_bytes()
+
+
+def check_regular(path: Path) -> int:
+    """Return the size of a regular file in bytes.
+
+    Raises:
+        FileError: it is a folder, a pipe, a device or the like.
+        OSError: it cannot be looked at; see `explain_errors`.
+    """
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):
+        raise FileError(f"{path} is {_kind(path)}, not a regular file")
+    return state.st_size
 
 
 def read_text(path: Path, hint: str = "") -> str:
@@ -56,7 +67,7 @@ def read_text(path: Path, hint: str = "") -> str:
     try:
         return read_bytes(path, hint).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FileError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise not_text(path, error.start) from None
 
 
 def read_lines(path: Path, hint: str = "") -> Iterator[tuple[int, str]]:
@@ -82,14 +93,29 @@ def parse_json(text: str | bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise FileError(f"{where} is not JSON: {_explain_syntax(error)} at {place}") from None
+        raise not_json(where, error, error.lineno, error.colno) from None
     except UnicodeDecodeError as error:
-        raise FileError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except RecursionError:
-        raise FileError(f"{where}: the JSON is nested too deeply") from None
-    except ValueError as error:
-        raise FileError(f"{where} is not readable JSON: {error}") from None
+        raise not_text(where, error.start) from None
+    except (RecursionError, ValueError) as error:
+        raise not_readable(where, error) from None
+
+
+def not_text(where: str | Path, byte: int) -> FileError:
+    """Make the error of bytes that are not UTF-8, from the position of the first."""
+    return FileError(f"{where} is not UTF-8 text (byte {byte}); save it as UTF-8")
+
+
+def not_json(where: str | Path, error: json.JSONDecodeError, line: int, column: int) -> FileError:
+    """Make the error of a mistake in JSON at a line and column, from 1."""
+    place = f"line {line} column {column}" if line > 1 else f"column {column}"
+    return FileError(f"{where} is not JSON: {_explain_syntax(error)} at {place}")
+
+
+def not_readable(where: str | Path, error: RecursionError | ValueError) -> FileError:
+    """Make the error of JSON that Python does not read."""
+    if isinstance(error, RecursionError):
+        return FileError(f"{where}: the JSON is nested too deeply")
+    return FileError(f"{where} is not readable JSON: {error}")
 
 
 def parse_natural(text: str) -> int | None:

@@ -32,6 +32,7 @@ NEEDED_BY_SOME = {
     "openai": "openai",
     "openpyxl": "openpyxl",
     "pandas": "pandas",
+    "yaml": "pyyaml",
     "matplotlib": "matplotlib",
 }
 """What one command or one option needs."""

@@ -1,15 +1,15 @@
 """Training samples: records turned into ids, labels and pixel values when the loader asks for them.
 
-Images are opened here and nowhere before, so a training set may be larger than memory. Conversations are kept as text
-and tokenized per sample, which costs far less than decoding an image.
+Texts and images are read here and nowhere before, so a training set may be larger than memory. Conversations are
+tokenized per sample, which costs far less than decoding an image.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,9 +24,10 @@ from llava.model.feature_files import FeatureFiles
 from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.feature_cache import read_source
-from llava.train.records import Record, locate_image, report_faults
+from llava.train.records import leave_out, locate_image
 from llava.train.sources import StoredImage
-from llava.train.targets import build_targets, choose_query, render
+from llava.train.store import Record, Records
+from llava.train.targets import NO_CAPTION, build_targets, choose_query, render
 
 MOST_TRIED = 100  # records that may stand in for a broken one
 
@@ -82,8 +83,8 @@ class ImageFormat:
 
 
 def check_fit(
-    records: Iterable[Record], template: Conversation, has_vision: bool, skip_broken: bool = False
-) -> list[Record]:
+    records: Sequence[Record], template: Conversation, has_vision: bool, skip_broken: bool = False
+) -> Records:
     """Check that records suit the template and the model, without reading an image.
 
     Args:
@@ -99,20 +100,17 @@ def check_fit(
         InputError: an image for a model without a vision tower, or a conversation that the template cannot render
             (unless `skip_broken`).
     """
-    usable, faults = [], []
-    for record in records:
-        try:
-            if record.images and not has_vision:
-                raise InputError(f"{record.name}: has an image, but there is no --vision_tower")
-            if template.sep_style is SeparatorStyle.PLAIN:
-                with _naming(record):
-                    render(record.turns, template)
-        except InputError as error:
-            faults.append(str(error))
-        else:
-            usable.append(record)
-    report_faults(faults, "--version and --vision_tower", skip_broken)
-    return usable
+    records = Records.of(records)
+    is_broken = np.zeros(len(records), bool) if has_vision else records.num_images > 0
+    if template.sep_style is SeparatorStyle.PLAIN:
+        is_broken = is_broken | ~records.column("is_caption")
+
+    def explain(position: int) -> str:
+        record = records[position]
+        lacks_tower = record.images and not has_vision
+        return f"{record.name}: {'has an image, but there is no --vision_tower' if lacks_tower else NO_CAPTION}"
+
+    return leave_out(records, is_broken, explain, "--version and --vision_tower", skip_broken)
 
 
 @contextmanager
@@ -147,7 +145,7 @@ class ConversationDataset(Dataset):
     ):
         self.feature_files = feature_files
         self.skip_broken = skip_broken
-        self.records = records
+        self.records = Records.of(records)
         self.tokenizer = tokenizer
         self.text_format = text_format
         self.image_format = image_format
@@ -174,9 +172,10 @@ class ConversationDataset(Dataset):
     def _list_candidates(self, index: int) -> Iterator[int]:
         """Yield a record's index, then those of the records that may stand in for it."""
         yield index
-        has_image, number = bool(self.records[index].images), len(self.records)
-        following = (other % number for other in range(index + 1, index + number))
-        yield from islice((other for other in following if bool(self.records[other].images) is has_image), MOST_TRIED)
+        has_image = self.records.num_images > 0
+        (alike,) = np.nonzero(has_image == has_image[index])
+        place = np.searchsorted(alike, index)
+        yield from np.concatenate([alike[place + 1 :], alike[:place]])[:MOST_TRIED].tolist()
 
     def _build(self, record: Record) -> Sample:
         with _naming(record):

@@ -90,7 +90,13 @@ class DataArguments:
     """What is trained on."""
 
     data_path: str = field(
-        metadata={"help": "LLaVA training data: .json, .jsonl, .parquet, a folder of them, or a hub name."}
+        metadata={
+            "help": "LLaVA training data: .json, .jsonl, .parquet, a folder of them, a .yaml mixture, or a hub name."
+        }
+    )
+    data_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the records as they are read. Default: training_data in LLAVA_CACHE."},
     )
     image_folder: str | None = field(default=None, metadata={"help": "Folder that image names are relative to."})
     eval_data_path: str | None = field(

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.train.dataset import ConversationDataset, Sample
-from llava.train.records import SHOWN_FAULTS, Record
+from llava.train.store import SHOWN_FAULTS, Records
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Place:
     counts: bool = True
 
 
-def deal_batches(records: Sequence[Record], batch_size: int, rank: int, num_ranks: int) -> list[list[Place]]:
+def deal_batches(records: Records, batch_size: int, rank: int, num_ranks: int) -> list[list[Place]]:
     """Choose the batches of one rank.
 
     A batch has one modality and similar lengths, and is the same for any number of ranks. All ranks get as many batches
@@ -43,8 +43,8 @@ def deal_batches(records: Sequence[Record], batch_size: int, rank: int, num_rank
     """
     dealt: list[list[Place]] = []
     for has_image in (True, False):
-        members = [index for index, record in enumerate(records) if bool(record.images) is has_image]
-        members.sort(key=lambda index: records[index].num_words, reverse=True)
+        (members,) = np.nonzero((records.num_images > 0) == has_image)
+        members = members[np.argsort(-records.num_words[members], kind="stable")].tolist()
         starts = range(0, len(members), batch_size)
         batches = [[Place(index) for index in members[start : start + batch_size]] for start in starts]
         batches += [[Place(members[0], counts=False)]] * (-len(batches) % num_ranks)
@@ -82,7 +82,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model.train(is_training)
 
 
-def check_held_out(held_out: Sequence[Record], trained: Sequence[Record], paths: tuple[str, str]) -> None:
+def check_held_out(held_out: Records, trained: Records, paths: tuple[str, str]) -> None:
     """Refuse a held-out set that is the training set, and warn of records that are in both.
 
     Args:
@@ -94,11 +94,13 @@ def check_held_out(held_out: Sequence[Record], trained: Sequence[Record], paths:
         InputError: the same file, or the same records under another name.
     """
     own, other = paths
-    known = {record.content() for record in trained}
-    seen = [record.name for record in held_out if record.content() in known]
+    asked = held_out.list_digests()
+    known = set(asked).intersection(trained.list_digests())
+    seen = held_out.read([position for position, digest in enumerate(asked) if digest in known])
     is_same_file = Path(own).exists() and Path(other).exists() and Path(own).samefile(other)
     if is_same_file or own == other or (len(seen) == len(held_out) and len(held_out) == len(trained)):
         raise InputError(f"--eval_data_path {own}: these are the training records; give records that are held out")
     if seen:
-        shown = "; ".join(seen[:SHOWN_FAULTS]) + ("; ..." if len(seen) > SHOWN_FAULTS else "")
+        names = [record.name for record in seen[:SHOWN_FAULTS]]
+        shown = "; ".join(names) + ("; ..." if len(seen) > SHOWN_FAULTS else "")
         logger.warning("%s: %d of %d held-out records are trained on too: %s", own, len(seen), len(held_out), shown)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava.budgets import expect_tokens
@@ -13,7 +14,7 @@ from llava.model.language_model.causal import LlavaCausalLM
 from llava.train.dataset import TextFormat
 from llava.train.flags import DataArguments
 from llava.train.preflight import ImageTokens, count_positions, list_canvases
-from llava.train.records import Record
+from llava.train.store import Record, Records
 from llava.train.targets import render
 
 RECORDS_AT_A_TIME = 1_000
@@ -32,14 +33,14 @@ def expect_image_tokens(model: LlavaCausalLM, data_args: DataArguments) -> Image
 
 
 def count_lengths(
-    records: Sequence[Record],
+    records: Records,
     tokenizer: PreTrainedTokenizerBase,
     text_format: TextFormat,
     limit: int,
     tokens: ImageTokens | None,
     folder: str | Path | None,
-) -> list[int]:
-    """Count the positions of each record, tokenizing its text.
+) -> np.ndarray:
+    """Count the positions of each record, int32[S], tokenizing its text.
 
     Args:
         records: the training set.
@@ -55,7 +56,7 @@ def count_lengths(
         for record, num_text in zip(some, _count_text(some, tokenizer, text_format), strict=True):
             total = num_text + sum(count_positions(image, tokens, folder) for image in record.images)
             lengths.append(min(total, limit))
-    return lengths
+    return np.array(lengths, np.int32)
 
 
 def _count_text(

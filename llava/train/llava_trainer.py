@@ -25,12 +25,13 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -62,10 +63,10 @@ from llava.train.engine import is_partitioned
 from llava.train.feature_cache import FeatureCache
 from llava.train.figures import DATA, LANGUAGE_MODEL, OPTIMIZER, OTHER, PAUSE, Meter, Sums, gather
 from llava.train.held_out import PlacedSamples, deal_batches, undisturbed
-from llava.train.records import SHOWN_FAULTS
 from llava.train.sampler import POOLED_GROUPS, ModalityLengthSampler, SetEpoch
 from llava.train.score_command import ScoreCommand
 from llava.train.stopping import begin_training, is_requested, keep_worker
+from llava.train.store import SHOWN_FAULTS
 
 __getattr__ = look_up(__name__)
 
@@ -116,7 +117,7 @@ class LLaVATrainer(Trainer):
         self,
         *arguments: object,
         tokenizer: Tokenizer | None = None,
-        lengths: Sequence[int] | None = None,
+        lengths: np.ndarray | None = None,
         feature_cache: FeatureCache | None = None,
         score: ScoreCommand | None = None,
         **options: object,
@@ -126,7 +127,7 @@ class LLaVATrainer(Trainer):
         Args:
             *arguments: of the base class.
             tokenizer: what LLaVA's scripts call its `processing_class`.
-            lengths: positions of each record, for `--group_by_reduced_length`.
+            lengths: int[number of records], positions of each, for `--group_by_reduced_length`.
             feature_cache: completes images of which a batch has keys.
             score: called every `--eval_command_steps` steps.
             **options: of the base class.
@@ -221,10 +222,9 @@ class LLaVATrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.group_by_reduced_length:
-            lengths, has_image, num_pooled = self.lengths, [True] * len(dataset), POOLED_GROUPS
+            lengths, has_image, num_pooled = self.lengths, np.ones(len(dataset), bool), POOLED_GROUPS
         elif self.args.group_by_modality_length:
-            lengths, num_pooled = [record.num_words for record in dataset.records], 1
-            has_image = [bool(record.images) for record in dataset.records]
+            lengths, has_image, num_pooled = dataset.records.num_words, dataset.records.num_images > 0, 1
         else:
             return super()._get_train_sampler(train_dataset)
         group_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

@@ -4,8 +4,12 @@ Image headers and token counts of large sets are sampled, with a fixed seed, so 
 it trains, the trainer counts every sample.
 """
 
+import hashlib
+import json
 import random
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -15,18 +19,22 @@ from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
+from llava.files import read_json, write_json
 from llava.image import EmbeddedImage
 from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.identity import DIGITS, is_settled, stamp_file
 from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX, build_named_tower
 from llava.model.token_reduction import CONFIG_KEY, read_training_reduction
 from llava.train.dataset import TextFormat
 from llava.train.flags import DataArguments, ModelArguments
-from llava.train.records import SHOWN_FAULTS, Record, locate_image, report_faults
+from llava.train.records import locate_image, report_faults
 from llava.train.sources import StoredImage
+from llava.train.store import ROWS_PER_BATCH, SHOWN_FAULTS, Faults, Record, Records
 from llava.train.targets import build_targets, render
 
 SAMPLED_RECORDS = 2_000
 SAMPLED_IMAGES = 20_000
+NOTED_IMAGES = 1_000  # below, looking at them again costs less than a note
 SEED = 20240916
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 SHOWN_SAMPLES = 3
@@ -121,23 +129,55 @@ def sample(items: Sequence, limit: int) -> list:
 
 
 # ----------------------------------------------------------------------------------------------------------- images
-def find_broken_images(records: Sequence[Record], folder: str | Path | None) -> dict[str, str]:
+def find_broken_images(
+    records: Sequence[Record], folder: str | Path | None, cache: str | Path | None = None
+) -> dict[int, str]:
     """Read the headers of images, each once; of more than `SAMPLED_IMAGES` records a sample.
 
+    Args:
+        records: whose images exist.
+        folder: the image folder; None if names are paths.
+        cache: folder in which it is noted what was found, so that the next look at the same unchanged files costs one
+            `stat` each; None: it is not.
+
     Returns:
-        The fault of each record whose image is no image, by the record's name.
+        The fault of each record whose image is no image, by its position.
     """
-    known: dict[str, str | None] = {}
-    faults = {}
-    for record in sample(records, SAMPLED_IMAGES):
-        for name in record.images:
-            image = locate_image(name, folder)
-            key = f"{image} {id(image)}" if isinstance(image, StoredImage) else image
-            if key not in known:
-                known[key] = find_header_fault(image)
-            if known[key]:
-                faults.setdefault(record.name, f"{record.name}: image {image}: {known[key]}")
+    records = Records.of(records)
+    positions, images = sample(range(len(records)), SAMPLED_IMAGES), []
+    for start in range(0, len(positions), ROWS_PER_BATCH):
+        part = positions[start : start + ROWS_PER_BATCH]
+        for position, record in zip(part, records.read(part), strict=True):
+            images += [(position, locate_image(name, folder)) for name in record.images]
+    note = None if cache is None or len(images) < NOTED_IMAGES else _name_note(records, images, Path(cache))
+    if note is not None:
+        with suppress(InputError):
+            return {int(position): fault for position, fault in read_json(note).items()}
+    known: dict[str | StoredImage, str | None] = {}
+    faults: dict[int, str] = {}
+    for position, image in images:
+        if image not in known:
+            known[image] = find_header_fault(image)
+        if known[image] and position not in faults:
+            faults[position] = f"{records[position].name}: image {image}: {known[image]}"
+    if note is not None:
+        with suppress(InputError):  # it only saves time
+            write_json(note, faults)
     return faults
+
+
+def _name_note(records: Records, images: Sequence[tuple[int, str | StoredImage]], cache: Path) -> Path | None:
+    """Name the file that says what was found in these images; None if one may still be changing."""
+    digest = hashlib.sha256(json.dumps([store.folder.name for store in records.stores]).encode())
+    now = time.time_ns()
+    for position, image in images:
+        stamp = None
+        if isinstance(image, str) and "://" not in image:
+            stamp = stamp_file(Path(image))
+            if stamp is None or not is_settled(stamp, now):
+                return None
+        digest.update(f"{position} {image} {stamp}\n".encode())
+    return cache / "images" / f"{digest.hexdigest()[:DIGITS]}.json"
 
 
 def find_header_fault(image: str | StoredImage) -> str | None:
@@ -215,12 +255,13 @@ def inspect_records(
     Raises:
         InputError: no sampled record has a token to learn, or the tokenizer cannot take a text.
     """
-    findings, faults = Findings(len(records), sum(len(record.images) for record in records)), []
-    for record in sample(records, SAMPLED_RECORDS):
+    records = Records.of(records)
+    findings, faults = Findings(len(records), int(records.num_images.sum())), Faults()
+    for record in records.read(sample(range(len(records)), SAMPLED_RECORDS)):
         try:
             targets = build_targets(render(record.turns, text_format.template, text_format.placeholder), tokenizer)
         except InputError as error:
-            faults.append(f"{record.name}: {error}")
+            faults.add(f"{record.name}: {error}")
             continue
         sizes = [count_positions(image, tokens, folder) for image in record.images]
         learned, length = _cut(targets.input_ids, targets.labels, sizes, limit)

@@ -15,7 +15,7 @@ from llava.files import find_repository
 from llava.train.arguments import TrainingArguments
 from llava.train.figures import GIBIBYTE
 from llava.train.flags import DataArguments, ModelArguments
-from llava.train.records import Record
+from llava.train.store import Records
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes", "flash-attn", "llava")
 GIT_SECONDS = 10
@@ -87,12 +87,10 @@ def describe_hardware(num_ranks: int) -> dict[str, object]:
     return found
 
 
-def describe_records(path: str | None, records: Sequence[Record], fingerprint: str) -> dict[str, object] | None:
-    """Describe a set of records: where it was, how large, and by content; None where there is no path."""
-    if path is None:
-        return None
-    num_images = sum(len(record.images) for record in records)
-    return {"path": path, "records": len(records), "images": num_images, "fingerprint": fingerprint}
+def describe_records(path: str, records: Records) -> dict[str, object]:
+    """Describe a set of records: where it was, how large, and by content."""
+    num_images = int(records.num_images.sum())
+    return {"path": path, "records": len(records), "images": num_images, "fingerprint": records.fingerprint()}
 
 
 def describe_start(num_ranks: int) -> dict[str, object]:

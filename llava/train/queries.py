@@ -11,7 +11,7 @@ from llava.prompt import POOLED_TURNS
 from llava.train.dataset import TextFormat
 from llava.train.flags import ModelArguments
 from llava.train.preflight import SAMPLED_RECORDS, name_records, sample
-from llava.train.records import Record
+from llava.train.store import Record
 from llava.train.targets import choose_query, render
 
 

@@ -6,65 +6,48 @@ tensors and templates come later, in `llava.train.targets` and `llava.train.data
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
-from llava.train.sources import StoredImage, read_rows
+from llava.train.sources import StoredImage, find_sources
+from llava.train.store import SHOWN_FAULTS, Faults, Record, Records, find_data_cache, open_store
 
 logger = logging.getLogger(__name__)
 
 USER, ASSISTANT = "human", "gpt"
-SHOWN_FAULTS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One training conversation.
-
-    Attributes:
-        name: how a message names it: `record 7 (id 'c3')`.
-        images: file names relative to the image folder (or URLs), or images inside the data, in order of their
-            placeholders.
-        turns: texts, alternating between user and assistant, user first; one `<image>` placeholder per image.
-    """
-
-    name: str
-    images: tuple[str | StoredImage, ...]
-    turns: tuple[str, ...]
-
-    @property
-    def num_words(self) -> int:
-        """Number of words in all turns: the length by which batches are grouped."""
-        return sum(len(turn.split()) for turn in self.turns)
-
-    def content(self) -> bytes:
-        """Texts and image names, by which records are the same or not."""
-        return "\0".join([*self.turns, "", *map(str, self.images)]).encode("utf-8", "surrogatepass")
-
-
-def read_records(path: str | Path, skip_broken: bool = False) -> list[Record]:
-    """Read a training set.
+def read_records(path: str | Path, skip_broken: bool = False, cache: str | Path | None = None) -> Records:
+    """Open a training set; what is not in a store yet is read and checked, and put into one.
 
     Args:
-        path: a file, folder or hub name, see `sources.read_rows`.
+        path: a file, folder, mixture or hub name, see `sources.find_sources`.
         skip_broken: leave broken records out and log them, instead of refusing the file.
+        cache: folder of stores; None: `training_data` in the user's cache folder.
+
+    Returns:
+        All records, those of a mixture once each (`Records.repeated` applies its weights).
 
     Raises:
         InputError: no such file, not readable, no record, or (unless `skip_broken`) a broken record.
     """
-    records, faults = [], []
-    for number, raw in enumerate(read_rows(path)):
-        try:
-            records.append(parse_record(raw, number))
-        except InputError as error:
-            faults.append(str(error))
+    sources = find_sources(path)
+    labels = [f"{Path(source.name).name} " if len(sources) > 1 else "" for source in sources]
+    folder = find_data_cache(cache)
+    stores = [open_store(source, folder, parse_record, label) for source, label in zip(sources, labels, strict=True)]
+    faults = Faults()
+    for store in stores:
+        faults.count += store.faults.count
+        faults.shown += [f"{store.label}{fault}" for fault in store.faults.shown]
     report_faults(faults, f"{path}", skip_broken)
-    if not records:
-        raise InputError(f"{path}: no training record in this file")
-    return records
+    for source, store in zip(sources, stores, strict=True):
+        if not len(store):
+            raise InputError(f"{source.name}: no training record in this file")
+    return Records(stores)
 
 
 def parse_record(raw: object, number: int) -> Record:
@@ -108,8 +91,8 @@ def place_placeholders(turns: Sequence[str], num_images: int, name: str) -> tupl
     )
 
 
-def check_image_files(records: Iterable[Record], folder: str | Path | None, skip_broken: bool = False) -> list[Record]:
-    """Check that every record's image files exist.
+def check_image_files(records: Sequence[Record], folder: str | Path | None, skip_broken: bool = False) -> Records:
+    """Check that every record's image files exist; each name is looked for once.
 
     Args:
         records: from `read_records`.
@@ -122,18 +105,34 @@ def check_image_files(records: Iterable[Record], folder: str | Path | None, skip
     Raises:
         InputError: a file is missing (unless `skip_broken`).
     """
-    known: dict[str, bool] = {}
-    usable, faults = [], []
-    for record in records:
-        missing = [image for image in record.images if not _exists(image, folder, known)]
-        if missing:
-            faults.append(f"{record.name}: no image file {locate_image(missing[0], folder)}")
-        else:
-            usable.append(record)
-    report_faults(faults, "images", skip_broken)
+    records = Records.of(records)
+    is_broken = records.find_named(lambda name: not _exists(name, folder))
+    usable = leave_out(
+        records, is_broken, lambda place: _explain_missing(records[place], folder), "images", skip_broken
+    )
     if not usable:
         raise InputError(f"no training record has its images in {folder}")
     return usable
+
+
+def leave_out(
+    records: Records, is_broken: np.ndarray, explain: Callable[[int], str], subject: str, skip: bool
+) -> Records:
+    """Refuse broken records, or log that they are left out; the first few are named.
+
+    Args:
+        records: among which they are.
+        is_broken: bool[S].
+        explain: says what is wrong with the record at a position.
+        subject: what is wrong with them.
+        skip: leave them out.
+
+    Raises:
+        InputError: there are some, and they are not to be skipped.
+    """
+    (positions,) = np.nonzero(is_broken)
+    report_faults(Faults(len(positions), list(map(explain, positions[:SHOWN_FAULTS].tolist()))), subject, skip)
+    return records.keep(~is_broken)
 
 
 def locate_image(name: str | StoredImage, folder: str | Path | None) -> str | StoredImage:
@@ -143,12 +142,13 @@ def locate_image(name: str | StoredImage, folder: str | Path | None) -> str | St
     return str(Path(folder) / name)
 
 
-def _exists(name: str | StoredImage, folder: str | Path | None, known: dict[str, bool]) -> bool:
-    if isinstance(name, StoredImage):
-        return True
-    if name not in known:
-        known[name] = "://" in name or os.path.isfile(locate_image(name, folder))
-    return known[name]
+def _exists(name: str | StoredImage, folder: str | Path | None) -> bool:
+    return isinstance(name, StoredImage) or "://" in name or os.path.isfile(os.path.join(folder or "", name))
+
+
+def _explain_missing(record: Record, folder: str | Path | None) -> str:
+    missing = next(image for image in record.images if not _exists(image, folder))
+    return f"{record.name}: no image file {locate_image(missing, folder)}"
 
 
 def _placeholder_first(turn: str) -> str:
@@ -195,17 +195,17 @@ def _list_turns(value: object, name: str) -> list[str]:
     return [turn["value"] for turn in value]
 
 
-def report_faults(faults: list[str], subject: str, skip: bool) -> None:
+def report_faults(faults: Faults, subject: str, skip: bool) -> None:
     """Refuse broken records, or log that they are left out; the first few are named.
 
     Raises:
         InputError: there are faults, and they are not to be skipped.
     """
-    if not faults:
+    if not faults.count:
         return
-    shown = "; ".join(faults[:SHOWN_FAULTS]) + ("; ..." if len(faults) > SHOWN_FAULTS else "")
+    shown = "; ".join(faults.shown[:SHOWN_FAULTS]) + ("; ..." if faults.count > SHOWN_FAULTS else "")
     if not skip:
         raise InputError(
-            f"{subject}: {len(faults)} broken records: {shown} (--skip_broken_records True trains without them)"
+            f"{subject}: {faults.count} broken records: {shown} (--skip_broken_records True trains without them)"
         )
-    logger.warning("%s: left out %d broken records: %s", subject, len(faults), shown)
+    logger.warning("%s: left out %d broken records: %s", subject, faults.count, shown)

@@ -5,9 +5,8 @@ of later versions of transformers too; files count by content. The file also tel
 what came of it (`provenance`); of that nothing is compared.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from llava.train.arguments import TrainingArguments
 from llava.train.engine import zero_stage
 from llava.train.flags import DataArguments, ModelArguments
 from llava.train.provenance import describe_start, now, to_json
-from llava.train.records import Record
+from llava.train.store import Records
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ NEUTRAL = frozenset(
         "output_dir",
         "cache_dir",
         "image_folder",
+        "data_cache",
         "lazy_preprocess",
         "is_multimodal",
         "skip_broken_records",
@@ -167,7 +167,7 @@ class RunSettings:
         model_args: ModelArguments,
         data_args: DataArguments,
         training_args: TrainingArguments,
-        records: Sequence[Record],
+        records: Records,
     ) -> "RunSettings":
         """Collect the settings of a run that is about to start.
 
@@ -194,7 +194,7 @@ class RunSettings:
         start = model_args.model_name_or_path
         contents = {
             "model_name_or_path": Content(start, identify_checkpoint(start) or start),
-            "data_path": Content(data_args.data_path, hash_records(records)),
+            "data_path": Content(data_args.data_path, records.fingerprint()),
         }
         if (tower := model_args.vision_tower) is not None:
             contents["vision_tower"] = Content(tower, identify_tower(tower, start) or tower)
@@ -221,14 +221,6 @@ class RunSettings:
             else:
                 changed.append(f"{name} {old and old.name} -> {now and now.name}")
         return changed
-
-
-def hash_records(records: Iterable[Record]) -> str:
-    """Return the fingerprint of training records: their texts and image names, in order."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(record.content() + b"\n")
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -310,7 +302,7 @@ class Run:
         except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{path} is not the file that training writes; remove it to start without it") from None
 
-    def _write(self, finished: bool, starts: Sequence[object], figures: Mapping[str, object] | None) -> None:
+    def _write(self, finished: bool, starts: list[object], figures: Mapping[str, object] | None) -> None:
         contents = {name: vars(content) for name, content in self.settings.contents.items()}
         content = {
             "format": FORMAT, "finished": finished, "settings": dict(self.settings.flags), "contents": contents,

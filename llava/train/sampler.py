@@ -3,8 +3,9 @@
 Batches of text alone then hold no image tokens, and little of a batch is padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
@@ -22,19 +23,17 @@ class ModalityLengthSampler(Sampler[int]):
     alone, never on the global random state.
 
     Args:
-        lengths: a number per sample that grows with its length.
-        has_image: whether each sample has an image; all alike: modalities are not told apart.
+        lengths: int[S], numbers that grow with the samples' lengths.
+        has_image: bool[S], whether each sample has an image; all alike: modalities are not told apart.
         group_size: samples per optimizer step: batch size x accumulation steps x ranks.
         seed: of the shuffling.
         num_pooled: groups whose samples are sorted together before they are divided: with 1 every step sees short and
             long samples, with more its samples are of similar lengths.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], has_image: Sequence[bool], group_size: int, seed: int = 0, num_pooled: int = 1
-    ):
-        self.lengths = lengths
-        self.has_image = has_image
+    def __init__(self, lengths: np.ndarray, has_image: np.ndarray, group_size: int, seed: int = 0, num_pooled: int = 1):
+        self.lengths = np.asarray(lengths)
+        self.has_image = np.asarray(has_image, dtype=bool)
         self.group_size = group_size
         self.num_pooled = num_pooled
         self.seed = seed
@@ -49,23 +48,24 @@ class ModalityLengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = torch.randperm(len(self.lengths), generator=generator).numpy()
         groups, leftovers = [], []
         for modality in (True, False):
-            members = [index for index in order if self.has_image[index] is modality]
+            members = order[self.has_image[order] == modality]
             num_grouped = len(members) // self.group_size * self.group_size
             for pool in _divide(members[:num_grouped], self.group_size * self.num_pooled):
                 groups += _divide(self._sort(pool), self.group_size)
-            leftovers += members[num_grouped:]
+            leftovers.append(members[num_grouped:])
         for number in torch.randperm(len(groups), generator=generator).tolist():
-            yield from groups[number]
-        yield from self._sort(leftovers)
+            yield from groups[number].tolist()
+        yield from self._sort(np.concatenate(leftovers)).tolist()
 
-    def _sort(self, group: list[int]) -> list[int]:
-        return sorted(group, key=lambda index: self.lengths[index], reverse=True)
+    def _sort(self, group: np.ndarray) -> np.ndarray:
+        """Sort longest first; samples of one length stay in their order."""
+        return group[np.argsort(-self.lengths[group], kind="stable")]
 
 
-def _divide(members: list[int], size: int) -> list[list[int]]:
+def _divide(members: np.ndarray, size: int) -> list[np.ndarray]:
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 

@@ -31,6 +31,8 @@ AUTO = "auto"
 
 TRAINABLE_STYLES = (SeparatorStyle.TWO, SeparatorStyle.PLAIN, SeparatorStyle.LLAMA_2, SeparatorStyle.MPT)
 
+NO_CAPTION = "--version plain needs records of two turns with the image placeholder in the first"
+
 SHOWN_CHARACTERS = 80  # of a text in a message
 
 Span = tuple[int, int]  # (start, end) in characters of the prompt
@@ -165,12 +167,16 @@ def render(turns: Sequence[str], template: Conversation, placeholder: str = DEFA
     return Rendered(conversation.get_prompt(), tuple(answers))
 
 
+def is_caption(turns: Sequence[str]) -> bool:
+    """Whether a conversation is an instruction with images and a caption, which is what the plain template renders."""
+    return len(turns) == len(("instruction", "caption")) and DEFAULT_IMAGE_TOKEN in turns[0]
+
+
 def _render_caption(turns: Sequence[str], template: Conversation) -> Rendered:
     """Render images, then the caption; the instruction is left out, as the projector learns to describe only."""
-    num_images = turns[0].count(DEFAULT_IMAGE_TOKEN)
-    if len(turns) != len(("instruction", "caption")) or not num_images:
-        raise InputError("--version plain needs records of two turns with the image placeholder in the first")
-    images = DEFAULT_IMAGE_TOKEN * num_images
+    if not is_caption(turns):
+        raise InputError(NO_CAPTION)
+    images = DEFAULT_IMAGE_TOKEN * turns[0].count(DEFAULT_IMAGE_TOKEN)
     prompt = images + turns[1] + template.sep
     return Rendered(prompt, ((len(images), len(prompt)),))
 

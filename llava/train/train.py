@@ -20,6 +20,7 @@ if __name__ == "__main__":
     stopping.install()
     run_command(begin_command)
 
+import numpy as np
 from transformers import PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -42,6 +43,7 @@ from llava.train.lengths import count_lengths, expect_image_tokens
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.lora import find_all_linear_names as find_all_linear_names
+from llava.train.machine import check_alike, once_per_machine
 from llava.train.model_setup import (
     add_vision,
     check_start,
@@ -55,9 +57,10 @@ from llava.train.model_setup import (
 from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
 from llava.train.provenance import describe_records, list_flags, sum_up
 from llava.train.queries import find_cut_queries, find_measure
-from llava.train.records import Record, check_image_files, read_records, report_faults
-from llava.train.run import Run, RunSettings, hash_records
+from llava.train.records import check_image_files, leave_out, read_records
+from llava.train.run import Run, RunSettings
 from llava.train.score_command import ScoreCommand, check_command
+from llava.train.store import Records, find_data_cache
 from llava.train.targets import choose_placeholder, choose_template, settle_version
 from llava.train.varying import DrawReduction
 
@@ -93,10 +96,11 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     # 2. Data and the output folder are checked now, before the model is loaded. An interrupted run resumes at its last
     #    complete checkpoint, with the same settings; a finished one has nothing to do.
     text_format = describe_text(model_args, tokenizer)
-    records = load_records(model_args, data_args, text_format.template)
-    held_out = load_held_out(model_args, data_args, text_format.template, records)
-    if data_args.feature_cache:
-        make_folder(Path(data_args.feature_cache))
+    records = once_per_machine(lambda: load_records(model_args, data_args, text_format.template), training_args)
+    check_alike(records.fingerprint(), f"--data_path {data_args.data_path}: other records")
+    held_out = once_per_machine(
+        lambda: load_held_out(model_args, data_args, text_format.template, records), training_args
+    )
     run = describe_run(model_args, data_args, training_args, records, held_out)
     if run.is_finished(bool(list_checkpoints(run.folder)), training_args.resume_anyway):
         say(training_args, f"finished already, nothing to do: {run.folder}")
@@ -172,38 +176,42 @@ def describe_run(
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
-    records: list[Record],
-    held_out: list[Record],
+    records: Records,
+    held_out: Records | None,
 ) -> Run:
-    """Say which run this is, and what its run.json tells besides."""
-    settings = RunSettings.collect(model_args, data_args, training_args, records)
+    """Say which run this is, and what its run.json tells besides; make its folders."""
+    if data_args.feature_cache:
+        make_folder(Path(data_args.feature_cache))
     return Run(
         folder=make_folder(Path(training_args.output_dir)),
-        settings=settings,
+        settings=RunSettings.collect(model_args, data_args, training_args, records),
         is_writer=training_args.process_index == 0,
         notes={
             "flags": list_flags(model_args, data_args, training_args),
-            "data": describe_records(data_args.data_path, records, settings.contents["data_path"].fingerprint),
-            "held_out": describe_records(data_args.eval_data_path, held_out, hash_records(held_out)),
+            "data": describe_records(data_args.data_path, records),
+            "held_out": None if held_out is None else describe_records(data_args.eval_data_path, held_out),
         },
     )
 
 
 def find_lengths(
     model: PreTrainedModel,
-    records: list[Record],
+    records: Records,
     tokenizer: Tokenizer,
     text_format: TextFormat,
     data_args: DataArguments,
     training_args: TrainingArguments,
-) -> list[int] | None:
-    """Find the positions of each record, where `--group_by_reduced_length` groups by them."""
+) -> np.ndarray | None:
+    """Find the positions of each record, int32[S], where `--group_by_reduced_length` groups by them."""
     if not training_args.group_by_reduced_length:
         return None
     has_vision = isinstance(model, LlavaMetaForCausalLM)
     tokens = expect_image_tokens(model, data_args) if has_vision else None
     limit = training_args.model_max_length
-    return count_lengths(records, tokenizer, text_format, limit, tokens, data_args.image_folder)
+    folder = data_args.image_folder
+    return once_per_machine(
+        lambda: count_lengths(records, tokenizer, text_format, limit, tokens, folder), training_args
+    )
 
 
 def vary_reduction(trainer: LLaVATrainer, model: PreTrainedModel, model_args: ModelArguments) -> None:
@@ -214,31 +222,32 @@ def vary_reduction(trainer: LLaVATrainer, model: PreTrainedModel, model_args: Mo
         say(trainer.args, f"each step draws from {reduction.spec()}; the result is saved at {reduction.middle.spec()}")
 
 
-def load_records(model_args: ModelArguments, data_args: DataArguments, template: Conversation) -> list[Record]:
-    """Read the training records and check them against the flags and their images, before any weight is loaded."""
-    skip = data_args.skip_broken_records
-    records = read_records(data_args.data_path, skip)
+def load_records(model_args: ModelArguments, data_args: DataArguments, template: Conversation) -> Records:
+    """Open the training records and check them against the flags and their images, before any weight is loaded."""
+    skip, folder = data_args.skip_broken_records, data_args.image_folder
+    records = read_records(data_args.data_path, skip, data_args.data_cache)
     records = check_fit(records, template, has_vision=model_args.vision_tower is not None, skip_broken=skip)
-    records = check_image_files(records, data_args.image_folder, skip)
-    faults = find_broken_images(records, data_args.image_folder)
-    report_faults(list(faults.values()), "images", skip)
-    usable = [record for record in records if record.name not in faults]
-    if not usable:
+    records = check_image_files(records, folder, skip)
+    faults = find_broken_images(records, folder, find_data_cache(data_args.data_cache))
+    is_broken = np.zeros(len(records), bool)
+    is_broken[list(faults)] = True
+    records = leave_out(records, is_broken, lambda position: faults[position], "images", skip)
+    if not records:
         raise InputError(f"{data_args.data_path}: every training record has a broken image")
-    return usable
+    return records.repeated()
 
 
 def load_held_out(
-    model_args: ModelArguments, data_args: DataArguments, template: Conversation, records: Sequence[Record]
-) -> list[Record]:
-    """Read and check the records that are held out, as those that are trained on; none where none are asked for.
+    model_args: ModelArguments, data_args: DataArguments, template: Conversation, records: Records
+) -> Records | None:
+    """Open and check the records that are held out, as those that are trained on; None where none are asked for.
 
     Raises:
         InputError: they cannot be used, or are the training records.
     """
     path = data_args.eval_data_path
     if path is None:
-        return []
+        return None
     held_out = load_records(model_args, replace(data_args, data_path=path), template)
     check_held_out(held_out, records, (path, data_args.data_path))
     return held_out
@@ -252,7 +261,7 @@ def choose_score(training_args: TrainingArguments, folder: Path, only_projector:
 
 
 def run_preflight(
-    records: Sequence[Record],
+    records: Records,
     tokenizer: Tokenizer,
     text_format: TextFormat,
     model_args: ModelArguments,

@@ -22,6 +22,14 @@ def groups(order: list[int]) -> list[list[int]]:
     return [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
 
 
+def test_the_order_is_the_published_one():
+    random_state = random.Random(3)
+    lengths = [random_state.randint(1, 4) for _ in range(23)]  # many are equal: those stay in their order
+    has_image = [random_state.random() < 0.6 for _ in lengths]
+    order = [10, 11, 1, 20, 16, 3, 0, 17, 7, 15, 9, 5, 6, 2, 8, 4, 12, 21, 14, 18, 13, 19, 22]
+    assert list(ModalityLengthSampler(lengths, has_image, 4, seed=7)) == order
+
+
 def test_every_sample_comes_exactly_once():
     assert sorted(make_sampler()) == list(range(len(LENGTHS)))
     assert len(make_sampler()) == len(LENGTHS)
