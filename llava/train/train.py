@@ -33,6 +33,7 @@ from llava.train.engine import leave_engine, start_engine
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.lora import find_all_linear_names as find_all_linear_names
+from llava.train.machines import agree, check_shared_folder
 from llava.train.model_setup import (
     add_vision,
     check_start,
@@ -86,12 +87,13 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         settings=RunSettings.collect(model_args, data_args, training_args, records),
         is_writer=training_args.process_index == 0,
     )
-    if run.is_finished(bool(list_checkpoints(run.folder)), training_args.resume_anyway):
+    check_shared_folder(run.folder, training_args)
+    if agree(lambda: describe_end(run, training_args)):
         say(training_args, f"finished already, nothing to do: {run.folder}")
         return None
     num_ranks = training_args.world_size if training_args.runs_deepspeed else None
-    last_checkpoint = find_last_checkpoint(
-        run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway
+    last_checkpoint = agree(
+        lambda: find_last_checkpoint(run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway)
     )
     run_preflight(records, tokenizer, text_format, model_args, data_args, training_args)
     if training_args.preflight_only:
@@ -133,9 +135,15 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     return trainer
 
 
+def describe_end(run: Run, training_args: TrainingArguments) -> str | None:
+    """Say that the run is finished; None if it is not."""
+    has_checkpoint = bool(list_checkpoints(run.folder))
+    return "a finished run" if run.is_finished(has_checkpoint, training_args.resume_anyway) else None
+
+
 def say(training_args: TrainingArguments, text: str) -> None:
-    """Print a line on the first rank."""
-    if training_args.process_index == 0:
+    """Print a line on the first rank of each machine."""
+    if training_args.local_process_index == 0:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
 
@@ -162,7 +170,7 @@ def run_preflight(
     data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> None:
-    """Count what the records teach, and print it on the first rank.
+    """Count what the records teach, and print it on the first rank of each machine.
 
     Raises:
         InputError: they teach nothing.
