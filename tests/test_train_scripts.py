@@ -169,6 +169,8 @@ def test_ranks_on_the_cpu_of_several_machines_and_one_machine_of_a_job():
     assert "DS_ACCELERATOR=cpu" in command and machines_of(flags) == {"0": [0, 1], "1": [0, 1]}
     _, alone = dry_run("finetune", **SLURM, NUM_NODES="1", CUDA_VISIBLE_DEVICES="2,3")
     assert alone["include"] == "localhost:2,3" and "node_rank" not in alone
+    _, shell = dry_run("finetune", SLURM_NNODES="2", SLURM_JOB_NODELIST="a,b", CUDA_VISIBLE_DEVICES="0,1")
+    assert shell["include"] == "localhost:0,1"
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,6 @@
 #                   NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and NUM_GPUS that are not set come from torchrun's
 #                   variables (NNODES, NPROC_PER_NODE, PET_NNODES, ...) or, under srun, from SLURM's
 
-[[ -z ${HUB_NAME:-} ]] || return 0 # sourced already, by the script that sources this one
-
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -177,7 +175,8 @@ find_machines() {
     adopt MASTER_ADDR PET_MASTER_ADDR
     adopt MASTER_PORT PET_MASTER_PORT
     adopt NUM_GPUS NPROC_PER_NODE PET_NPROC_PER_NODE
-    [[ -n ${HOSTFILE:-} ]] || adopt NUM_NODES SLURM_STEP_NUM_NODES SLURM_NNODES
+    # A shell of an allocation (salloc) has no rank, and is one machine.
+    [[ -n ${HOSTFILE:-} || -z ${SLURM_NODEID:-${SLURM_PROCID:-}} ]] || adopt NUM_NODES SLURM_STEP_NUM_NODES SLURM_NNODES
     default NUM_NODES 1
     check_count NUM_NODES
     ((NUM_NODES > 1)) || return 0

@@ -61,7 +61,7 @@ def test_a_published_recipe_says_all_that_decides_the_result(name: str):
 
 def test_every_setting_of_a_recipe_is_a_variable_that_the_scripts_list_and_use():
     script = (ROOT / "scripts/lib/train.sh").read_text(encoding="utf-8")
-    listed = script[script.index("# Environment") : script.index("[[ -z ${HUB_NAME")]
+    listed = script[script.index("# Environment") : script.index("source=scripts/lib/common.sh")]
     for name in SETTINGS:
         assert re.search(rf"\b{name}\b", listed), name
         assert re.search(rf"\${{?{name}\b|\b{name}\b.*do check_count", script), name
