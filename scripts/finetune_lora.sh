@@ -1,21 +1,9 @@
 #!/usr/bin/env bash
 # Stage 2 with LoRA: adapters in the language model, and the projector. scripts/merge_lora_weights.py merges them.
 #   bash scripts/finetune_lora.sh [-- TRAINER FLAGS]
-# shellcheck disable=SC2034 # scripts/lib/train.sh reads the variables
+# Its settings are in scripts/recipes/finetune_lora.yaml; every one can be set from the environment (scripts/lib/train.sh).
 # shellcheck source=scripts/lib/train.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/train.sh"
 
-default reduce_func none
-default_source MODEL lmsys/vicuna-7b-v1.5
-default_source DATA playground/data/llava_v1_5_mix665k.json
-default_source IMAGES playground/data
-default_source PROJECTOR checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin
-default_output OUTPUT checkpoints/llava-v1.5-7b-lora
-default_source ZERO scripts/zero3.json
-default LEARNING_RATE 2e-4 # of the adapters
-default PROJECTOR_LEARNING_RATE 2e-5
-default LORA_RANK 128
-default LORA_ALPHA 256
-
-train_llava --lora_enable True --lora_r "$LORA_RANK" --lora_alpha "$LORA_ALPHA" \
-    --mm_projector_lr "$PROJECTOR_LEARNING_RATE" --group_by_modality_length True ARGUMENTS "$@"
+read_recipe scripts/recipes/finetune_lora.yaml
+train_llava "$@"

@@ -1,5 +1,6 @@
 """The training scripts: what they print, what they refuse, and (slow) real runs on two CPU ranks."""
 
+import base64
 import itertools
 import json
 import os
@@ -127,13 +128,66 @@ def test_paths_are_relative_to_the_users_folder(tmp_path: Path):
     assert shown["data_path"] == "liuhaotian/some"
 
 
-def test_several_machines_start_through_the_same_launcher(tmp_path: Path):
+def test_several_machines_start_by_ssh_from_the_first(tmp_path: Path):
     nodes = {"NUM_NODES": "2", "HOSTFILE": str(tmp_path / "hosts"), "NUM_GPUS": "8", "BATCH_SIZE": "8"}
     _, by_ssh = dry_run("finetune", **nodes)
     assert (by_ssh["num_nodes"], by_ssh["hostfile"]) == ("2", str(tmp_path / "hosts"))
     assert by_ssh["per_device_train_batch_size"] == "8" and by_ssh["gradient_accumulation_steps"] == "1"
-    _, by_hand = dry_run("finetune", **nodes, NODE_RANK="1", MASTER_ADDR="10.0.0.1")
-    assert (by_hand["node_rank"], by_hand["master_addr"]) == ("1", "10.0.0.1")
+
+
+def machines_of(flags: dict[str, str]) -> dict[str, list[int]]:
+    """The list of machines and GPUs that the launcher gets."""
+    return json.loads(base64.urlsafe_b64decode(flags["world_info"]))
+
+
+SLURM = {
+    "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "gpu-a[03-07,12],login1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank", "address", "port"),
+    [
+        ({"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, "1", "10.0.0.1", "29500"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}, "0", "a", "1234"),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a", "PET_MASTER_PORT": "7"}, "1", "a", "7"),
+        (SLURM, "1", "gpu-a03", "23456"),
+        (SLURM | {"SLURM_JOB_NODELIST": "r[1-2]n[08-09],x", "MASTER_PORT": "9"}, "1", "r1n08", "9"),
+        (SLURM | {"SLURM_JOB_NODELIST": "one,two[1-2]", "NODE_RANK": "0"}, "0", "one", "23456"),
+    ],
+)
+def test_the_same_command_on_each_machine_finds_its_place(variables: dict, rank: str, address: str, port: str):
+    _, flags = dry_run("finetune", **variables, CUDA_VISIBLE_DEVICES="2,3,5,7")
+    assert (flags["node_rank"], flags["master_addr"], flags["master_port"]) == (rank, address, port)
+    assert machines_of(flags) == {"0": [2, 3, 5, 7], "1": [2, 3, 5, 7]}
+    assert flags["gradient_accumulation_steps"] == "1"  # 128 = 2 x 4 x 16
+
+
+def test_ranks_on_the_cpu_of_several_machines_and_one_machine_of_a_job():
+    command, flags = dry_run("finetune", **SLURM, NPROC_PER_NODE="2", BATCH_SIZE="8")
+    assert "DS_ACCELERATOR=cpu" in command and machines_of(flags) == {"0": [0, 1], "1": [0, 1]}
+    _, alone = dry_run("finetune", **SLURM, NUM_NODES="1", CUDA_VISIBLE_DEVICES="2,3")
+    assert alone["include"] == "localhost:2,3" and "node_rank" not in alone
+    _, shell = dry_run("finetune", SLURM_NNODES="2", SLURM_JOB_NODELIST="a,b", CUDA_VISIBLE_DEVICES="0,1")
+    assert shell["include"] == "localhost:0,1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"NUM_NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "the 2 machines (NUM_NODES) are 0 to 1"),
+        ({"NUM_NODES": "2", "NODE_RANK": "1"}, "NODE_RANK=1 needs MASTER_ADDR, the address of the first machine"),
+        ({"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "-x"}, "MASTER_ADDR: '-x' is no address"),
+        ({"NNODES": "1:4"}, "NUM_NODES must be a whole number from 1 on, not '1:4'"),
+        (SLURM | {"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, "start it once on each (--ntasks-per-node=1)"),
+        (SLURM | {"SLURM_JOB_NODELIST": ""}, "NODE_RANK=1 needs MASTER_ADDR"),
+    ],
+)
+def test_machines_that_do_not_fit_are_refused_in_one_line(variables: dict, says: str):
+    done = run("finetune", DRY_RUN="1", NUM_GPUS="4", **variables)
+    assert done.returncode == 2 and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,8 @@ class LLaVATrainer(Trainer):
             logger.warning("%d broken records were replaced by the next good ones: %s", len(names), shown)
 
     def report_stop(self) -> None:
-        """Print where the same command goes on, on the first rank."""
-        if self.args.process_index == 0:
+        """Print where the same command goes on, on the first rank of each machine."""
+        if self.args.local_process_index == 0:
             place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             sys.stderr.write(f"stopped at step {self.state.global_step}: the same command goes on from {place}\n")
             sys.stderr.flush()

@@ -43,7 +43,7 @@ from llava.train.lengths import count_lengths, expect_image_tokens
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora
 from llava.train.lora import find_all_linear_names as find_all_linear_names
-from llava.train.machine import check_alike, once_per_machine
+from llava.train.machines import agree, check_alike, check_shared_folder, once_per_machine
 from llava.train.model_setup import (
     add_vision,
     check_start,
@@ -102,12 +102,13 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         lambda: load_held_out(model_args, data_args, text_format.template, records), training_args
     )
     run = describe_run(model_args, data_args, training_args, records, held_out)
-    if run.is_finished(bool(list_checkpoints(run.folder)), training_args.resume_anyway):
+    check_shared_folder(run.folder, training_args)
+    if agree(lambda: describe_end(run, training_args)):
         say(training_args, f"finished already, nothing to do: {run.folder}")
         return None
     num_ranks = training_args.world_size if training_args.runs_deepspeed else None
-    last_checkpoint = find_last_checkpoint(
-        run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway
+    last_checkpoint = agree(
+        lambda: find_last_checkpoint(run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway)
     )
     run_preflight(records, tokenizer, text_format, model_args, data_args, training_args)
     if training_args.preflight_only:
@@ -165,9 +166,15 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     return trainer
 
 
+def describe_end(run: Run, training_args: TrainingArguments) -> str | None:
+    """Say that the run is finished; None if it is not."""
+    has_checkpoint = bool(list_checkpoints(run.folder))
+    return "a finished run" if run.is_finished(has_checkpoint, training_args.resume_anyway) else None
+
+
 def say(training_args: TrainingArguments, text: str) -> None:
-    """Print a line on the first rank."""
-    if training_args.process_index == 0:
+    """Print a line on the first rank of each machine."""
+    if training_args.local_process_index == 0:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
 
@@ -268,7 +275,7 @@ def run_preflight(
     data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> None:
-    """Count what the records teach, and print it on the first rank.
+    """Count what the records teach, and print it on the first rank of each machine.
 
     Raises:
         InputError: they teach nothing.

@@ -9,7 +9,6 @@ system can reclaim at any time. Every weight is read before the peak is taken.
 # ruff: noqa: T201
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,23 +29,12 @@ CHILD = "--load"
 
 def write_checkpoint(args: Any, folder: Path) -> Path:
     """Write a LLaVA checkpoint and its CLIP, both with random weights; returns the checkpoint's folder."""
-    from transformers import CLIPConfig, CLIPModel
-
     model, image_processor = side_by_side.build_model(args)
-    tower, tower_config = model.get_vision_tower(), side_by_side.SIZES[args.size][1]
-    clip_config = CLIPConfig(
-        vision_config=tower_config["vision_config"] | {"projection_dim": tower_config["projection_dim"]},
-        text_config=tower.text_tower.model.config.to_dict(),
-        projection_dim=tower_config["projection_dim"],
-    )
-    CLIPModel(clip_config).save_pretrained(folder / "clip")
-    image_processor.save_pretrained(folder / "clip")
-    tower.text_tower.tokenizer.save_pretrained(folder / "clip")
+    side_by_side.write_clip(model, image_processor, side_by_side.SIZES[args.size][1], folder / "clip")
     model.config.mm_vision_tower = str(folder / "clip")
     checkpoint = folder / "llava"
     model.save_pretrained(checkpoint)
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(side_by_side.CHECKPOINT / name, checkpoint / name)
+    side_by_side.copy_tokenizer(checkpoint)
     return checkpoint
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,34 @@ def build_model(
     dtype = getattr(torch, args.dtype)
     device = torch.device(args.device)
     return build_random_model(config, tower, needs=needs, device=device, dtype=dtype, tower_dtype=dtype)
+
+
+def write_clip(model: Any, image_processor: Any, tower_config: Mapping[str, Any], folder: Path) -> None:
+    """Write a CLIP with random weights of the shape of a model's tower, with its tokenizer and image processor.
+
+    Args:
+        model: of `build_random_model`.
+        image_processor: of the same.
+        tower_config: the CLIP's config, in Hugging Face's keys.
+        folder: becomes the CLIP's.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    text_tower, width = model.get_vision_tower().text_tower, tower_config["projection_dim"]
+    clip_config = CLIPConfig(
+        vision_config=tower_config["vision_config"] | {"projection_dim": width},
+        text_config=text_tower.model.config.to_dict(),
+        projection_dim=width,
+    )
+    CLIPModel(clip_config).save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    text_tower.tokenizer.save_pretrained(folder)
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """Put the pocket model's tokenizer into a checkpoint's folder; its ids are fewer than any model's here."""
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / name, folder / name)
 
 
 def draw_questions(folder: Path, num_images: int, questions_per_image: int, hint: str = "") -> list[Question]:

@@ -1,32 +1,36 @@
 # shellcheck shell=bash
-# All that the training scripts share: defaults that the environment overrides, checks before anything loads, and one
-# launcher (DeepSpeed's) for GPUs and, for small models, CPU ranks.
+# All that the training scripts share: recipes, whose settings the environment overrides, checks before anything loads, and
+# one launcher (DeepSpeed's) for GPUs and, for small models, CPU ranks; on several machines too.
 #
-# A script sets its defaults with `default`, `default_source` and `default_output`, then calls `train_llava`. Relative
-# paths in the environment are relative to the user's folder, defaults to the repository root.
+# A script reads its recipes with `read_recipe`, then calls `train_llava`. Relative paths in the environment and in RECIPE
+# are relative to the user's folder, those of the script's recipes to the repository root.
 #
-# Environment (besides that of common.sh, and each script's own variables):
+# Environment (besides that of common.sh):
+#   RECIPE          your recipe: a YAML file with any of the settings below, such as a copy of one of scripts/recipes/
+#                   (docs/training.md). The environment wins over it, it wins over the script's own recipe
+#   MODEL, DATA, IMAGES, VISION_TOWER, PROJECTOR, OUTPUT, VERSION, ZERO, BATCH_SIZE, LEARNING_RATE, EPOCHS, MAX_LENGTH,
+#   ASPECT_RATIO, SAVE_STEPS, LOGGING_STEPS, GRADIENT_CHECKPOINTING, NUM_WORKERS, SEED, reduce_func, reduce_func_param,
+#   PROJECTOR_LEARNING_RATE, LORA_RANK, LORA_ALPHA, BITS
+#                   the trainer's flags of similar names; an empty VISION_TOWER, IMAGES or PROJECTOR leaves it out
 #   NUM_GPUS        ranks on this machine (default: all visible GPUs). Without a GPU: ranks on the CPU
-#   NUM_NODES       machines (default 1); then HOSTFILE (machines reachable by ssh), or MASTER_ADDR and NODE_RANK,
-#                   with the same command started on each machine
-#   MASTER_PORT     port at which the ranks connect (default: a free one; 29500 on several machines)
 #   GLOBAL_BATCH    samples per optimizer step; accumulation follows from it, or set GRADIENT_ACCUMULATION
-#   PRECISION       bf16 (default), fp16 or fp32
+#   PRECISION       bf16, fp16 or fp32
 #   REPORT_TO       none (default), or trackers such as tensorboard,wandb,trackio
-#   LOG             log file, to which each run appends (default: OUTPUT.log)
+#   EVAL_DATA       held-out records (default: none); EVAL_STEPS: measure their loss also every so many steps
+#   LOG             log file, to which each run appends (default: OUTPUT.log; OUTPUT.machine1.log on the second machine)
 #   VERBOSE         1: show all of the log on the screen, also what libraries print that concerns no user (default 0)
 #   STOP_SECONDS    how long a stopped run may take to write its checkpoint before it is killed (default 60)
-#   EVAL_DATA       held-out records (default: none); EVAL_STEPS: measure their loss also every so many steps
-#   MODEL, DATA, IMAGES, VISION_TOWER, PROJECTOR, OUTPUT, VERSION, ZERO, BATCH_SIZE, LEARNING_RATE, EPOCHS, MAX_LENGTH,
-#   ASPECT_RATIO, SAVE_STEPS, LOGGING_STEPS, GRADIENT_CHECKPOINTING, NUM_WORKERS, SEED, reduce_func, reduce_func_param
-#                   the trainer's flags of similar names; an empty VISION_TOWER, IMAGES or PROJECTOR leaves it out
-
-[[ -z ${HUB_NAME:-} ]] || return 0 # sourced already, by the script that sources this one
+#   NUM_NODES       machines (default 1). The same command is started on each, with NODE_RANK (0 on the first) and
+#                   MASTER_ADDR (the first one's address); or on the first alone, with HOSTFILE (machines reachable by ssh)
+#   MASTER_PORT     port at which the ranks connect (default: a free one; 29500 on several machines)
+#                   NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and NUM_GPUS that are not set come from torchrun's
+#                   variables (NNODES, NPROC_PER_NODE, PET_NNODES, ...) or, under srun, from SLURM's
 
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SETTLED=" " # path variables that are already relative to the repository root
+RECIPE_FLAGS=()
 readonly HUB_NAME='^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$'
 
 # default NAME VALUE: a variable that the environment may set, also to an empty value.
@@ -63,50 +67,54 @@ seen_from_root() {
     fi
 }
 
-# The variables that all scripts have; a script's own defaults come first.
-set_common_defaults() {
-    default reduce_func none
-    default reduce_func_param ""
-    default_source VISION_TOWER openai/clip-vit-large-patch14-336
-    default_source PROJECTOR ""
-    default_source EVAL_DATA ""
-    default EVAL_STEPS ""
-    default VERSION v1
-    default NUM_GPUS ""
-    default NUM_NODES 1
-    default BATCH_SIZE 16
-    default GLOBAL_BATCH 128
-    default GRADIENT_ACCUMULATION ""
-    default EPOCHS 1
-    default MAX_LENGTH 2048
-    default PRECISION bf16
-    default ASPECT_RATIO pad
-    default SAVE_STEPS 1000
-    default LOGGING_STEPS 1
-    default GRADIENT_CHECKPOINTING True
-    default NUM_WORKERS 4
-    default SEED 42
-    default REPORT_TO none
-    default VERBOSE 0
-    default STOP_SECONDS 60
-    default_output LOG "$OUTPUT.log"
+# read_recipe FILE [default]: take the settings that neither the environment nor an earlier recipe has set. `default` as
+# the second argument leaves paths as those of the environment are. Flags are put before those of earlier recipes, which win.
+read_recipe() {
+    local lines line name value flags=()
+    lines=$("$(python_command)" -c 'from llava.train.recipe import main; main()' "$1") || exit
+    while IFS= read -r line; do
+        name=${line%%=*}
+        value=${line#*=}
+        case $name in
+        "") ;;
+        --*) flags+=("$name" "$value") ;;
+        MODEL | DATA | EVAL_DATA | IMAGES | VISION_TOWER | PROJECTOR | ZERO) "${2:-default_source}" "$name" "$value" ;;
+        OUTPUT | LOG) "${2:-default_output}" "$name" "$value" ;;
+        *) default "$name" "$value" ;;
+        esac
+    done <<<"$lines"
+    RECIPE_FLAGS=(${flags[@]+"${flags[@]}"} ${RECIPE_FLAGS[@]+"${RECIPE_FLAGS[@]}"})
 }
 
-# train_llava FLAGS... [-- FLAGS...]: check, then start the training that the variables describe. A script passes its
-# own arguments after its flags; flags after -- go to the trainer unchanged and win.
+# What the recipes leave open: how this run is spread, saved and watched.
+set_common_defaults() {
+    default NUM_GPUS ""
+    default NODE_RANK ""
+    default GRADIENT_ACCUMULATION ""
+    default SAVE_STEPS 1000
+    default LOGGING_STEPS 1
+    default NUM_WORKERS 4
+    default REPORT_TO none
+    default_source EVAL_DATA ""
+    default EVAL_STEPS ""
+    default VERBOSE 0
+    default STOP_SECONDS 60
+    local machine=""
+    [[ ${NODE_RANK:-0} == 0 ]] || machine=.machine$NODE_RANK # each has its own log
+    default_output LOG "$OUTPUT$machine.log"
+}
+
+# train_llava [-- FLAGS...]: check, then start the training that the variables describe. Flags after -- go to the trainer
+# unchanged and win.
 train_llava() {
-    local own=() extra=()
-    while (($# > 0)) && [[ $1 != ARGUMENTS ]]; do
-        own+=("$1")
-        shift
-    done
-    shift
+    local extra=()
     case ${1:-} in
     "") ;;
     --) extra=("${@:2}") ;;
     -h | --help) print_usage && exit 0 ;;
     *) die "options such as $1 go after --; settings are variables: NUM_GPUS=2 bash $0 -- $1 ..." ;;
     esac
+    find_machines
     set_common_defaults
     check_numbers
     find_ranks
@@ -126,9 +134,10 @@ train_llava() {
         --per_device_train_batch_size "$BATCH_SIZE"
         --gradient_accumulation_steps "$GRADIENT_ACCUMULATION"
         --learning_rate "$LEARNING_RATE"
-        --weight_decay 0.
-        --warmup_ratio 0.03
-        --lr_scheduler_type cosine
+        ${PROJECTOR_LEARNING_RATE:+--mm_projector_lr "$PROJECTOR_LEARNING_RATE"}
+        ${LORA_RANK:+--lora_r "$LORA_RANK"}
+        ${LORA_ALPHA:+--lora_alpha "$LORA_ALPHA"}
+        ${BITS:+--bits "$BITS"}
         --model_max_length "$MAX_LENGTH"
         --gradient_checkpointing "$GRADIENT_CHECKPOINTING"
         --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1
@@ -139,12 +148,13 @@ train_llava() {
         --verbose_log True) # into the log; `to_screen` leaves out what is noise
     set_vision
     set_precision
-    start_training "${LAUNCHER[@]}" "${TRAINER[@]}" ${own[@]+"${own[@]}"} ${extra[@]+"${extra[@]}"}
+    start_training "${LAUNCHER[@]}" "${TRAINER[@]}" ${RECIPE_FLAGS[@]+"${RECIPE_FLAGS[@]}"} ${extra[@]+"${extra[@]}"}
 }
 
 print_usage() {
     printf '%s\n' "usage: [NAME=VALUE ...] bash $0 [-- TRAINER FLAGS]" \
-        "Settings are variables, listed at the top of the script and of scripts/lib/train.sh; docs/training.md explains them." \
+        "Settings are variables, listed at the top of scripts/lib/train.sh, or lines of your own recipe: RECIPE=my.yaml." \
+        "scripts/recipes/ has those of the scripts; docs/training.md explains them." \
         "DRY_RUN=1 prints the command. Flags after -- go to the trainer and win over the script's:" \
         "python -m llava.train.train --help lists them."
 }
@@ -166,13 +176,61 @@ set_vision() {
     fi
 }
 
+# Where nothing else says so, the machines are those of torchrun's variables or, under srun, of SLURM's.
+find_machines() {
+    adopt NUM_NODES NNODES PET_NNODES
+    adopt NODE_RANK PET_NODE_RANK
+    adopt MASTER_ADDR PET_MASTER_ADDR
+    adopt MASTER_PORT PET_MASTER_PORT
+    adopt NUM_GPUS NPROC_PER_NODE PET_NPROC_PER_NODE
+    # A shell of an allocation (salloc) has no rank, and is one machine.
+    [[ -n ${HOSTFILE:-} || -z ${SLURM_NODEID:-${SLURM_PROCID:-}} ]] || adopt NUM_NODES SLURM_STEP_NUM_NODES SLURM_NNODES
+    default NUM_NODES 1
+    check_count NUM_NODES
+    ((NUM_NODES > 1)) || return 0
+    if [[ -z ${HOSTFILE:-} && -n ${SLURM_NNODES:-} ]]; then
+        [[ ${SLURM_PROCID:-} == "${SLURM_NODEID:-${SLURM_PROCID:-}}" && ${SLURM_LOCALID:-0} == 0 ]] ||
+            die "SLURM_PROCID=${SLURM_PROCID:-} on SLURM_NODEID=$SLURM_NODEID: the script starts the ranks of a machine, so start it once on each (--ntasks-per-node=1)"
+        adopt NODE_RANK SLURM_NODEID SLURM_PROCID
+        default MASTER_ADDR "$(first_host "${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}")"
+        if [[ -z ${MASTER_PORT:-} && ${SLURM_JOB_ID:-} =~ ^[1-9][0-9]{0,8}$ ]]; then
+            MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # other jobs of the same machines have others
+        fi
+    fi
+}
+
+# adopt NAME OTHER...: the value of the first other variable that has one, unless NAME is set.
+adopt() {
+    local other
+    for other in "${@:2}"; do
+        [[ -z ${!other:-} ]] || default "$1" "${!other}"
+    done
+}
+
+# The first machine of SLURM's list, such as node[03-07,12],login1.
+first_host() {
+    local rest=$1 host=""
+    while [[ $rest =~ ^([^],[]*)\[([0-9]+)[^]]*\](.*)$ ]]; do
+        host+=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
+        rest=${BASH_REMATCH[3]}
+    done
+    printf '%s\n' "$host${rest%%,*}"
+}
+
+# Whether this command is one of several, one on each machine.
+is_one_of_several() {
+    ((NUM_NODES > 1)) && [[ -n $NODE_RANK ]]
+}
+
 # Set NUM_GPUS, GPUS (their ids) and ON_CPU (not empty: ranks run on the CPU).
 find_ranks() {
     local gpu
     GPUS=()
     while IFS= read -r gpu; do GPUS+=("$gpu"); done < <(visible_gpus)
     ON_CPU=
-    if ((${#GPUS[@]} == 0 && NUM_NODES == 1)) && [[ -n $NUM_GPUS ]]; then ON_CPU=yes; fi
+    if ((${#GPUS[@]} == 0)) && [[ -n $NUM_GPUS ]]; then
+        if ((NUM_NODES == 1)) || is_one_of_several; then ON_CPU=yes; fi
+    fi
     if [[ -z $NUM_GPUS ]]; then
         NUM_GPUS=${#GPUS[@]}
         if ((NUM_GPUS == 0)); then
@@ -193,6 +251,10 @@ check_numbers() {
         [[ -z ${!name:-} ]] || check_count "$name"
     done
     [[ ${NODE_RANK:-0} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "NODE_RANK must be a whole number from 0 on, not '$NODE_RANK'"
+    is_one_of_several || return 0
+    ((NODE_RANK < NUM_NODES)) || die "NODE_RANK=$NODE_RANK: the $NUM_NODES machines (NUM_NODES) are 0 to $((NUM_NODES - 1))"
+    [[ -n ${MASTER_ADDR:-} ]] || die "NODE_RANK=$NODE_RANK needs MASTER_ADDR, the address of the first machine"
+    [[ $MASTER_ADDR =~ ^[A-Za-z0-9:][A-Za-z0-9._:-]*$ ]] || die "MASTER_ADDR: '$MASTER_ADDR' is no address"
 }
 
 check_count() {
@@ -255,10 +317,18 @@ set_launcher() {
         # Ranks on the CPU share its cores; DeepSpeed does not look for a GPU.
         LAUNCHER=(DS_ACCELERATOR=cpu "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(share_of_cores)}")
     fi
+    if is_one_of_several; then
+        # The half of the launcher that the other half starts on each machine.
+        LAUNCHER+=("$(python_command)" -m deepspeed.launcher.launch --world_info "$(describe_machines)"
+            --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+        return
+    fi
     LAUNCHER+=("$(python_command)" -m deepspeed.launcher.runner)
     if ((NUM_NODES > 1)); then
-        LAUNCHER+=(--num_nodes "$NUM_NODES" --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}")
-        set_nodes
+        [[ -n ${HOSTFILE:-} ]] ||
+            die "NUM_NODES=$NUM_NODES needs HOSTFILE, with lines such as: node1 slots=$NUM_GPUS; or NODE_RANK and MASTER_ADDR, with the same command on each machine"
+        LAUNCHER+=(--num_nodes "$NUM_NODES" --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}"
+            --hostfile "$(absolute_path "$HOSTFILE")")
         return
     fi
     if ((${#GPUS[@]} > 0)); then
@@ -270,14 +340,16 @@ set_launcher() {
     LAUNCHER+=(--master_port "${MASTER_PORT:-$(free_port)}")
 }
 
-# Several machines: by ssh from this one, or the same command started on each.
-set_nodes() {
-    [[ -n ${HOSTFILE:-} ]] || die "NUM_NODES=$NUM_NODES needs HOSTFILE, with lines such as: node1 slots=$NUM_GPUS"
-    LAUNCHER+=(--hostfile "$(absolute_path "$HOSTFILE")")
-    if [[ -n ${NODE_RANK:-} ]]; then
-        [[ -n ${MASTER_ADDR:-} ]] || die "NODE_RANK=$NODE_RANK needs MASTER_ADDR, the address of the first machine"
-        LAUNCHER+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+# The launcher's list of machines and ranks, of which it reads the number of all and the GPUs of its own.
+describe_machines() {
+    local places machines="" machine
+    if ((${#GPUS[@]} > 0)); then
+        printf -v places '%s,' "${GPUS[@]:0:NUM_GPUS}"
+    else
+        printf -v places '%s,' $(seq 0 $((NUM_GPUS - 1)))
     fi
+    for ((machine = 0; machine < NUM_NODES; machine++)); do machines+="\"$machine\": [${places%,}], "; done
+    printf '{%s}' "${machines%, }" | base64 | tr -d '\n' | tr '+/' '-_'
 }
 
 share_of_cores() {
@@ -409,3 +481,5 @@ report_end() {
 last_line() {
     tail -c "+$LOG_BEGIN" "$LOG" | tr '\r' '\n' | grep -aE "$1" | tail -n 1 | grep . || printf '%s\n' "$2"
 }
+
+if [[ -n ${RECIPE:-} ]]; then read_recipe "$(absolute_path "$RECIPE")" default; fi

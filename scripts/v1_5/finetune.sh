@@ -1,13 +1,10 @@
 #!/usr/bin/env bash
 # Stage 2 of LLaVA-1.5-13B; scripts/finetune.sh with the larger model.
 #   bash scripts/v1_5/finetune.sh [-- TRAINER FLAGS]
-# shellcheck disable=SC2034 # the script that it sources reads the variables
+# Its settings are in scripts/recipes/v1_5/finetune.yaml, over those of scripts/recipes/finetune.yaml.
 # shellcheck source=scripts/lib/train.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/train.sh"
 
-default_source MODEL lmsys/vicuna-13b-v1.5
-default_source PROJECTOR checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin
-default_output OUTPUT checkpoints/llava-v1.5-13b
-
-# shellcheck source=scripts/finetune.sh
-source "$REPO_ROOT/scripts/finetune.sh"
+read_recipe scripts/recipes/v1_5/finetune.yaml
+read_recipe scripts/recipes/finetune.yaml
+train_llava "$@"

@@ -38,7 +38,8 @@ def run_rank(rank: int, num_ranks: int, port: int, scenario: dict, folder: Path)
     torch.set_num_threads(1)
     code = 0
     try:
-        trainer = train([word for key, value in scenario["flags"].items() for word in (f"--{key}", str(value))])
+        words = [word for key, value in scenario["flags"].items() for word in (f"--{key}", str(value))]
+        trainer = train([word.replace("{rank}", str(rank)) for word in words])  # what lies elsewhere on each machine
         if rank == 0:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             result = {"losses": losses, "log": trainer.state.log_history}

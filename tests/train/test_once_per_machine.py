@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava.errors import InputError
-from llava.train.machine import check_alike, once_per_machine
+from llava.train.machines import check_alike, once_per_machine
 
 RANKS_PER_MACHINE = 2
 NUM_RANKS = 4
