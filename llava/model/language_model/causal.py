@@ -126,15 +126,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         `packing` lays the samples of a training batch end to end in rows (see `llava.model.packing`): the loss is the
         same, the logits are `[R, L, V]` over the rows.
 
-        Raises:
-            InputError: as `embed_prompts`, or packing without ids and labels.
-
         Returns:
             Loss (mean over labelled tokens, with labels) and logits `[S, L, V]` over the spliced positions, or over
             the last `logits_to_keep` of them. Where image tokens leave inside the language model, L counts those that
             reach the last layer, padded on the left.
+
+        Raises:
+            InputError: as `embed_prompts`, or packing without ids and labels.
         """
-        if packing and (labels is None or input_ids is None or past_key_values is not None):
+        if packing and (labels is None or inputs_embeds is not None or past_key_values is not None):
             raise InputError("packing is for training: give input_ids and labels, and no cache")
         if inputs_embeds is None and past_key_values is None:
             batch = self.embed_prompts(
