@@ -291,9 +291,11 @@ def trainer(loaded: Loaded, model, device, tmp_path, monkeypatch) -> LLaVATraine
     return trainer
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("spec", [None, "TRIM:-1"])
-def test_a_training_step_waits_for_the_counts_of_the_reduction_alone(trainer, model, device, spec):
+def test_a_training_step_waits_for_the_counts_of_the_reduction_alone(trainer, model, device, spec, packing):
     model.set_token_reduction(spec)
+    trainer.args.packing = packing
     model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.enable_grad():

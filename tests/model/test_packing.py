@@ -217,5 +217,7 @@ def test_what_cannot_be_packed_is_one_line(load, batch):
         load("llama", attention="flex_attention")(**batch, packing=True)
     with pytest.raises(InputError, match=r"packing takes the gaps that TRIM:6,position_ids=original leaves"):
         load("llama", "TRIM:6,position_ids=original")(**batch, packing=True)
-    with pytest.raises(InputError, match="packing is for training: give input_ids and labels"):
-        load("llama")(**{**batch, "labels": None}, packing=True)
+    embeds = torch.zeros(1, 4, load("llama").config.hidden_size)
+    for inputs in ({**batch, "labels": None}, {"inputs_embeds": embeds, "labels": torch.ones(1, 4, dtype=torch.long)}):
+        with pytest.raises(InputError, match="packing is for training: give input_ids and labels"):
+            load("llama")(**inputs, packing=True)

@@ -144,9 +144,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             reach the last layer, padded on the left.
 
         Raises:
-            InputError: `only_loss` without labels.
+            InputError: as `embed_prompts`; `only_loss` without labels, or packing without ids and labels.
         """
-        if packing and (labels is None or input_ids is None or past_key_values is not None):
+        if packing and (labels is None or inputs_embeds is not None or past_key_values is not None):
             raise InputError("packing is for training: give input_ids and labels, and no cache")
         if only_loss and labels is None:
             raise InputError("only_loss=True: there is no loss without labels; give labels, or leave it out")
