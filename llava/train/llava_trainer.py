@@ -138,6 +138,7 @@ class LLaVATrainer(Trainer):
         self.tally = Tally()
         self.meter = Meter(self.args.device)
         self.score = score
+        self._looked_at: int | None = None
         if not isinstance(unwrap(self.model), LlavaMetaForCausalLM):
             take_only_loss(unwrap(self.model), None if is_partitioned() else MOST_LOGITS)
         for callback in (ProgressCallback, PrinterCallback):
@@ -324,6 +325,9 @@ class LLaVATrainer(Trainer):
     def _evaluate(self, *rest: object, **options: object) -> dict[str, float]:
         """Measure the held-out loss and run `--eval_command`, each where it is due and not done at this step."""
         metrics: dict[str, float] = {}
+        if self._looked_at == self.state.global_step:
+            return metrics  # asked once more, at the end of an epoch
+        self._looked_at = self.state.global_step
         with self.meter.timeline.during(PAUSE):
             if self._is_held_out_due() and not self._is_logged("eval_loss"):
                 metrics |= super()._evaluate(*rest, **options)
@@ -400,16 +404,16 @@ class LLaVATrainer(Trainer):
 
     def _score(self) -> None:
         """Let `--eval_command` score the weights as they are now; the other ranks wait for the first."""
-        scores: dict[str, float] = {}
+        answer: list[dict[str, float]] = [{}]
         with undisturbed(self.model):
             with self.score.room() if self.args.process_index == 0 else nullcontext():
                 self._write_weights(self.score.checkpoint, self.score.only_projector)
                 if self.args.process_index == 0:
-                    scores = self.score.run(self.state.global_step)
+                    answer = [self.score.run(self.state.global_step)]
             if self.args.world_size > 1:
-                torch.distributed.barrier()
-        if scores:
-            self.log(scores)
+                torch.distributed.broadcast_object_list(answer, src=0)
+        if answer[0]:
+            self.log(answer[0])
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
         return False  # no checkpoint is chosen by its held-out loss

@@ -118,7 +118,7 @@ def runs(run_ranks: Callable, data: dict[str, Path]) -> Path:
     }  # fmt: skip
     code = "import os, sys; open(sys.argv[1], 'w').write('files' + chr(9) + str(len(os.listdir(sys.argv[2]))))"
     command = f"{sys.executable} -c {shlex.quote(code)} {{results}} {{checkpoint}}"
-    scored = {"eval_command": command, "eval_command_steps": 2}
+    scored = {"eval_command": command, "eval_command_steps": 3}
     few = {"data_path": data["mixed"], "max_steps": 3}
     engines = {"zero2": {"deepspeed": SCRIPTS / "zero2.json"}, "zero3": {"deepspeed": SCRIPTS / "zero3.json"}}
     # The loss is a mean over micro-batches, so two ranks with a sample each are one process that accumulates two.
@@ -261,7 +261,7 @@ def test_figures_are_those_of_all_ranks_and_a_command_may_score_in_between(name:
         for key in ("kept_tokens_mean", "kept_tokens_std", "padding_share"):
             assert together[key] == pytest.approx(alone[key], abs=1e-9)
         assert together["seconds_optimizer"] > 0
-    assert [entry["step"] for entry in logs[0] if "score_files" in entry] == [2]
+    assert [entry["step"] for entry in logs[0] if "score_files" in entry] == [3]
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
