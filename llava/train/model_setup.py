@@ -22,7 +22,7 @@ from llava.model.packing import check_packing
 from llava.model.stored_weights import check_dtypes, check_finite, iterate_tensors, list_dtypes
 from llava.model.token_reduction import CONFIG_KEY, RANGE_KEY, read_training_reduction
 from llava.model.tokenizer import load_tokenizer
-from llava.prompt import JOINED_TURNS, QUERY_KEY, end_of_turn
+from llava.prompt import JOINED_TURNS, POOLED_TURNS, QUERY_KEY, end_of_turn
 from llava.train.arguments import TrainingArguments
 from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
 from llava.train.flags import DataArguments, ModelArguments
@@ -236,7 +236,8 @@ def add_vision(
         InputError: a tower or projector that cannot be loaded.
     """
     reduction = read_training_reduction(getattr(model_args, CONFIG_KEY))
-    setattr(model.config, QUERY_KEY, getattr(model_args, QUERY_KEY))
+    # What answers need of the query's source; the others are matters of training alone.
+    keep_setting(model.config, QUERY_KEY, POOLED_TURNS if getattr(model_args, QUERY_KEY) == POOLED_TURNS else None)
     with whole_weights():
         settings = replace(model_args, pretrain_mm_mlp_adapter=None, **{CONFIG_KEY: reduction.middle.spec()})
         model.get_model().initialize_vision_modules(model_args=settings, fsdp=training_args.fsdp)
@@ -248,9 +249,7 @@ def add_vision(
     load_projector(model, model_args.pretrain_mm_mlp_adapter, training_args)
     model.tokenizer = tokenizer
     config = model.config
-    vars(config).pop(RANGE_KEY, None)
-    if reduction.varies:
-        setattr(config, RANGE_KEY, reduction.spec())
+    keep_setting(config, RANGE_KEY, reduction.spec() if reduction.varies else None)
     config.image_aspect_ratio = data_args.image_aspect_ratio
     if data_args.image_grid_pinpoints is not None:
         config.image_grid_pinpoints = data_args.image_grid_pinpoints
@@ -264,6 +263,13 @@ def add_vision(
         detach_tower(model, training_args.device)
     if is_partitioned():
         model.most_logits = None
+
+
+def keep_setting(config: PreTrainedConfig, key: str, value: str | None) -> None:
+    """Set a key of config.json that published checkpoints do not have; None leaves it out."""
+    vars(config).pop(key, None)
+    if value is not None:
+        setattr(config, key, value)
 
 
 def load_projector(model: LlavaCausalLM, path: str | None, training_args: TrainingArguments) -> None:

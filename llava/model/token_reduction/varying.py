@@ -21,7 +21,7 @@ class TrainingReduction:
     """A reduction whose numbers may be ranges.
 
     Attributes:
-        pieces: the spec string, cut at its ranges; one piece where nothing varies.
+        pieces: the spec string, cut at its ranges; none where nothing varies.
         lowest, middle, highest: the reduction with all ranges at their low end, half way, at their high end; the same
             one where nothing varies.
     """
