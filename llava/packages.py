@@ -1,6 +1,6 @@
 """The packages that llava needs: a command that starts without one of them says so in one line.
 
-    python llava/packages.py    leaves with code 2 if something is missing that most commands need
+    python llava/packages.py [NAME ...]    leaves with code 2 if one is missing that most commands need, or is named
 
 A Python that is too old for llava can read this module and `llava/__init__.py`, in order to say so.
 """
@@ -91,4 +91,4 @@ def leave(message):
 
 if __name__ == "__main__":
     refuse_old_python()
-    refuse_missing(list_missing())
+    refuse_missing([*list_missing(), *(name for name in sys.argv[1:] if not is_installed(name))])

@@ -18,6 +18,7 @@ from llava.drawing import Drawing, Panel, TextLine, find_format
 from llava.errors import InputError, one_line, run_command
 from llava.image import load_image
 from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode
+from llava.terminal import find_width, lay_out
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -208,10 +209,7 @@ def list_trials(what_if: "WhatIf") -> list[tuple[str, ...]]:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of texts in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    sys.stdout.write(lay_out(None, rows, width=find_width()) + "\n")
 
 
 def main() -> None:

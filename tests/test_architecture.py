@@ -19,6 +19,7 @@ LAYERS = [
     ("llava.gone", 0),
     ("llava.protocols", 0),
     ("llava.signals", 0),
+    ("llava.terminal", 0),
     ("llava.files", 1),
     ("llava.clock", 1),
     ("llava.sampling", 1),

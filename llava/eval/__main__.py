@@ -54,6 +54,7 @@ from llava.files import make_folder, write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode
 from llava.sampling import Sampling
 from llava.signals import ending_on_signals
+from llava.terminal import find_width
 
 Item = TypeVar("Item")
 
@@ -270,7 +271,7 @@ def list_tasks(arguments: argparse.Namespace) -> None:
         {"Name": task.name, "Row in the results": task.row, "New tokens": task.max_new_tokens}
         for task in BENCHMARKS.values()
     ]
-    print(format_table(rows))
+    print(format_table(rows, width=find_width()))
 
 
 def download_tasks(arguments: argparse.Namespace) -> None:
