@@ -69,6 +69,7 @@ LAYERS = [
     ("llava.what_if", 9),
     ("llava.convert", 9),
     ("llava.visualize", 10),
+    ("llava.contact_sheet", 10),
     ("llava.answer", 10),
     ("llava.assistant", 10),
     ("llava.processor", 9),
