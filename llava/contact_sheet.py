@@ -13,12 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError, one_line
 from llava.files import read_jsonl, write_text
 from llava.image import load_image
+from llava.terminal import make_bar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,8 +35,6 @@ MAX_BYTES = 40 * 10**6
 """Of a page; browsers open larger ones slowly. What does not fit is left out, and the page says so."""
 SIDE, QUALITY = 460, 85
 """Pixels, and JPEG quality, of a picture."""
-PATIENCE_SECONDS = 5
-"""A progress bar appears after that."""
 QUESTION_KEYS = ("question", "query", "prompt", "text")
 """Where a line may have its question; the first that is there counts."""
 STYLE = """
@@ -134,8 +131,9 @@ def write_sheet(
         InputError: the model cannot serve a method.
     """
     sections, num_bytes = [], 0
-    with tqdm(asked, desc="drawing", unit="q", disable=None, delay=PATIENCE_SECONDS) as progress:
-        for section in _draw(progress, model, image_processor, reductions, conv_mode, max_new_tokens):
+    with make_bar("drawing", len(asked), "q") as progress:
+        for section in _draw(asked, model, image_processor, reductions, conv_mode, max_new_tokens):
+            progress.update()
             num_bytes += len(section)
             if num_bytes > MAX_BYTES and sections:
                 break

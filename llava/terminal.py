@@ -1,4 +1,7 @@
-"""Tables for the terminal: as wide as it is, at most 100 columns; what does not fit goes into a second block below."""
+"""What commands show in a terminal: tables as wide as it is, and bars of work that takes long.
+
+A table has at most 100 columns; what does not fit goes into a second block below.
+"""
 
 import itertools
 import shutil
@@ -6,8 +9,12 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 NARROWEST, WIDEST = 60, 100
 """Columns of a table at least and at most. Nobody reads along longer lines; files have tables of any width."""
+PATIENCE_SECONDS = 5
+"""A bar appears after that."""
 NARROW = 24
 """Columns to which a cell of text is broken, where that keeps a table in one block."""
 TITLE = 8
@@ -37,6 +44,19 @@ def find_width() -> int:
     Where output goes to a file or a pipe, it is the most.
     """
     return min(max(shutil.get_terminal_size((WIDEST, 1)).columns, NARROWEST), WIDEST)
+
+
+def make_bar(what: str, total: int, unit: str) -> tqdm:
+    """Make a progress bar on stderr: it appears after a while, in a terminal only, and goes when it is done.
+
+    Args:
+        what: is done.
+        total: of all steps.
+        unit: of a step; "B": bytes.
+    """
+    return tqdm(
+        total=total, desc=what, unit=unit, unit_scale=unit == "B", delay=PATIENCE_SECONDS, disable=None, leave=False
+    )
 
 
 def lay_out(

@@ -446,8 +446,10 @@ def score_task(arguments: argparse.Namespace) -> None:
         raise SystemExit(EXIT_SERVER_ONLY) from None
     if arguments.json:
         write_result(arguments.json, result)
+        _tell(f"written to {arguments.json}")
     if arguments.results:
         write_line(arguments.results, result)
+        _tell(f"written to {arguments.results}")
     if told := describe_budget(result):
         _tell(told)
     print(format_line(result))
@@ -516,6 +518,9 @@ def report_results(arguments: argparse.Namespace) -> None:
     if arguments.png:
         write_plot(arguments.png, report)
     print(format_terminal(report))
+    for file in (arguments.json, arguments.markdown, arguments.latex, arguments.png):
+        if file is not None:
+            _tell(f"written to {file}")
 
 
 def compare_task(arguments: argparse.Namespace) -> None:
@@ -548,6 +553,7 @@ def compare_task(arguments: argparse.Namespace) -> None:
         lambda task: find_judge(arguments, task, place.folder / "runs" / task.name / "judge.jsonl"),
     )  # fmt: skip
     num_layers = runner.loaded.model.config.num_hidden_layers
+    _tell("intervals, differences and p-values")
     cells = [cell for own in runs for cell in make_cells(own, num_layers)]
     if not cells:
         raise InputError(

@@ -38,6 +38,8 @@ LATEX_ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
 }
 PLOT_WIDTH, BAR_HEIGHT, PLOT_DPI = 8.0, 0.17, 160
 """Inches, inches, and pixels per inch."""
+TITLE = 64
+"""Letters in a line of the plot's title."""
 
 Run = tuple[str, Result]
 """Name of a model, and what it scored on one benchmark."""
@@ -430,7 +432,18 @@ def plan_plot(report: Report) -> list[Bars]:
         (clean(label), [runs[model].retained_percent if model in runs else None for model in others])
         for label, runs in rows
     ]
-    return [Bars(f"Score retained, in % of {clean(first)}", "%", groups, names[1:], (100.0, names[0]))]
+    title = clean(_tell_best(report.average, first, others))
+    return [Bars(title, f"% of {clean(first)}'s score", groups, names[1:], (100.0, names[0]))]
+
+
+def _tell_best(average: Mapping[str, Average], first: str, others: Sequence[str]) -> str:
+    """Say in a line what the plot shows: which model retains most, and with how many tokens."""
+    best = max(others, key=lambda model: average[model].retained_percent or 0.0)
+    retained, own, whole = average[best].retained_percent, average[best].mean_tokens, average[first].mean_tokens
+    if retained is None:
+        return f"No score compares with {first}'s"
+    tokens = f", with {own:.1f} of {whole:.1f} visual tokens" if own is not None and whole is not None else ""
+    return f"{best} retains {retained:.1f} % of {first}'s score{tokens}"
 
 
 def _plan_runs(title: str, rows: Sequence[TableRow]) -> Bars:
@@ -460,7 +473,8 @@ def draw_bars(axes: "Axes", panel: Bars) -> None:
             place += 1
         place += 1
     axes.set_yticks(middles, [label for label, _ in panel.groups])
-    axes.set(ylim=(place - 1.2, -0.8), xlim=(0, 1.02 * edge), xlabel=panel.unit, title=panel.title)
+    axes.set(ylim=(place - 1.2, -0.8), xlim=(0, 1.02 * edge), xlabel=panel.unit)
+    axes.set_title(textwrap.fill(panel.title, TITLE), weight="bold", loc="left", fontsize=10)
     axes.tick_params(axis="y", length=0)
     handles = [axes.barh(0, 0, color=f"C{number}", label=name) for number, name in enumerate(panel.series)]
     if panel.reference:

@@ -185,3 +185,4 @@ def write_figures(figures: Mapping[str, Any], path: Path | None) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps({**figures, "machine": machine}, indent=2, default=vars) + "\n", encoding="utf-8")
     os.replace(partial, path)
+    print(f"written to {path}")

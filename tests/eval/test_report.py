@@ -185,6 +185,7 @@ def test_the_plot_shows_what_each_model_retains() -> None:
     (panel,) = plan_plot(make_report(two_models()))
     assert panel.reference == (100.0, "plain (64.0 tokens)")
     assert panel.series == ["trim (12.0 tokens)"]
+    assert panel.title == "trim retains 96.2 % of plain's score, with 12.0 of 64.0 visual tokens"
     values = {label: value for label, (value,) in panel.groups}
     assert values == {
         "POPE (Avg. F1)": pytest.approx(97.5),
