@@ -469,7 +469,8 @@ def draw_bars(axes: "Axes", panel: Bars) -> None:
             length = min(max(value or 0.0, 0.0), edge)
             axes.barh(place, length, 0.92, color=f"C{number}", alpha=alpha)
             text = "-" if value is None else f"{value:.1f}" + " \N{RIGHTWARDS ARROW}" * (value > edge)
-            axes.text(0.01 * edge, place, text, va="center", fontsize=7, weight=weight)
+            ink = "white" if alpha == 1.0 and length > 0.08 * edge else "black"
+            axes.text(0.01 * edge, place, text, va="center", fontsize=7, weight=weight, color=ink)
             place += 1
         place += 1
     axes.set_yticks(middles, [label for label, _ in panel.groups])
