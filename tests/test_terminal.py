@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava.terminal import PIPES, SPACES, find_width, lay_out
+from llava.terminal import PIPES, SPACES, find_width, lay_out, make_bar
 
 NUMBERS = [
     ["TRIM @64", *(f"84.{n} 80.1-88.3" for n in range(9))],
@@ -48,3 +48,9 @@ def test_a_word_without_end_is_broken_too():
 def test_a_table_of_any_width_keeps_its_titles_in_one_line():
     first, rule, *rows = lay_out(["a long title of a column", "n"], [["x", "1"]], [1], PIPES).splitlines()
     assert first == "| a long title of a column | n |" and len(rule) == len(first) and len(rows) == 1
+
+
+def test_a_bar_is_silent_where_nobody_looks(capsys):
+    with make_bar("measuring", 3, "run") as bar:
+        bar.update(3)
+    assert bar.disable and capsys.readouterr().err == ""

@@ -395,9 +395,9 @@ def tell_false_wins(runs: int, flips: Sequence[float]) -> list[dict[str, object]
     jobs = [(design, runs, False) for design in NULLS] + [(design, max(1, runs // 5), False) for design in SLOW_NULLS]
     for design, count, by_question in [*jobs, (NULLS[2], max(1, runs // 5), True)]:
         corrected, plain = measure_false_wins(design, count, flips[-1], by_question)
-        name = design.name + ", McNemar over single questions" * by_question
+        name = design.name + ", McNemar by question" * by_question
         lines.append({"design": name, "runs": count, "holm": corrected, "uncorrected": plain})
-        print(f"  {name:<60} {count:5} runs  {corrected:5.1f} {plain:5.1f}", flush=True)
+        print(f"  {name:<52} {count:5} runs  {corrected:5.1f} {plain:5.1f}", flush=True)
     return lines
 
 
