@@ -50,7 +50,13 @@ def test_a_table_of_any_width_keeps_its_titles_in_one_line():
     assert first == "| a long title of a column | n |" and len(rule) == len(first) and len(rows) == 1
 
 
-def test_a_bar_is_silent_where_nobody_looks(capsys):
+def test_a_bar_is_shown_in_a_terminal_and_silent_elsewhere(capsys, monkeypatch):
+    monkeypatch.setattr("llava.terminal.PATIENCE_SECONDS", 0)
+    with make_bar("measuring", 3, "run") as bar:
+        assert bar.disable
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with make_bar("measuring", 3, "run") as bar:
         bar.update(3)
-    assert bar.disable and capsys.readouterr().err == ""
+    assert "measuring" in capsys.readouterr().err
