@@ -455,6 +455,9 @@ def _draw_scores(figure: "Figure", frame: tuple[float, float, float, float], vie
     threshold = find_threshold(scores, drawn.kept)
     if threshold is not None:
         scale.ax.axhline(threshold, color=THRESHOLD_COLOR, linewidth=2)
+        if drawn.caption:  # else what the line means stands beside the panel
+            style = {"color": THRESHOLD_COLOR, "fontsize": 6.5, "ha": "center", "va": "top"}
+            scale.ax.text(0.5, -0.015, "lowest kept", transform=scale.ax.transAxes, **style)
 
 
 def find_threshold(scores: np.ndarray, kept: np.ndarray) -> float | None:
