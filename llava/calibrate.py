@@ -19,6 +19,7 @@ Shape letters: `I` images, `N` patches, `D` vision width, `P` joint width.
 """
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from llava.eval.run import find_data_root
 from llava.files import parse_record, read_lines, write_json
 from llava.image import load_image
 from llava.signals import ending_on_signals
+from llava.terminal import make_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,7 +207,7 @@ def encode_images(tower: "VisionTower", rows: Sequence[LabelledImage]) -> "tuple
     from llava.model.token_reduction import VisualTokens
 
     patches, joint, text, inside = [], [], [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), make_bar("encoding", len(rows), "image") as progress:
         for start in range(0, len(rows), BATCH_SIZE):
             batch = rows[start : start + BATCH_SIZE]
             images = [load_image(row.image) for row in batch]
@@ -215,6 +217,7 @@ def encode_images(tower: "VisionTower", rows: Sequence[LabelledImage]) -> "tuple
             text.append(tower.embed_text([row.query for row in batch]).cpu())  # [I, P]
             pairs = zip(batch, images, strict=True)
             inside += [cover_cells(row.boxes, each.size, tower.grid, tower.covered) for row, each in pairs]
+            progress.update(len(batch))
     return VisualTokens(torch.cat(patches), tower.grid, torch.cat(joint), torch.cat(text)), torch.stack(inside)
 
 
@@ -298,6 +301,7 @@ def measure_sign(arguments: argparse.Namespace) -> None:
         options = [asdict(figure) for figure in figures]
         report = {"vision_tower": arguments.vision_tower, "num_pictures": len(rows), "fits": fits, "options": options}
         write_json(arguments.json, report, indent=2)
+        sys.stderr.write(f"written to {arguments.json}\n")
 
 
 def calibrate_mean(arguments: argparse.Namespace) -> None:
@@ -338,6 +342,7 @@ def calibrate_mean(arguments: argparse.Namespace) -> None:
     print(f"{found.asked}: {found}")  # noqa: T201
     if arguments.json:
         write_json(arguments.json, asdict(found), indent=2)
+        sys.stderr.write(f"written to {arguments.json}\n")
 
 
 def read_mean(spec: str, average: float) -> "Target":

@@ -199,13 +199,17 @@ def read_own(source: str) -> Iterator[tuple[str, "Tensor"]]:
     """
     from llava.model.hf_layout import NAMES, rename
     from llava.model.stored_weights import check_finite, iterate_tensors, list_weight_files
+    from llava.terminal import make_bar
 
-    for file in list_weight_files(source):
-        for stored, value in iterate_tensors(file):
-            name = rename(stored, NAMES)
-            if not name.startswith("model.vision_tower.") and not name.endswith("rotary_emb.inv_freq"):
-                check_finite([(name, value)], file)
-                yield name, value
+    files = list_weight_files(source)
+    with make_bar("converting", sum(os.path.getsize(file) for file in files), "B") as progress:
+        for file in files:
+            for stored, value in iterate_tensors(file):
+                name = rename(stored, NAMES)
+                if not name.startswith("model.vision_tower.") and not name.endswith("rotary_emb.inv_freq"):
+                    check_finite([(name, value)], file)
+                    yield name, value
+                progress.update(value.nbytes)
 
 
 def read_vision(tower: "CLIPVisionTower") -> "dict[str, Tensor]":

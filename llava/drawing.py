@@ -281,7 +281,7 @@ class Drawing:
 
     def image(self) -> Image.Image:
         """Draw at `DPI` dots per inch: mode RGB."""
-        with _style():
+        with plot_style():
             return _to_image(self._compose())
 
     def write(self, path: str | Path) -> None:
@@ -291,14 +291,11 @@ class Drawing:
             FileError: the file cannot be written.
             InputError: another ending.
         """
-        kind = find_format(path)
-        if kind == "png":
-            return write_image(path, self.image())
-        buffer = BytesIO()
-        with _style():
-            # Without a date, the same drawing is the same file.
-            self._compose().savefig(buffer, format=kind, metadata={"CreationDate" if kind == "pdf" else "Date": None})
-        return write_bytes(Path(path), buffer.getvalue())
+        if find_format(path) == "png":
+            write_image(path, self.image())
+            return
+        with plot_style():
+            write_figure(path, self._compose())
 
     def _compose(self) -> "Figure":
         # 1. Sizes, in inches.
@@ -347,7 +344,7 @@ def draw_panel(view: View, panel: Panel) -> Image.Image:
     """
     headroom = CAPTION_LINE * (panel.caption.count("\n") + 1) if panel.caption else 0
     width, height = PANEL + BAR * (panel.scores is not None) + 2 * EDGE, PANEL * view.aspect + headroom + 2 * EDGE
-    with _style():
+    with plot_style():
         figure = _new_figure(width, height)
         frame = (EDGE / width, EDGE / height, PANEL / width, PANEL * view.aspect / height)
         _draw_panel(figure, frame, view, panel)
@@ -370,7 +367,8 @@ def _to_image(figure: "Figure") -> Image.Image:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def plot_style() -> Iterator[None]:
+    """Draw in this block as all figures are drawn: texts as they are, letters as letters, the same file each time."""
     import matplotlib as mpl
 
     settings = {"font.family": _list_fonts(), "text.parse_math": False, "svg.hashsalt": "llava", "pdf.fonttype": 42}
@@ -457,6 +455,9 @@ def _draw_scores(figure: "Figure", frame: tuple[float, float, float, float], vie
     threshold = find_threshold(scores, drawn.kept)
     if threshold is not None:
         scale.ax.axhline(threshold, color=THRESHOLD_COLOR, linewidth=2)
+        if drawn.caption:  # else what the line means stands beside the panel
+            style = {"color": THRESHOLD_COLOR, "fontsize": 6.5, "ha": "center", "va": "top"}
+            scale.ax.text(0.5, -0.015, "lowest kept", transform=scale.ax.transAxes, **style)
 
 
 def find_threshold(scores: np.ndarray, kept: np.ndarray) -> float | None:
@@ -576,6 +577,20 @@ def _list_fonts() -> list[str]:
 
     installed = set(font_manager.get_font_names())
     return ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+
+
+def write_figure(path: str | Path, figure: "Figure") -> None:
+    """Write a figure as a PNG, PDF or SVG, as the file's ending says; inside `plot_style`.
+
+    Raises:
+        FileError: the file cannot be written.
+        InputError: another ending.
+    """
+    kind, buffer = find_format(path), BytesIO()
+    # Without a date, the same figure is the same file.
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": None}[kind]
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=undated)
+    write_bytes(Path(path), buffer.getvalue())
 
 
 def write_image(path: str | Path, image: Image.Image) -> None:

@@ -1,7 +1,6 @@
 """The packages that llava needs: a command that starts without one of them says so in one line.
 
-    python llava/packages.py            leaves with code 2 if something is missing that most commands need
-    python llava/packages.py deepspeed  ... or one of the packages that are named
+    python llava/packages.py [NAME ...]    leaves with code 2 if one is missing that most commands need, or is named
 
 A Python that is too old for llava can read this module and `llava/__init__.py`, in order to say so.
 """

@@ -4,7 +4,8 @@
 
 The figure shows the image once, then for each method the kept patches, outlined, with the dropped ones dimmed, and
 each patch's score with a color scale. A method inside the language model has a panel for each stretch of layers. For
-several questions it shows the image once, then the patches that one method keeps for each.
+several questions it shows the image once, then the patches that one method keeps for each. `--html` draws many
+questions, of a file, on one page.
 """
 
 import argparse
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llava.cli import ModelSpec, add_model_options, choose_template, positive
+from llava.cli import ModelSpec, add_model_options, choose_template, positive, user_path
+from llava.contact_sheet import LIMIT, Asked, list_answers, read_questions, take, write_sheet
 from llava.drawing import Drawing, Panel, TextLine, find_format
 from llava.errors import InputError, one_line, run_command
 from llava.image import load_image
 from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode
+from llava.terminal import find_width, lay_out
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
 
 # Functions import torch: the command answers --help and mistaken options before that.
 
-FULL = "full model"
 MAX_NEW_TOKENS = 32
 OTHER = "#c0262d"
 """Color of an answer that is not the full model's."""
@@ -151,15 +153,9 @@ def answer_questions(
 
 def show_answers(model: "LlavaCausalLM", case: "Case", looks: "Sequence[Look]", max_new_tokens: int) -> Drawing:
     """Print the answers of the full model and of each method, and draw them with what was kept."""
-    from llava.looks import look_at
-    from llava.model.token_reduction import Reduction
-    from llava.sampling import Sampling
-    from llava.what_if import ask, is_same, show
+    from llava.what_if import is_same
 
-    sampling, answers = Sampling(max_new_tokens=max_new_tokens), []
-    for look in [look_at(model, case, Reduction()), *looks]:
-        (answer,) = ask(model, case, sampling, [look.tokens], look.reduction)
-        answers.append((look.reduction.spec() or FULL, show(answer), look.describe_tokens()))
+    answers = list_answers(model, case, looks, max_new_tokens)
     print_table(answers)
     lines = [
         TextLine(name, f"{answer}  ({count})", "black" if is_same(answer, answers[0][1]) else OTHER)
@@ -173,7 +169,7 @@ def show_what_if(
 ) -> Drawing:
     """Print the answer with each block of dropped patches, and draw which blocks bring the full model's back."""
     from llava.sampling import Sampling
-    from llava.what_if import show, try_blocks
+    from llava.what_if import FULL, show, try_blocks
 
     what_if = try_blocks(model, case, reduction, Sampling(max_new_tokens=max_new_tokens), side)
     print_table(list_trials(what_if))
@@ -208,10 +204,7 @@ def list_trials(what_if: "WhatIf") -> list[tuple[str, ...]]:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of texts in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    sys.stdout.write(lay_out(None, rows, width=find_width()) + "\n")
 
 
 def main() -> None:
@@ -219,7 +212,8 @@ def main() -> None:
     # 1. What needs no library.
     specs = args.reduce or []
     check_options(args, specs)
-    image = load_image(args.image_file, upright=True)
+    asked = read_asked(args)
+    image = None if args.html else load_image(args.image_file, upright=True)
     # 2. The model, and budgets that have to be found.
     spec = ModelSpec.from_options(args, reduce=None)
     specs = [replace(spec, reduce=each).resolve().reduce for each in specs]
@@ -231,10 +225,14 @@ def main() -> None:
     answers = args.answer or args.what_if
     reads_prompt = answers or any(reduction.inside is not None for reduction in reductions)
     conv_mode = choose_template(args, model.config) if reads_prompt else DEFAULT_CONV_MODE
+    limit = args.max_new_tokens or MAX_NEW_TOKENS
+    if args.html:
+        write_sheet(args.html, asked, model, image_processor, reductions, conv_mode, limit if args.answer else None)
+        sys.stdout.write(f"written to {args.html}\n")
+        return
     first, *further = args.query
     case = prepare(model, image_processor, image, first, reductions, conv_mode)
     # 4. Look and draw.
-    limit = args.max_new_tokens or MAX_NEW_TOKENS
     if further:
         cases = [case, *(ask_else(model, case, question, conv_mode) for question in further)]
         looks = [look_at(model, each, reductions[0]) for each in cases]
@@ -255,10 +253,10 @@ def check_options(args: argparse.Namespace, specs: Sequence[str]) -> None:
     Raises:
         InputError: an empty question, an unknown template, or options that do not go together.
     """
-    find_format(args.out)
-    if not all(question.strip() for question in args.query):
+    _check_place(args)
+    if not all(question.strip() for question in args.query or []):
         raise InputError("--query is empty: write what you want to know about the image")
-    if len(args.query) > 1:
+    if args.html is None and len(args.query) > 1:
         _check_several(args, specs)
     if args.conv_mode is not None:
         check_conv_mode(args.conv_mode)
@@ -270,6 +268,32 @@ def check_options(args: argparse.Namespace, specs: Sequence[str]) -> None:
         raise InputError("--block has no effect without --what-if: add that or leave it out")
     if args.max_new_tokens is not None and not (args.answer or args.what_if):
         raise InputError("--max-new-tokens has no effect without --answer or --what-if: add one or leave it out")
+
+
+def _check_place(args: argparse.Namespace) -> None:
+    """Check what is drawn, and where: one image to `--out` or `--html`, the questions of a file to `--html`."""
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    if (args.out is None) is (args.html is None):
+        raise InputError("name one place: --out FILE for a drawing, or --html FILE for a page of many questions")
+    if args.questions is not None and given & {"image_file", "query", "out"}:
+        raise InputError("--questions has images and questions: leave out --image-file, --query and --out, use --html")
+    if args.questions is None and not {"image_file", "query"} <= given:
+        raise InputError("--image-file and --query are needed: an image and what you want to know about it")
+    if args.questions is None and (own := given & {"image_folder", "answers", "limit"}):
+        raise InputError(f"--{min(own).replace('_', '-')} has no effect without --questions: add that or leave it out")
+    if args.html is None:
+        find_format(args.out)
+    elif args.html.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--html {args.html}: a page is a .html file")
+    elif args.what_if:
+        raise InputError("--what-if is a drawing of its own: use --out, not --html")
+
+
+def read_asked(args: argparse.Namespace) -> list[Asked]:
+    """List the questions of a page: a file's, or those of the options."""
+    if args.questions is None:
+        return [Asked(args.image_file, question) for question in args.query]
+    return take(read_questions(args.questions, args.image_folder, args.answers), args.limit)
 
 
 def _check_several(args: argparse.Namespace, specs: Sequence[str]) -> None:
@@ -287,16 +311,34 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.visualize", description=__doc__.split("\n")[0])
     add_model_options(parser, several=True)
-    parser.add_argument("--image-file", required=True, metavar="FILE", help="image file or http(s) address")
+    parser.add_argument("--image-file", metavar="FILE", help="image file or http(s) address")
     parser.add_argument(
         "--query",
-        required=True,
         action="append",
         metavar="TEXT",
         help="the question; repeat it to draw several side by side",
     )
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="the drawing: a .png, or a .pdf or .svg whose outlines are vectors"
+        "--out", metavar="FILE", help="the drawing: a .png, or a .pdf or .svg whose outlines are vectors"
+    )
+    parser.add_argument(
+        "--html",
+        type=user_path,
+        metavar="FILE",
+        help="in place of it a page of many questions and methods, one file",
+    )
+    parser.add_argument(
+        "--questions",
+        type=user_path,
+        metavar="FILE",
+        help="with --html: JSON Lines of images and questions, such as LLaVA's question files",
+    )
+    parser.add_argument(
+        "--image-folder", type=user_path, metavar="DIR", help="of the images in --questions (its own folder)"
+    )
+    parser.add_argument("--answers", type=user_path, metavar="FILE", help="answers file to show with --questions")
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help=f"draw the first N of --questions (the first {LIMIT})"
     )
     parser.add_argument(
         "--answer", action="store_true", help="answer, too: print the full model's answer and each method's"

@@ -22,6 +22,8 @@ from llava.sampling import Sampling
 
 BATCH = 16
 """Blocks that are tried at once."""
+FULL = "full model"
+"""Name of the model without a reduction, beside its answers."""
 FULL_COLOR, OTHER_COLOR = "#2ca02c", "#ff7f0e"
 
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The twelve benchmarks on the embedded world of shapes, with the repository's pocket checkpoints: LLaVA without
 # reduction, with TRIM training-free, finetuned with TRIM, and with as many random patches on the finetuned weights. Ends
-# with one table, a table for POPE (also with random patches on the plain weights), both as JSON, and images of the kept
-# patches.
+# with one table, a table for POPE (also with random patches on the plain weights), both as JSON, images of the kept
+# patches, and a command to go on with.
 #   bash scripts/demo.sh
 #   DEMO_IMAGES=200 DEMO_OUT=somewhere BENCHMARKS="pope gqa" bash scripts/demo.sh
 # LLaVA-Bench and MM-Vet need a language model as judge; here an offline stand-in compares texts, as the table notes.
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+prefer_active_environment matplotlib
 use_environment
 
 IMAGES=${DEMO_IMAGES:-60} # images per benchmark
@@ -85,3 +86,10 @@ echo
 echo "The table as JSON: $OUT/table.json   as LaTeX: $OUT/table.tex   as an image: $OUT/table.png"
 echo "Kept patches: $OUT/kept_0.png  $OUT/kept_1.png  $OUT/kept_2.png"
 echo "These scores are about shapes only: a demonstration and a regression test (playground/shapes/README.md)"
+echo
+echo "Next, a photograph:"
+[[ $CALLER_DIR == "$REPO_ROOT" ]] || printf 'cd %q && ' "$REPO_ROOT"
+echo "$(printf '%q' "${PYTHON#"$REPO_ROOT"/}") -m llava.visualize --model-path $TRIMMED" \
+    "--image-file playground/photos/coffee.jpg" \
+    '--query "Is there a purple circle in the image? Answer the question using a single word or phrase."' \
+    "--answer --out $(printf '%q' "${OUT#"$REPO_ROOT"/}/coffee.png")"

@@ -78,6 +78,25 @@ def test_demo_ends_with_a_row_per_benchmark_and_the_pictures_it_names(demo, runs
 
 
 @pytest.mark.slow
+def test_demo_ends_with_a_command_that_works_as_it_is_printed(demo):
+    folder, printed = demo
+    done = run(["bash", "-c", printed.splitlines()[-1]])
+    assert done.returncode == 0, done.stderr
+    assert "full model" in done.stdout and (folder / "coffee.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("has_packages", "used"), [(True, "bin/python"), (False, "none")])
+def test_an_active_environment_is_used_if_it_has_the_packages(tmp_path, has_packages, used):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\n[ "$*" = "llava/packages.py matplotlib" ] && exit {0 if has_packages else 2}\n')
+    python.chmod(0o755)
+    script = "source scripts/lib/environment.sh; prefer_active_environment matplotlib; echo ${PYTHON:-none}"
+    done = run(["bash", "-c", script], PYTHON="", VIRTUAL_ENV=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.endswith(f"{used}\n")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("task", LISTED)
 def test_finetuned_trim_reads_at_most_a_quarter_of_the_tokens(runs, task):
     tokens = runs["finetuned-trim"][task]["tokens"]

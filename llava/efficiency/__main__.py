@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.cli import ModelSpec, add_model_options, positive
+from llava.drawing import find_format
 from llava.efficiency.cost import Precision, Workload
 from llava.efficiency.shapes import ModelSource, read_source
 from llava.errors import InputError, run_command
@@ -58,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=positive, default=7, help="measured rounds (default: %(default)s)")
     add("--warmup", type=positive, default=2, help="rounds before them (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add("--plot", type=Path, metavar="PNG", help="draw the stages as stacked bars")
+    add("--plot", type=Path, metavar="FILE", help="draw the stages as stacked bars: a .png, .pdf or .svg")
     return parser
 
 
@@ -98,8 +99,10 @@ def main() -> None:
     print(report.format_table(figures))
     if args.json:
         write_json(args.json, figures, indent=2)
+        print(f"written to {args.json}")
     if args.plot:
         report.draw_bars(figures, args.plot)
+        print(f"written to {args.plot}")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -114,6 +117,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError("--image-file says nothing with --random-weights: random weights choose at random")
     if args.random_weights and args.count_only:
         raise InputError("--random-weights measures, --count-only does not: leave one of them out")
+    if args.plot:
+        find_format(args.plot)
     ModelSpec.from_options(args)  # refuses an unknown dtype
     args.tower_dtype = args.tower_dtype or "float32"
     args.image_size = read_size(args.image_size)

@@ -19,6 +19,7 @@ from llava.efficiency.timing import Spread
 from llava.image import EmbeddedImage, load_image
 from llava.mm_utils import process_images
 from llava.model.token_reduction import Reduction
+from llava.terminal import make_bar
 
 FIRST_PLAIN_ID = 3  # below are the special tokens of Llama's vocabulary
 END_TO_END = "end to end"
@@ -232,16 +233,18 @@ def measure_reductions(
     device = runner.model.device
     stages: dict[str, list[dict[str, float]]] = {label: [] for label in reductions}
     tokens: dict[str, list[Any]] = {}
-    for number in range(warmup + repeats):
-        for label, reduction in reductions.items():
-            runner.model.take_reduction(reduction)
-            clock = StageClock(device)
-            _, tokens[label] = runner.run(batch, clock)
-            with clock.stage(END_TO_END):
-                runner.answer(batch)
-            clock.seconds["decode"] /= max(1, batch.new_tokens - 1)
-            if number >= warmup:
-                stages[label].append(clock.seconds)
+    with make_bar("measuring", (warmup + repeats) * len(reductions), "run") as progress:
+        for number in range(warmup + repeats):
+            for label, reduction in reductions.items():
+                runner.model.take_reduction(reduction)
+                clock = StageClock(device)
+                _, tokens[label] = runner.run(batch, clock)
+                with clock.stage(END_TO_END):
+                    runner.answer(batch)
+                clock.seconds["decode"] /= max(1, batch.new_tokens - 1)
+                if number >= warmup:
+                    stages[label].append(clock.seconds)
+                progress.update()
     measurements = {}
     for label, reduction in reductions.items():
         runner.model.take_reduction(reduction)

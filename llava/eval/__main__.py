@@ -54,6 +54,7 @@ from llava.files import make_folder, write_json, write_text
 from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode
 from llava.sampling import Sampling
 from llava.signals import ending_on_signals
+from llava.terminal import find_width
 
 Item = TypeVar("Item")
 
@@ -270,7 +271,7 @@ def list_tasks(arguments: argparse.Namespace) -> None:
         {"Name": task.name, "Row in the results": task.row, "New tokens": task.max_new_tokens}
         for task in BENCHMARKS.values()
     ]
-    print(format_table(rows))
+    print(format_table(rows, width=find_width()))
 
 
 def download_tasks(arguments: argparse.Namespace) -> None:
@@ -445,8 +446,10 @@ def score_task(arguments: argparse.Namespace) -> None:
         raise SystemExit(EXIT_SERVER_ONLY) from None
     if arguments.json:
         write_result(arguments.json, result)
+        _tell(f"written to {arguments.json}")
     if arguments.results:
         write_line(arguments.results, result)
+        _tell(f"written to {arguments.results}")
     if told := describe_budget(result):
         _tell(told)
     print(format_line(result))
@@ -515,6 +518,9 @@ def report_results(arguments: argparse.Namespace) -> None:
     if arguments.png:
         write_plot(arguments.png, report)
     print(format_terminal(report))
+    for file in (arguments.json, arguments.markdown, arguments.latex, arguments.png):
+        if file is not None:
+            _tell(f"written to {file}")
 
 
 def compare_task(arguments: argparse.Namespace) -> None:
@@ -547,6 +553,7 @@ def compare_task(arguments: argparse.Namespace) -> None:
         lambda task: find_judge(arguments, task, place.folder / "runs" / task.name / "judge.jsonl"),
     )  # fmt: skip
     num_layers = runner.loaded.model.config.num_hidden_layers
+    _tell("intervals, differences and p-values")
     cells = [cell for own in runs for cell in make_cells(own, num_layers)]
     if not cells:
         raise InputError(

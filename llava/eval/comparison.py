@@ -22,11 +22,12 @@ from llava.eval.metrics.evidence import (
     paired_difference,
     retained_interval,
 )
-from llava.eval.report import format_latex_table, format_table
+from llava.eval.report import fill_notes, format_latex_table, format_table
 from llava.eval.results import Result
 from llava.eval.samples import make_sample, pair_samples
 from llava.files import atomic_write, write_json, write_text
 from llava.model.token_reduction import parse_reduction
+from llava.terminal import find_width
 
 SIGNIFICANT = 0.05
 
@@ -338,16 +339,19 @@ def write_tables(
     if len(tables) > 1:
         tables["Average over the benchmarks"] = average_rows(cells)
     missing = list_missing(tasks)
-    text = "\n\n".join([part for title, rows in tables.items() for part in (title, format_table(rows))])
-    text = "\n\n".join([text, *NOTES, *missing])
-    write_text(folder / "table.md", f"{text}\n")
+    notes = [*NOTES, *missing]
+    text, narrow = (
+        "\n\n".join([part for title, rows in tables.items() for part in (title, format_table(rows, width=width))])
+        for width in (None, find_width())
+    )
+    write_text(folder / "table.md", "\n\n".join([text, *notes]) + "\n")
     layout = [part for title, rows in lay_out_budgets(cells).items() for part in (f"### {title}", format_table(rows))]
     write_text(folder / "overview.md", "\n\n".join(layout) + "\n")
     latex = "\n\n".join(format_latex_table(title, rows) for title, rows in tables.items())
     write_text(folder / "table.tex", f"{latex}\n")
     write_json(folder / "table.json", {"cells": [asdict(cell) for cell in cells], "seconds": times, "missing": missing})
     write_text(folder / "table.csv", format_csv(cells, times))
-    return text
+    return "\n\n".join([narrow, *fill_notes(notes)])
 
 
 def list_missing(tasks: Sequence[TaskRuns]) -> list[str]:

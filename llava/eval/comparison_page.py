@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -23,6 +23,7 @@ from llava.files import write_text
 from llava.image import load_image
 from llava.looks import Look, look_at_images, make_ids
 from llava.prompt import choose_conv_mode
+from llava.terminal import make_bar
 
 THUMBNAIL = 224
 MAX_QUESTIONS, MAX_FAILURES = 60, 12
@@ -119,7 +120,10 @@ def write_page(
     folder: Path, runner: Runner, tasks: Sequence[TaskRuns], cells: Sequence[Cell], times: dict[str, dict[str, float]]
 ) -> Path:
     """Write `report.html`; returns its path."""
-    data = {runs.task.name: gather(runner, runs) for runs in tasks if runs.results and not runs.missing}
+    told = [runs for runs in tasks if runs.results and not runs.missing]
+    runner.notify("report.html: what each method keeps")
+    with make_bar("report.html", sum(len(one_of_each(runs.results)) for runs in told), "run") as progress:
+        data = {runs.task.name: gather(runner, runs, progress.update) for runs in told}
     parts = [f"<h1>{escape(clean(runner.place.spec.name))}: methods compared</h1>", f"<p>{escape(NOTES[0])}</p>"]
     for own in by_task(cells):
         parts.append(f"<h2>{escape(own[0].row)}</h2>{table(own, times, data[own[0].task]['runs'])}")
@@ -156,8 +160,14 @@ def table(cells: Sequence[Cell], times: dict[str, dict[str, float]], runs: Seque
     return f"<table>{''.join(lines)}</table>"
 
 
-def gather(runner: Runner, runs: TaskRuns) -> dict[str, Any]:
-    """Collect the data of one benchmark: its runs, and the questions that are shown, with what each method kept."""
+def gather(runner: Runner, runs: TaskRuns, advance: Callable[[], object]) -> dict[str, Any]:
+    """Collect the data of one benchmark: its runs, and the questions that are shown, with what each method kept.
+
+    Args:
+        runner: of the model.
+        runs: of the benchmark.
+        advance: is called after each run.
+    """
     entries = one_of_each(runs.results)
     questions = index_questions(runs.task.load(runs.root), runs.task.key_fields)
     verdicts = {entry: by_question(runs.results[entry].verdicts) for entry in entries}
@@ -170,6 +180,7 @@ def gather(runner: Runner, runs: TaskRuns) -> dict[str, Any]:
         for record, left in zip(records, find_left(runner, entry, shown), strict=True):
             if record["answers"][number] is not None:
                 record["answers"][number]["left"] = left
+        advance()
     places = {each.key: number for number, each in enumerate(shown)}
     labels = [
         {

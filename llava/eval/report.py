@@ -5,7 +5,6 @@ average, and the visual tokens it read. Files (Markdown, LaTeX, JSON) have every
 the plot the comparison.
 """
 
-import itertools
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from llava.eval.metrics.means import collect
 from llava.eval.protocol import require_one_protocol
 from llava.eval.results import Result
 from llava.files import write_bytes
+from llava.terminal import PIPES, find_width, lay_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,6 @@ AVERAGE_LABEL = "Average"
 NOTE_SIGN = "*"
 """Beside the label of a row that has a note of its own."""
 UNKNOWN = "protocol unknown"
-TERMINAL_WIDTH = 100
 LATEX_ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -39,6 +38,8 @@ LATEX_ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
 }
 PLOT_WIDTH, BAR_HEIGHT, PLOT_DPI = 8.0, 0.17, 160
 """Inches, inches, and pixels per inch."""
+TITLE = 64
+"""Letters in a line of the plot's title."""
 
 Run = tuple[str, Result]
 """Name of a model, and what it scored on one benchmark."""
@@ -254,8 +255,17 @@ def explain_columns(
 # ----------------------------------------------------------------------------------------------------- text of tables
 def format_terminal(report: Report) -> str:
     """Write a report for the terminal: an overview has score and percentage in one column, and mean tokens once."""
-    if not report.models:
-        return format_markdown(report)
+    parts = []
+    if report.models:
+        parts.append(format_table(_narrow(report), report.models, find_width()))
+    else:
+        for title, rows in report.tables.items():
+            parts += [clean(title)] * bool(title) + [format_table(rows, width=find_width())]
+    return "\n\n".join([*parts, *fill_notes(report.notes)])
+
+
+def _narrow(report: Report) -> list[TableRow]:
+    """Make the rows of an overview for the terminal."""
     rows = []
     for group in report.benchmarks:
         cells = {}
@@ -269,9 +279,17 @@ def format_terminal(report: Report) -> str:
         if mean.retained_percent is not None and model != report.models[0]
     }
     tokens = {model: mean.mean_tokens for model, mean in report.average.items()}
-    rows += [{"Benchmark": AVERAGE_LABEL, **percents}, {"Benchmark": "Tokens, mean", **tokens}]
-    table = _align(rows, right=report.models, wrap=True)
-    return "\n\n".join([table, *(textwrap.fill(clean(note), TERMINAL_WIDTH) for note in report.notes)])
+    nothing = dict.fromkeys(report.models)
+    return [
+        *rows,
+        {"Benchmark": AVERAGE_LABEL, **nothing, **percents},
+        {"Benchmark": "Tokens, mean", **nothing, **tokens},
+    ]
+
+
+def fill_notes(notes: Sequence[str]) -> list[str]:
+    """Break notes to the width of the terminal's tables."""
+    return [textwrap.fill(clean(note), find_width()) for note in notes]
 
 
 def format_markdown(report: Report) -> str:
@@ -282,36 +300,22 @@ def format_markdown(report: Report) -> str:
     return "\n\n".join([*parts, *map(clean, report.notes)])
 
 
-def format_table(rows: Sequence[TableRow]) -> str:
-    """Write rows as an aligned Markdown table; numbers get two digits and are at the right, None is a dash."""
+def format_table(rows: Sequence[TableRow], right: Sequence[str] | None = None, width: int | None = None) -> str:
+    """Write rows as an aligned Markdown table; numbers get two digits, None is a dash.
+
+    Args:
+        rows: of the table; none: nothing is written.
+        right: columns aligned at the right; None: those without text.
+        width: columns of text at most; None: any. See `terminal.lay_out`.
+    """
     if not rows:
         return ""
-    right = [title for title in rows[0] if not any(isinstance(row.get(title), str) for row in rows)]
-    return _align(rows, right)
-
-
-def _align(rows: Sequence[TableRow], right: Sequence[str], wrap: bool = False) -> str:
-    """Align a table; `right` are the columns aligned at the right; `wrap` breaks titles wider than their column."""
     titles = list(rows[0])
+    if right is None:
+        right = [title for title in titles if not any(isinstance(row.get(title), str) for row in rows)]
     cells = [[escape_markdown(format_cell(row.get(title))) for title in titles] for row in rows]
-    columns = list(zip(*cells, strict=True))
-    heads = [[escape_markdown(title)] for title in titles]
-    if wrap:
-        limits = [max(8, *map(len, column)) for column in columns]
-        heads = [textwrap.wrap(*head, limit, break_long_words=False) for head, limit in zip(heads, limits, strict=True)]
-    head_lines = list(itertools.zip_longest(*heads, fillvalue=""))
-    widths = [max(map(len, [*head, *column])) for head, column in zip(heads, columns, strict=True)]
-    is_right = [title in right for title in titles]
-
-    def join(line: Sequence[str]) -> str:
-        aligned = [
-            cell.rjust(width) if at_right else cell.ljust(width)
-            for cell, width, at_right in zip(line, widths, is_right, strict=True)
-        ]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = ["-" * (width - at_right) + ":" * at_right for width, at_right in zip(widths, is_right, strict=True)]
-    return "\n".join([*map(join, head_lines), f"| {' | '.join(rule)} |", *map(join, cells)])
+    places = [number for number, title in enumerate(titles) if title in right]
+    return lay_out(list(map(escape_markdown, titles)), cells, places, PIPES, width)
 
 
 def format_cell(value: Cell) -> str:
@@ -428,7 +432,18 @@ def plan_plot(report: Report) -> list[Bars]:
         (clean(label), [runs[model].retained_percent if model in runs else None for model in others])
         for label, runs in rows
     ]
-    return [Bars(f"Score retained, in % of {clean(first)}", "%", groups, names[1:], (100.0, names[0]))]
+    title = clean(_tell_best(report.average, first, others))
+    return [Bars(title, f"% of {clean(first)}'s score", groups, names[1:], (100.0, names[0]))]
+
+
+def _tell_best(average: Mapping[str, Average], first: str, others: Sequence[str]) -> str:
+    """Say in a line what the plot shows: which model retains most, and with how many tokens."""
+    best = max(others, key=lambda model: average[model].retained_percent or 0.0)
+    retained, own, whole = average[best].retained_percent, average[best].mean_tokens, average[first].mean_tokens
+    if retained is None:
+        return f"No score compares with {first}'s"
+    tokens = f", with {own:.1f} of {whole:.1f} visual tokens" if own is not None and whole is not None else ""
+    return f"{best} retains {retained:.1f} % of {first}'s score{tokens}"
 
 
 def _plan_runs(title: str, rows: Sequence[TableRow]) -> Bars:
@@ -454,11 +469,13 @@ def draw_bars(axes: "Axes", panel: Bars) -> None:
             length = min(max(value or 0.0, 0.0), edge)
             axes.barh(place, length, 0.92, color=f"C{number}", alpha=alpha)
             text = "-" if value is None else f"{value:.1f}" + " \N{RIGHTWARDS ARROW}" * (value > edge)
-            axes.text(0.01 * edge, place, text, va="center", fontsize=7, weight=weight)
+            ink = "white" if alpha == 1.0 and length > 0.08 * edge else "black"
+            axes.text(0.01 * edge, place, text, va="center", fontsize=7, weight=weight, color=ink)
             place += 1
         place += 1
     axes.set_yticks(middles, [label for label, _ in panel.groups])
-    axes.set(ylim=(place - 1.2, -0.8), xlim=(0, 1.02 * edge), xlabel=panel.unit, title=panel.title)
+    axes.set(ylim=(place - 1.2, -0.8), xlim=(0, 1.02 * edge), xlabel=panel.unit)
+    axes.set_title(textwrap.fill(panel.title, TITLE), weight="bold", loc="left", fontsize=10)
     axes.tick_params(axis="y", length=0)
     handles = [axes.barh(0, 0, color=f"C{number}", label=name) for number, name in enumerate(panel.series)]
     if panel.reference:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.cli import DTYPES
+from llava.cli import DTYPES, print_now
 from llava.errors import InputError, run_command
 
 if TYPE_CHECKING:
@@ -44,9 +44,11 @@ def consolidate_ckpt(src_path: str, dst_path: str, base: str | None = None, dtyp
         raise InputError(f"{dst_path} holds a checkpoint already: name another folder, or delete that one first")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{dst_path} is a file: name a folder")
+    print_now(f"reading {src_path}" + f" and {base}" * (base is not None))
     tokenizer, model, _, _ = load_pretrained_model(src_path, base, device="cpu", dtype="float32")
     chosen = resolve_dtype(dtype) if dtype else _stored_dtype(base or src_path)
     before = set(folder.glob("*"))
+    print_now(f"writing {folder}")
     try:
         save_checkpoint(model.to(chosen), tokenizer, folder)
     except BaseException:
@@ -54,6 +56,7 @@ def consolidate_ckpt(src_path: str, dst_path: str, base: str | None = None, dtyp
         for path in set(folder.glob("*")) - before:
             path.unlink()
         raise
+    print_now(f"written to {folder}")
 
 
 def extract_projector(source: str, destination: str) -> None:
@@ -80,6 +83,7 @@ def extract_projector(source: str, destination: str) -> None:
     if not projector:
         raise InputError(f"{source} has no projector: is it a LLaVA checkpoint?")
     save_weights(projector, path)
+    print_now(f"written to {path}")
 
 
 def _stored_dtype(source: str) -> "torch.dtype":

@@ -1,4 +1,4 @@
-"""The sample images of the page, which the repository has beside its pocket checkpoint."""
+"""The sample images of the page, which the repository has: drawn ones beside its pocket checkpoint, and photographs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from pathlib import Path
 from llava.errors import InputError
 from llava.files import read_json
 
-SHAPES = Path(__file__).resolve().parents[2] / "playground" / "shapes"
+PLAYGROUND = Path(__file__).resolve().parents[2] / "playground"
 """In the repository; an installed package has no such folder."""
+SHAPES, PHOTOS = PLAYGROUND / "shapes", PLAYGROUND / "photos"
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,18 @@ def find_pocket_checkpoint() -> Path:
 
 
 def list_samples() -> list[Sample]:
-    """List the sample images; none in an installed package."""
-    folder = SHAPES / "sample_images"
+    """List the sample images, the drawn ones first; none in an installed package."""
+    drawn = read_samples(SHAPES / "sample_images", "`python -m playground.shapes.samples` writes it")
+    return drawn + read_samples(PHOTOS, "it is in the repository")
+
+
+def read_samples(folder: Path, hint: str) -> list[Sample]:
+    """Read a folder's list of samples; none where there is no such folder.
+
+    Args:
+        folder: of `samples.json` and its images.
+        hint: where the list comes from, for a message that it is missing.
+    """
     if not folder.is_dir():
         return []
-    rows = read_json(folder / "samples.json", "`python -m playground.shapes.samples` writes it")
-    return [Sample(folder / row["image"], row["questions"]) for row in rows]
+    return [Sample(folder / row["image"], row["questions"]) for row in read_json(folder / "samples.json", hint)]

@@ -9,6 +9,20 @@ import argparse
 import math
 from pathlib import Path
 
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description="Write an untrained pocket language model.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -106,12 +120,7 @@ def set_distance(attention: LlamaAttention, head: int, distance: int, direction:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write an untrained pocket language model.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = make_parser().parse_args()
     write_base_llm(arguments.out, arguments.layers, arguments.width, arguments.seed)
 
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from llava.cli import print_now
 from llava.errors import InputError, run_command
+from llava.terminal import make_bar
 from playground.shapes import conversation, sentence
 from playground.shapes.benchmark import FOLDERS
 from playground.shapes.file import NUM_PROCESSES, draw_many, draw_one, write_lines, write_samples
@@ -40,8 +42,12 @@ class DrawnImage:
 def draw_images(folder: Path, split: str, count: int, seed: int) -> list[DrawnImage]:
     """Draw `count` images of a split into a folder, in parallel."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(NUM_PROCESSES) as pool:
-        return list(pool.map(partial(draw_image, folder, split, seed), range(count), chunksize=CHUNK_SIZE))
+    images = []
+    with ProcessPoolExecutor(NUM_PROCESSES) as pool, make_bar(f"images, {split}", count, "image") as progress:
+        for image in pool.map(partial(draw_image, folder, split, seed), range(count), chunksize=CHUNK_SIZE):
+            images.append(image)
+            progress.update()
+    return images
 
 
 def draw_image(folder: Path, split: str, seed: int, index: int) -> DrawnImage:
@@ -81,11 +87,13 @@ def write_eval(folder: Path, count: int, seed: int, names: tuple[str, ...] = ORD
         seed: seed of the images and of the choice of questions.
         names: names of the benchmarks.
     """
-    for name in names:
-        module, place = FOLDERS[name]
-        first = ORDER.index(name) * MAX_EVAL_IMAGES
-        drawings = draw_many("eval", seed, range(first, first + count))
-        module.write(folder / place, drawings, random.Random(seed))
+    with make_bar("benchmarks", len(names), "benchmark") as progress:
+        for name in names:
+            module, place = FOLDERS[name]
+            first = ORDER.index(name) * MAX_EVAL_IMAGES
+            drawings = draw_many("eval", seed, range(first, first + count))
+            module.write(folder / place, drawings, random.Random(seed))
+            progress.update()
 
 
 def write_calibrate(folder: Path, count: int, seed: int) -> None:
@@ -123,6 +131,7 @@ def main() -> None:
         write_eval(arguments.out / "eval", arguments.eval_images, arguments.seed, names)
     if arguments.calibrate_images:
         write_calibrate(arguments.out / "calibrate", arguments.calibrate_images, arguments.seed)
+    print_now(f"written to {arguments.out}")
 
 
 if __name__ == "__main__":

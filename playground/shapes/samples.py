@@ -4,6 +4,7 @@
 questions. They are scenes of the evaluation split, which no model has seen.
 """
 
+import argparse
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -48,8 +49,9 @@ def write_samples(folder: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m playground.shapes.samples", description=__doc__.split("\n")[0]).parse_args()
     write_samples(FOLDER)
-    sys.stdout.write(f"{FOLDER}\n")
+    sys.stdout.write(f"written to {FOLDER}\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,35 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one training run, saved as `recipe.json` in the checkpoint."""
+
+    pictures: int = 20000
+    steps: int = 1500
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    attention_start: str = "mimetic"
+    measure_every: int = 50
+    seed: int = 0
+    threads: int = 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line: every setting of the recipe is an option."""
+    parser = argparse.ArgumentParser(description="Train the pocket CLIP on the embedded world.")
+    parser.add_argument("--out", type=Path, required=True, help="output checkpoint; replaced whenever the aim is met")
+    for name, value in asdict(Recipe()).items():
+        choices = ("random", "mimetic") if name == "attention_start" else None
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices)
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -69,21 +98,6 @@ class Aim:
 
 
 AIM = Aim()
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of one training run, saved as `recipe.json` in the checkpoint."""
-
-    pictures: int = 20000
-    steps: int = 1500
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    attention_start: str = "mimetic"
-    measure_every: int = 50
-    seed: int = 0
-    threads: int = 2
 
 
 def build_model(vocabulary_size: int, attention_start: str) -> CLIPModel:
@@ -302,13 +316,7 @@ def report(row: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Train; every setting of the recipe is an option."""
-    parser = argparse.ArgumentParser(description="Train the pocket CLIP on the embedded world.")
-    parser.add_argument("--out", type=Path, required=True, help="output checkpoint; replaced whenever the aim is met")
-    for name, value in asdict(Recipe()).items():
-        choices = ("random", "mimetic") if name == "attention_start" else None
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices)
-    arguments = vars(parser.parse_args())
+    arguments = vars(make_parser().parse_args())
     folder = arguments.pop("out")
     recipe = Recipe(**arguments)
     if recipe.batch_size > recipe.pictures:

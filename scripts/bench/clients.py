@@ -23,9 +23,26 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from llava.cli import ModelSpec, positive
+from scripts.bench import side_by_side
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__)
+    parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
+    parser.add_argument("--images", type=positive, default=20)
+    parser.add_argument("--questions-per-image", type=positive, default=18)
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8, 32], help="of lmms-eval's llava")
+    parser.add_argument("--whole", action="store_true", help="time the commands too, from start to result file")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 from PIL import Image
 
-from llava.cli import ModelSpec, positive
 from llava.efficiency.timing import Spread, ratio_by_round
 from llava.errors import InputError, run_command
 from llava.eval.benchmark import LOADER_MAX_NEW_TOKENS, Question
@@ -33,7 +50,6 @@ from llava.eval.predict import Settings, answer_questions
 from llava.sampling import Sampling
 from playground.shapes.generate import write_eval
 from playground.shapes.lmms_tasks import PREFIX, write_tasks
-from scripts.bench import side_by_side
 
 Ask = Callable[[], list[str]]
 TASK = "bench"
@@ -195,13 +211,7 @@ def name_stock(batch_size: int) -> str:
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__)
-    parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
-    parser.add_argument("--images", type=positive, default=20)
-    parser.add_argument("--questions-per-image", type=positive, default=18)
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8, 32], help="of lmms-eval's llava")
-    parser.add_argument("--whole", action="store_true", help="time the commands too, from start to result file")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     if importlib.util.find_spec("lmms_eval") is None:
         raise InputError("lmms-eval is not installed: bash scripts/test_clients.sh FOLDER makes an environment with it")
     with tempfile.TemporaryDirectory() as text:

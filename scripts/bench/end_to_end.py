@@ -6,19 +6,13 @@ The model has random weights and is bound by arithmetic. The answer is one token
 """
 # ruff: noqa: T201
 
-from llava.efficiency import report
-from llava.efficiency.cost import Precision, Workload
-from llava.efficiency.estimate import count_left, fix_kept
-from llava.efficiency.shapes import read_shape
-from llava.efficiency.stages import Runner, make_batch, measure_reductions
-from llava.errors import run_command
-from llava.model.token_reduction import Reduction, parse_reducer
+import argparse
+
 from scripts.bench import side_by_side
 
-NONE = "none"
 
-
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
     parser = side_by_side.make_parser(__doc__)
     side_by_side.add_machine_options(parser)
     parser.add_argument("--reduce", default="TRIM:-1")
@@ -26,7 +20,25 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=1)
-    args = parser.parse_args()
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
+from llava.efficiency import report
+from llava.efficiency.cost import Precision, Workload
+from llava.efficiency.estimate import count_left, fix_kept
+from llava.efficiency.shapes import read_shape
+from llava.efficiency.stages import Runner, make_batch, measure_reductions
+from llava.errors import run_command
+from llava.model.token_reduction import Reduction, parse_reducer
+
+NONE = "none"
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     model, image_processor = side_by_side.build_model(args)
     shape = read_shape(*side_by_side.SIZES[args.size], origin=args.size)
     grid = model.get_vision_tower().grid

@@ -8,6 +8,7 @@ the vision tower, and embeds the query.
 """
 # ruff: noqa: T201
 
+import argparse
 import copy
 import sys
 import tempfile
@@ -17,9 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.cli import positive_or_auto
+from scripts.bench import side_by_side
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__)
+    parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
+    parser.add_argument("--reduce", default=None, help="token reduction (default: the checkpoint's)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--questions-per-image", type=int, default=18)
+    parser.add_argument("--batch-size", type=positive_or_auto, help="default: auto")
+    parser.add_argument("--naive-images", type=int, help="images for the plain loop, to save time (default: all)")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import torch
 
-from llava.cli import positive_or_auto
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.timing import Spread, ratio_by_round, time_in_turns
 from llava.errors import run_command
@@ -31,7 +52,6 @@ from llava.model.builder import load_pretrained_model
 from llava.prompt import DEFAULT_CONV_MODE, wrap_prompt
 from llava.sampling import Sampling
 from playground.shapes.sentence import UNANSWERABLE_HINT
-from scripts.bench import side_by_side
 
 
 class NaiveLoop:
@@ -137,16 +157,7 @@ def compare(
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__)
-    parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
-    parser.add_argument("--reduce", default=None, help="token reduction (default: the checkpoint's)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--questions-per-image", type=int, default=18)
-    parser.add_argument("--batch-size", type=positive_or_auto, help="default: auto")
-    parser.add_argument("--naive-images", type=int, help="images for the plain loop, to save time (default: all)")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, device=args.device, dtype=args.dtype, reduce=args.reduce
     )

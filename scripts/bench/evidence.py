@@ -8,11 +8,29 @@ difference the real benchmarks can see.
 """
 # ruff: noqa: T201
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist, fmean, stdev
+
+from scripts.bench import side_by_side
+
+PARTS = ("coverage", "paired", "wins", "power")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__, repeats=False)
+    parser.add_argument("--runs", type=int, default=1000, help="simulated benchmarks per line")
+    parser.add_argument("--flips", type=float, nargs="+", default=[0.05, 0.10], help="shares of questions that flip")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
 
 import torch
 from torch import Tensor
@@ -32,7 +50,6 @@ from llava.eval.metrics.evidence import (
     retained_interval,
 )
 from llava.eval.metrics.flips import Flips
-from scripts.bench import side_by_side
 
 LEVEL, POWER = 0.05, 0.8
 NUM_METHODS = 13
@@ -337,13 +354,9 @@ question has its own here. What judges grade (LLaVA-Bench, MM-Vet) is taken for 
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__, repeats=False)
-    parser.add_argument("--runs", type=int, default=1000, help="simulated benchmarks per line")
-    parser.add_argument("--flips", type=float, nargs="+", default=[0.05, 0.10], help="shares of questions that flip")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     torch.set_num_threads(1)
-    figures = {name: PARTS[name](args.runs, args.flips) for name in args.parts}
+    figures = {name: TELL[name](args.runs, args.flips) for name in args.parts}
     side_by_side.write_figures({"runs": args.runs, "flips": args.flips, **figures}, args.json)
 
 
@@ -382,9 +395,9 @@ def tell_false_wins(runs: int, flips: Sequence[float]) -> list[dict[str, object]
     jobs = [(design, runs, False) for design in NULLS] + [(design, max(1, runs // 5), False) for design in SLOW_NULLS]
     for design, count, by_question in [*jobs, (NULLS[2], max(1, runs // 5), True)]:
         corrected, plain = measure_false_wins(design, count, flips[-1], by_question)
-        name = design.name + ", McNemar over single questions" * by_question
+        name = design.name + ", McNemar by question" * by_question
         lines.append({"design": name, "runs": count, "holm": corrected, "uncorrected": plain})
-        print(f"  {name:<60} {count:5} runs  {corrected:5.1f} {plain:5.1f}", flush=True)
+        print(f"  {name:<52} {count:5} runs  {corrected:5.1f} {plain:5.1f}", flush=True)
     return lines
 
 
@@ -401,12 +414,9 @@ def tell_power(runs: int, flips: Sequence[float]) -> list[dict[str, object]]:
     return lines
 
 
-PARTS: dict[str, Callable[[int, Sequence[float]], list[dict[str, object]]]] = {
-    "coverage": tell_coverage,
-    "paired": tell_paired,
-    "wins": tell_false_wins,
-    "power": tell_power,
-}
+TELL: dict[str, Callable[[int, Sequence[float]], list[dict[str, object]]]] = dict(
+    zip(PARTS, (tell_coverage, tell_paired, tell_false_wins, tell_power), strict=True)
+)
 
 if __name__ == "__main__":
     run_command(main)

@@ -4,9 +4,28 @@ python -m scripts.bench.growth
 """
 # ruff: noqa: T201
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from scripts.bench import side_by_side
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__)
+    side_by_side.add_machine_options(parser)
+    parser.add_argument("--reduce", default="TRIM:-1")
+    parser.add_argument("--kept", type=float, default=0.21)
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--questions", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 24], help="patches per side of an image")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
 
 import torch
 from torch import Tensor
@@ -16,7 +35,6 @@ from llava.efficiency.estimate import fix_kept
 from llava.efficiency.timing import Spread, time_in_turns
 from llava.errors import run_command
 from llava.model.token_reduction import parse_reducer
-from scripts.bench import side_by_side
 
 PROMPT_TOKENS = 64
 PATCH_SIZE = 14
@@ -52,14 +70,7 @@ def make_ids(num_images: int) -> Tensor:
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__)
-    side_by_side.add_machine_options(parser)
-    parser.add_argument("--reduce", default="TRIM:-1")
-    parser.add_argument("--kept", type=float, default=0.21)
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 24], help="patches per side of an image")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     figures: dict[str, Any] = {}
 
     def sweep(title: str, cases: dict[int, tuple[Case, Callable[[Case, str], None]]]) -> None:

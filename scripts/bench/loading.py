@@ -8,6 +8,7 @@ system can reclaim at any time. Every weight is read before the peak is taken.
 """
 # ruff: noqa: T201
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,15 +17,28 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from scripts.bench import side_by_side
+
+CHILD = "--load"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__)
+    side_by_side.add_machine_options(parser)
+    return parser
+
+
+if __name__ == "__main__" and sys.argv[1:2] != [CHILD]:  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 from llava.efficiency.memory import peak_resident_bytes, release_memory, resident_bytes
 from llava.efficiency.timing import Spread
 from llava.errors import InputError, run_command
-from scripts.bench import side_by_side
 
 MEGABYTE = 1e6
 SAMPLE_SECONDS = 0.002
 NUMBERS_PER_PAGE = 1024  # a page of 4 KiB holds at least this many numbers
-CHILD = "--load"
 
 
 def write_checkpoint(args: Any, folder: Path) -> Path:
@@ -68,9 +82,7 @@ def main() -> None:
     if sys.argv[1:2] == [CHILD]:
         load_and_tell(*sys.argv[2:])
         return
-    parser = side_by_side.make_parser(__doc__)
-    side_by_side.add_machine_options(parser)
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     if resident_bytes() is None:
         raise InputError("this system does not report a process's memory (no /proc/self/status)")
     figures: dict[str, Any] = {"saved_in": args.dtype}

@@ -4,17 +4,35 @@ python -m scripts.bench.memory_flat --questions 20000 --plot docs/figures/memory
 """
 # ruff: noqa: T201
 
+import argparse
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from scripts.bench import side_by_side
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__, repeats=False)
+    parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
+    parser.add_argument("--reduce", default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--questions", type=int, default=20000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
 
 from llava.efficiency.memory import heap_bytes, resident_bytes
 from llava.errors import InputError, run_command
 from llava.eval.benchmark import Row
 from llava.eval.predict import Settings, answer_questions
 from llava.model.builder import load_pretrained_model
-from scripts.bench import side_by_side
 
 QUESTIONS_PER_IMAGE = 18
 MEGABYTE = 1e6
@@ -41,14 +59,7 @@ class CountingSink(side_by_side.MemorySink):
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__, repeats=False)
-    parser.add_argument("--model-path", default=str(side_by_side.CHECKPOINT))
-    parser.add_argument("--reduce", default=None)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--questions", type=int, default=20000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--plot", type=Path, metavar="PNG")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     if resident_bytes() is None:
         raise InputError("this system does not report a process's memory (no /proc/self/status)")
     tokenizer, model, image_processor, _ = load_pretrained_model(

@@ -16,14 +16,29 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from scripts.bench import side_by_side
+
+EVERY = "every"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__)
+    side_by_side.add_machine_options(parser)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[16])
+    parser.add_argument("--reduce", nargs="+", default=["TRIM:-1"], help=f'specs, or "{EVERY}" (default: TRIM:-1)')
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import torch
 
 from llava.efficiency.timing import time_in_turns
 from llava.errors import InputError, run_command
 from llava.model.token_reduction import REDUCERS, TokenReducer, parse_reducer
-from scripts.bench import side_by_side
 
-EVERY = "every"
 NUM_TOKENS = 64
 
 
@@ -66,11 +81,7 @@ def measure(
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__)
-    side_by_side.add_machine_options(parser)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[16])
-    parser.add_argument("--reduce", nargs="+", default=["TRIM:-1"], help=f'specs, or "{EVERY}" (default: TRIM:-1)')
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     reducers = choose_reducers(args.reduce)
     num_layers = side_by_side.SIZES[args.size][1]["vision_config"]["num_hidden_layers"]
     for reducer in list(reducers):

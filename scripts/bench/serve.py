@@ -26,14 +26,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.cli import ModelSpec, add_model_options, positive
+from scripts.bench import side_by_side
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__, repeats=False)
+    add_model_options(parser, several=True, required=False)
+    parser.set_defaults(model_path=str(side_by_side.CHECKPOINT), reduce=["TRIM:-1", "none"])
+    parser.add_argument("--engine", default="torch", help="of the server (default: %(default)s)")
+    parser.add_argument("--clients", type=positive, nargs="+", default=[1, 4, 16], help="at a time (default: 1 4 16)")
+    parser.add_argument("--requests", type=positive, default=256, help="of each run (default: %(default)s)")
+    parser.add_argument("--questions-per-image", type=positive, default=4, help="(default: %(default)s)")
+    parser.add_argument("--max-tokens", type=positive, default=32, help="of an answer (default: %(default)s)")
+    parser.add_argument("--max-batch", type=positive, default=16, help="answers of the engine at once (default: 16)")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import numpy as np
 import openai
 
 from llava.assistant import Llava
-from llava.cli import ModelSpec, add_model_options, positive
 from llava.errors import InputError, run_command
 from llava.eval.benchmark import Question
-from scripts.bench import side_by_side
 
 PLAIN, SERVER = "plain loop", "server"
 SEED = 0
@@ -75,16 +94,7 @@ SHARES = (50, 95, 99)
 
 def main() -> None:
     """Measure as the options say."""
-    parser = side_by_side.make_parser(__doc__, repeats=False)
-    add_model_options(parser, several=True, required=False)
-    parser.set_defaults(model_path=str(side_by_side.CHECKPOINT), reduce=["TRIM:-1", "none"])
-    parser.add_argument("--engine", default="torch", help="of the server (default: %(default)s)")
-    parser.add_argument("--clients", type=positive, nargs="+", default=[1, 4, 16], help="at a time (default: 1 4 16)")
-    parser.add_argument("--requests", type=positive, default=256, help="of each run (default: %(default)s)")
-    parser.add_argument("--questions-per-image", type=positive, default=4, help="(default: %(default)s)")
-    parser.add_argument("--max-tokens", type=positive, default=32, help="of an answer (default: %(default)s)")
-    parser.add_argument("--max-batch", type=positive, default=16, help="answers of the engine at once (default: 16)")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     cells = [(reduce, clients) for reduce in args.reduce for clients in args.clients]
     with tempfile.TemporaryDirectory() as folder:
         # 1. Questions of each run, in the same mixed order for both.

@@ -10,18 +10,19 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from llava.efficiency.random_model import build_random_model
 from llava.efficiency.shapes import PUBLISHED_TOWERS
-from llava.efficiency.timing import Spread, ratio_by_round
 from llava.errors import InputError
 from llava.eval.benchmark import Question, Row
-from llava.model.token_reduction import Need
 from playground.shapes import sentence
 from playground.shapes.world import draw_scene
+
+if TYPE_CHECKING:
+    from llava.efficiency.timing import Spread
+    from llava.model.token_reduction import Need
+
+# Functions import torch: the commands answer --help and mistaken options before that.
 
 CHECKPOINT = Path("playground/shapes/checkpoints/llava-shapes-trim")
 PICTURE_SEED = (20260101, 2)  # used nowhere else: no model is trained on these images
@@ -80,7 +81,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build_model(
-    args: argparse.Namespace, size: str | None = None, needs: Collection[Need] = frozenset(), **changes: Any
+    args: argparse.Namespace, size: str | None = None, needs: "Collection[Need]" = frozenset(), **changes: Any
 ) -> tuple[Any, Any]:
     """Build the model that the options describe; returns model and image processor.
 
@@ -90,6 +91,10 @@ def build_model(
         needs: what token reductions that the model will be switched to look at, besides text.
         **changes: entries of the vision tower's config to replace.
     """
+    import torch
+
+    from llava.efficiency.random_model import build_random_model
+
     config, tower = SIZES[size or args.size]
     tower = tower | {"vision_config": tower["vision_config"] | changes}
     dtype = getattr(torch, args.dtype)
@@ -180,6 +185,8 @@ def hide_progress() -> Iterator[None]:
 
 def tell_times(seconds: Mapping[str, Sequence[float]], units: Mapping[str, int] | None = None) -> None:
     """Print one line per candidate: its time in ms and, with `units`, its rate per second."""
+    from llava.efficiency.timing import Spread
+
     for name, values in seconds.items():
         line = f"{name:<28}{Spread.of(values).format(1e3, 2):>34} ms"
         if units:
@@ -187,8 +194,10 @@ def tell_times(seconds: Mapping[str, Sequence[float]], units: Mapping[str, int] 
         print(line)
 
 
-def tell_ratio(title: str, above: Sequence[float], below: Sequence[float]) -> Spread:
+def tell_ratio(title: str, above: Sequence[float], below: Sequence[float]) -> "Spread":
     """Print and return the ratio of two lists of measurements, computed round by round."""
+    from llava.efficiency.timing import ratio_by_round
+
     ratio = ratio_by_round(above, below)
     print(f"{title}: {ratio.format(1, 3)} (median [quartiles] of {len(above)} rounds)")
     return ratio
@@ -198,8 +207,11 @@ def write_figures(figures: Mapping[str, Any], path: Path | None) -> None:
     """Write figures as JSON, with a description of the machine; does nothing if `path` is None."""
     if path is None:
         return
+    import torch
+
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps({**figures, "machine": machine}, indent=2, default=vars) + "\n", encoding="utf-8")
     os.replace(partial, path)
+    print(f"written to {path}")

@@ -12,6 +12,26 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from scripts.bench import side_by_side
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__)
+    side_by_side.add_machine_options(parser)
+    parser.add_argument("--only", choices=("pocket", "random"), help="measure only one of the two models")
+    parser.add_argument("--reduce", default="TRIM:-1")
+    parser.add_argument("--kept", type=float, default=0.21, help="share of the patches to keep (default: %(default)s)")
+    parser.add_argument("--text-tokens", type=int, default=128)
+    parser.add_argument("--pocket-batch", type=int, default=32)
+    parser.add_argument("--random-batch", type=int, default=1)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -21,7 +41,6 @@ from llava.efficiency.timing import time_in_turns
 from llava.errors import run_command
 from llava.model.builder import load_pretrained_model
 from llava.model.token_reduction import parse_reducer
-from scripts.bench import side_by_side
 
 NONE = "none"
 ANSWER_SHARE = 0.5  # the share of the text that enters the loss
@@ -82,16 +101,7 @@ def measure(name: str, model: Any, batch_size: int, args: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__)
-    side_by_side.add_machine_options(parser)
-    parser.add_argument("--only", choices=("pocket", "random"), help="measure only one of the two models")
-    parser.add_argument("--reduce", default="TRIM:-1")
-    parser.add_argument("--kept", type=float, default=0.21, help="share of the patches to keep (default: %(default)s)")
-    parser.add_argument("--text-tokens", type=int, default=128)
-    parser.add_argument("--pocket-batch", type=int, default=32)
-    parser.add_argument("--random-batch", type=int, default=1)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     figures = {}
     if args.only != "random":
         checkpoint = str(side_by_side.CHECKPOINT)

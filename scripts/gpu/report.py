@@ -5,6 +5,17 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.gpu.report", description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder that scripts/gpu.sh wrote")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 from llava.efficiency.report import STAGES, format_quantity
 from llava.efficiency.timing import Spread
 from llava.errors import InputError, run_command
@@ -16,9 +27,7 @@ Rows = list[list[str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.gpu.report", description=__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder that scripts/gpu.sh wrote")
-    out = parser.parse_args().out
+    out = make_parser().parse_args().out
     found = {part: read_part(out / f"{part}.json") for part in PARTS}
     found = {part: figures for part, figures in found.items() if figures}
     if not found:

@@ -15,6 +15,17 @@ use_environment() {
     export PYTHON=$python
 }
 
+# Call it before `use_environment` where the user's active environment will do, if it has the packages: those that most
+# commands need, and the named ones.
+prefer_active_environment() { # [NAME...]
+    local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+    if [[ -z ${PYTHON:-} && -n $active ]] && "$active/bin/python" llava/packages.py "$@" 2>/dev/null; then
+        note "with the active environment, $active"
+        python=$active/bin/python
+        export PYTHON=$python
+    fi
+}
+
 # Create .venv, or bring it up to date with pyproject.toml and constraints.txt.
 install_packages() {
     local venv=$REPO_ROOT/.venv stamp=$REPO_ROOT/.venv/.installed base

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from llava.efficiency import __main__ as command
+from llava.efficiency import report
 from llava.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,43 @@ def test_a_7b_is_counted_without_weights(run, tmp_path):
     assert trim["end_to_end_seconds"] is None
     assert figures["ratios"][0]["prefill_flops_per_prompt"] == pytest.approx(3.50, abs=0.01)
     assert none["kv_cache_bytes"] == 656 * 2**19
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_the_table_fits_the_terminal_with_every_run(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    specs = ("none", "TRIM:64", "VisionZip:64", "TRIM:-1|FastV:0.5")
+    out = run("--model-path", "llava-v1.5-7b", "--reduce", "TRIM:-1", "--against", *specs)
+    assert max(map(len, out.splitlines())) <= min(columns, 100)
+    assert out.count("kept patches  ") == out.count("decode, one step") > 1 and all(spec in out for spec in specs)
+
+
+@pytest.mark.parametrize(
+    ("names", "totals", "unit", "says"),
+    [
+        (["TRIM:-1", "none"], [3.0, 9.0], "TFLOPs", "TRIM:-1 takes 33 % of the full model's FLOPs"),
+        (["none", "TRIM:64", "TRIM:-1"], [9.0, 2.25, 3.0], "ms", "TRIM:64 takes 25 % of the full model's time"),
+        (["TRIM:-1", "TRIM:64"], [3.0, 2.0], "ms", "TRIM:64 takes 67 % of TRIM:-1's time"),
+        (["TRIM:64", "TRIM:-1"], [2.0, 3.0], "ms", "TRIM:64 takes 67 % of TRIM:-1's time"),
+        (["none"], [1234.5], "ms", "none: 1234 ms per batch"),
+    ],
+)
+def test_the_plots_title_says_how_much_less_the_best_method_takes(names, totals, unit, says):
+    figures = {"runs": [{"reduce": name} for name in names]}
+    assert report.tell_bars(figures, totals, unit) == says
+
+
+@pytest.mark.parametrize("ending", ["svg", "pdf"])
+def test_the_plot_is_vectors_by_its_ending_and_has_the_totals_on_its_bars(run, tmp_path, ending):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"plot.{ending}"
+    model = ("--model-path", "llava-v1.5-7b", "--reduce", "TRIM:-1", "--against", "none", "--plot", file)
+    assert f"written to {file}" in run(*model)
+    first = file.read_bytes()
+    run(*model)
+    assert file.read_bytes() == first
+    with pytest.raises(InputError, match=r"a drawing is written as \.png, \.pdf, \.svg"):
+        run(*model[:-1], tmp_path / "plot.gif")
 
 
 def test_counting_loads_neither_transformers_nor_a_plotter():

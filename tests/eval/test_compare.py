@@ -15,7 +15,7 @@ import torch
 from llava.errors import InputError
 from llava.eval.benchmark import Question, Verdict
 from llava.eval.compare import NUM_SEEDS, RANDOM, Entry, plan_entries
-from llava.eval.comparison import Against, Cell, average_rows, lay_out_budgets
+from llava.eval.comparison import Against, Cell, average_rows, lay_out_budgets, write_tables
 from llava.eval.comparison_page import (
     MAX_FAILURES,
     MAX_QUESTIONS,
@@ -80,6 +80,23 @@ def test_the_overview_has_a_table_per_budget_with_all_benchmarks_side_by_side():
     # A method that lacks a benchmark has no average.
     assert (rows["SCOPE"]["A"], rows["SCOPE"]["% of full"]) == (None, None)
     assert [row["Method"] for row in tables["Budgets of their own"]] == ["none", "TRIM:-1"]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_the_terminals_tables_fit_it_and_the_files_have_every_column_in_one_table(tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    methods = [
+        ("none", None),
+        ("TRIM", 9),
+        ("HiPrune,object_layer=3,position_ids=original", 9),
+        ("TRIM:-1|FastV:0.5", None),
+    ]
+    cells = [make_cell(task, method, budget, 70.25, 1.5) for task in ("a", "b") for method, budget in methods]
+    text = write_tables(tmp_path, [], cells, {"TRIM": {"selection": 0.01, "answer": 0.2}})
+    assert max(map(len, text.splitlines())) <= min(columns, 100)
+    assert text.count("69.2-71.2") == len(cells) * len(("Score", "% of full"))
+    header = next(line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| Method"))
+    assert header.count("|") == 12 and "to Random" in header and "Answer ms" in header
 
 
 def test_budgets_that_are_matched_benchmark_by_benchmark_are_averaged_together():

@@ -8,7 +8,6 @@ from PIL import Image
 from llava.errors import InputError
 from llava.eval.protocol import ProtocolRecord
 from llava.eval.report import (
-    TERMINAL_WIDTH,
     escape_latex,
     format_latex,
     format_markdown,
@@ -155,13 +154,21 @@ def test_the_terminal_shows_score_and_percentage_in_one_column_and_tokens_once()
     ]
 
 
-def test_the_terminals_table_of_the_demo_fits_its_width() -> None:
-    names = ("no reduction", "TRIM:-1, training-free", "TRIM:-1, finetuned", "Random, same budget")
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_the_terminals_tables_fit_its_width_and_lose_no_cell(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = ("no reduction", "TRIM:-1, training-free", "TRIM:-1, finetuned", "Random, same budget", "Random, free")
     runs = [(name, result(task, 1500.0)) for name in names for task in LABELS]
     runs += [
         (name, result("mmvet", 77.0, row="LLaVA-Bench (Wild)", judge="exact", offline_judge=True)) for name in names
     ]
-    assert max(map(len, format_terminal(make_report(runs)).splitlines())) <= TERMINAL_WIDTH
+    split = {f"{kind}, {part}": 1234.5 for kind in ("random", "popular", "adversarial") for part in ("acc", "F1")}
+    runs_of_one = [(name, result("pope", 80.0, columns=split, missing=3)) for name in names]
+    for report in (make_report(runs), make_report(runs_of_one)):
+        text = format_terminal(report)
+        assert max(map(len, text.splitlines())) <= min(columns, 100)
+        assert text.count("1500.00") + text.count("1234.50") == 20 + 10 * (not report.models)
+        assert all(word in text for name in names for word in name.split())
 
 
 def test_the_plot_grows_with_the_number_of_bars(tmp_path: Path) -> None:
@@ -178,6 +185,7 @@ def test_the_plot_shows_what_each_model_retains() -> None:
     (panel,) = plan_plot(make_report(two_models()))
     assert panel.reference == (100.0, "plain (64.0 tokens)")
     assert panel.series == ["trim (12.0 tokens)"]
+    assert panel.title == "trim retains 96.2 % of plain's score, with 12.0 of 64.0 visual tokens"
     values = {label: value for label, (value,) in panel.groups}
     assert values == {
         "POPE (Avg. F1)": pytest.approx(97.5),
