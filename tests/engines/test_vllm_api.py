@@ -30,9 +30,11 @@ from tests.serve.acceptance import (
     read_reply,
 )
 
-NUM_BLOCKS = 256
-"""Of 32 positions: so few that the load goes through all of vLLM's cache before its memory is compared."""
+NUM_BLOCKS = 128
+"""Of 32 positions: so few that the load has filled vLLM's cache before memory is compared."""
 OPTIONS = {"enforce_eager": True, "block_size": 32, "num_gpu_blocks_override": NUM_BLOCKS}
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+"""On a CPU oneDNN keeps kernels for each length of a batch, 1,024 of them: memory grows for thousands of requests."""
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,8 @@ def pocket(checkpoint: Path) -> Llava:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
     """One for all tests; the last of them ends it."""
-    options = ("--engine", "vllm", "--vllm-options", json.dumps(OPTIONS))
-    with Server(*options, *MIXED_OPTIONS, checkpoint=checkpoint) as server:
+    options = ("--engine", "vllm", "--vllm-options", json.dumps(OPTIONS), *MIXED_OPTIONS)
+    with Server(*options, checkpoint=checkpoint, environment=KERNELS) as server:
         assert "(engine vllm) at http" in server.lines[0]
         yield server
 

@@ -65,9 +65,9 @@ class Server:
         url: its address.
     """
 
-    def __init__(self, *options, checkpoint=POCKET, port=0, count=1):
+    def __init__(self, *options, checkpoint=POCKET, port=0, count=1, environment=()):
         command = [sys.executable, "-m", "llava.serve.api", "--model-path", str(checkpoint), "--device", "cpu"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
         self.process = subprocess.Popen(
             [*command, "--served-model-name", "pocket", "--port", str(port), *options],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -299,4 +299,7 @@ def check_end_under_load(server, number):
     _, errors = server.process.communicate(timeout=SERVER_SECONDS)
     assert server.process.returncode == 0 and "Traceback" not in errors, errors
     assert begun == ended and set(refused) <= {503}
-    assert [process for process in processes if is_alive(process)] == []
+    end = time.monotonic() + 30
+    while any(map(is_alive, processes)):  # the last one may still hand its memory back
+        assert time.monotonic() < end, "a process is left"
+        time.sleep(0.1)
