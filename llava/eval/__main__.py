@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from llava.cli import (
+    ENGINES,
+    EngineSpec,
     ModelSpec,
     add_bring_options,
+    add_engine_options,
     add_model_options,
     add_prompt_options,
     choose_run_template,
@@ -133,6 +136,7 @@ def describe_answer(answer: argparse.ArgumentParser) -> None:
         f"with --reduce one of llava.serve; --batch-size requests at a time ({DEFAULT_REQUESTS})",
     )
     add_answer_options(answer, conv_mode=DEFAULT_CONV_MODE, temperature=0.0, batch_size=None)
+    add_engine_options(answer)
     answer.set_defaults(command=answer_task)
 
 
@@ -348,7 +352,7 @@ def answer_and_exit(
 
     Args:
         arguments: with the values of `add_answer_options`; optionally `limit`, `workers`, `worker`, `top_p`,
-            `num_beams`.
+            `num_beams`, `endpoint`, and the values of `add_engine_options`.
         questions: all questions, from which the chunk is taken.
         answers_file: where the answers go.
         max_new_tokens: length limit of an answer.
@@ -371,6 +375,7 @@ def answer_and_exit(
     address = getattr(arguments, "endpoint", None)
     if address is not None:
         check_endpoint(arguments)
+    engine = EngineSpec.from_options(arguments)
     chunk = get_chunk(questions, arguments.num_chunks, arguments.chunk_idx)
     where = {"limit": getattr(arguments, "limit", None), "worker": worker, "notify": _tell}
     # 2. Only this command needs torch; the others answer at once.
@@ -392,7 +397,12 @@ def answer_and_exit(
                 batch_size=arguments.batch_size,
                 num_workers=num_workers,
             )
-            outcome = make_answers(spec, chunk, answers_file, settings, key_fields, **where)
+            if engine.name == ENGINES[0]:
+                outcome = make_answers(spec, chunk, answers_file, settings, key_fields, **where)
+            else:
+                from llava.eval.engine import ask_engine
+
+                outcome = ask_engine(spec, engine, chunk, answers_file, settings, key_fields, **where)
     # 3. How it went.
     for line in outcome.describe(answers_file):
         _tell(line)
@@ -424,6 +434,8 @@ def check_endpoint(arguments: argparse.Namespace) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} is for a model that is loaded here: leave it out with --endpoint"
             )
+    if getattr(arguments, "engine", ENGINES[0]) != ENGINES[0]:
+        raise InputError("--engine: with --endpoint the server has one; leave it out")
     if arguments.conv_mode is not None:
         raise InputError("--conv-mode: with --endpoint the server has the template; leave it out")
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 KEY_VARIABLE, ADDRESS_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
 LONGEST_PAUSE_SECONDS = 30.0
 PASSING_STATUSES = (408, 409, 425, 429)
 """HTTP statuses below 500 that ask for another try."""
@@ -227,6 +229,9 @@ def connect(address: str, key: str | None) -> "AsyncOpenAI":
     import openai
 
     parts = urlsplit(address)
+    # A proxy of the environment is not the way to this machine.
+    is_here = parts.hostname in LOOPBACK
+    client = openai.DefaultAsyncHttpxClient(timeout=None, trust_env=False) if is_here else None
     # The SDK's retries are off: they repeat a 429 for a spent quota, do not repeat a body that is no completion, and
     # differ between its versions. So is its timeout, which begins anew with every byte. A query is passed on its own,
     # or the SDK would put the path behind it. A server without keys ignores "none".
@@ -236,6 +241,7 @@ def connect(address: str, key: str | None) -> "AsyncOpenAI":
         default_query=dict(parse_qsl(parts.query)),
         timeout=None,
         max_retries=0,
+        http_client=client,
     )
 
 

@@ -8,6 +8,7 @@ and the model's name alone.
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -40,11 +41,13 @@ class RemoteModel:
         name: of the model there.
         reduce: token reduction, for `llava.serve`, which then also reads what the CLIP text tower shall read; None: the
             server's own, and nothing is sent that OpenAI's protocol lacks.
+        takes_query: whether the server reads what the CLIP text tower shall read without a `reduce`, too.
     """
 
     address: str
     name: str
     reduce: str | None = None
+    takes_query: bool = False
 
     def describe(self) -> dict[str, object]:
         """What answers depend on, of what can be known."""
@@ -93,18 +96,35 @@ def ask_server(
         **asdict(sampling),
     }
 
-    def ask(client: Client, asked: list[Question], sink: Sink, model_id: str) -> list[Fault]:
-        faults = [Fault(question, question.fault) for question in asked if question.fault]
-        sound = [question for question in asked if not question.fault]
-        size = MIN_UNIT if num_workers > 1 else max(1, len(sound))
-        for todo in claim_units(plan_units(sound, size, num_workers), sink):
-            faults += client.answer(todo, sink, model_id, batch_size)
-        return faults
-
     return keep_answers(
         run, questions, answers_file, key_fields, limit=limit, worker=worker, notify=notify,
-        load=lambda: Client(model, sampling), ask=ask,
+        load=lambda: Client(model, sampling),
+        ask=partial(ask_by_units, batch_size=batch_size, num_workers=num_workers),
     )  # fmt: skip
+
+
+def ask_by_units(
+    client: "Client", asked: Sequence[Question], sink: Sink, model_id: str, *, batch_size: int, num_workers: int
+) -> list[Fault]:
+    """Ask all questions that the sink does not have, unit by unit, where several workers share them.
+
+    Args:
+        client: asks.
+        asked: all questions, answered or not.
+        sink: takes the answers.
+        model_id: name of the model in the answers file.
+        batch_size: requests under way at a time.
+        num_workers: workers that share the questions.
+
+    Raises:
+        InputError: as `Client.answer`.
+    """
+    faults = [Fault(question, question.fault) for question in asked if question.fault]
+    sound = [question for question in asked if not question.fault]
+    size = MIN_UNIT if num_workers > 1 else max(1, len(sound))
+    for todo in claim_units(plan_units(sound, size, num_workers), sink):
+        faults += client.answer(todo, sink, model_id, batch_size)
+    return faults
 
 
 class Client:
@@ -172,11 +192,12 @@ class Client:
         }
         if sampling.top_p is not None and sampling.temperature:
             request["top_p"] = sampling.top_p
-        if self._model.reduce is not None:
-            request["extra_body"] = {"reduce": self._model.reduce}
-            if question.query.strip() != query_of(question.prompt).strip():
-                request["extra_body"]["query"] = question.query
-        return request
+        model = self._model
+        own = {} if model.reduce is None else {"reduce": model.reduce}
+        has_own_query = question.query.strip() != query_of(question.prompt).strip()
+        if has_own_query and (own or model.takes_query):
+            own["query"] = question.query
+        return request | ({"extra_body": own} if own else {})
 
     def _refuse(self, question: Question, fault: EndpointFault) -> Fault:
         """Tell a fault of one question from one that every question would meet."""

@@ -4,6 +4,7 @@ Starts one `answer` command per visible GPU, waits for all, then runs `export` w
 Everything is done by commands that a person could type: `DRY_RUN=1` prints them instead. Nothing here needs torch.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from llava.errors import InputError
 from llava.eval.benchmark import Benchmark
 from llava.eval.benchmarks import BENCHMARKS, find_benchmark
 from llava.eval.predictions import check_workers
-from llava.files import explain_errors, find_repository, find_target, make_folder, read_bytes
+from llava.files import explain_errors, find_repository, find_target, make_folder, parse_natural, read_bytes
 from llava.signals import GRACE_SECONDS, PARENT_VARIABLE, SIGNAL_CODE, STOP_SIGNALS, ending_on_signals
 
 EXIT_INCOMPLETE = 1
@@ -43,6 +44,7 @@ usage: bash scripts/v1_5/eval/{task}.sh CKPT MODEL_DIR [RESULTS] [MODEL_BASE] [-
   OPTIONS     for `python -m llava.eval answer`, e.g. --batch-size 16 --reduce none --limit 100;
               --split NAME for another split; --source hub for the public dataset instead of local files;
               --endpoint URL asks a server for the model that it calls MODEL_DIR;
+              --engine vllm lets vLLM run the language model (docs/vllm.md);
               --allow-partial scores although answers are missing; --judge exact, --judge-model MODEL
 Environment:
   LLAVA_EVAL_ROOT      folder that holds the benchmarks' folders (default: playground/data/eval)
@@ -151,6 +153,14 @@ class Options:
     def asks_server(self) -> bool:
         """Whether MODEL_DIR is what a server calls its model."""
         return any(argument.partition("=")[0] == "--endpoint" for argument in self.answer)
+
+    @property
+    def num_gpus(self) -> int:
+        """How many GPUs a worker has."""
+        parser = argparse.ArgumentParser(add_help=False)
+        parser.add_argument("--tensor-parallel", nargs="?")
+        found = parser.parse_known_args(self.answer)[0].tensor_parallel
+        return parse_natural(found or "") or 1  # `answer` refuses what is no number
 
     def add(self, name: str, value: str) -> None:
         """Take in an option with a value that is a path, or goes not to `answer` alone."""
@@ -452,8 +462,8 @@ def answer(plan: Plan) -> int:
 
 
 def plan_workers(plan: Plan) -> list[Worker]:
-    """Plan one worker per visible GPU, or as many as LLAVA_EVAL_WORKERS asks for."""
-    gpus = list_gpus()
+    """Plan one worker per visible GPU (per N of them with `--tensor-parallel N`), or as LLAVA_EVAL_WORKERS asks for."""
+    gpus = group_gpus(list_gpus(), plan.options.num_gpus)
     count = os.environ.get("LLAVA_EVAL_WORKERS") or str(max(1, len(gpus)))
     if not re.fullmatch("[1-9][0-9]*", count):
         raise InputError(f"LLAVA_EVAL_WORKERS must be a number from 1 on, not {count}")
@@ -479,6 +489,17 @@ def plan_workers(plan: Plan) -> list[Worker]:
             )
         )
     return workers
+
+
+def group_gpus(gpus: Sequence[str], size: int) -> list[str]:
+    """Join so many ids at a time by commas; those that are left over are not used.
+
+    Raises:
+        InputError: there are GPUs, but not so many.
+    """
+    if gpus and size > len(gpus):
+        raise InputError(f"--tensor-parallel {size}: there are {len(gpus)} GPUs")
+    return [",".join(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)]
 
 
 def list_gpus() -> list[str]:

@@ -8,21 +8,27 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.cli import ModelSpec, add_model_options, choose_template, natural, positive, user_path
+from llava.cli import (
+    EngineSpec,
+    ModelSpec,
+    add_engine_options,
+    add_model_options,
+    choose_template,
+    natural,
+    positive,
+    user_path,
+)
 from llava.errors import InputError, run_command
-from llava.files import parse_record, read_lines
+from llava.files import read_lines
 from llava.prompt import check_conv_mode
 from llava.signals import watch_starter
 
 if TYPE_CHECKING:
     from llava.serve.engine import Engine
     from llava.serve.front import Front
-
-ENGINES = ("torch", "vllm")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,15 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--load-8bit", action="store_true", help="quantise to 8 bit (needs bitsandbytes)")
     add("--load-4bit", action="store_true", help="quantise to 4 bit (needs bitsandbytes)")
     group = parser.add_argument_group("engine")
+    add_engine_options(group)
     add = group.add_argument
-    add("--engine", choices=ENGINES, default="torch", help="what runs the language model (default: %(default)s)")
     add("--max-batch", type=positive, default=16, help="answers of the torch engine at once (default: %(default)s)")
     add("--cache-mib", type=natural, default=1024, help="kept features of images, in MiB (default: %(default)s)")
     add("--data-parallel", type=positive, default=1, metavar="N", help="one server per accelerator, N in all")
-    add("--tensor-parallel", type=positive, default=1, metavar="N", help="accelerators per server, with vllm")
-    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="of each accelerator, for vllm (default: 0.8)")
     add("--max-positions", type=positive, metavar="N", help="of prompt and answer, with vllm (default: the model's)")
-    add("--vllm-options", metavar="JSON", help="more of vllm's settings, as in '{\"enforce_eager\": true}'")
     group = parser.add_argument_group("address")
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine (default: %(default)s)")
@@ -88,21 +91,6 @@ def read_keys(path: Path | None) -> list[str]:
     return keys
 
 
-def read_vllm_options(args: argparse.Namespace) -> dict[str, object]:
-    """Read what only vLLM takes.
-
-    Returns:
-        `--vllm-options`.
-
-    Raises:
-        InputError: something is given to another engine, or the options are no JSON object.
-    """
-    for name in ("gpu_memory_utilization", "max_positions", "vllm_options"):
-        if getattr(args, name) is not None and args.engine != "vllm":
-            raise InputError(f"--{name.replace('_', '-')}: only with --engine vllm")
-    return {} if args.vllm_options is None else parse_record(args.vllm_options, "--vllm-options")
-
-
 def main() -> None:
     """Serve as the options say."""
     args = build_parser().parse_args()
@@ -110,9 +98,7 @@ def main() -> None:
     spec = ModelSpec.from_options(args)
     if args.conv_mode:
         check_conv_mode(args.conv_mode)
-    if args.tensor_parallel > 1 and args.engine != "vllm":
-        raise InputError("--tensor-parallel: only with --engine vllm; --data-parallel runs a server per accelerator")
-    vllm_options = read_vllm_options(args)
+    engine_spec = EngineSpec.from_options(args)
     if args.allow_files and not args.allow_files.is_dir():
         raise InputError(f"--allow-files {args.allow_files}: there is no such folder")
     keys = read_keys(args.api_key_file)
@@ -131,7 +117,7 @@ def main() -> None:
 
     watch_starter(signal.SIGTERM)
     # 3. The model: a front that makes prompts, an engine that answers them.
-    front, engine = load(args, spec, vllm_options)
+    front, engine = load(args, spec, engine_spec)
     limits = Limits(
         body_bytes=args.max_body_mib * 2**20,
         images=args.max_images,
@@ -161,24 +147,24 @@ def main() -> None:
     asyncio.run(serve())
 
 
-def load(args: argparse.Namespace, spec: ModelSpec, vllm_options: Mapping[str, object]) -> "tuple[Front, Engine]":
+def load(args: argparse.Namespace, spec: ModelSpec, engine_spec: EngineSpec) -> "tuple[Front, Engine]":
     """Load the model, and make the two parts that a request passes; the engine is not started yet."""
     from llava.assistant import Llava
     from llava.serve.front import Front
 
     engine: Engine | None = None
-    if args.engine == "vllm":
+    if engine_spec.name == "vllm":
         from llava.serve.vllm_engine import VllmEngine
 
         # It refuses what it cannot do before our weights are read, and loads its own when it starts.
         engine = VllmEngine(
             spec.path,
             spec.base,
-            tensor_parallel_size=args.tensor_parallel,
+            tensor_parallel_size=engine_spec.tensor_parallel,
             max_positions=args.max_positions,
             dtype=spec.dtype,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            options=vllm_options,
+            gpu_memory_utilization=engine_spec.gpu_memory_utilization,
+            options=engine_spec.options,
         )
     loaded = spec.load(quiet=True, without_layers=engine is not None)
     llava = Llava(*loaded, choose_template(args, loaded.model.config), spec)

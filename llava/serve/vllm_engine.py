@@ -144,7 +144,8 @@ class VllmEngine:
         """Answer one prompt; see `Engine.answer`.
 
         Raises:
-            InputError: the prompt leaves no position for an answer.
+            InputError: the prompt leaves no position for an answer, or vLLM refuses the search: temperatures go
+                up to 2 there.
         """
         from vllm.inputs import embeds_input
 
@@ -156,13 +157,14 @@ class VllmEngine:
             )
         inputs = embeds_input(prompt_embeds=prompt.embeds.detach().cpu().contiguous())
         ends, stop = find_ends(prompt, search, self._ends, self._added)
+        params = _make_params(search, ends, room)
         writer = _Writer(AnswerText(self._tokenizer, stop), self._names, ends, search.num_logprobs)
         name = str(next(self._numbers))
         is_waiting = True
         self._num_waiting += 1
         self._open.add(name)
         try:
-            async with aclosing(self._llm.generate(inputs, _make_params(search, ends, room), name)) as outputs:
+            async with aclosing(self._llm.generate(inputs, params, name)) as outputs:
                 async for output in outputs:
                     self._num_waiting -= is_waiting
                     is_waiting = False
@@ -191,20 +193,24 @@ class VllmEngine:
 def _make_params(search: Search, ends: Collection[int], room: int) -> "SamplingParams":
     """Put a search in vLLM's terms, which writes tokens alone; end tokens are ours, not those that it would choose."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind
 
     sampling = search.sampling
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=1.0 if sampling.top_p is None else sampling.top_p,
-        seed=None if sampling.seed is None else sampling.seed % 2**63,  # PyTorch's generators take no more
-        max_tokens=min(sampling.max_new_tokens, room),
-        stop_token_ids=sorted(ends),
-        ignore_eos=True,
-        logprobs=search.num_logprobs,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
+    try:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            seed=None if sampling.seed is None else sampling.seed % 2**63,  # PyTorch's generators take no more
+            max_tokens=min(sampling.max_new_tokens, room),
+            stop_token_ids=sorted(ends),
+            ignore_eos=True,
+            logprobs=search.num_logprobs,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+    except VLLMValidationError as error:
+        raise InputError(f"vLLM refuses the search: {one_line(str(error))}") from None
 
 
 class _Writer:

@@ -4,6 +4,7 @@
     stages     LLaVA-1.5-7B with random weights, stage by stage: batch sizes, precisions, attention, compiled decoding
     methods    every method at 192, 128, 64 and 32 tokens, on the same model
     loop       the evaluation loop against a plain loop
+    serve      the server under load, beside the plain loop
     training   steps of LoRA training, with and without token reduction
     tests      the tests that run on any device
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from llava.errors import InputError, run_command
 from llava.files import make_folder
 
-PARTS = ("parity", "stages", "methods", "loop", "training", "tests")
+PARTS = ("parity", "stages", "methods", "loop", "serve", "training", "tests")
 EXIT_AGAIN = 3
 """Exit code when a part stopped because its time was up."""
 

@@ -86,6 +86,18 @@ def write_loop(steps: dict[str, Figures]) -> list[str]:
     return table(["", "runner, questions per second", "plain loop", "ratio", "same answers"], rows)
 
 
+def write_serve(steps: dict[str, Figures]) -> list[str]:
+    rows: Rows = []
+    for name, step in steps.items():
+        for run in step["runs"]:
+            times = [" / ".join(f"{value:.0f}" for value in run[key]) for key in ("first_ms", "latency_ms")]
+            differing = f"{step['answers_differing']} of {step['answers']}"
+            rate = f"{run['requests_per_second']:.1f}"
+            rows.append([name, run["source"], str(run["clients"]), rate, *times, differing])
+    heads = ["", "", "clients", "requests per second", "first token, ms: 50 / 95 / 99 %", "answer, ms: 50 / 95 / 99 %"]
+    return table([*heads, "answers that differ"], rows)
+
+
 def write_training(steps: dict[str, Figures]) -> list[str]:
     rows: Rows = []
     for name, step in steps.items():
@@ -112,6 +124,7 @@ WRITERS: dict[str, Callable[[dict[str, Figures]], list[str]]] = {
     "stages": write_stages,
     "methods": write_stages,
     "loop": write_loop,
+    "serve": write_serve,
     "training": write_training,
     "tests": write_tests,
 }

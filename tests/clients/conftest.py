@@ -97,8 +97,8 @@ def bare_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 @pytest.fixture(scope="session")
-def our_answers(world: Path, bare_checkpoint: Callable[[str], Path]) -> dict[tuple[str, str], Answers]:
-    """Answers files of `python -m llava.eval answer`, by checkpoint and token reduction."""
+def our_files(world: Path, bare_checkpoint: Callable[[str], Path]) -> dict[tuple[str, str, str], Path]:
+    """Answers files of `python -m llava.eval answer`, by checkpoint, token reduction and benchmark."""
     files, commands = {}, []
     for checkpoint, reduce in dict.fromkeys((asked.checkpoint, asked.reduce) for asked in ASKED.values()):
         for name in NAMES:
@@ -108,8 +108,14 @@ def our_answers(world: Path, bare_checkpoint: Callable[[str], Path]) -> dict[tup
             out = str(files[checkpoint, reduce, name])
             commands.append(["llava.eval", "answer", name, "--root", root, "--answers", out, *model])
     run("-c", RUN_ALL, json.dumps(commands), folder=world)
+    return files
+
+
+@pytest.fixture(scope="session")
+def our_answers(world: Path, our_files: dict[tuple[str, str, str], Path]) -> dict[tuple[str, str], Answers]:
+    """What these files say, by checkpoint and token reduction."""
     answers: dict[tuple[str, str], Answers] = {}
-    for (checkpoint, reduce, name), file in files.items():
+    for (checkpoint, reduce, name), file in our_files.items():
         task = BENCHMARKS[name]
         rows = {row["question_id"]: row["text"] for row in map(json.loads, file.read_text().splitlines())}
         questions = task.load(task.find_root(world / "eval"))
@@ -119,22 +125,29 @@ def our_answers(world: Path, bare_checkpoint: Callable[[str], Path]) -> dict[tup
 
 @pytest.fixture(scope="session")
 def runs(world: Path, bare_checkpoint: Callable[[str], Path]) -> dict[str, Run]:
-    """What `python -m lmms_eval` writes for all of `ASKED`, one after another in one process."""
-    configs = [
+    """What `python -m lmms_eval` writes for all of `ASKED`."""
+    return run_lmms_eval(
+        world,
         {
-            "model": asked.model,
-            "model_args": f"pretrained={bare_checkpoint(asked.checkpoint)},device=cpu,{asked.options}",
-            "batch_size": asked.batch_size,
-            "tasks": ",".join(PREFIX + name for name in NAMES),
-            "include_path": str(world / "tasks"),
-            "output_path": str(world / label),
-            "log_samples": True,
-        }
-        for label, asked in ASKED.items()
-    ]
-    write_json(world / "runs.yaml", configs)  # JSON is YAML
-    told = run("-m", "lmms_eval", "--config", "runs.yaml", folder=world, HF_DATASETS_CACHE=str(world / "cache"))
-    return {label: read_run(world / label, told) for label in ASKED}
+            label: {
+                "model": asked.model,
+                "model_args": f"pretrained={bare_checkpoint(asked.checkpoint)},device=cpu,{asked.options}",
+                "batch_size": asked.batch_size,
+            }
+            for label, asked in ASKED.items()
+        },
+    )
+
+
+def run_lmms_eval(world: Path, models: dict[str, dict[str, str]]) -> dict[str, Run]:
+    """Ask all questions by several models of lmms-eval, one after another in one process."""
+    tasks = ",".join(PREFIX + name for name in NAMES)
+    common = {"tasks": tasks, "include_path": str(world / "tasks"), "log_samples": True}
+    configs = [{**common, **model, "output_path": str(world / label)} for label, model in models.items()]
+    file = world / f"{next(iter(models))}.yaml"
+    write_json(file, configs)  # JSON is YAML
+    told = run("-m", "lmms_eval", "--config", str(file), folder=world, HF_DATASETS_CACHE=str(world / "cache"))
+    return {label: read_run(world / label, told) for label in models}
 
 
 def read_run(folder: Path, told: str) -> Run:
