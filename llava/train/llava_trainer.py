@@ -283,7 +283,10 @@ class LLaVATrainer(Trainer):
 
     def _prepare_input(self, data: object) -> object:
         # With DeepSpeed the base class would round pixel values to the run's dtype before the tower gets them.
-        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+        # From pinned memory the host does not wait for the copy.
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

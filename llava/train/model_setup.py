@@ -222,6 +222,8 @@ def add_vision(
     with whole_weights():
         adapterless = replace(model_args, pretrain_mm_mlp_adapter=None)
         model.get_model().initialize_vision_modules(model_args=adapterless, fsdp=training_args.fsdp)
+        own = model_args.tower_dtype
+        model.get_vision_tower().to(training_args.compute_dtype if own == "run" else getattr(torch, own))
         # Also for a LLaVA checkpoint with another reduction (parity: the released code trains with the old one).
         model.set_token_reduction(getattr(model_args, CONFIG_KEY))
     load_projector(model, model_args.pretrain_mm_mlp_adapter, training_args)

@@ -23,6 +23,7 @@ from transformers import set_seed
 from llava.conversation import Conversation
 from llava.files import make_folder
 from llava.gone import look_up
+from llava.model.token_reduction import TEXT
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
 from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
@@ -107,12 +108,13 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     set_seed(training_args.seed)
     model = load_language_model(model_args, training_args, config)
     trained = add_lora(model, training_args)  # the same model, or PEFT's wrapper around it
-    image_format = feature_cache = None
+    image_format = feature_cache = read_query = None
     if model_args.vision_tower is not None:
         add_vision(model, tokenizer, model_args, data_args, training_args)
         tower = model.get_vision_tower()
         image_format = describe_images(data_args, tower.image_processor)
         feature_cache = open_cache(model_args, data_args, tower, model.needs)
+        read_query = tower.text_reader() if TEXT in model.needs else None
     choose_trainable(model, model_args)
     record_template(model, model_args.version, text_format.template, tokenizer)
 
@@ -124,6 +126,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
         image_format,
         data_args.skip_broken_records,
         feature_files=feature_cache and feature_cache.files,
+        read_query=read_query,
     )
     with explaining_refusals("training arguments"):
         trainer = LLaVATrainer(

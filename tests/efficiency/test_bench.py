@@ -18,6 +18,7 @@ COMMANDS = {
     "evidence": ["--runs", "3", "--flips", "0.1"],
     "serve": ["--requests", "6", "--clients", "1", "3"],
     "train_speed": ["--size", "tiny", "--pocket-batch", "2"],
+    "train_throughput": ["--model", "random", "--size", "tiny", "--batch", "2", "--passes", "2"],
 }
 
 

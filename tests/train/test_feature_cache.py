@@ -234,7 +234,7 @@ def test_a_broken_image_is_named_as_without_a_cache(encode, golden, conversation
 
 def test_a_tower_that_cannot_be_told_from_others_is_refused(tower, tmp_path):
     arguments = ModelArguments("llm", vision_tower="./nowhere"), DataArguments("", feature_cache=str(tmp_path))
-    with pytest.raises(InputError, match="--feature_cache: the files of vision tower ./nowhere cannot be read"):
+    with pytest.raises(InputError, match=r"--feature_cache: the files of vision tower \./nowhere cannot be read"):
         open_cache(*arguments, tower, ())
 
 

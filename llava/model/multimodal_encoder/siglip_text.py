@@ -1,5 +1,6 @@
 """The text half of a SigLIP in Hugging Face layout: questions into the joint space."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,11 +10,33 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipTextModel
 from llava.errors import InputError
 from llava.files import read_text
 from llava.model.multimodal_encoder.loading import load_quietly, quiet_loading
+from llava.model.multimodal_encoder.tower import TextIds, read_texts
 from llava.model.stored_weights import find_file
 
 # Stored weights that the text half has no place for.
 OTHER_WEIGHTS = (r"^vision_model\.", r"^logit_(scale|bias)$", r"\.position_ids$")
 NAMES = {r"^text_model\.": ""}
+
+
+@dataclass(frozen=True)
+class SiglipTextReader:
+    """SigLIP's tokenizer: lower case, and every text is padded to the context length."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+    def __call__(self, text: str) -> TextIds:
+        if getattr(self.tokenizer, "do_lower_case", True):  # SigLIP 2's tokenizer, Gemma's, keeps capitals by itself
+            text = text.lower()
+        tokens = self.tokenizer(
+            [text],
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return TextIds(tuple(tokens.input_ids[0].tolist()))
 
 
 class SiglipTextTower(nn.Module):
@@ -51,20 +74,15 @@ class SiglipTextTower(nn.Module):
         )
         return cls(model.to(device), read_tokenizer(name, model.config.vocab_size))
 
-    def forward(self, texts: list[str]) -> Tensor:
-        """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
-        if getattr(self.tokenizer, "do_lower_case", True):  # SigLIP 2's tokenizer, Gemma's, keeps capitals by itself
-            texts = [text.lower() for text in texts]
-        tokens = self.tokenizer(
-            texts,
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            max_length=self.model.config.max_position_embeddings,
-            return_tensors="pt",
-        )
+    @property
+    def reader(self) -> SiglipTextReader:
+        return SiglipTextReader(self.tokenizer, self.model.config.max_position_embeddings)
+
+    def forward(self, texts: list[str | TextIds]) -> Tensor:
+        """Embed texts: S of them to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
+        ids = torch.stack(read_texts(texts, self.reader))  # [S, T]
         device = next(self.model.parameters()).device
-        return self.model(input_ids=tokens.input_ids.to(device)).pooler_output
+        return self.model(input_ids=ids.to(device, non_blocking=True)).pooler_output
 
 
 def read_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
