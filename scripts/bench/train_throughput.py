@@ -78,9 +78,9 @@ WAYS = {
     PLAIN: Way(),
     "loss of labels alone": Way(only_loss=True),
     "queries read by the loader": Way(reads_queries=True),
-    "--feature_cache": Way(has_cache=True),
+    "feature cache": Way(has_cache=True),
     "one worker": Way(num_workers=1),
-    "--tower_dtype bfloat16": Way(tower_dtype=torch.bfloat16),
+    "towers in bfloat16": Way(tower_dtype=torch.bfloat16),
     # Of those above, what changes no arithmetic but the rounding of cached features.
     TOGETHER: Way(only_loss=True, reads_queries=True, has_cache=True, num_workers=1),
 }
