@@ -11,7 +11,7 @@
     _load_from_checkpoint         on resuming, also what LoRA leaves out
     _issue_warnings_after_load    no warning about the towers that a checkpoint does not hold
     _maybe_log_save_evaluate      after each step: stop at a signal, with a checkpoint, or at a loss that is nan
-    _run_epoch                    no step beyond the last one, when a run resumes at its end
+    _run_epoch                    cached features are on disk; no step beyond the last one, when a run resumes there
     get_batch_samples             records that were replaced while their batch was built are noted, not trained on
 
 `save_trained` is LLaVA's own: it writes the result of a finished run.
@@ -124,7 +124,7 @@ class LLaVATrainer(Trainer):
         with data_only():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
         if self.feature_cache is not None:
-            self.feature_cache.close()
+            self.feature_cache.flush()
         return output
 
     def save_trained(self, only_projector: bool) -> None:
@@ -251,6 +251,8 @@ class LLaVATrainer(Trainer):
             # The base class would take one more step before it looks.
             self.control.should_training_stop = True
             return
+        if self.feature_cache is not None:
+            self.feature_cache.flush()  # this epoch finds all that the last one made
         super()._run_epoch(**arguments)
 
     def _maybe_log_save_evaluate(

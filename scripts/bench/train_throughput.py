@@ -112,7 +112,7 @@ class Training:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 losses.append(loss.item())
-        self.cache.close()
+        self.cache.flush()
         self.losses[way] = losses
         self.processor_seconds.setdefault(way, []).append(time.process_time() - start)
 
