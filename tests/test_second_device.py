@@ -19,12 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.generation import GreedyDecoder
 from llava.model.builder import load_pretrained_model
+from llava.model.feature_files import FeatureFiles
 from llava.model.image_tokens import ImageTokens
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.token_reduction import REDUCERS
 from llava.train.arguments import TrainingArguments
 from llava.train.collator import Collator
 from llava.train.dataset import Sample
+from llava.train.feature_cache import FeatureCache
 from llava.train.llava_trainer import LLaVATrainer
 
 DEVICE = torch.device("cuda", 0)
@@ -41,6 +44,8 @@ class SecondDevice(TorchDispatchMode):
     Attributes:
         waits: where in llava (or else anywhere) the host waited for the device: `file.py:line` each.
         uploads: where the host sent values to the device.
+        stalls: those of them for which the host waited, until the device had done all work before: copies of a GPU do
+            so unless they are asked not to.
     """
 
     def __init__(self) -> None:
@@ -48,6 +53,7 @@ class SecondDevice(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=False)
         self.waits: list[str] = []
         self.uploads: list[str] = []
+        self.stalls: list[str] = []
 
     def __enter__(self) -> "SecondDevice":
         # No driver is there, and none is needed; `torch.tensor(..., device="cuda")` is made on the host, then moved.
@@ -90,18 +96,21 @@ class SecondDevice(TorchDispatchMode):
             args, kwargs = tree_map_only(FakeTensor, make_up, (args, kwargs))
             return func(*args, **kwargs)
         # 3. From the host to the device, and work there.
-        self._note_uploads(name, tensors)
+        self._note_uploads(
+            name, tensors, leaves_at_once=kwargs.get("non_blocking") is True or (len(args) > 2 and args[2] is True)
+        )
         args, kwargs = tree_map_only(Tensor, self._lift, (args, kwargs))
         with self.fake:
             return func(*args, **kwargs)
 
-    def _note_uploads(self, name: str, tensors: list[Tensor]) -> None:
+    def _note_uploads(self, name: str, tensors: list[Tensor], leaves_at_once: bool) -> None:
         """Let pass what a GPU lets pass: moves, indices, and scalars, which travel as arguments."""
         for tensor in tensors:
             if is_fake(tensor):
                 continue
             if name in MOVES or (name in INDEXING and is_fake(tensors[0])):
                 self.uploads += [place()] * bool(tensor.numel())
+                self.stalls += [place()] * bool(tensor.numel() and not leaves_at_once)
             elif tensor.dim() > 0 and any(map(is_fake, tensors)):
                 raise RuntimeError(f"host tensor {list(tensor.shape)} {tensor.dtype} meets a device tensor in {name}")
 
@@ -150,7 +159,7 @@ def loaded(golden: Path) -> Loaded:
 @pytest.fixture
 def device(loaded: Loaded) -> Iterator[SecondDevice]:
     device = loaded[2]
-    device.waits, device.uploads = [], []
+    device.waits, device.uploads, device.stalls = [], [], []
     with device, torch.no_grad():
         yield device
 
@@ -195,6 +204,10 @@ def test_the_stand_in_is_strict(device):
     ):
         wait()
         assert len(device.waits) == number
+    moved = torch.zeros(3).to(DEVICE, non_blocking=True), torch.zeros(2, 3).to(DEVICE)
+    assert moved[0].device == moved[1].device == DEVICE
+    assert (len(device.uploads), len(device.stalls)) == (2, 1)
+    device.uploads.clear()
     with pytest.raises(DynamicOutputShapeException):
         there.nonzero()  # waits as well: nothing may ask for it
     assert not device.uploads
@@ -302,3 +315,17 @@ def test_a_training_step_waits_for_the_counts_of_the_reduction_alone(trainer, mo
         loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
     assert loss.device == DEVICE and loss.requires_grad
     assert len(device.waits) == (spec is not None), device.waits
+    assert not device.stalls
+
+
+def test_labels_and_features_of_a_training_step_reach_the_device_without_a_wait(trainer, model, device):
+    model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    features = [ImageFeatures(torch.randn(1, 36, 64).half()) for _ in batch["images"]]
+    trainer.feature_cache = FeatureCache(FeatureFiles(Path("nowhere"), "", ()), model.get_vision_tower())
+    with torch.enable_grad():
+        prepared = trainer._prepare_inputs(batch | {"images": features, "image_keys": [""] * len(features)})
+        assert not device.waits
+        loss = trainer.compute_loss(model, prepared)
+    assert loss.device == DEVICE
+    assert len(device.waits) == 1 and not device.stalls  # the counts

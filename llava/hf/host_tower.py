@@ -12,7 +12,7 @@ from llava.errors import InputError
 from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.query_pooling import TextMeasure
-from llava.model.multimodal_encoder.tower import JointMap, VisionTower
+from llava.model.multimodal_encoder.tower import JointMap, TextIds, TextReader, VisionTower
 from llava.model.token_reduction import TEXT
 
 SAME_FEATURES = 0.1
@@ -96,5 +96,9 @@ class HostTower(CLIPVisionTower):
         self.load_text_tower()
         return self.text_half.text_measure
 
-    def text_features(self, texts: list[str]) -> Tensor:
+    def text_features(self, texts: list[str | TextIds]) -> Tensor:
         return self.text_half.text_features(texts)
+
+    def text_reader(self) -> TextReader:
+        self.load_text_tower()
+        return self.text_half.text_reader()

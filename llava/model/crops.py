@@ -89,7 +89,7 @@ def merge_crops(
     # 4. The base view, then the tiles row by row, then the tiles' synthesised tokens.
     merged = [verbatim[: num_kept[0]], extras[0]]
     for row in tile_rows:
-        chosen = place[row[is_kept[row]]].to(verbatim.device)
+        chosen = place[row[is_kept[row]]].to(verbatim.device, non_blocking=True)
         if chosen.numel():
             merged.append(verbatim[chosen])
             if newline is not None:

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from llava.errors import InputError
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.crops import MERGE_TYPES, layout_tiles, merge_crops
-from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
-from llava.model.splice import Positions
+from llava.model.multimodal_encoder.tower import ImageFeatures, TextIds, VisionTower
+from llava.model.splice import Positions, upload
 from llava.model.token_reduction.base import PROJECTED, TEXT, ReducedTokens, TokenReducer, VisualTokens
 
 NEWLINE = -1
@@ -117,14 +117,14 @@ class CropMerge:
         return merge_crops(crops, kept, layout_tiles(grid, (rows, cols), unpad_size), newline)
 
 
-def embed_distinct(tower: VisionTower, texts: list[str]) -> Tensor:
-    """Embed texts, each distinct one once: S strings to `float32[S, P]`."""
+def embed_distinct(tower: VisionTower, texts: list[str | TextIds]) -> Tensor:
+    """Embed texts, each distinct one once: S of them to `float32[S, P]`."""
     distinct = list(dict.fromkeys(texts))
     embedded = tower.embed_text(distinct)
     if distinct == texts:
         return embedded
     place = {text: row for row, text in enumerate(distinct)}
-    return embedded[[place[text] for text in texts]]
+    return embedded[upload(torch.tensor([place[text] for text in texts]), embedded.device)]
 
 
 def reduce_patches(
@@ -160,7 +160,8 @@ def reduce_patches(
         text = embed_distinct(tower, texts) if text_embeds is None else text_embeds  # [images, P]
         if crops.num_crops != len(images):
             # Each crop is reduced for its image's query.
-            text = text[[index for index, count in enumerate(num_crops) for _ in range(count)]]
+            owners = torch.tensor([index for index, count in enumerate(num_crops) for _ in range(count)])
+            text = text[upload(owners, text.device)]
     if PROJECTED in reducer.needs:
         with torch.no_grad():
             intermediates[PROJECTED] = project(projector, crops.patches)  # [I, N, E]

@@ -31,7 +31,15 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_vision_projector
 from llava.model.packing import check_packing, find_even_width, pack_batch
-from llava.model.splice import PromptEmbeds, assign_images, count_placeholders, pad_batch, splice_sample, strip_padding
+from llava.model.splice import (
+    PromptEmbeds,
+    assign_images,
+    count_placeholders,
+    pad_batch,
+    splice_sample,
+    strip_padding,
+    upload,
+)
 from llava.model.token_reduction import (
     CONFIG_KEY,
     TEXT,
@@ -398,7 +406,8 @@ class LlavaMetaForCausalLM(ABC):
             labels: `int64[S, T]` or None.
             images: see `encode_patches`; one per placeholder, in order.
             image_sizes: (width, height) per image.
-            texts: one query per sample, one string for all, or None to recover them from the ids.
+            texts: one query per sample (as it is, or as the tower's `text_reader` made it), one string for all, or None
+                to recover them from the ids.
             image_tokens: instead of `images`: records from `encode_images`, one per placeholder.
             padding_side: "left" or "right"; None takes the config's `tokenizer_padding_side`, else "right".
             pad_token_id: see `splice.strip_padding`.
@@ -430,7 +439,7 @@ class LlavaMetaForCausalLM(ABC):
         anchor = self._projector_anchor(features)
         embed = self.get_input_embeddings()
         real_ids = input_ids[real]  # all samples in one row
-        text_embeds = embed(real_ids.clamp(min=0).to(embed.weight.device))  # [real ids, E]
+        text_embeds = embed(upload(real_ids.clamp(min=0), embed.weight.device))  # [real ids, E]
         if anchor is not None:
             text_embeds = torch.cat([text_embeds, anchor.to(text_embeds)])
         real_labels = torch.full_like(real_ids, IGNORE_INDEX) if labels is None else labels.cpu()[real]

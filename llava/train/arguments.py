@@ -36,7 +36,7 @@ class TrainingArguments(LlavaTrainingFlags, transformers.TrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def __post_init__(self) -> None:
-        """Map the old names, and move to the CPU where there is no accelerator."""
+        """Map the old names, move to the CPU where there is no accelerator, and choose how the loader works."""
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         if self.report_to is not None:
@@ -47,6 +47,9 @@ class TrainingArguments(LlavaTrainingFlags, transformers.TrainingArguments):
             self.use_cpu = True
         if self.use_cpu and self.tf32:
             self.tf32 = None
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
 
 

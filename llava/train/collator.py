@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.multimodal_encoder.tower import ImageFeatures
+from llava.model.multimodal_encoder.tower import ImageFeatures, TextIds
 from llava.train.dataset import Sample
 
 
@@ -24,7 +24,7 @@ class Batch(TypedDict, total=False):
             the samples have; None without any image.
         image_sizes: (width, height) of each image before any resizing; None without any image.
         image_keys: with a feature cache, the name of each image in it; the trainer takes it out.
-        texts: one query per sample.
+        texts: one query per sample, or its ids.
         replaced: faults of records that others stand in for; the trainer takes it out.
     """
 
@@ -34,7 +34,7 @@ class Batch(TypedDict, total=False):
     images: Tensor | list[Tensor] | list[Tensor | ImageFeatures] | None
     image_sizes: list[tuple[int, int]] | None
     image_keys: list[str]
-    texts: list[str]
+    texts: list[str | TextIds]
     replaced: list[str]
 
 

@@ -21,7 +21,7 @@ from llava.errors import InputError
 from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.model.feature_files import FeatureFiles
-from llava.model.multimodal_encoder.tower import ImageFeatures
+from llava.model.multimodal_encoder.tower import ImageFeatures, TextIds, TextReader
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.feature_cache import read_source
 from llava.train.records import leave_out, locate_image
@@ -42,18 +42,18 @@ class Sample:
         images: float32[3, H, W] each (float32[C, 3, H, W] for several crops), in order of the placeholders; with a
             feature cache what it holds of an image stands for its pixels.
         image_sizes: (width, height) of the images before any resizing.
-        image_keys: with a feature cache, the name of each image in it.
-        query: the text by which token reduction chooses patches.
+        query: the text by which token reduction chooses patches, or its ids.
         replaced: faults of records that this sample stands in for.
+        image_keys: with a feature cache, the name of each image in it.
     """
 
     input_ids: Tensor
     labels: Tensor
     images: list[Tensor | ImageFeatures] = field(default_factory=list)
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
-    image_keys: list[str] = field(default_factory=list)
-    query: str = ""
+    query: str | TextIds = ""
     replaced: tuple[str, ...] = ()
+    image_keys: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class ConversationDataset(Dataset):
         skip_broken: replace a record that turns out to be broken by the next good one of its modality, the same one
             whenever it is asked for; else such a record is an error.
         feature_files: of `--feature_cache`; an image that they hold is not decoded.
+        read_query: makes ids of queries for the tower's text half, here instead of between the model's layers; None:
+            queries stay texts.
     """
 
     def __init__(
@@ -142,7 +144,9 @@ class ConversationDataset(Dataset):
         image_format: ImageFormat | None = None,
         skip_broken: bool = False,
         feature_files: FeatureFiles | None = None,
+        read_query: TextReader | None = None,
     ):
+        self.read_query = read_query
         self.feature_files = feature_files
         self.skip_broken = skip_broken
         self.records = Records.of(records)
@@ -182,13 +186,14 @@ class ConversationDataset(Dataset):
             rendered = render(record.turns, self.text_format.template, self.text_format.placeholder)
             targets = build_targets(rendered, self.tokenizer)
             images, sizes, keys = self._load_images(record.images)
+        query = choose_query(record.turns, rendered, self.text_format.query_source)
         return Sample(
             input_ids=torch.tensor(targets.input_ids, dtype=torch.long),
             labels=torch.tensor(targets.labels, dtype=torch.long),
             images=images,
             image_sizes=sizes,
             image_keys=keys,
-            query=choose_query(record.turns, rendered, self.text_format.query_source),
+            query=query if self.read_query is None else self.read_query(query),
         )
 
     def _load_images(

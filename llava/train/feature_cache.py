@@ -73,7 +73,7 @@ class FeatureCache:
         device = self._tower.device
         return [kept[number].map(lambda values: values.to(device, non_blocking=True).float()) for number in kept]
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Wait until everything is written."""
         while self._waiting:
             self._waiting.popleft().result()

@@ -27,6 +27,7 @@ from llava.train.trackers import check_trackers, split_names
 
 FULL_BITS = 16  # not quantised
 ASPECT_RATIOS = ("square", "pad", "anyres")
+TOWER_DTYPES = ("float32", "bfloat16", "float16", "run")
 QUERY_SOURCES = ("questions", "conversation", "turns")
 TRAINER_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 
@@ -65,6 +66,10 @@ class ModelArguments:
     pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "mm_projector.bin to start from."})
     mm_use_im_start_end: bool = field(default=False, metadata={"help": "Put <im_start> and <im_end> around an image."})
     mm_use_im_patch_token: bool = field(default=False, metadata={"help": "Add <im_patch> to the vocabulary."})
+    tower_dtype: str = field(
+        default="float32",
+        metadata={"help": "What the frozen towers run in: float32, bfloat16, float16, or run, as the language model."},
+    )
     mm_vision_token_reduce_func: str | None = field(
         default=None,
         metadata={
@@ -129,6 +134,9 @@ class LlavaTrainingFlags:
 
     optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator decides what the model gets."})
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Workers live on from epoch to epoch. Default: wherever there are workers."}
+    )
     model_max_length: int = field(default=2048, metadata={"help": "Longest sequence, image tokens included."})
     mpt_attn_impl: str | None = field(default=None, metadata={"help": "Ignored; MPT models are not trained."})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "The projector's own learning rate."})
@@ -309,6 +317,7 @@ def _describe_unknown(word: str) -> str:
 # ------------------------------------------------------------------------------------------------ the values
 def _check_values(flags: argparse.Namespace) -> None:
     _check_choice("mm_vision_token_reduce_query", flags.mm_vision_token_reduce_query, (None, *QUERY_SOURCES))
+    _check_choice("tower_dtype", flags.tower_dtype, TOWER_DTYPES)
     _check_choice("image_aspect_ratio", flags.image_aspect_ratio, (None, *ASPECT_RATIOS))
     _check_ranges(flags)
     if flags.tune_mm_mlp_adapter and flags.freeze_mm_mlp_adapter:

@@ -15,7 +15,7 @@
     evaluate                      the loss of the records that are held out
     _evaluate                     before the first step and after a step: held-out loss and scores, where they are due
     _maybe_log_save_evaluate      after each step: stop at a signal, with a checkpoint, or at a loss that is nan
-    _run_epoch                    no step beyond the last one, when a run resumes at its end
+    _run_epoch                    cached features are on disk; no step beyond the last one, when a run resumes there
     get_batch_samples             records that were replaced while their batch was built are noted, not trained on
 
 `save_trained` is LLaVA's own: it writes the result of a finished run.
@@ -155,7 +155,7 @@ class LLaVATrainer(Trainer):
         with data_only(), self.meter.watching(unwrap(self.model)):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
         if self.feature_cache is not None:
-            self.feature_cache.close()
+            self.feature_cache.flush()
         return output
 
     def save_trained(self, only_projector: bool) -> None:
@@ -308,6 +308,8 @@ class LLaVATrainer(Trainer):
             # The base class would take one more step before it looks.
             self.control.should_training_stop = True
             return
+        if self.feature_cache is not None:
+            self.feature_cache.flush()  # this epoch finds all that the last one made
         self.meter.begin(self.state.global_step)  # what comes before, such as a tracker's log-in, is no step's
         super()._run_epoch(**arguments)
 
@@ -445,7 +447,10 @@ class LLaVATrainer(Trainer):
 
     def _prepare_input(self, data: object) -> object:
         # With DeepSpeed the base class would round pixel values to the run's dtype before the tower gets them.
-        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+        # From pinned memory the host does not wait for the copy.
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

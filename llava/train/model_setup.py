@@ -241,6 +241,8 @@ def add_vision(
     with whole_weights():
         settings = replace(model_args, pretrain_mm_mlp_adapter=None, **{CONFIG_KEY: reduction.middle.spec()})
         model.get_model().initialize_vision_modules(model_args=settings, fsdp=training_args.fsdp)
+        own = model_args.tower_dtype
+        model.get_vision_tower().to(training_args.compute_dtype if own == "run" else getattr(torch, own))
         # Also for a LLaVA checkpoint with another reduction (parity: the released code trains with the old one). Of
         # ranges the ends too, which warn of what the tower's images cannot meet; the middle stays.
         ends = (reduction.lowest, reduction.highest) if reduction.varies else ()

@@ -28,7 +28,8 @@ from llava.conversation import Conversation
 from llava.files import make_folder
 from llava.gone import look_up
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.token_reduction import CONFIG_KEY, read_training_reduction
+from llava.model.multimodal_encoder.tower import TextReader
+from llava.model.token_reduction import CONFIG_KEY, TEXT, read_training_reduction
 from llava.prompt import JOINED_TURNS, QUERY_KEY
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
@@ -121,12 +122,12 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     set_seed(training_args.seed)
     model = load_language_model(model_args, training_args, config)
     trained = add_lora(model, training_args)  # the same model, or PEFT's wrapper around it
-    image_format = feature_cache = None
+    image_format = feature_cache = read_query = None
     if model_args.vision_tower is not None:
         add_vision(model, tokenizer, model_args, data_args, training_args)
-        tower = model.get_vision_tower()
-        image_format = describe_images(data_args, tower.image_processor)
-        feature_cache = open_cache(model_args, data_args, tower, model.needs)
+        image_format = describe_images(data_args, model.get_vision_tower().image_processor)
+        feature_cache = open_cache(model_args, data_args, model.get_vision_tower(), model.needs)
+        read_query = choose_reader(model)
     choose_trainable(model, model_args)
     record_template(model, model_args.version, text_format.template, tokenizer)
 
@@ -134,6 +135,7 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     make_dataset = partial(
         ConversationDataset, tokenizer=tokenizer, text_format=text_format, image_format=image_format,
         skip_broken=data_args.skip_broken_records, feature_files=feature_cache and feature_cache.files,
+        read_query=read_query,
     )  # fmt: skip
     lengths = find_lengths(model, records, tokenizer, text_format, data_args, training_args)
     # What is asked of the model while it trains; the trainer knows when it is due, also at the step it resumes at.
@@ -219,6 +221,12 @@ def find_lengths(
     return once_per_machine(
         lambda: count_lengths(records, tokenizer, text_format, limit, tokens, folder), training_args
     )
+
+
+def choose_reader(model: LlavaMetaForCausalLM) -> TextReader | None:
+    """Return what reads queries in the loader's workers; None where nobody reads them, or in pieces, as the tower does."""
+    tower = model.get_vision_tower()
+    return tower.text_reader() if TEXT in model.needs and not tower.pools_queries else None
 
 
 def vary_reduction(trainer: LLaVATrainer, model: PreTrainedModel, model_args: ModelArguments) -> None:

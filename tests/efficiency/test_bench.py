@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": ["--requests", "6", "--clients", "1", "3"],
     "train_packing": ["--size", "tiny", "--layers", "1", "--pocket-samples", "4", "--random-samples", "2"],
     "train_speed": ["--size", "tiny", "--pocket-batch", "2"],
+    "train_throughput": ["--model", "random", "--size", "tiny", "--batch", "2", "--passes", "2"],
 }
 
 

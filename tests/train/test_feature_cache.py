@@ -127,7 +127,7 @@ def encode(
         found = []
         for batch in DataLoader(samples, batch_size=2, collate_fn=Collator(0, 2048), num_workers=num_workers):
             found += cache.complete(batch["images"], batch["image_keys"], batch["image_sizes"])
-        cache.close()
+        cache.flush()
         return found
 
     return run

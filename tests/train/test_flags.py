@@ -66,6 +66,7 @@ def test_the_flags_read_from_the_source_are_those_of_transformers():
         ("{} --bf16 Tru", "--bf16: expected True or False, not 'Tru'"),
         ("{} --lora_enable perhaps", "--lora_enable: expected True or False, not 'perhaps'"),
         ("{} --image_aspect_ratio padd", "--image_aspect_ratio padd: expected one of square, pad, anyres"),
+        ("{} --tower_dtype half", "--tower_dtype half: expected one of float32, bfloat16, float16, run"),
         ("{} --bits 3", "--bits 3: expected one of 4, 8, 16"),
         ("{} --eval_strategy steps", "--eval_strategy: needs --eval_data_path, the records that are held out"),
         ("{} --deepspeed none.json", "no such file: none.json; --deepspeed takes zero2.json"),

@@ -1,10 +1,12 @@
 """The text half of a CLIP in Hugging Face layout: questions into the joint space."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from llava.errors import InputError
@@ -12,10 +14,22 @@ from llava.files import read_text
 from llava.model.config_rules import read_tower_config
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.query_pooling import TextMeasure, count_tokens
+from llava.model.multimodal_encoder.tower import TextIds, read_texts
 from llava.model.stored_weights import find_file, first_line
 
 # Stored weights that the text half has no place for.
 OTHER_WEIGHTS = (r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$", r"\.position_ids$")
+
+
+@dataclass(frozen=True)
+class ClipTextReader:
+    """CLIP's tokenizer: texts keep their length, up to the context length."""
+
+    tokenizer: CLIPTokenizerFast
+    max_length: int
+
+    def __call__(self, text: str) -> TextIds:
+        return TextIds(tuple(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids))
 
 
 class CLIPTextTower(nn.Module):
@@ -49,18 +63,19 @@ class CLIPTextTower(nn.Module):
         )
         return cls(model.to(device), read_tokenizer(name, model.config.vocab_size))
 
-    def forward(self, texts: list[str]) -> Tensor:
-        """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
-        tokens = self.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.max_position_embeddings,
-            return_tensors="pt",
-        )
+    @property
+    def reader(self) -> ClipTextReader:
+        return ClipTextReader(self.tokenizer, self.model.config.max_position_embeddings)
+
+    def forward(self, texts: list[str | TextIds]) -> Tensor:
+        """Embed texts: S of them to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
+        rows = read_texts(texts, self.reader)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)  # [S, T]
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
         device = next(self.model.parameters()).device
         return self.model(
-            input_ids=tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device)
+            input_ids=ids.to(device, non_blocking=True), attention_mask=mask.to(device, non_blocking=True)
         ).text_embeds
 
 

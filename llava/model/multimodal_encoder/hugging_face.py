@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llava.errors import InputError
 from llava.model.config_rules import PREPROCESSOR_FILE, check_preprocessor, read_settings, read_tower_config
 from llava.model.multimodal_encoder.loading import load_quietly
-from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_encoder.tower import TextIds, TextReader, VisionTower
 from llava.model.stored_weights import first_line
 from llava.model.token_reduction import TEXT
 from llava.protocols import ImageProcessor
@@ -151,8 +151,12 @@ class HuggingFaceTower(VisionTower):
         normed, attention = layer.layer_norm1(hidden), layer.self_attn
         return attention.q_proj(normed[:, :num_queries]), attention.k_proj(normed), attention.num_heads
 
-    def text_features(self, texts: list[str]) -> Tensor:
+    def text_features(self, texts: list[str | TextIds]) -> Tensor:
         return self.text_tower(texts)
+
+    def text_reader(self) -> TextReader:
+        self.load_text_tower()
+        return self.text_tower.reader
 
     @property
     def config(self) -> PreTrainedConfig:

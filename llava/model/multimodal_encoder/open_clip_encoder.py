@@ -4,6 +4,8 @@ Same weights in either layout give the same patches, joint space and text embedd
 of texts agree too, except that open_clip repairs broken Unicode and HTML entities first.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,10 +23,20 @@ from llava.errors import InputError
 from llava.model.multimodal_encoder.open_clip_source import OpenClipSource, parse_source
 from llava.model.multimodal_encoder.query_pooling import TextMeasure
 from llava.model.multimodal_encoder.siglip_pooling import PatchPooling
-from llava.model.multimodal_encoder.tower import JointMap, VisionTower
+from llava.model.multimodal_encoder.tower import JointMap, TextIds, TextReader, VisionTower, read_texts
 from llava.model.token_reduction import TEXT
 
 INTERPOLATIONS = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR, "nearest": Resampling.NEAREST}
+
+
+@dataclass(frozen=True)
+class OpenClipTextReader:
+    """open_clip's tokenizer: every text is padded to the context length."""
+
+    tokenizer: Callable[[str], Tensor]
+
+    def __call__(self, text: str) -> TextIds:
+        return TextIds(tuple(self.tokenizer(text)[0].tolist()))
 
 
 class OpenClipTextTower(nn.Module):
@@ -45,9 +57,14 @@ class OpenClipTextTower(nn.Module):
         model.visual = None
         self.model = model
 
-    def forward(self, texts: list[str]) -> Tensor:
-        """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
-        return self.model.encode_text(self.tokenizer(texts).to(next(self.model.parameters()).device))
+    @property
+    def reader(self) -> OpenClipTextReader:
+        return OpenClipTextReader(self.tokenizer)
+
+    def forward(self, texts: list[str | TextIds]) -> Tensor:
+        """Embed texts: S of them to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
+        ids = torch.stack(read_texts(texts, self.reader))  # [S, T]
+        return self.model.encode_text(ids.to(next(self.model.parameters()).device, non_blocking=True))
 
 
 class OpenClipVisionTower(VisionTower):
@@ -143,11 +160,15 @@ class OpenClipVisionTower(VisionTower):
         projection = self.vision_tower.proj
         return self.vision_tower.ln_post, lambda normed: normed @ projection.float()
 
-    def text_features(self, texts: list[str]) -> Tensor:
+    def text_features(self, texts: list[str | TextIds]) -> Tensor:
         return self.text_tower(texts)
 
     def read_text_measure(self) -> TextMeasure:
         return self.source.read_text_measure()
+
+    def text_reader(self) -> TextReader:
+        self.load_text_tower()
+        return self.text_tower.reader
 
     @property
     def patch_size(self) -> int:

@@ -1,5 +1,6 @@
 """The text half of a SigLIP in Hugging Face layout: questions into the joint space."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,11 +12,31 @@ from llava.files import read_text
 from llava.model.config_rules import read_tower_config
 from llava.model.multimodal_encoder.loading import load_quietly, quiet_loading
 from llava.model.multimodal_encoder.query_pooling import TextMeasure, count_tokens
+from llava.model.multimodal_encoder.tower import TextIds, read_texts
 from llava.model.stored_weights import find_file
 
 # Stored weights that the text half has no place for.
 OTHER_WEIGHTS = (r"^vision_model\.", r"^logit_(scale|bias)$", r"\.position_ids$")
 NAMES = {r"^text_model\.": ""}
+
+
+@dataclass(frozen=True)
+class SiglipTextReader:
+    """SigLIP's tokenizer: lower case, and every text is padded to the context length."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+    def __call__(self, text: str) -> TextIds:
+        tokens = self.tokenizer(
+            lower(self.tokenizer, [text]),
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return TextIds(tuple(tokens.input_ids[0].tolist()))
 
 
 class SiglipTextTower(nn.Module):
@@ -53,18 +74,15 @@ class SiglipTextTower(nn.Module):
         )
         return cls(model.to(device), read_tokenizer(name, model.config.vocab_size))
 
-    def forward(self, texts: list[str]) -> Tensor:
-        """Embed texts: S strings to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
-        tokens = self.tokenizer(
-            lower(self.tokenizer, texts),
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            max_length=self.model.config.max_position_embeddings,
-            return_tensors="pt",
-        )
+    @property
+    def reader(self) -> SiglipTextReader:
+        return SiglipTextReader(self.tokenizer, self.model.config.max_position_embeddings)
+
+    def forward(self, texts: list[str | TextIds]) -> Tensor:
+        """Embed texts: S of them to `[S, P]`, in the tower's dtype, not normalised; cut at the context length."""
+        ids = torch.stack(read_texts(texts, self.reader))  # [S, T]
         device = next(self.model.parameters()).device
-        return self.model(input_ids=tokens.input_ids.to(device)).pooler_output
+        return self.model(input_ids=ids.to(device, non_blocking=True)).pooler_output
 
 
 def lower(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:

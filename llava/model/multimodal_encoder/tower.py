@@ -28,6 +28,26 @@ JointMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class TextIds:
+    """A text as a tower's text half reads it, made ahead of it: equal texts are equal.
+
+    Attributes:
+        ids: special tokens included, cut at the context length; padded where the text half reads padding.
+    """
+
+    ids: tuple[int, ...]
+
+
+TextReader = Callable[[str], TextIds]
+"""A text half's tokenizer with its settings, without weights: it may be handed to other processes."""
+
+
+def read_texts(texts: Sequence[str | TextIds], read: TextReader) -> list[Tensor]:
+    """Make ids of the texts that have none yet: S times `int64[T]`."""
+    return [torch.tensor((read(text) if isinstance(text, str) else text).ids) for text in texts]
+
+
+@dataclass(frozen=True)
 class ImageFeatures:
     """What a tower gives for the crops of an image, or for a batch of images: a function of the pixels alone.
 
@@ -179,7 +199,7 @@ class VisionTower(nn.Module, ABC):
         """The tower's final layer norm, and the map of normed patches into the joint space."""
 
     @abstractmethod
-    def text_features(self, texts: list[str]) -> Tensor:
+    def text_features(self, texts: list[str | TextIds]) -> Tensor:
         """Embed texts in the joint space, cut at the tower's context length: `[S, P]`, not normalised."""
 
     @abstractmethod
@@ -188,6 +208,14 @@ class VisionTower(nn.Module, ABC):
 
         Raises:
             InputError: there is none.
+        """
+
+    @abstractmethod
+    def text_reader(self) -> TextReader:
+        """Return what makes texts into ids for `embed_text`.
+
+        Raises:
+            InputError: as `load_text_tower`.
         """
 
     @property
@@ -362,13 +390,13 @@ class VisionTower(nn.Module, ABC):
             return into_joint(normed)
 
     @torch.no_grad()
-    def embed_text(self, texts: list[str]) -> Tensor:
+    def embed_text(self, texts: list[str | TextIds]) -> Tensor:
         """Embed queries in the joint space.
 
         Texts beyond the tower's context length (CLIP: 77 tokens, SigLIP: 64) are cut, unless it pools queries.
 
         Args:
-            texts: S queries; "" is allowed.
+            texts: S queries, as they are or (unless it pools queries) as `text_reader` made them; "" is allowed.
 
         Returns:
             `float32[S, P]`, not normalised.
