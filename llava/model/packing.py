@@ -8,7 +8,6 @@ row, `E` LLM width.
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
-from llava.model.splice import PromptEmbeds, Targets, pad_batch
+from llava.model.splice import PromptEmbeds, pad_batch
 from llava.model.token_reduction import TokenReducer
 
 FLASH = "flash_attention_2"
@@ -120,9 +119,7 @@ def pack_batch(
     positions = torch.cat([torch.arange(extent) for extent in extents]).split(width)
     columns = ([torch.cat([column[sample] for sample in row]) for row in rows] for column in (embeds, labels, image_of))
     borders = torch.tensor([0, *extents]).cumsum(dim=0, dtype=torch.int32)
-    batch = pad_batch(*columns, positions)
-    targets = Targets.of(batch.labels.cpu(), batch.embeds.device, borders)
-    return replace(batch, borders=borders, targets=targets)
+    return pad_batch(*columns, positions, borders=borders)
 
 
 def mark_borders(borders: Tensor, device: torch.device) -> dict[str, Tensor | int]:

@@ -188,6 +188,7 @@ def pad_batch(
     positions: list[Tensor],
     *,
     side: str = "right",
+    borders: Tensor | None = None,
 ) -> PromptEmbeds:
     """Stack spliced samples of different lengths.
 
@@ -197,6 +198,7 @@ def pad_batch(
         image_of: S times `int64[L_i]`, on the CPU.
         positions: S times `int64[L_i]`, on the CPU.
         side: where the padding goes, "right" (training) or "left" (generation).
+        borders: of packed rows, see `PromptEmbeds`; None: a row is a sample.
 
     Returns:
         The batch, on the embeddings' device.
@@ -218,7 +220,8 @@ def pad_batch(
         position_ids=upload(position_ids, device),
         image_of=owners,
         labels=upload(batch_labels, device),
-        targets=Targets.of(batch_labels, device),
+        targets=Targets.of(batch_labels, device, borders),
+        borders=borders,
     )
 
 

@@ -224,7 +224,7 @@ def find_lengths(
 
 
 def choose_reader(model: LlavaMetaForCausalLM) -> TextReader | None:
-    """Return what reads queries in the loader's workers; None where nobody reads them, or in pieces, as the tower does."""
+    """Return what reads queries in the loader's workers; None where nobody does, or the tower reads them in pieces."""
     tower = model.get_vision_tower()
     return tower.text_reader() if TEXT in model.needs and not tower.pools_queries else None
 
