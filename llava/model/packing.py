@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
-from llava.model.splice import PromptEmbeds, pad_batch
+from llava.model.splice import PromptEmbeds, pad_batch, upload
 from llava.model.token_reduction import TokenReducer
 
 FLASH = "flash_attention_2"
@@ -129,5 +129,5 @@ def mark_borders(borders: Tensor, device: torch.device) -> dict[str, Tensor | in
         borders: `int32[S + 1]`, see `splice.PromptEmbeds`.
         device: where attention runs.
     """
-    longest, places = int(borders.diff().max()), borders.to(device)
+    longest, places = int(borders.diff().max()), upload(borders, device)
     return {"cu_seq_lens_q": places, "cu_seq_lens_k": places, "max_length_q": longest, "max_length_k": longest}
