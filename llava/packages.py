@@ -20,6 +20,7 @@ NEEDED = {
     "PIL": "pillow",
     "filelock": "filelock",
     "numpy": "numpy",
+    "yaml": "pyyaml",
     "tqdm": "tqdm",
 }
 """What most commands need: the name to import, the name to install."""
@@ -31,7 +32,6 @@ NEEDED_BY_SOME = {
     "openai": "openai",
     "openpyxl": "openpyxl",
     "pandas": "pandas",
-    "yaml": "pyyaml",
     "matplotlib": "matplotlib",
 }
 """What one command or one option needs."""

@@ -46,7 +46,8 @@ for words, code in json.loads(sys.argv[1]):
 def list_commands() -> list[str]:
     """List the modules and scripts that are commands."""
     files = [file for folder in ("llava", "scripts", "playground") for file in ROOT.glob(f"{folder}/**/*.py")]
-    commands = [path for path in files if "\n    run_command(" in path.read_text(encoding="utf-8")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    commands = [path for path, text in texts.items() if "\n    run_command(" in text and "__main__" in text]
     names = [path.relative_to(ROOT) for path in commands]
     return [
         str(name) if name.parent == Path("scripts") else ".".join(name.with_suffix("").parts).removesuffix(".__main__")

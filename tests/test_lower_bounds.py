@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava.errors import PACKAGES, run_command
+from llava.packages import name_package
 
 ROOT = Path(__file__).parents[1]
 # Imports all that loads, reduces, answers, scores by rules, or measures; transformers itself imports accelerate.
@@ -80,7 +81,7 @@ def test_a_command_names_the_package_that_it_lacks(module: str, capsys: pytest.C
 
     with pytest.raises(SystemExit) as end:
         run_command(command)
-    package = PACKAGES[module.partition(".")[0]]
+    package = name_package(module.partition(".")[0])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
         f"error: this needs the package {package}, which is not installed: pip install {package}\n"

@@ -15,12 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoints/llava-shapes-trim"
 COMMANDS = {
-    "llava.check {}": "ok    text tower: there",
     "llava.eval.run_llava --model-path {} --image-file shapes.png --query 'Where is the star?'": "of 64 kept",
     "llava.visualize --model-path {} --image-file shapes.png --query 'Where is it?' --out k.png": "written to k.png",
     "llava.eval run pope run {} results.txt '' -- --batch-size 4": "POPE (Avg. F1)",
-    "llava.efficiency --model-path {} --count-only": "kept patches of TRIM:-1",
-    "llava.convert --to llava-hf {} hf": "layout llava-hf",
     "llava.serve.api --help": "--allow-files DIR",
     "llava.train.train --help": "--model_name_or_path",
 }

@@ -11,6 +11,27 @@ not count.
 # ruff: noqa: T201
 
 import argparse
+from pathlib import Path
+
+from llava.efficiency.shapes import PUBLISHED_MODELS
+from scripts.bench import side_by_side
+
+CONFIG = PUBLISHED_MODELS["llava-v1.5-7b"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__, repeats=False)
+    parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help="folder of the random weights")
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="decoder layers (default: 32)")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each kind (default: %(default)s)")
+    parser.add_argument("--lora-rank", type=int, default=64, help="rank of the adapters (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import itertools
 import json
 import os
@@ -21,7 +42,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +52,11 @@ from llava.efficiency.cost import Precision, weight_bytes
 from llava.efficiency.estimate import PUBLISHED_KEPT_RATIO
 from llava.efficiency.memory import available_bytes
 from llava.efficiency.random_model import WEIGHT_STD, build_random_model
-from llava.efficiency.shapes import PUBLISHED_MODELS, read_shape
+from llava.efficiency.shapes import read_shape
 from llava.errors import InputError, run_command
 from llava.files import atomic_folder, atomic_write, make_folder, read_json, write_json
 from llava.model.checkpoint_folder import tidy_checkpoint
-from scripts.bench import side_by_side
 
-CONFIG = PUBLISHED_MODELS["llava-v1.5-7b"]
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
 SIZE = 2  # bytes of a bfloat16
@@ -226,17 +244,8 @@ def ask(weights: Path, folder: Path, adapter: Path) -> str:
     return f"{json.dumps(done.stdout.strip())}; {last}"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = side_by_side.make_parser(__doc__, repeats=False)
-    parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help="folder of the random weights")
-    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="decoder layers (default: 32)")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of each kind (default: %(default)s)")
-    parser.add_argument("--lora-rank", type=int, default=64, help="rank of the adapters (default: %(default)s)")
-    return parser
-
-
 def main() -> None:
-    args = build_parser().parse_args()
+    args = make_parser().parse_args()
     for name in ("layers", "steps", "lora_rank"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number from 1 on")

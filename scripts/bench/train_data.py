@@ -9,6 +9,26 @@ the memory of a process that trains on all of them, less that of one that trains
 # ruff: noqa: T201
 
 import argparse
+from pathlib import Path
+
+from scripts.bench import side_by_side
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__, repeats=False)
+    parser.add_argument("--records", type=int, default=665_000)
+    parser.add_argument("--ranks", type=int, default=2, help="processes that train together (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="loader workers of each (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the data are written (default: the system's temporary one)")
+    for name, kind in (("part", str), ("data", Path)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import hashlib
 import json
 import multiprocessing
@@ -20,7 +40,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from itertools import islice, pairwise
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -37,7 +56,6 @@ from llava.train.store import Records
 from llava.train.targets import choose_template
 from llava.train.train import load_records
 from playground.shapes import sentence
-from scripts.bench import side_by_side
 
 TOWER = Path("playground/shapes/checkpoints/shapes-clip")
 FEW = 1000
@@ -201,14 +219,7 @@ def tell_costs(few: dict, all_of_them: dict) -> Iterator[tuple[str, dict[str, fl
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__, repeats=False)
-    parser.add_argument("--records", type=int, default=665_000)
-    parser.add_argument("--ranks", type=int, default=2, help="processes that train together (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="loader workers of each (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the data are written (default: the system's temporary one)")
-    for name, kind in (("part", str), ("data", Path)):
-        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     if args.part:
         return {"start": run_start, "rank": run_rank}[args.part](args)
     if args.records < FEW or args.ranks < 1 or args.workers < 1:

@@ -11,6 +11,34 @@ alone (as in LLaVA-1.5's data), and lengths of texts are drawn from wide distrib
 # ruff: noqa: T201
 
 import argparse
+
+from scripts.bench import side_by_side
+
+ORDERS = ("random", "modality", "reduced")
+PUBLISHED = "modality"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__)
+    side_by_side.add_machine_options(parser)
+    parser.add_argument("--only", choices=("pocket", "random", "padding"), help="measure only one of the three")
+    parser.add_argument("--reduce", default="TRIM:-1")
+    parser.add_argument("--kept", type=float, default=0.21, help="share of the patches to keep (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="samples of a batch (default: %(default)s)")
+    parser.add_argument("--group", type=int, default=128, help="samples of a step on all ranks (default: %(default)s)")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=[PUBLISHED, "reduced"])
+    parser.add_argument("--pocket-samples", type=int, default=256)
+    parser.add_argument("--random-samples", type=int, default=32)
+    parser.add_argument("--layers", type=int, help="decoder layers of the random model, to make it smaller")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted (default: %(default)s)")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +57,6 @@ from llava.model.builder import load_pretrained_model
 from llava.model.packing import find_even_width, plan_rows
 from llava.model.token_reduction import parse_reducer
 from llava.train.sampler import POOLED_GROUPS, ModalityLengthSampler
-from scripts.bench import side_by_side
 
 SEED = 20240918
 TEXT_ONLY_SHARE = 0.06
@@ -39,8 +66,6 @@ LIMIT = 2048
 MANY = 20_000
 GRID = (24, 24)
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
-ORDERS = ("random", "modality", "reduced")
-PUBLISHED = "modality"
 
 
 @dataclass(frozen=True)
@@ -188,20 +213,7 @@ def tell_padding(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__)
-    side_by_side.add_machine_options(parser)
-    parser.add_argument("--only", choices=("pocket", "random", "padding"), help="measure only one of the three")
-    parser.add_argument("--reduce", default="TRIM:-1")
-    parser.add_argument("--kept", type=float, default=0.21, help="share of the patches to keep (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="samples of a batch (default: %(default)s)")
-    parser.add_argument("--group", type=int, default=128, help="samples of a step on all ranks (default: %(default)s)")
-    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=[PUBLISHED, "reduced"])
-    parser.add_argument("--pocket-samples", type=int, default=256)
-    parser.add_argument("--random-samples", type=int, default=32)
-    parser.add_argument("--layers", type=int, help="decoder layers of the random model, to make it smaller")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted (default: %(default)s)")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     figures = {}
     if args.only in (None, "padding"):
         figures["padding"] = tell_padding(args)

@@ -12,11 +12,66 @@ stands the processor time of the training process: what its workers take, or oth
 # ruff: noqa: T201
 
 import argparse
+from dataclasses import dataclass
+
+from scripts.bench import side_by_side
+
+POCKET = "pocket"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a pass goes; the default is the plain way. What is new gets a field here, a line in `WAYS`, a use below.
+
+    Attributes:
+        only_loss: the output head reads labelled positions alone.
+        reads_queries: the loader makes ids of the queries for the text tower.
+        has_cache: features come from `--feature_cache`.
+        num_workers: of the loader; 0: the main process reads.
+        tower_dtype: of the frozen towers, by its name.
+    """
+
+    only_loss: bool = False
+    reads_queries: bool = False
+    has_cache: bool = False
+    num_workers: int = 0
+    tower_dtype: str = "float32"
+
+
+PLAIN = "plain"
+TOGETHER = "together"
+WAYS = {
+    PLAIN: Way(),
+    "loss of labels alone": Way(only_loss=True),
+    "queries read by the loader": Way(reads_queries=True),
+    "feature cache": Way(has_cache=True),
+    "one worker": Way(num_workers=1),
+    "towers in bfloat16": Way(tower_dtype="bfloat16"),
+    # Of those above, what changes no arithmetic but the rounding of cached features.
+    TOGETHER: Way(only_loss=True, reads_queries=True, has_cache=True, num_workers=1),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__)
+    side_by_side.add_machine_options(parser)
+    parser.add_argument("--model", default=POCKET, help=f"{POCKET}, {RANDOM}, or a language model (default: {POCKET})")
+    parser.add_argument("--reduce", default="TRIM:-1")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--passes", type=int, default=8, metavar="N", help="batches of a pass (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,46 +99,10 @@ from llava.train.model_setup import (
 from llava.train.records import Record, read_records
 from llava.train.targets import choose_template, settle_version
 from playground.shapes.generate import write_train
-from scripts.bench import side_by_side
 
-POCKET = "pocket"
-RANDOM = "random"
 TOWER = "playground/shapes/checkpoints/shapes-clip"
 DATA_SEED = 20260102
 MAX_LENGTH = 2048
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a pass goes; the default is the plain way. What is new gets a field here, a line in `WAYS`, a use below.
-
-    Attributes:
-        only_loss: the output head reads labelled positions alone.
-        reads_queries: the loader makes ids of the queries for the text tower.
-        has_cache: features come from `--feature_cache`.
-        num_workers: of the loader; 0: the main process reads.
-        tower_dtype: of the frozen towers.
-    """
-
-    only_loss: bool = False
-    reads_queries: bool = False
-    has_cache: bool = False
-    num_workers: int = 0
-    tower_dtype: torch.dtype = torch.float32
-
-
-PLAIN = "plain"
-TOGETHER = "together"
-WAYS = {
-    PLAIN: Way(),
-    "loss of labels alone": Way(only_loss=True),
-    "queries read by the loader": Way(reads_queries=True),
-    "feature cache": Way(has_cache=True),
-    "one worker": Way(num_workers=1),
-    "towers in bfloat16": Way(tower_dtype=torch.bfloat16),
-    # Of those above, what changes no arithmetic but the rounding of cached features.
-    TOGETHER: Way(only_loss=True, reads_queries=True, has_cache=True, num_workers=1),
-}
 
 
 class Training:
@@ -105,7 +124,7 @@ class Training:
     def run(self, way: Way) -> None:
         """Train on all records once."""
         losses, start = [], time.process_time()
-        with use_dtype(self.tower, way.tower_dtype):
+        with use_dtype(self.tower, getattr(torch, way.tower_dtype)):
             for batch in self._loader(way):
                 loss = self.model(**self._prepare(batch), only_loss=way.only_loss).loss
                 loss.backward()
@@ -180,14 +199,7 @@ def load(args: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__)
-    side_by_side.add_machine_options(parser)
-    parser.add_argument("--model", default=POCKET, help=f"{POCKET}, {RANDOM}, or a language model (default: {POCKET})")
-    parser.add_argument("--reduce", default="TRIM:-1")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--passes", type=int, default=8, metavar="N", help="batches of a pass (default: %(default)s)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     chosen = {name: WAYS[name] for name in dict.fromkeys((PLAIN, *args.ways))}
     with tempfile.TemporaryDirectory() as place:
         folder, count = Path(place), args.batch * args.passes

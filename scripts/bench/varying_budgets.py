@@ -8,13 +8,35 @@ over images. What is there already is not repeated.
 """
 # ruff: noqa: T201
 
+import argparse
+from pathlib import Path
+
+from scripts.bench import side_by_side
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = side_by_side.make_parser(__doc__, repeats=False)
+    parser.add_argument("--work", type=Path, default=Path("results/varying_budgets"), help="data, models and scores")
+    parser.add_argument("--start", type=Path, default=side_by_side.CHECKPOINT, help="the checkpoint to go on from")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[6, 13, 26], help="counts of patches, rising")
+    parser.add_argument("--steps", type=int, default=200, help="of each training (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--seed", type=int, default=7, help="of training (default: %(default)s)")
+    parser.add_argument("--train-images", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=200, help="of POPE; of the others four times as many")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import os
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -25,7 +47,6 @@ from llava.eval.compare import REFERENCE, Entry, Place, Runner
 from llava.eval.metrics.evidence import PairedDifference, paired_difference
 from llava.eval.results import Result
 from llava.eval.samples import pair_samples
-from scripts.bench import side_by_side
 
 TASKS = {"pope": 1, "gqa": 4, "vqav2": 4}
 """How many times `--images` are drawn for each: POPE asks eleven questions about an image, the others two."""
@@ -147,16 +168,7 @@ def tell(results: Mapping[tuple[str, int, str], Result], budgets: list[int], var
 
 
 def main() -> None:
-    parser = side_by_side.make_parser(__doc__, repeats=False)
-    parser.add_argument("--work", type=Path, default=Path("results/varying_budgets"), help="data, models and scores")
-    parser.add_argument("--start", type=Path, default=side_by_side.CHECKPOINT, help="the checkpoint to go on from")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[6, 13, 26], help="counts of patches, rising")
-    parser.add_argument("--steps", type=int, default=200, help="of each training (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
-    parser.add_argument("--seed", type=int, default=7, help="of training (default: %(default)s)")
-    parser.add_argument("--train-images", type=int, default=3000)
-    parser.add_argument("--images", type=int, default=200, help="of POPE; of the others four times as many")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     args.work = args.work.absolute()
     logs = args.work / "logs"
     logs.mkdir(parents=True, exist_ok=True)

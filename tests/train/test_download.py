@@ -12,6 +12,7 @@ import pytest
 from llava.download.table import Place
 from llava.train import download
 from llava.train.download import STAGES, check_stage
+from llava.train.recipe import read_recipe
 from playground.shapes.generate import write_train
 from tests.eval.test_commands import run
 
@@ -111,10 +112,10 @@ def test_an_unknown_stage_is_refused_before_anything_is_written(tmp_path):
 def test_the_default_place_is_the_one_of_the_training_scripts():
     root = Path(__file__).parents[2]
     assert download.find_data_root() == root / "playground" / "data"
-    scripts = "".join((root / "scripts" / name).read_text() for name in ("pretrain.sh", "finetune.sh"))
+    recipes = [read_recipe(root / "scripts/recipes" / name).settings for name in ("pretrain.yaml", "finetune.yaml")]
     for stage in STAGES.values():
-        assert f"DATA playground/data/{stage.records}" in scripts
-        assert f"IMAGES {Path('playground/data', stage.images)}" in scripts
+        assert f"playground/data/{stage.records}" in [recipe["DATA"] for recipe in recipes]
+        assert str(Path("playground/data", stage.images)) in [recipe["IMAGES"] for recipe in recipes]
 
 
 def test_every_address_is_in_the_documents():

@@ -15,8 +15,8 @@ from llava.errors import InputError
 from llava.train.flags import check_flags
 from llava.train.held_out import check_held_out, deal_batches, undisturbed
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.records import Record
 from llava.train.score_command import ScoreCommand, check_command, read_scores
+from llava.train.store import Record, Records
 
 TRIM = {"mm_vision_token_reduce_func": "TRIM:-1"}
 # What a training draws shows in its losses: dropout from the global state, and the order of records.
@@ -105,6 +105,7 @@ def test_no_dropout_touches_the_held_out_loss(run_training: Callable, held_out: 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 def test_every_record_counts_once_and_ranks_meet_in_the_same_modality(num_ranks: int):
     records = [Record(f"record {n}", ("a.png",) if n % 3 else (), ("word " * (n % 7), "yes")) for n in range(23)]
+    records = Records.of(records)
     ranks = [deal_batches(records, 2, rank, num_ranks) for rank in range(num_ranks)]
     counted = [place.index for batches in ranks for batch in batches for place in batch if place.counts]
     assert sorted(counted) == list(range(23))
@@ -160,7 +161,7 @@ def test_records_that_are_in_both_sets_are_named(caplog: pytest.LogCaptureFixtur
     trained = [Record(f"record {n}", (), (f"{n}?", "yes")) for n in range(4)]
     held_out = [Record("record 0 (id 'x')", (), ("2?", "yes")), Record("record 1", (), ("9?", "yes"))]
     with caplog.at_level(logging.WARNING):
-        check_held_out(held_out, trained, ("a.json", "b.json"))
+        check_held_out(Records.of(held_out), Records.of(trained), ("a.json", "b.json"))
     assert "a.json: 1 of 2 held-out records are trained on too: record 0 (id 'x')" in caplog.text
 
 

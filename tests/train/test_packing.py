@@ -101,7 +101,7 @@ def test_records_are_counted_as_the_language_model_reads_them(run_training: Call
         assert tokens == ImageTokens(num_left, reduce != "TRIM:-1", None, 84)
         counted = count_lengths(dataset.records, trainer.processing_class, dataset.text_format, 90, tokens, None)
         if tokens.is_exact:
-            assert counted == model.embed_prompts(**batch).attention_mask.sum(dim=1).tolist()
+            assert counted.tolist() == model.embed_prompts(**batch).attention_mask.sum(dim=1).tolist()
         assert counted[0] == min(90, len(dataset[0].input_ids) - 1 + num_left)
 
 

@@ -105,12 +105,17 @@ def parse_reduction(spec: str | None) -> Reduction:
 
 
 def _refuse_ranges(spec: str) -> None:
+    # Options of methods inside the language model are no numbers to draw: their own parsers say what they are.
+    parts = [
+        each.partition(",")[0] if each.partition(":")[0].strip() in LAYER_REDUCERS else each
+        for each in spec.split(SEPARATOR)
+    ]
     try:
-        pieces = cut_ranges(spec)
+        pieces = cut_ranges(SEPARATOR.join(parts))
     except InputError as error:
         raise InputError(name_spec(error, spec)) from None
     if len(pieces) > 1:
-        one = "".join(piece.middle if isinstance(piece, Range) else piece for piece in pieces)
+        one = "".join(piece.middle if isinstance(piece, Range) else piece for piece in cut_ranges(spec))
         raise InputError(f'{CONFIG_KEY}: "{spec}": only training draws from a range; give one number, as in "{one}"')
 
 
