@@ -11,6 +11,25 @@ base of the angles gives them the angles that they had.
 import argparse
 from pathlib import Path
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+NAME = "llava-shapes-trim"
+WIDTH = 64
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m playground.shapes.wide_heads", description="Write the pocket model with wider heads."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new checkpoint's folder")
+    parser.add_argument("--source", type=Path, default=CHECKPOINTS / NAME, metavar="CKPT", help=f"(default: {NAME})")
+    parser.add_argument("--width", type=int, default=WIDTH, metavar="N", help="of each head (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,9 +37,6 @@ from torch.nn.functional import pad
 from llava.errors import InputError, run_command
 from llava.files import atomic_folder, read_json, write_bytes, write_json
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-NAME = "llava-shapes-trim"
-WIDTH = 64
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOWER_KEY = "mm_vision_tower"
 
@@ -65,13 +81,7 @@ def write_wide_heads(out: Path, source: Path = CHECKPOINTS / NAME, width: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m playground.shapes.wide_heads", description="Write the pocket model with wider heads."
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new checkpoint's folder")
-    parser.add_argument("--source", type=Path, default=CHECKPOINTS / NAME, metavar="CKPT", help=f"(default: {NAME})")
-    parser.add_argument("--width", type=int, default=WIDTH, metavar="N", help="of each head (default: %(default)s)")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     write_wide_heads(args.out, args.source, args.width)
 
 

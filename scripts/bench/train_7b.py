@@ -35,6 +35,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,7 @@ SIZE = 2  # bytes of a bfloat16
 ADAM_BYTES = 16  # of a trained number: itself, its gradient and two states in float32
 ROOM_BYTES = 1.5 * 2**30  # activations, images and libraries
 NONE, TRIM = "none", f"TRIM:{PUBLISHED_KEPT_RATIO}"
+STEP_ROW = re.compile(r"\s*\d+/\d+ ")  # of `llava.train.console`
 TURNS = 6  # questions about each image: with their answers about 100 tokens of text
 
 
@@ -211,7 +213,7 @@ def train(weights: Path, folder: Path, reduction: str, steps: int, rank: int) ->
     with process, tqdm(total=steps + 1, unit="step", desc=reduction) as bar:
         for line in process.stdout:
             last = line.strip() or last
-            if line.startswith("{'loss'"):  # the trainer writes it when a step has ended
+            if STEP_ROW.match(line):  # the trainer writes one when a step has ended
                 moments.append(time.perf_counter())
                 bar.update()
         _, status, usage = os.wait4(process.pid, 0)
