@@ -11,8 +11,8 @@ from transformers import CLIPVisionModel
 from llava.errors import InputError
 from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.query_pooling import TextMeasure
-from llava.model.multimodal_encoder.tower import JointMap, TextIds, TextReader, VisionTower
+from llava.model.multimodal_encoder.text_reader import TextIds, TextReader
+from llava.model.multimodal_encoder.tower import JointMap, VisionTower
 from llava.model.token_reduction import TEXT
 
 SAME_FEATURES = 0.1
@@ -92,13 +92,9 @@ class HostTower(CLIPVisionTower):
         self.load_text_tower()
         return self.text_half.joint_head()
 
-    def read_text_measure(self) -> TextMeasure:
+    def read_text_reader(self) -> TextReader:
         self.load_text_tower()
-        return self.text_half.text_measure
+        return self.text_half.text_reader
 
     def text_features(self, texts: list[str | TextIds]) -> Tensor:
         return self.text_half.text_features(texts)
-
-    def text_reader(self) -> TextReader:
-        self.load_text_tower()
-        return self.text_half.text_reader()

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 from llava.errors import InputError
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.crops import MERGE_TYPES, layout_tiles, merge_crops
-from llava.model.multimodal_encoder.tower import ImageFeatures, TextIds, VisionTower
+from llava.model.multimodal_encoder.text_reader import TextIds
+from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.splice import Positions, upload
 from llava.model.token_reduction.base import PROJECTED, TEXT, ReducedTokens, TokenReducer, VisualTokens
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.multimodal_encoder.tower import ImageFeatures, TextIds
+from llava.model.multimodal_encoder.text_reader import TextIds
+from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.train.dataset import Sample
 
 

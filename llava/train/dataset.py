@@ -21,7 +21,8 @@ from llava.errors import InputError
 from llava.image import load_image
 from llava.mm_utils import process_images
 from llava.model.feature_files import FeatureFiles
-from llava.model.multimodal_encoder.tower import ImageFeatures, TextIds, TextReader
+from llava.model.multimodal_encoder.text_reader import TextIds, TextReader
+from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.feature_cache import read_source
 from llava.train.records import leave_out, locate_image

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from llava.errors import InputError
 from llava.model.multimodal_encoder.builder import build_named_tower
-from llava.model.multimodal_encoder.query_pooling import TextMeasure, split_query
+from llava.model.multimodal_encoder.query_pooling import split_query
+from llava.model.multimodal_encoder.text_reader import TextReader
 from llava.model.token_reduction import CONFIG_KEY, TEXT, read_training_reduction
 from llava.prompt import POOLED_TURNS
 from llava.train.dataset import TextFormat
@@ -42,24 +43,24 @@ class CutQueries:
         return line + (f"; --mm_vision_token_reduce_query {POOLED_TURNS} reads them whole" if self.names else "")
 
 
-def find_measure(model_args: ModelArguments) -> TextMeasure | None:
+def find_reader(model_args: ModelArguments) -> TextReader | None:
     """Read the tokenizer of the tower's text half; None where no reduction reads text, or it cannot be read."""
     reducer = read_training_reduction(getattr(model_args, CONFIG_KEY)).middle.before
     if model_args.vision_tower is None or reducer is None or TEXT not in reducer.needs:
         return None
     try:
-        return build_named_tower(model_args.vision_tower, folder=model_args.model_name_or_path).text_measure
+        return build_named_tower(model_args.vision_tower, folder=model_args.model_name_or_path).text_reader
     except InputError:
         return None  # loading the tower says why
 
 
-def find_cut_queries(records: Sequence[Record], text_format: TextFormat, measure: TextMeasure) -> CutQueries:
+def find_cut_queries(records: Sequence[Record], text_format: TextFormat, reader: TextReader) -> CutQueries:
     """Find the records whose query the text half does not read to its end, in the sample of the preflight.
 
     Args:
         records: the training set.
         text_format: template, and which text is the query.
-        measure: of the tower's text half.
+        reader: of the tower's text half.
     """
     read, pieces = [], []
     for record in (each for each in sample(records, SAMPLED_RECORDS) if each.images):
@@ -69,12 +70,12 @@ def find_cut_queries(records: Sequence[Record], text_format: TextFormat, measure
             continue  # counted among the broken ones
         query = choose_query(record.turns, rendered, text_format.query_source)
         read.append(record)
-        pieces.append(split_query(query, measure) if text_format.query_source == POOLED_TURNS else [query])
-    counts = iter(measure.count([piece for own in pieces for piece in own]))
-    is_cut = [max(next(counts) for _ in own) > measure.context for own in pieces]
+        pieces.append(split_query(query, reader) if text_format.query_source == POOLED_TURNS else [query])
+    counts = iter(reader.count([piece for own in pieces for piece in own]))
+    is_cut = [max(next(counts) for _ in own) > reader.context for own in pieces]
     is_dialogue = [len(record.turns[::2]) > 1 for record in read]
     return CutQueries(
-        context=measure.context,
+        context=reader.context,
         num_read=len(read),
         num_dialogues=sum(is_dialogue),
         names=tuple(record.name for record, cut in zip(read, is_cut, strict=True) if cut),

@@ -28,7 +28,7 @@ from llava.conversation import Conversation
 from llava.files import make_folder
 from llava.gone import look_up
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.multimodal_encoder.tower import TextReader
+from llava.model.multimodal_encoder.text_reader import TextReader
 from llava.model.token_reduction import CONFIG_KEY, TEXT, read_training_reduction
 from llava.prompt import JOINED_TURNS, QUERY_KEY
 from llava.protocols import ImageProcessor, Tokenizer
@@ -57,7 +57,7 @@ from llava.train.model_setup import (
 )
 from llava.train.preflight import count_image_tokens, find_broken_images, inspect_records
 from llava.train.provenance import describe_records, list_flags, sum_up
-from llava.train.queries import find_cut_queries, find_measure
+from llava.train.queries import find_cut_queries, find_reader
 from llava.train.records import check_image_files, leave_out, read_records
 from llava.train.run import Run, RunSettings
 from llava.train.score_command import ScoreCommand, check_command
@@ -226,7 +226,7 @@ def find_lengths(
 def choose_reader(model: LlavaMetaForCausalLM) -> TextReader | None:
     """Return what reads queries in the loader's workers; None where nobody does, or the tower reads them in pieces."""
     tower = model.get_vision_tower()
-    return tower.text_reader() if TEXT in model.needs and not tower.pools_queries else None
+    return tower.text_reader if TEXT in model.needs and not tower.pools_queries else None
 
 
 def vary_reduction(trainer: LLaVATrainer, model: PreTrainedModel, model_args: ModelArguments) -> None:
@@ -297,8 +297,8 @@ def run_preflight(
         records, tokenizer, text_format, limit, tokens, data_args.image_folder, data_args.skip_broken_records
     )
     say(training_args, findings.describe(limit, tokens))
-    if (measure := find_measure(model_args)) is not None:
-        say(training_args, find_cut_queries(records, text_format, measure).describe())
+    if (reader := find_reader(model_args)) is not None:
+        say(training_args, find_cut_queries(records, text_format, reader).describe())
 
 
 def describe_text(model_args: ModelArguments, tokenizer: Tokenizer) -> TextFormat:

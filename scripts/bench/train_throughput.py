@@ -144,7 +144,7 @@ class Training:
                 TextFormat(template),
                 ImageFormat(self.folder / "images", self.tower.image_processor, "pad"),
                 feature_files=self.cache.files if way.has_cache else None,
-                read_query=self.tower.text_reader() if way.reads_queries and TEXT in self.model.needs else None,
+                read_query=self.tower.text_reader if way.reads_queries and TEXT in self.model.needs else None,
             )
             self._loaders[way] = DataLoader(
                 samples,

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.builder import build_named_tower, load_tower
-from llava.model.multimodal_encoder.query_pooling import TextMeasure, pool_embeddings, split_query
+from llava.model.multimodal_encoder.query_pooling import pool_embeddings, split_query
+from llava.model.multimodal_encoder.text_reader import TextIds, TextReader
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.token_reduction import TEXT
 from llava.prompt import TURN_BREAK, join_turns
@@ -19,7 +22,23 @@ from llava.prompt import TURN_BREAK, join_turns
 TOWER = "openai/clip-vit-tiny-patch14-84"
 LLAVA = "llava-v1.5-tiny84-TRIM"
 LONG = " ".join(f"Is the circle number {number} red or blue?" for number in range(30))
-WORDS = TextMeasure(5, lambda texts: [len(text.split()) for text in texts])
+
+
+@dataclass(frozen=True)
+class Reader(TextReader):
+    """A token for each part that a function cuts a text into."""
+
+    context: int
+    cut: Callable[[str], Sequence[str]]
+
+    def __call__(self, text: str) -> TextIds:
+        return TextIds(tuple(range(len(self.cut(text))))[: self.context])
+
+    def count(self, texts: list[str]) -> list[int]:
+        return [len(self.cut(text)) for text in texts]
+
+
+WORDS = Reader(5, str.split)
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +65,22 @@ def test_a_query_is_cut_at_its_turns_and_in_the_middle(query: str, pieces: list[
 
 
 def test_a_word_that_is_too_long_is_cut_inside():
-    letters = TextMeasure(3, lambda texts: [len(text) for text in texts])
+    letters = Reader(3, list)
     assert split_query("abcdefgh", letters) == ["ab", "cd", "ef", "gh"]
 
 
 def test_every_piece_of_a_long_query_fits_and_nothing_is_lost(tower: VisionTower):
-    measure = tower.text_measure
-    assert measure.context == 77 and measure.count([LONG])[0] > 2 * 77
-    pieces = split_query(LONG, measure)
-    assert max(measure.count(pieces)) <= 77 and " ".join(pieces) == LONG
+    reader = tower.text_reader
+    assert reader.context == 77 and reader.count([LONG])[0] > 2 * 77
+    pieces = split_query(LONG, reader)
+    assert max(reader.count(pieces)) <= 77 and " ".join(pieces) == LONG
 
 
-def test_the_measure_counts_what_the_text_half_reads(tower: VisionTower):
+def test_the_reader_counts_what_the_text_half_reads(tower: VisionTower):
     texts = ["", "a", "Is it red?", LONG]
     tokenizer = tower.text_tower.tokenizer
     cut = tokenizer(texts, truncation=True, max_length=77).input_ids
-    assert [min(count, 77) for count in tower.text_measure.count(texts)] == [len(ids) for ids in cut]
+    assert [min(count, 77) for count in tower.text_reader.count(texts)] == [len(ids) for ids in cut]
 
 
 # -------------------------------------------------------------------------------------------------------------- pooling
@@ -119,21 +138,21 @@ def test_every_kind_of_tower_counts_what_its_text_half_reads(family: str, kind: 
         pytest.importorskip("open_clip")
     folder = request.getfixturevalue(family)
     place = str(folder / "hf") if kind == "hf" else kind
-    measure = build_named_tower(place, folder=folder).text_measure
+    reader = build_named_tower(place, folder=folder).text_reader
     tower = build_named_tower(place, folder=folder, needs={TEXT})
     tower.load_model()
     # Up to the context another word changes the embedding, beyond it none does.
-    counts = dict(enumerate(measure.count(["a " * number for number in range(150)])))
-    fitting = max(number for number, count in counts.items() if count <= measure.context)
-    beyond = min(number for number, count in counts.items() if count > measure.context + 2)
+    counts = dict(enumerate(reader.count(["a " * number for number in range(150)])))
+    fitting = max(number for number, count in counts.items() if count <= reader.context)
+    beyond = min(number for number, count in counts.items() if count > reader.context + 2)
     embedded = tower.embed_text(["a " * number for number in (fitting - 1, fitting, beyond, beyond + 1)])
     assert not torch.allclose(embedded[0], embedded[1], atol=1e-4)
     torch.testing.assert_close(embedded[2], embedded[3])
 
 
-def test_a_vision_half_alone_has_no_measure(golden: Path, tmp_path: Path):
+def test_a_vision_half_alone_has_no_reader(golden: Path, tmp_path: Path):
     shutil.copytree(golden / "checkpoints" / TOWER, tmp_path / "clip")
     config = json.loads((tmp_path / "clip/config.json").read_text(encoding="utf-8"))["vision_config"]
     (tmp_path / "clip/config.json").write_text(json.dumps(config | {"model_type": "clip_vision_model"}))
     with pytest.raises(InputError, match="has no text half: text-guided token reduction needs a full CLIP"):
-        build_named_tower(str(tmp_path / "clip")).text_measure  # noqa: B018 # reads it
+        build_named_tower(str(tmp_path / "clip")).text_reader  # noqa: B018 # reads it

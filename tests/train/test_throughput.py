@@ -10,7 +10,8 @@ import torch
 from llava.model.image_tokens import embed_distinct
 from llava.model.multimodal_encoder import clip_text
 from llava.model.multimodal_encoder.builder import build_named_tower
-from llava.model.multimodal_encoder.tower import TextIds, VisionTower
+from llava.model.multimodal_encoder.text_reader import TextIds
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.token_reduction import TEXT
 from llava.train.arguments import TrainingArguments, parse_arguments
 
@@ -28,7 +29,7 @@ def tower(golden: Path) -> VisionTower:
 
 # ---------------------------------------------------------------------------------------------------------------- texts
 def test_ids_that_were_made_elsewhere_embed_as_their_texts(tower):
-    read = pickle.loads(pickle.dumps(tower.text_reader()))
+    read = pickle.loads(pickle.dumps(tower.text_reader))
     assert torch.equal(tower.embed_text([read(text) for text in TEXTS]), tower.embed_text(TEXTS))
     assert torch.equal(tower.embed_text([read(TEXTS[0]), TEXTS[1]]), tower.embed_text(TEXTS[:2]))
     longest = max(len(read(text).ids) for text in TEXTS)
@@ -41,7 +42,7 @@ def test_equal_queries_of_a_batch_are_embedded_once(tower, monkeypatch):
     monkeypatch.setattr(
         type(tower), "text_features", lambda self, texts: embedded.append(texts) or features(self, texts)
     )
-    read = tower.text_reader()
+    read = tower.text_reader
     rows = embed_distinct(tower, [read(text) for text in TEXTS])
     assert [len(texts) for texts in embedded] == [len(set(TEXTS))]
     assert torch.equal(rows[0], rows[4]) and not torch.equal(rows[0], rows[2])

@@ -5,9 +5,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from llava.gone import look_up
 from llava.model.hf_layout import rename
-from llava.model.multimodal_encoder.clip_text import CLIPTextTower, read_measure
+from llava.model.multimodal_encoder.clip_text import CLIPTextTower, read_reader
 from llava.model.multimodal_encoder.hugging_face import HuggingFaceTower
-from llava.model.multimodal_encoder.query_pooling import TextMeasure
+from llava.model.multimodal_encoder.text_reader import TextReader
 from llava.model.multimodal_encoder.tower import JointMap
 from llava.model.stored_weights import iterate_tensors, list_weight_files
 
@@ -48,8 +48,8 @@ class CLIPVisionTower(HuggingFaceTower):
     def read_text_half(self) -> CLIPTextTower:
         return CLIPTextTower.load(self.name, device=self.device, dtype=self.dtype)
 
-    def read_text_measure(self) -> TextMeasure:
-        return read_measure(self.name)
+    def read_text_reader(self) -> TextReader:
+        return read_reader(self.name)
 
     @property
     def vision_model(self) -> nn.Module:

@@ -13,8 +13,7 @@ from llava.errors import InputError
 from llava.files import read_text
 from llava.model.config_rules import read_tower_config
 from llava.model.multimodal_encoder.loading import load_quietly
-from llava.model.multimodal_encoder.query_pooling import TextMeasure, count_tokens
-from llava.model.multimodal_encoder.tower import TextIds, read_texts
+from llava.model.multimodal_encoder.text_reader import TextIds, TextReader, count_tokens, read_texts
 from llava.model.stored_weights import find_file, first_line
 
 # Stored weights that the text half has no place for.
@@ -22,14 +21,17 @@ OTHER_WEIGHTS = (r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$", 
 
 
 @dataclass(frozen=True)
-class ClipTextReader:
+class ClipTextReader(TextReader):
     """CLIP's tokenizer: texts keep their length, up to the context length."""
 
     tokenizer: CLIPTokenizerFast
-    max_length: int
+    context: int
 
     def __call__(self, text: str) -> TextIds:
-        return TextIds(tuple(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids))
+        return TextIds(tuple(self.tokenizer(text, truncation=True, max_length=self.context).input_ids))
+
+    def count(self, texts: list[str]) -> list[int]:
+        return count_tokens(self.tokenizer, texts)
 
 
 class CLIPTextTower(nn.Module):
@@ -79,8 +81,8 @@ class CLIPTextTower(nn.Module):
         ).text_embeds
 
 
-def read_measure(name: str) -> TextMeasure:
-    """Read how long texts are for the text half of a CLIP, without its weights.
+def read_reader(name: str) -> ClipTextReader:
+    """Read what makes texts into ids for the text half of a CLIP, without its weights.
 
     Args:
         name: folder or hub id.
@@ -92,8 +94,7 @@ def read_measure(name: str) -> TextMeasure:
     if values["model_type"].endswith("_vision_model"):
         raise InputError(f"vision tower {name} has no text half: text-guided token reduction needs a full CLIP")
     config = CLIPTextConfig(**(values.get("text_config") or {}))
-    tokenizer = read_tokenizer(name, config.vocab_size)
-    return TextMeasure(config.max_position_embeddings, lambda texts: count_tokens(tokenizer, texts))
+    return ClipTextReader(read_tokenizer(name, config.vocab_size), config.max_position_embeddings)
 
 
 def read_tokenizer(name: str, vocab_size: int) -> CLIPTokenizerFast:

@@ -14,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llava.errors import InputError
 from llava.model.config_rules import PREPROCESSOR_FILE, check_preprocessor, read_settings, read_tower_config
 from llava.model.multimodal_encoder.loading import load_quietly
-from llava.model.multimodal_encoder.tower import TextIds, TextReader, VisionTower
+from llava.model.multimodal_encoder.text_reader import TextIds
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.stored_weights import first_line
 from llava.model.token_reduction import TEXT
 from llava.protocols import ImageProcessor
@@ -153,10 +154,6 @@ class HuggingFaceTower(VisionTower):
 
     def text_features(self, texts: list[str | TextIds]) -> Tensor:
         return self.text_tower(texts)
-
-    def text_reader(self) -> TextReader:
-        self.load_text_tower()
-        return self.text_tower.reader
 
     @property
     def config(self) -> PreTrainedConfig:

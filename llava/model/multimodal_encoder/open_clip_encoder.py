@@ -21,22 +21,31 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava.errors import InputError
 from llava.model.multimodal_encoder.open_clip_source import OpenClipSource, parse_source
-from llava.model.multimodal_encoder.query_pooling import TextMeasure
 from llava.model.multimodal_encoder.siglip_pooling import PatchPooling
-from llava.model.multimodal_encoder.tower import JointMap, TextIds, TextReader, VisionTower, read_texts
+from llava.model.multimodal_encoder.text_reader import TextIds, TextReader, count_tokens, read_texts
+from llava.model.multimodal_encoder.tower import JointMap, VisionTower
 from llava.model.token_reduction import TEXT
 
 INTERPOLATIONS = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR, "nearest": Resampling.NEAREST}
 
 
 @dataclass(frozen=True)
-class OpenClipTextReader:
+class OpenClipTextReader(TextReader):
     """open_clip's tokenizer: every text is padded to the context length."""
 
     tokenizer: Callable[[str], Tensor]
 
+    @property
+    def context(self) -> int:
+        return self.tokenizer.context_length
+
     def __call__(self, text: str) -> TextIds:
         return TextIds(tuple(self.tokenizer(text)[0].tolist()))
+
+    def count(self, texts: list[str]) -> list[int]:
+        if hasattr(self.tokenizer, "tokenizer"):  # open_clip's wrapper of a Hugging Face tokenizer
+            return count_tokens(self.tokenizer.tokenizer, [self.tokenizer.clean_fn(text) for text in texts])
+        return [len(self.tokenizer.encode(text)) + len(("start", "end")) for text in texts]
 
 
 class OpenClipTextTower(nn.Module):
@@ -163,12 +172,8 @@ class OpenClipVisionTower(VisionTower):
     def text_features(self, texts: list[str | TextIds]) -> Tensor:
         return self.text_tower(texts)
 
-    def read_text_measure(self) -> TextMeasure:
-        return self.source.read_text_measure()
-
-    def text_reader(self) -> TextReader:
-        self.load_text_tower()
-        return self.text_tower.reader
+    def read_text_reader(self) -> TextReader:
+        return OpenClipTextReader(self.source.load_tokenizer(self.source.vocab_size))
 
     @property
     def patch_size(self) -> int:

@@ -39,7 +39,6 @@ from llava.model.config_rules import (
     require,
 )
 from llava.model.multimodal_encoder.open_clip_weights import choose_weights, fill_model, read_weights
-from llava.model.multimodal_encoder.query_pooling import TextMeasure, count_tokens
 from llava.model.stored_weights import first_line
 
 LOCAL_PREFIX, HUB_PREFIX, QUICK_SUFFIX = "local-dir:", "hf-hub:", "-quickgelu"
@@ -87,6 +86,12 @@ class OpenClipSource:
         """What the config holds about pixel values: mean, std, interpolation; may be empty."""
         return self._settings.get("preprocess_cfg") or {}
 
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the text half knows, as the config says."""
+        text_config = self._settings["model_cfg"].get("text_cfg") or {}
+        return text_config.get("vocab_size", open_clip.CLIPTextCfg.vocab_size)
+
     def load(self) -> open_clip.CLIP | open_clip.CustomTextCLIP:
         """Build the whole model, in float32 on the CPU, with its weights.
 
@@ -111,22 +116,6 @@ class OpenClipSource:
             raise InputError(f"vision tower {self.name}: open_clip refuses its config: {first_line(error)}") from error
         fill_model(model, weights, f"vision tower {self.name}: weights {path}")
         return model.eval()
-
-    def read_text_measure(self) -> TextMeasure:
-        """Read how long texts are for the text half, without its weights.
-
-        Raises:
-            InputError: as `load_tokenizer`.
-        """
-        text_config = self._settings["model_cfg"].get("text_cfg") or {}
-        tokenizer = self.load_tokenizer(text_config.get("vocab_size", open_clip.CLIPTextCfg.vocab_size))
-
-        def count(texts: list[str]) -> list[int]:
-            if hasattr(tokenizer, "tokenizer"):
-                return count_tokens(tokenizer.tokenizer, [tokenizer.clean_fn(text) for text in texts])
-            return [len(tokenizer.encode(text)) + len(("start", "end")) for text in texts]
-
-        return TextMeasure(tokenizer.context_length, count)
 
     def load_tokenizer(self, vocab_size: int) -> object:
         """Load the tokenizer that belongs to the text half.

@@ -6,47 +6,28 @@ and after it; all others are cut at the context length, as in the released code.
 Shape letters: `S` queries, `Q` pieces of all of them, `P` joint width.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from llava.model.multimodal_encoder.text_reader import TextReader
 from llava.prompt import TURN_BREAK
 
 
-@dataclass(frozen=True)
-class TextMeasure:
-    """How long texts are for a text half.
-
-    Attributes:
-        context: the most tokens that it reads.
-        count: tokens of each text, special ones included and nothing cut.
-    """
-
-    context: int
-    count: Callable[[list[str]], list[int]]
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
-    """Count tokens of texts, special ones included and nothing cut."""
-    return [len(ids) for ids in tokenizer(texts, verbose=False).input_ids] if texts else []
-
-
-def split_query(query: str, measure: TextMeasure) -> list[str]:
+def split_query(query: str, reader: TextReader) -> list[str]:
     """Cut a query at its turns, and turns that are too long at the middle word until every piece fits.
 
     Returns:
         At least one piece; turns without a word are left out.
     """
     turns = [turn for turn in query.split(TURN_BREAK) if turn.strip()] or [""]
-    return [piece for turn in turns for piece in _halve(turn, measure)]
+    return [piece for turn in turns for piece in _halve(turn, reader)]
 
 
-def _halve(text: str, measure: TextMeasure) -> list[str]:
-    if len(text) <= 1 or measure.count([text])[0] <= measure.context:
+def _halve(text: str, reader: TextReader) -> list[str]:
+    if len(text) <= 1 or reader.count([text])[0] <= reader.context:
         return [text]
     words = text.split()
     if len(words) > 1:
@@ -54,7 +35,7 @@ def _halve(text: str, measure: TextMeasure) -> list[str]:
         halves = (" ".join(words[:middle]), " ".join(words[middle:]))
     else:
         halves = (text[: len(text) // 2], text[len(text) // 2 :])
-    return [piece for half in halves for piece in _halve(half, measure)]
+    return [piece for half in halves for piece in _halve(half, reader)]
 
 
 def pool_embeddings(embedded: Tensor, sizes: Sequence[int]) -> Tensor:

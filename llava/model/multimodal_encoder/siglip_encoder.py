@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from llava.model.multimodal_encoder.hugging_face import HuggingFaceTower
-from llava.model.multimodal_encoder.query_pooling import TextMeasure
 from llava.model.multimodal_encoder.siglip_pooling import PatchPooling
-from llava.model.multimodal_encoder.siglip_text import SiglipTextTower, read_measure
+from llava.model.multimodal_encoder.siglip_text import SiglipTextTower, read_reader
+from llava.model.multimodal_encoder.text_reader import TextReader
 from llava.model.multimodal_encoder.tower import JointMap
 
 # Stored weights that the vision half has no place for: the text half, the loss's scale and bias, a counter.
@@ -47,8 +47,8 @@ class SiglipVisionTower(HuggingFaceTower):
     def read_text_half(self) -> SiglipTextTower:
         return SiglipTextTower.load(self.name, device=self.device, dtype=self.dtype)
 
-    def read_text_measure(self) -> TextMeasure:
-        return read_measure(self.name)
+    def read_text_reader(self) -> TextReader:
+        return read_reader(self.name)
 
     @property
     def vision_model(self) -> nn.Module:

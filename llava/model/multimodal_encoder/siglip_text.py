@@ -11,8 +11,7 @@ from llava.errors import InputError
 from llava.files import read_text
 from llava.model.config_rules import read_tower_config
 from llava.model.multimodal_encoder.loading import load_quietly, quiet_loading
-from llava.model.multimodal_encoder.query_pooling import TextMeasure, count_tokens
-from llava.model.multimodal_encoder.tower import TextIds, read_texts
+from llava.model.multimodal_encoder.text_reader import TextIds, TextReader, count_tokens, read_texts
 from llava.model.stored_weights import find_file
 
 # Stored weights that the text half has no place for.
@@ -21,11 +20,11 @@ NAMES = {r"^text_model\.": ""}
 
 
 @dataclass(frozen=True)
-class SiglipTextReader:
+class SiglipTextReader(TextReader):
     """SigLIP's tokenizer: lower case, and every text is padded to the context length."""
 
     tokenizer: PreTrainedTokenizerBase
-    max_length: int
+    context: int
 
     def __call__(self, text: str) -> TextIds:
         tokens = self.tokenizer(
@@ -33,10 +32,13 @@ class SiglipTextReader:
             padding="max_length",
             padding_side="right",
             truncation=True,
-            max_length=self.max_length,
+            max_length=self.context,
             return_tensors="pt",
         )
         return TextIds(tuple(tokens.input_ids[0].tolist()))
+
+    def count(self, texts: list[str]) -> list[int]:
+        return count_tokens(self.tokenizer, lower(self.tokenizer, texts))
 
 
 class SiglipTextTower(nn.Module):
@@ -90,8 +92,8 @@ def lower(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
     return [text.lower() for text in texts] if getattr(tokenizer, "do_lower_case", True) else texts
 
 
-def read_measure(name: str) -> TextMeasure:
-    """Read how long texts are for the text half of a SigLIP, without its weights.
+def read_reader(name: str) -> SiglipTextReader:
+    """Read what makes texts into ids for the text half of a SigLIP, without its weights.
 
     Args:
         name: folder or hub id.
@@ -103,8 +105,7 @@ def read_measure(name: str) -> TextMeasure:
     if values["model_type"].endswith("_vision_model"):
         raise InputError(f"vision tower {name} has no text half: text-guided token reduction needs a full SigLIP")
     config = SiglipTextConfig(**(values.get("text_config") or {}))
-    tokenizer = read_tokenizer(name, config.vocab_size)
-    return TextMeasure(config.max_position_embeddings, lambda texts: count_tokens(tokenizer, lower(tokenizer, texts)))
+    return SiglipTextReader(read_tokenizer(name, config.vocab_size), config.max_position_embeddings)
 
 
 def read_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -11,9 +11,9 @@ from llava.files import write_json
 from llava.model.config_rules import PREPROCESSOR_FILE, PREPROCESSOR_RULES, check_preprocessor
 from llava.model.hf_layout import NAMES, read_preprocessor, rename
 from llava.model.multimodal_encoder.clip_encoder import JOINT_WEIGHT, CLIPVisionTower
-from llava.model.multimodal_encoder.clip_text import CLIPTextTower, read_measure
+from llava.model.multimodal_encoder.clip_text import CLIPTextTower, read_reader
 from llava.model.multimodal_encoder.loading import resolve_name
-from llava.model.multimodal_encoder.query_pooling import TextMeasure
+from llava.model.multimodal_encoder.text_reader import TextReader
 from llava.model.stored_weights import first_line, iterate_tensors, list_weight_files, read_shapes, refuse_shape
 
 # From the names of either layout to those of a CLIP's vision half; one after the other.
@@ -69,8 +69,8 @@ class StoredVisionTower(CLIPVisionTower):
             ) from error
         self.freeze()
 
-    def read_text_measure(self) -> TextMeasure:
-        return read_measure(resolve_name(self.clip, self.name))
+    def read_text_reader(self) -> TextReader:
+        return read_reader(resolve_name(self.clip, self.name))
 
     def _read_projection(self, clip: str) -> None:
         own = self.vision_tower.visual_projection.weight

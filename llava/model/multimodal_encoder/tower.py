@@ -19,32 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.multimodal_encoder.query_pooling import TextMeasure, pool_embeddings, split_query
+from llava.model.multimodal_encoder.query_pooling import pool_embeddings, split_query
+from llava.model.multimodal_encoder.text_reader import TextIds, TextReader
 from llava.model.token_reduction import LAYER_REDUCERS, TEXT, Need, methods_without_cls
 from llava.protocols import ImageProcessor
 
 JointMap = Callable[[Tensor], Tensor]
 """Normed patches `float32[I, N, D]` to `float32[I, N, P]`, in float32."""
-
-
-@dataclass(frozen=True)
-class TextIds:
-    """A text as a tower's text half reads it, made ahead of it: equal texts are equal.
-
-    Attributes:
-        ids: special tokens included, cut at the context length; padded where the text half reads padding.
-    """
-
-    ids: tuple[int, ...]
-
-
-TextReader = Callable[[str], TextIds]
-"""A text half's tokenizer with its settings, without weights: it may be handed to other processes."""
-
-
-def read_texts(texts: Sequence[str | TextIds], read: TextReader) -> list[Tensor]:
-    """Make ids of the texts that have none yet: S times `int64[T]`."""
-    return [torch.tensor((read(text) if isinstance(text, str) else text).ids) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -203,19 +184,11 @@ class VisionTower(nn.Module, ABC):
         """Embed texts in the joint space, cut at the tower's context length: `[S, P]`, not normalised."""
 
     @abstractmethod
-    def read_text_measure(self) -> TextMeasure:
-        """Read the text half's tokenizer; no weights are needed for it.
+    def read_text_reader(self) -> TextReader:
+        """Read the text half's tokenizer; its weights are not needed for it.
 
         Raises:
             InputError: there is none.
-        """
-
-    @abstractmethod
-    def text_reader(self) -> TextReader:
-        """Return what makes texts into ids for `embed_text`.
-
-        Raises:
-            InputError: as `load_text_tower`.
         """
 
     @property
@@ -405,14 +378,23 @@ class VisionTower(nn.Module, ABC):
         with self.own_precision():
             if not self.pools_queries:
                 return self.text_features(texts).float()
-            pieces = [split_query(text, self.text_measure) for text in texts]
+            pieces = [split_query(text, self.text_reader) for text in texts]
             embedded = self.text_features([piece for own in pieces for piece in own]).float()
         return pool_embeddings(embedded, [len(own) for own in pieces])
 
+    @property
+    def text_reader(self) -> TextReader:
+        """What makes texts into ids for `embed_text`: the text half's, or read from its files while that is not loaded.
+
+        Raises:
+            InputError: as `read_text_reader`.
+        """
+        text_tower = self._modules.get("text_tower")
+        return self._stored_reader if text_tower is None else text_tower.reader
+
     @cached_property
-    def text_measure(self) -> TextMeasure:
-        """How long texts are for the text half, read once."""
-        return self.read_text_measure()
+    def _stored_reader(self) -> TextReader:
+        return self.read_text_reader()
 
     def own_precision(self) -> torch.autocast:
         """Switch a training loop's autocast off: the towers run, and score, in their own dtype."""
