@@ -8,9 +8,7 @@ an image that cannot be read fails where it is asked for, not where it was read.
 """
 
 import hashlib
-import json
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,11 +21,10 @@ from torch import Tensor
 
 from llava.clock import StageClock
 from llava.eval.benchmark import ImageSource
-from llava.files import atomic_write
 from llava.image import load_image
 from llava.mm_utils import process_images
-from llava.model.identity import fingerprint, hash_files
-from llava.model.multimodal_encoder.tower import ImageFeatures
+from llava.model.feature_files import FeatureFiles, KeptFeatures
+from llava.model.identity import hash_files
 from llava.model.token_reduction import Need
 from llava.picture import Picture
 from llava.protocols import ImageProcessor, ImageSettings, VisionLanguageModel
@@ -132,11 +129,7 @@ class FeatureCache:
 
 
 class FeatureStore:
-    """Images encoded once for several reductions: a file each, mapped into memory, found by content.
-
-    A file is named by the image's hash in a folder named by the tower, its preprocessor and what is in it, so that
-    nothing stale is found. It appears whole or not at all; one that cannot be read is made anew.
-    """
+    """Images encoded once for several reductions, in files found by content: see `FeatureFiles`."""
 
     def __init__(
         self, folder: Path, model: VisionLanguageModel, needs: Collection[Need], identity: str, max_bytes: int
@@ -150,17 +143,16 @@ class FeatureStore:
             identity: of the checkpoint with its tower and preprocessor.
             max_bytes: no more files once there are so many bytes: further images are encoded whenever they are met.
         """
-        names = sorted(str(need) for need in needs if need.layer is not None)
-        self._folder = folder / fingerprint(json.dumps([identity, names]))[:16]
+        self._files = FeatureFiles(folder, identity, needs)
         self._model = model
         self._needs = frozenset(needs)
         self._max_bytes = max_bytes
         self._hashes: dict[ImageSource, str | None] = {}
-        self._bytes = sum(file.stat().st_size for file in self._folder.glob("*.pt")) if self._folder.is_dir() else 0
+        self._bytes = self._files.num_bytes()
 
     def __contains__(self, image: ImageSource) -> bool:
-        file = self._place(image)
-        return file is not None and file.exists()
+        content = self._hash(image)
+        return content is not None and content in self._files
 
     def encode(self, pixels: Sequence[Tensor]) -> list[object]:
         """Run the vision tower for all reductions at once."""
@@ -170,41 +162,29 @@ class FeatureStore:
         """Return the images that are there."""
         found: dict[ImageSource, EncodedImage] = {}
         for image in images:
-            file = self._place(image)
-            if file is None or not file.exists():
-                continue
-            try:
-                data = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                needs = {Need(kind, layer): values for kind, layer, values in data["needs"]}
-                features = ImageFeatures(data["patches"].to(self._model.device), self._move(needs))
-                found[image] = EncodedImage(features, tuple(data["size"]))
-            except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError):
-                continue  # torn, or of another version: encoded and written anew
+            content = self._hash(image)
+            kept = None if content is None else self._files.read(content)
+            if kept is not None:
+                found[image] = EncodedImage(kept.features.map(lambda values: values.to(self._model.device)), kept.size)
         return found
 
     def keep(self, image: ImageSource, encoded: EncodedImage) -> None:
         """Write an image, unless there is no room."""
-        file, features = self._place(image), encoded.features
+        content, features = self._hash(image), encoded.features
         size = sum(values.nbytes for values in (features.patches, *features.intermediates.values()))
-        if file is None or self._bytes + size > self._max_bytes:
+        if content is None or self._bytes + size > self._max_bytes:
             return
-        needs = [(need.kind, need.layer, values.cpu().clone()) for need, values in features.intermediates.items()]
-        with atomic_write(file) as partial:
-            torch.save({"patches": features.patches.cpu().clone(), "size": encoded.size, "needs": needs}, partial)
+        self._files.write(content, KeptFeatures(features.map(Tensor.cpu), encoded.size))
         self._bytes += size
 
-    def _move(self, needs: dict[Need, Tensor]) -> dict[Need, Tensor]:
-        return {need: values.to(self._model.device) for need, values in needs.items()}
-
-    def _place(self, image: ImageSource) -> Path | None:
+    def _hash(self, image: ImageSource) -> str | None:
         if image not in self._hashes:
             self._hashes[image] = (
                 hash_files([image], "images")[image]
                 if isinstance(image, Path)
                 else hashlib.sha256(image.content).hexdigest()
             )
-        content = self._hashes[image]
-        return None if content is None else self._folder / f"{content}.pt"
+        return self._hashes[image]
 
 
 class QueryCache:

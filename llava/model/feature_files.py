@@ -2,8 +2,8 @@
 
 A file holds one part of one image's record: the patches with the image's size, or one intermediate that a token
 reduction needs, each found by the image's content in a folder named by all else that it depends on. A reduction that
-needs more adds files and reads those that are there. Numbers are kept in half precision (float32 where they are out of
-its range). A file appears whole or not at all, and one whose checksum is wrong counts as not there.
+needs more adds files and reads those that are there. A file appears whole or not at all, and one whose checksum is
+wrong counts as not there.
 """
 
 import struct
@@ -31,7 +31,7 @@ class KeptFeatures:
     """An image as a tower encoded it.
 
     Attributes:
-        features: patches `[C, N, D]` and intermediates, rounded to half precision, on the CPU.
+        features: patches `[C, N, D]` and intermediates, in any dtype, on the CPU.
         size: (width, height) of the image in pixels.
     """
 
@@ -52,6 +52,14 @@ class FeatureFiles:
         """
         self.folder = folder / fingerprint(identity)
         self.needs = frozenset(need for need in needs if need.layer is not None)
+
+    def __contains__(self, content: str) -> bool:
+        """Whether every part of an image's record is there, whole or not."""
+        return all(self._place(content, name).exists() for name in (PATCHES, *map(name_part, self.needs)))
+
+    def num_bytes(self) -> int:
+        """Return what all files take on the disk."""
+        return sum(file.stat().st_size for file in self.folder.glob("*/*.*"))
 
     def read(self, content: str) -> KeptFeatures | None:
         """Read an image's record; None unless every part is there and whole.
