@@ -19,6 +19,7 @@ from llava.errors import InputError
 from llava.files import FileError, read_json, read_text
 from llava.model.adapter import ADAPTER_CONFIG_FILE, NON_LORA_FILE
 from llava.model.checkpoint_folder import ARGUMENTS_FILE, PROJECTOR_FILE, portable_config, save_weights
+from llava.model.stored_weights import first_line
 from llava.train.engine import gathered
 
 logger = logging.getLogger(__name__)
@@ -265,7 +266,7 @@ def _refuse_code(checkpoint: Path) -> None:
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             except Exception as error:
                 # Pickles are parsed here, and a hostile one can fail in any way.
-                raise InputError(f"{path} is not a checkpoint file: {_first_line(error)}") from error
+                raise InputError(f"{path} is not a checkpoint file: {first_line(error)}") from error
             if names:
                 raise InputError(
                     f"{path} holds code ({', '.join(sorted(names))}) and is not loaded: remove {checkpoint}"
@@ -284,7 +285,7 @@ def data_only() -> Iterator[None]:
         try:
             return plain(file, *arguments, **options | {"weights_only": True})
         except pickle.UnpicklingError as error:
-            raise InputError(f"{file} holds more than data and is not loaded: {_first_line(error)}") from error
+            raise InputError(f"{file} holds more than data and is not loaded: {first_line(error)}") from error
 
     torch.load = load
     try:
@@ -309,7 +310,3 @@ def list_state_types() -> list[object]:
 
         types += [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
     return types
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,8 +26,8 @@ from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.feature_cache import read_source
 from llava.train.records import leave_out, locate_image
-from llava.train.sources import StoredImage
 from llava.train.store import Record, Records
+from llava.train.stored_images import StoredImage
 from llava.train.targets import NO_CAPTION, build_targets, choose_query, render
 
 MOST_TRIED = 100  # records that may stand in for a broken one

@@ -27,7 +27,7 @@ from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
 from llava.model.token_reduction import Need
 from llava.train.flags import DataArguments, ModelArguments
-from llava.train.sources import StoredImage
+from llava.train.stored_images import StoredImage
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llava.clock import Timeline
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.splice import PromptEmbeds, upload
 
@@ -97,52 +98,6 @@ class Sums:
         return {"kept_tokens_mean": mean, "kept_tokens_std": spread}
 
 
-class Timeline:
-    """Which part of a step runs when, on one device.
-
-    On an accelerator a moment is an event in the stream, elsewhere a reading of the host's clock.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.part = OTHER
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._marks: list[tuple[str, torch.Event | float]] = []
-
-    def enter(self, part: str) -> str:
-        """Let a part begin now; return the one that ends."""
-        before, self.part = self.part, part
-        self._marks.append((part, self._now()))
-        return before
-
-    @contextmanager
-    def during(self, part: str) -> Iterator[None]:
-        """Count what runs inside for a part, and then go on with the one before."""
-        before = self.enter(part)
-        try:
-            yield
-        finally:
-            self.enter(before)
-
-    def fold(self) -> None:
-        """Add up the marks so far; call it when the device has reached the last one."""
-        for (part, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            self.seconds[part] += end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
-        del self._marks[:-1]
-
-    def take(self) -> dict[str, float]:
-        """Return the seconds of each part since the last call."""
-        taken, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
-        return taken
-
-    def _now(self) -> torch.Event | float:
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.Event(self.device, enable_timing=True)
-        event.record()
-        return event
-
-
 class Meter:
     """Watches a model while it trains.
 
@@ -160,7 +115,7 @@ class Meter:
         """
         self.device = device
         self.totals = Totals()
-        self.timeline = Timeline(device)
+        self.timeline = Timeline(device, PARTS, OTHER)
         self.is_on = False
         self._has_image: list[bool] = []
         self._is_watching = False

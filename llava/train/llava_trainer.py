@@ -61,7 +61,7 @@ from llava.train.console import Console
 from llava.train.dataset import ConversationDataset
 from llava.train.engine import is_partitioned
 from llava.train.feature_cache import FeatureCache
-from llava.train.figures import DATA, LANGUAGE_MODEL, OPTIMIZER, OTHER, PAUSE, Meter, Sums, gather
+from llava.train.figures import DATA, LANGUAGE_MODEL, OPTIMIZER, OTHER, PAUSE, TOWER, Meter, Sums, gather
 from llava.train.held_out import PlacedSamples, deal_batches, undisturbed
 from llava.train.sampler import POOLED_GROUPS, ModalityLengthSampler, SetEpoch
 from llava.train.score_command import ScoreCommand
@@ -257,7 +257,8 @@ class LLaVATrainer(Trainer):
         images = batch["images"]
         if "image_keys" not in batch:
             return self._prepare_input(images)
-        return self.feature_cache.complete(images, batch["image_keys"], batch["image_sizes"])
+        complete = self.meter.timed(TOWER, self.feature_cache.complete)
+        return complete(images, batch["image_keys"], batch["image_sizes"])
 
     def compute_loss(
         self,

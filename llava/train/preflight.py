@@ -28,8 +28,8 @@ from llava.model.token_reduction import CONFIG_KEY, read_training_reduction
 from llava.train.dataset import TextFormat
 from llava.train.flags import DataArguments, ModelArguments
 from llava.train.records import locate_image, report_faults
-from llava.train.sources import StoredImage
 from llava.train.store import ROWS_PER_BATCH, SHOWN_FAULTS, Faults, Record, Records
+from llava.train.stored_images import StoredImage
 from llava.train.targets import build_targets, render
 
 SAMPLED_RECORDS = 2_000

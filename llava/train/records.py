@@ -13,8 +13,9 @@ import numpy as np
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
-from llava.train.sources import StoredImage, find_sources
+from llava.train.sources import find_sources
 from llava.train.store import SHOWN_FAULTS, Faults, Record, Records, find_data_cache, open_store
+from llava.train.stored_images import StoredImage
 
 logger = logging.getLogger(__name__)
 

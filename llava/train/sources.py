@@ -5,12 +5,9 @@ Arrow files stay there: a row names the place of each, and its bytes are read wh
 `llava.train.records` checks what a row holds.
 """
 
-import os
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +18,10 @@ import pyarrow.parquet as pq
 
 from llava.errors import InputError
 from llava.files import FileError, explain_errors, parse_json
-from llava.image import EmbeddedImage
 from llava.model.identity import fingerprint, hash_files
+from llava.model.stored_weights import first_line
 from llava.train.mixture import HUB_NAME, list_parts
+from llava.train.stored_images import ImageFile, StoredImage, open_arrow
 from llava.train.streaming import open_regular, read_lines, read_list
 
 if TYPE_CHECKING:
@@ -38,89 +36,6 @@ LARGEST_GROUP_BYTES = 32 * 2**20
 """Parquet is read by row groups. The images of a file with larger ones are copied into the store, one by one."""
 ROWS_PER_BATCH = 1000
 IMAGES_PER_BATCH = 16
-
-
-# ------------------------------------------------------------------------------------------------------------- images
-@dataclass(frozen=True)
-class ImageFile:
-    """A parquet or Arrow file with a column of images."""
-
-    path: str
-    column: str
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image inside a dataset's row, not read yet.
-
-    Attributes:
-        file: where it lies.
-        row: number of the row in that file, from 0.
-        position: number of the image within the row, from 0; None if a row holds a single one.
-        label: how a message names it.
-    """
-
-    file: ImageFile
-    row: int
-    position: int | None
-    label: str
-
-    def read(self) -> EmbeddedImage:
-        """Read the bytes of the image file.
-
-        Raises:
-            InputError: the dataset's file is gone or damaged.
-        """
-        try:
-            cell = _open_images(self.file, os.getpid()).read(self.row)
-        except (OSError, pa.ArrowException, KeyError, IndexError) as error:
-            raise InputError(f"{self.label} of {self.file.path}: {_first_line(error)}") from error
-        part = cell if self.position is None else cell[self.position]
-        return EmbeddedImage(self.label, (part["bytes"] if isinstance(part, dict) else part) or b"")
-
-    def __str__(self) -> str:
-        return self.label
-
-
-class _ArrowImages:
-    """Images in an Arrow file, memory-mapped: an image is read alone."""
-
-    def __init__(self, file: ImageFile) -> None:
-        self._column = open_arrow(file.path).column(file.column)
-
-    def read(self, row: int) -> object:
-        return self._column[row].as_py()
-
-
-class _ParquetImages:
-    """Images in a parquet file: the row group of the last one is kept."""
-
-    def __init__(self, file: ImageFile) -> None:
-        self._column = file.column
-        # No thread of Arrow's is used: this also runs in loader workers, which are forked.
-        self._file = pq.ParquetFile(file.path, memory_map=True)
-        self._starts = [0]
-        for group in range(self._file.num_row_groups):
-            self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
-        self._kept: tuple[int, pa.ChunkedArray] | None = None
-
-    def read(self, row: int) -> object:
-        group = bisect_right(self._starts, row) - 1
-        if self._kept is None or self._kept[0] != group:
-            table = self._file.read_row_group(group, columns=[self._column], use_threads=False)
-            self._kept = (group, table.column(self._column))
-        return self._kept[1][row - self._starts[group]].as_py()
-
-
-@lru_cache(maxsize=64)
-def _open_images(file: ImageFile, process: int) -> _ArrowImages | _ParquetImages:
-    """Open a file of images once per process: what was open when a worker was forked off is not shared."""
-    return (_ParquetImages if file.path.endswith(".parquet") else _ArrowImages)(file)
-
-
-def open_arrow(path: str | Path) -> pa.Table:
-    """Map an Arrow stream file into memory."""
-    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
 # ------------------------------------------------------------------------------------------------------------ sources
@@ -198,14 +113,10 @@ def _explaining(name: str) -> Iterator[object]:
         yield datasets
     except Exception as error:
         # Errors of the hub, the network and arrow have no common class; so has a dataset without this split.
-        raise InputError(f"--data_path {name}: cannot be read as a dataset: {_first_line(error)}") from error
+        raise InputError(f"--data_path {name}: cannot be read as a dataset: {first_line(error)}") from error
     finally:
         if verbose:
             datasets.enable_progress_bars()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -274,7 +185,7 @@ def _read_parquet(path: Path, copies: Path, first: int) -> Iterator[dict[str, ob
                 yield from _join(batch, cells)
             num_rows += group.num_rows
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"--data_path {path}: cannot be read as a dataset: {_first_line(error)}") from error
+        raise InputError(f"--data_path {path}: cannot be read as a dataset: {first_line(error)}") from error
 
 
 class _RowGroup:

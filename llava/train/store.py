@@ -33,7 +33,8 @@ from llava.errors import InputError
 from llava.files import FileError, atomic_folder, make_folder, read_json, write_json
 from llava.model.identity import PATIENCE_SECONDS, find_cache_folder, fingerprint
 from llava.train.mixture import repeat_by_weight
-from llava.train.sources import ImageFile, Source, StoredImage, open_arrow, read_rows
+from llava.train.sources import Source, read_rows
+from llava.train.stored_images import ImageFile, StoredImage, open_arrow
 from llava.train.targets import is_caption
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from llava.clock import Timeline
 from llava.constants import IGNORE_INDEX
 from llava.errors import InputError
 from llava.train.console import COLUMNS, HEADING, format_step
-from llava.train.figures import Meter, Timeline
+from llava.train.figures import OTHER, PARTS, Meter
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.noise import is_noise, pass_on
 from llava.train.trackers import check_trackers, check_wandb, split_names
@@ -120,8 +121,8 @@ def test_a_record_of_several_steps_covers_all_of_them(run_training: Callable, tm
 
 def test_time_counts_for_the_innermost_part_and_is_never_counted_twice(monkeypatch: pytest.MonkeyPatch):
     clock = iter(range(100))
-    monkeypatch.setattr("llava.train.figures.time.perf_counter", lambda: float(next(clock)))
-    timeline = Timeline(torch.device("cpu"))
+    monkeypatch.setattr("llava.clock.time.perf_counter", lambda: float(next(clock)))
+    timeline = Timeline(torch.device("cpu"), PARTS, OTHER)
     timeline.enter("language_model")
     with timeline.during("tower"):
         pass

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from llava.errors import InputError
-from llava.train import preflight, records, sources, store
+from llava.train import preflight, records, sources, store, stored_images
 from llava.train.preflight import find_broken_images
 from llava.train.records import check_image_files, parse_record, read_records
 from llava.train.store import Records
@@ -254,7 +254,7 @@ def test_a_folder_of_parquet_is_one_set_and_a_file_that_is_gone_names_its_row(ca
     assert read_images(found) == [[content] for content in PIXELS]
     assert str(found[7].images[0]) == "image of row 7" and found[7].name == "record 7 (id None)"
     (tmp_path / "set/train-00001-of-00002.parquet").unlink()
-    sources._open_images.cache_clear()
+    stored_images._open_images.cache_clear()
     with pytest.raises(InputError, match=r"image of row 7 of .*train-00001-of-00002\.parquet: "):
         found[7].images[0].read()
 
