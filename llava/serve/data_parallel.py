@@ -187,7 +187,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         while data := await reader.read(CHUNK_BYTES):
             writer.write(data)
             await writer.drain()
-    except OSError:
+    except OSError:  # one side is gone: the other is closed
         pass
     finally:
         writer.close()

@@ -44,7 +44,7 @@ def hide_noise() -> None:
 
 
 def pass_on(lines: Iterable[str], screen: TextIO) -> None:
-    """Write lines that are no noise; where the screen is gone, read on, so that whoever writes is not stopped."""
+    """Write the lines that are not noise. If the screen is gone, keep reading, so that the writer does not block."""
     for line in lines:
         if not is_noise(line):
             with suppress(OSError, ValueError):

@@ -97,20 +97,13 @@ def train(arguments: Sequence[str] | None = None, attn_implementation: str = "sd
     # 2. Data and the output folder are checked now, before the model is loaded. An interrupted run resumes at its last
     #    complete checkpoint, with the same settings; a finished one has nothing to do.
     text_format = describe_text(model_args, tokenizer)
-    records = once_per_machine(lambda: load_records(model_args, data_args, text_format.template), training_args)
-    check_alike(records.fingerprint(), f"--data_path {data_args.data_path}: other records")
-    held_out = once_per_machine(
-        lambda: load_held_out(model_args, data_args, text_format.template, records), training_args
-    )
+    records, held_out = open_data(model_args, data_args, training_args, text_format.template)
     run = describe_run(model_args, data_args, training_args, records, held_out)
     check_shared_folder(run.folder, training_args)
     if agree(lambda: describe_end(run, training_args)):
         say(training_args, f"finished already, nothing to do: {run.folder}")
         return None
-    num_ranks = training_args.world_size if training_args.runs_deepspeed else None
-    last_checkpoint = agree(
-        lambda: find_last_checkpoint(run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway)
-    )
+    last_checkpoint = agree(lambda: find_start(run, training_args))
     run_preflight(records, tokenizer, text_format, model_args, data_args, training_args)
     if training_args.preflight_only:
         say(training_args, f"checked, not trained: {len(records)} records")
@@ -174,11 +167,31 @@ def describe_end(run: Run, training_args: TrainingArguments) -> str | None:
     return "a finished run" if run.is_finished(has_checkpoint, training_args.resume_anyway) else None
 
 
+def find_start(run: Run, training_args: TrainingArguments) -> str | None:
+    """Find the checkpoint that the run goes on from; None if it starts anew."""
+    num_ranks = training_args.world_size if training_args.runs_deepspeed else None
+    return find_last_checkpoint(run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway)
+
+
 def say(training_args: TrainingArguments, text: str) -> None:
     """Print a line on the first rank of each machine."""
     if training_args.local_process_index == 0:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
+
+
+def open_data(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, template: Conversation
+) -> tuple[Records, Records | None]:
+    """Open what is trained on and what is held out; one rank of each machine reads and checks.
+
+    Raises:
+        InputError: on every rank, if the data cannot be used, or machines have other data.
+    """
+    records = once_per_machine(lambda: load_records(model_args, data_args, template), training_args)
+    check_alike(records.fingerprint(), f"--data_path {data_args.data_path}: other records")
+    held_out = once_per_machine(lambda: load_held_out(model_args, data_args, template, records), training_args)
+    return records, held_out
 
 
 def describe_run(

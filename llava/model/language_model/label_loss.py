@@ -46,7 +46,7 @@ def compute_loss(
     """Compute the cross-entropy of the labelled positions, in float32.
 
     Args:
-        head: `[K, E]` to `[K, V]`; it is called as a module, so that whoever holds its weights can bring them.
+        head: maps `[K, E]` to `[K, V]`; called as a module, so that DeepSpeed can gather its weights (ZeRO-3).
         hidden: `[S, L, E]` the last layer's output.
         targets: which positions.
         most_rows: positions that the head reads at a time; their logits are then made a second time for the gradients.
