@@ -1,10 +1,8 @@
 """The answer to one question, with what the model looked at: `llava.Answer`."""
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +13,7 @@ from PIL import Image
 from llava.chat import describe_tokens
 from llava.drawing import Drawing, Panel, Sight, TextLine, View, shrink
 from llava.errors import InputError
+from llava.image import to_data_url
 from llava.model.image_tokens import ImageTokens
 from llava.picture import Picture
 
@@ -105,13 +104,11 @@ class Answer:
         if not self._pictures:
             return text
         try:
-            buffer = BytesIO()
-            self.figure().save(buffer, format="PNG")
+            address = to_data_url(self.figure())
         except InputError as error:
             return f"{text}<p><small>{html.escape(str(error))}</small></p>"
-        content = base64.b64encode(buffer.getvalue()).decode("ascii")
         alt = html.escape(f"{self.question} {self.text}", quote=True)
-        return f'{text}<img alt="{alt}" style="max-width: 100%" src="data:image/png;base64,{content}">'
+        return f'{text}<img alt="{alt}" style="max-width: 100%" src="{address}">'
 
 
 def make_answer(

@@ -3,12 +3,10 @@
 The page is one file, images and all; texts of files and models are escaped.
 """
 
-import base64
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError, one_line
 from llava.files import read_jsonl, write_text
-from llava.image import load_image
+from llava.image import load_image, to_data_url
 from llava.terminal import make_bar
 
 if TYPE_CHECKING:
@@ -231,13 +229,12 @@ def _write_section(asked: Asked, answers: Sequence[tuple[str, str, str]], figure
 
 def _write_figure(image: "Image.Image", caption: str) -> str:
     """Write a picture, embedded as a JPEG, with its caption."""
-    small, buffer = image.copy(), BytesIO()
+    small = image.copy()
     small.thumbnail((SIDE, SIDE))
-    small.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
-    content = base64.b64encode(buffer.getvalue()).decode()
+    address = to_data_url(small.convert("RGB"), "JPEG", quality=QUALITY)
     text = escape(caption).replace("\n", "<br>")
     alt = escape(one_line(caption))
-    return f'<figure><img src="data:image/jpeg;base64,{content}" alt="{alt}"><figcaption>{text}</figcaption></figure>'
+    return f'<figure><img src="{address}" alt="{alt}"><figcaption>{text}</figcaption></figure>'
 
 
 def take(asked: Sequence[Asked], limit: int | None) -> list[Asked]:

@@ -6,6 +6,7 @@ tag turns upright, files cut off while downloading, files with the wrong extensi
 fit into memory.
 """
 
+import base64
 import http
 import http.client
 import re
@@ -508,3 +509,16 @@ def scale_window(
         target = scaled[rows.first : rows.first + rows.count, columns.first + block[0] : columns.first + block[1]]
         target[:] = np.moveaxis(_to_eight_bit(sums), 0, 2)
     return Image.fromarray(scaled)
+
+
+def to_data_url(image: Image.Image, kind: str = "PNG", **options: object) -> str:
+    """Put an image into a `data:` address.
+
+    Args:
+        image: in a mode that the kind of file takes.
+        kind: "PNG" or "JPEG".
+        options: of Pillow's `save`.
+    """
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -1,7 +1,5 @@
 """The HTML report of `compare`: a number opens its questions, and a question shows what each method kept."""
 
-import base64
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from llava.drawing import Sight, find_view_box
 from llava.eval.benchmark import ImageSource, Question, Verdict, index_questions
@@ -20,7 +17,7 @@ from llava.eval.features import FeatureCache
 from llava.eval.report import clean, format_cell
 from llava.eval.results import base_key
 from llava.files import write_text
-from llava.image import load_image
+from llava.image import load_image, to_data_url
 from llava.looks import Look, look_at_images, make_ids
 from llava.prompt import choose_conv_mode
 from llava.terminal import make_bar
@@ -301,13 +298,7 @@ def add_images(runner: Runner, shown: Sequence[Shown], records: Sequence[dict[st
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         scale = image.width / max(1, load_image(each.question.images[0]).width)
         record["box"] = [left * scale, top * scale, (right - left) * scale, (bottom - top) * scale]
-        record["image"] = to_data_uri(image)
-
-
-def to_data_uri(image: Image.Image) -> str:
-    content = io.BytesIO()
-    image.convert("RGB").save(content, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+        record["image"] = to_data_url(image.convert("RGB"), "JPEG", quality=80)
 
 
 @torch.inference_mode()

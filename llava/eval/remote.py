@@ -5,11 +5,9 @@ share their questions among workers and are told apart by the same rules; what a
 and the model's name alone.
 """
 
-import base64
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,7 +19,7 @@ from llava.eval.endpoint import Endpoint, EndpointFault, read_variables, show
 from llava.eval.identity import identify_questions
 from llava.eval.predict import MIN_UNIT, Fault, Outcome, Sink, claim_units, keep_answers, plan_units
 from llava.eval.predictions import check_workers, make_row
-from llava.image import load_image
+from llava.image import load_image, to_data_url
 from llava.picture import Picture
 from llava.prompt import place_images, query_of
 from llava.sampling import Sampling
@@ -176,7 +174,7 @@ class Client:
         parts: list[dict[str, Any]] = []
         for number, text in enumerate(texts):
             if number:
-                url = to_data_url(question.images[number - 1])
+                url = encode_image(question.images[number - 1])
                 parts.append({"type": "image_url", "image_url": {"url": url}})
                 text = text.removeprefix("\n")  # the server puts each part on a line of its own
             if number < len(texts) - 1:
@@ -212,16 +210,14 @@ class Client:
         return Fault(question, f"the server {fault}")
 
 
-def to_data_url(source: ImageSource) -> str:
+def encode_image(source: ImageSource) -> str:
     """Decode an image and write it as a PNG inside an address.
 
     Raises:
         InputError: it cannot be read.
     """
     image = source.load() if isinstance(source, Picture) else load_image(source)
-    buffer = BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return to_data_url(image, compress_level=1)
 
 
 def read_usage(usage: object) -> dict[str, int]:

@@ -14,10 +14,9 @@ import openai
 
 from llava.chat import read_question
 from llava.errors import InputError, one_line
-from llava.image import load_image
+from llava.image import load_image, to_data_url
 from llava.model.token_reduction import REDUCERS, parse_reduction
 from llava.serve.page_model import Result, list_methods
-from llava.serve.page_parts import to_data_url
 
 NUM_PATCHES = 576
 """Of LLaVA-1.5, until a reply says how many there are; a budget above that keeps everything."""

@@ -1,16 +1,14 @@
 """The page's answers, pictures and history as HTML: text from a user or a model is escaped, images are inside."""
 
-import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from llava.image import to_data_url
 from llava.serve.page_model import NONE, Drawn, Result
 from llava.what_if import is_same, show
 
@@ -158,13 +156,6 @@ def show_pictures(pictures: Sequence[Drawn]) -> str:
         for drawn in pictures
     ]
     return f'<div class="pictures">{"".join(figures)}</div>'
-
-
-def to_data_url(image: Image.Image) -> str:
-    """Put an image into a `data:` address, as a PNG."""
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def show_hint(text: str) -> str:

@@ -93,7 +93,7 @@ def test_a_mistake_is_one_line(flags: str, line: str, monkeypatch: pytest.Monkey
     ],
 )
 def test_what_transformers_takes_is_let_through(flags: list[str]):
-    assert check_flags([*REQUIRED, *flags]).output_dir == check_flags(REQUIRED).output_dir
+    assert check_flags([*REQUIRED, *flags]).data_path == "d.json"
 
 
 def test_a_deepspeed_file_that_is_no_json_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
