@@ -3,10 +3,10 @@
 # ruff: noqa: T201 (a command prints)
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llava.cli import (
     ENGINES,
@@ -58,6 +58,9 @@ from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode
 from llava.sampling import Sampling
 from llava.signals import ending_on_signals
 from llava.terminal import find_width
+
+if TYPE_CHECKING:
+    from llava.eval.predict import Outcome
 
 Item = TypeVar("Item")
 
@@ -372,42 +375,53 @@ def answer_and_exit(
     spec = ModelSpec.from_options(arguments)
     if arguments.conv_mode:
         check_conv_mode(arguments.conv_mode)
-    address = getattr(arguments, "endpoint", None)
-    if address is not None:
+    if getattr(arguments, "endpoint", None) is not None:
         check_endpoint(arguments)
     engine = EngineSpec.from_options(arguments)
     chunk = get_chunk(questions, arguments.num_chunks, arguments.chunk_idx)
-    where = {"limit": getattr(arguments, "limit", None), "worker": worker, "notify": _tell}
     # 2. Only this command needs torch; the others answer at once.
     with ending_on_signals():
-        if address is not None:
-            from llava.eval.remote import RemoteModel, ask_server
-
-            model = RemoteModel(address, arguments.model_path, arguments.reduce)
-            batch_size = arguments.batch_size or DEFAULT_REQUESTS
-            asking = {"batch_size": batch_size, "num_workers": num_workers}
-            outcome = ask_server(model, chunk, answers_file, sampling, key_fields, **asking, **where)
-        else:
-            from llava.eval.predict import Settings, make_answers
-
-            settings = Settings(
-                model_id=spec.name,
-                sampling=sampling,
-                conv_mode=choose_run_template(arguments),
-                batch_size=arguments.batch_size,
-                num_workers=num_workers,
-            )
-            if engine.name == ENGINES[0]:
-                outcome = make_answers(spec, chunk, answers_file, settings, key_fields, **where)
-            else:
-                from llava.eval.engine import ask_engine
-
-                outcome = ask_engine(spec, engine, chunk, answers_file, settings, key_fields, **where)
+        answer = choose_answerer(arguments, spec, engine, sampling, num_workers)
+        outcome = answer(
+            chunk, answers_file, key_fields, limit=getattr(arguments, "limit", None), worker=worker, notify=_tell
+        )
     # 3. How it went.
     for line in outcome.describe(answers_file):
         _tell(line)
     if not outcome.complete:
         raise SystemExit(EXIT_UNANSWERED)
+
+
+def choose_answerer(
+    arguments: argparse.Namespace, spec: ModelSpec, engine: EngineSpec, sampling: Sampling, num_workers: int
+) -> "Callable[..., Outcome]":
+    """Return what answers: the server of `--endpoint`, the engine of `--engine`, or the model itself.
+
+    Returns:
+        Takes questions, the answers file and the key fields, and by name `limit`, `worker` and `notify`.
+    """
+    if getattr(arguments, "endpoint", None) is not None:
+        from llava.eval.remote import RemoteModel, ask_server
+
+        model = RemoteModel(arguments.endpoint, arguments.model_path, arguments.reduce)
+        batch_size = arguments.batch_size or DEFAULT_REQUESTS
+        return lambda chunk, file, keys, **where: ask_server(
+            model, chunk, file, sampling, keys, batch_size=batch_size, num_workers=num_workers, **where
+        )
+    from llava.eval.predict import Settings, make_answers
+
+    settings = Settings(
+        model_id=spec.name,
+        sampling=sampling,
+        conv_mode=choose_run_template(arguments),
+        batch_size=arguments.batch_size,
+        num_workers=num_workers,
+    )
+    if engine.name == ENGINES[0]:
+        return lambda chunk, file, keys, **where: make_answers(spec, chunk, file, settings, keys, **where)
+    from llava.eval.engine import ask_engine
+
+    return lambda chunk, file, keys, **where: ask_engine(spec, engine, chunk, file, settings, keys, **where)
 
 
 def read_share(arguments: argparse.Namespace) -> tuple[int, int]:
