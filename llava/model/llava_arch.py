@@ -6,7 +6,6 @@ and `query`; this file only puts it in order. Shape letters: see docs/architectu
 """
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import replace
 from typing import overload
@@ -129,8 +128,8 @@ class LlavaMetaModel:
         load_vision_projector(self.mm_projector, path)
 
 
-class LlavaMetaForCausalLM(ABC):
-    """What a causal LM needs to read images."""
+class LlavaMetaForCausalLM:
+    """What a causal LM needs to read images. It has no base of its own: FSDP2 could not wrap the class otherwise."""
 
     token_reducer: TokenReducer | None = None
     layer_reducer: LayerReducer | None = None
@@ -138,9 +137,9 @@ class LlavaMetaForCausalLM(ABC):
     tokenizer: Tokenizer | None = None
     """For `recover_queries`, in prompts of clients without texts: set by the loader, else read from the checkpoint."""
 
-    @abstractmethod
     def get_model(self) -> LlavaMetaModel:
-        """The inner model with the vision parts."""
+        """The inner model with the vision parts; each causal LM has its own."""
+        raise NotImplementedError
 
     def get_vision_tower(self) -> VisionTower | None:
         """The tower, or None for a plain language model."""
