@@ -42,6 +42,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pocket():
+    pytest.importorskip("matplotlib")
     return Llava.from_pretrained(SHAPES / "checkpoints" / "llava-shapes-trim", reduce="none", device="cpu")
 
 

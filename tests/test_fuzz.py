@@ -1,6 +1,10 @@
 """A slice of the fuzzer, `python -m tests.fuzz`: no traceback and no hang on broken input."""
 
+import pytest
+
 from tests import fuzz
+
+pytest.importorskip("datasets", reason="training records are read with it")
 
 SECONDS = 20
 

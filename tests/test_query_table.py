@@ -18,9 +18,11 @@ from llava.image import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.sampling import Sampling
+from llava.visualize import visualize
+
+pytest.importorskip("datasets", reason="training records are read with it")
 from llava.train.dataset import ConversationDataset, TextFormat
 from llava.train.records import Record
-from llava.visualize import visualize
 
 TRIM = "llava-v1.5-tiny84-TRIM"
 IMAGE = "../data/images/noise.png"

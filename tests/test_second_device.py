@@ -24,6 +24,8 @@ from llava.model.image_tokens import ImageTokens
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.tower import ImageFeatures
 from llava.model.token_reduction import REDUCERS
+
+pytest.importorskip("datasets", reason="training records are read with it")
 from llava.train.arguments import TrainingArguments
 from llava.train.collator import Collator
 from llava.train.dataset import Sample

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's package in `site`, checkpoints, an image and a benchmark, and nothing else of ours."""
-    if find_spec("setuptools") is None:
-        pytest.skip("setuptools builds the wheel")
+    pytest.importorskip("setuptools", minversion="77", reason="it builds the wheel")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # building leaves files beside pyproject.toml
     source.mkdir()

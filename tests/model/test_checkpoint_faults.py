@@ -468,6 +468,24 @@ def test_a_tower_tokenizer_without_merges_is_refused(place: Path):
     assert "its tokenizer has no merges (merges.txt)" in refused(SHARDED)
 
 
+@pytest.mark.parametrize(("end", "read_at"), [(7, 7), (2, 7)])
+def test_a_tower_that_would_read_all_texts_alike_is_refused(place: Path, end: int, read_at: int):
+    config = place / TOWER / "config.json"
+    text = json.loads(config.read_text())["text_config"]
+    edit(config, text_config=text | {"eos_token_id": end})
+    if end == 2:  # the highest id is not the tokenizer's end token
+        vocab = place / TOWER / "vocab.json"
+        (place / TOWER / "tokenizer.json").unlink()
+        tokens = json.loads(vocab.read_text())
+        last, other = "<|endoftext|>", next(iter(tokens))
+        tokens[last], tokens[other] = tokens[other], tokens[last]
+        vocab.write_text(json.dumps(tokens))
+        read_at = max(tokens.values())
+    message = refused(SHARDED)
+    assert f"reads texts at token {read_at} (eos_token_id {end} of text_config)" in message
+    assert "all texts would be alike" in message
+
+
 # ------------------------------------------------------------------------------------------------------ LoRA adapters
 @pytest.fixture
 def lora(place: Path) -> Path:

@@ -130,7 +130,10 @@ def test_flash_attention_is_told_where_samples_begin(load, batch, family: str, m
     def choose_options(softmax_scale: float, sliding_window: int | None, max_seqlen_q: int, **rest: object) -> dict:
         return {"scale": softmax_scale, "window": sliding_window, "longest": max_seqlen_q}
 
-    functions = ((None, attend_by_sample, None, None, None), (choose_options, None))
+    # transformers 5.17 gives one function for the options, later versions a pair.
+    is_pair = hasattr(modeling_flash_attention_utils, "_process_with_kvcache_kwargs_fn")
+    choose = (choose_options, None) if is_pair else choose_options
+    functions = ((None, attend_by_sample, None, None, None), choose)
     monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *_: functions)
     expected = learn(load(family), batch)
     assert_same_step(learn(load(family, attention="flash_attention_2"), batch, packing=True), expected)

@@ -19,6 +19,9 @@ from llava.model.stored_weights import find_file, first_line
 # Stored weights that the text half has no place for.
 OTHER_WEIGHTS = (r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$", r"\.position_ids$")
 
+HIGHEST_ID = 2
+"""An `eos_token_id` that means the highest id of a text (transformers, `CLIPTextModel`)."""
+
 
 @dataclass(frozen=True)
 class ClipTextReader(TextReader):
@@ -63,7 +66,7 @@ class CLIPTextTower(nn.Module):
         model, _ = load_quietly(
             CLIPTextModelWithProjection, name, dtype=dtype, what="text tower", ignored=OTHER_WEIGHTS
         )
-        return cls(model.to(device), read_tokenizer(name, model.config.vocab_size))
+        return cls(model.to(device), read_tokenizer(name, model.config))
 
     @property
     def reader(self) -> ClipTextReader:
@@ -94,18 +97,19 @@ def read_reader(name: str) -> ClipTextReader:
     if values["model_type"].endswith("_vision_model"):
         raise InputError(f"vision tower {name} has no text half: text-guided token reduction needs a full CLIP")
     config = CLIPTextConfig(**(values.get("text_config") or {}))
-    return ClipTextReader(read_tokenizer(name, config.vocab_size), config.max_position_embeddings)
+    return ClipTextReader(read_tokenizer(name, config), config.max_position_embeddings)
 
 
-def read_tokenizer(name: str, vocab_size: int) -> CLIPTokenizerFast:
+def read_tokenizer(name: str, config: CLIPTextConfig) -> CLIPTokenizerFast:
     """Read the tokenizer of a CLIP.
 
     Args:
         name: folder or hub id.
-        vocab_size: how many ids the text half knows.
+        config: of the text half.
 
     Raises:
-        InputError: no tokenizer, an empty one, or one with more ids than the text half.
+        InputError: no tokenizer, an empty one, one with more ids than the text half, or one whose end token is not
+            where the text half reads a text's embedding.
     """
     for file in (find_file(name, part) for part in ("merges.txt", "vocab.json", "tokenizer.json")):
         if file is not None and not read_text(Path(file)).strip():
@@ -120,6 +124,14 @@ def read_tokenizer(name: str, vocab_size: int) -> CLIPTokenizerFast:
     if not backend.get("merges"):
         raise InputError(f"text tower {name}: its tokenizer has no merges (merges.txt); copy or download it again")
     size = max(backend["vocab"].values(), default=0) + 1
-    if size > vocab_size:
-        raise InputError(f"text tower {name} knows {vocab_size} token ids, its tokenizer has {size}")
+    if size > config.vocab_size:
+        raise InputError(f"text tower {name} knows {config.vocab_size} token ids, its tokenizer has {size}")
+    # The embedding is read at the config's end token, or at the highest id where that is 2, as in OpenAI's configs. A
+    # text without that token would be read at its first, which is the same for all texts.
+    read_at = size - 1 if config.eos_token_id == HIGHEST_ID else config.eos_token_id
+    if tokenizer.eos_token_id != read_at:
+        raise InputError(
+            f"text tower {name} reads texts at token {read_at} (eos_token_id {config.eos_token_id} of text_config), "
+            f"its tokenizer ends them with {tokenizer.eos_token_id}: all texts would be alike; one of the two is wrong"
+        )
     return tokenizer
