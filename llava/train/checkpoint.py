@@ -56,23 +56,26 @@ def save_projector(model: PreTrainedModel, folder: Path, is_writer: bool = True)
     save_config(model, folder)
 
 
-def save_lora_rest(model: nn.Module, folder: Path, is_writer: bool) -> None:
+def save_lora_rest(
+    model: nn.Module, folder: Path, is_writer: bool, gathered_state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write what PEFT does not: config.json and `non_lora_trainables.bin`, the other weights that were trained.
 
     Args:
         model: wrapped by PEFT.
         folder: of the adapter.
         is_writer: whether this rank writes; all ranks have to call.
+        gathered_state: the model's, whole on the rank that writes, which may then call alone; None: gather it here.
     """
     added = TOKEN_PARTS if adds_tokens(model.get_base_model()) else ()
-    weights = copy_weights(
-        {
-            name: value
-            for name, value in model.named_parameters()
-            if any(part in name for part in ("mm_projector", *added)) or (value.requires_grad and "lora_" not in name)
-        }
-    )
+    chosen = {
+        name: value
+        for name, value in model.named_parameters()
+        if any(part in name for part in ("mm_projector", *added)) or (value.requires_grad and "lora_" not in name)
+    }
+    weights = copy_weights(chosen) if gathered_state is None else gathered_state
     if is_writer:
+        weights = {name: weights[name] for name in chosen}
         save_weights(weights, folder / NON_LORA_FILE)
         save_config(model.get_base_model(), folder)
 

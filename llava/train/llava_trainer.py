@@ -477,7 +477,8 @@ class LLaVATrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if self.args.lora_enable:
-            save_lora_rest(self.model, folder, is_writer=self.args.should_save)
+            gathered_state = state_dict if self.args.runs_fsdp else None
+            save_lora_rest(self.model, folder, self.args.should_save, gathered_state)
         elif self.args.runs_fsdp:
             state_dict = {name: value.to(self.args.compute_dtype) for name, value in state_dict.items()}
         # A LLaVA does it itself, and a plain language model or an adapter does not.

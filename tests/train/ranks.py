@@ -2,8 +2,8 @@
 
 torch and DeepSpeed are imported once and every scenario's ranks are forked from here, which is several times cheaper
 than a launcher each. Each scenario leaves `<name>.json` (losses and log of rank 0, the share of the weights that it
-holds, the error of a rank that failed) beside the scenarios' file, and `<name>.<rank>.log`. `stop_at` in a scenario is
-the step after which rank 1 gets SIGTERM.
+holds, the scores of its images' patches; the error of a rank that failed) beside the scenarios' file, and
+`<name>.<rank>.log`. `stop_at` in a scenario is the step after which rank 1 gets SIGTERM.
 """
 
 import json
@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.token_reduction import ReducedTokens
 from llava.train import stopping
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import train
@@ -40,6 +42,20 @@ def held_share(model: torch.nn.Module) -> float:
     weights = list(model.parameters())
     held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in weights)
     return held / max(1, sum(weight.numel() for weight in weights))
+
+
+def record_scores() -> list[list[float]]:
+    """Return a list that gets the scores of each image's patches, and which are kept, whenever the model chooses."""
+    recorded: list[list[float]] = []
+    choose = LlavaMetaForCausalLM.choose_tokens
+
+    def choose_and_record(*arguments: object, **options: object) -> list[ReducedTokens]:
+        chosen = choose(*arguments, **options)
+        recorded.extend([*image.scores.flatten().tolist(), *image.kept.flatten().tolist()] for image in chosen)
+        return chosen
+
+    LlavaMetaForCausalLM.choose_tokens = choose_and_record
+    return recorded
 
 
 def stop_at(step: int) -> None:
@@ -64,7 +80,7 @@ def run_rank(rank: int, num_ranks: int, port: int, scenario: dict, folder: Path)
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    code = 0
+    code, scores = 0, record_scores()
     if rank == 1 and "stop_at" in scenario:
         stop_at(scenario["stop_at"])
     try:
@@ -72,7 +88,10 @@ def run_rank(rank: int, num_ranks: int, port: int, scenario: dict, folder: Path)
         trainer = train([word.replace("{rank}", str(rank)) for word in words])  # what lies elsewhere on each machine
         if rank == 0:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            result = {"losses": losses, "log": trainer.state.log_history, "held_share": held_share(trainer.model)}
+            result = {
+                "losses": losses, "log": trainer.state.log_history, "held_share": held_share(trainer.model),
+                "scores": scores,
+            }  # fmt: skip
             (folder / f"{scenario['name']}.json").write_text(json.dumps(result))
         torch.distributed.barrier()
     except BaseException as error:

@@ -120,9 +120,8 @@ def test_files_are_those_of_one_process(kind: str, runs: Path, golden: Path, che
 @pytest.mark.slow
 @pytest.mark.timeout(2 * LIMIT_SECONDS)
 def test_a_16_bit_run_keeps_the_same_patches_and_saves_16_bit(runs: Path):
-    logs = [[entry for entry in read_result(runs, name)["log"] if "loss" in entry] for name in ("bf16", "lora-one")]
-    for key in ("kept_tokens_mean", "kept_tokens_std"):
-        assert [entry[key] for entry in logs[0]] == [entry[key] for entry in logs[1]]
+    scores = read_result(runs, "bf16")["scores"]
+    assert scores and scores == read_result(runs, "lora")["scores"]  # bit for bit: the tower runs in float32
     assert len(losses(runs, "bf16")) == 4
     assert {value.dtype for value in weights(runs, "bf16").values()} == {torch.bfloat16}
 
