@@ -68,7 +68,10 @@ def run_training(golden: Path, checkpoints: Path, tmp_path: Path) -> Callable[..
 
 @pytest.fixture(scope="module")
 def run_ranks(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict]], Path]:
-    """Run scenarios one after the other; in the golden checkpoints' folder, where tower names are relative."""
+    """Run scenarios one after the other; in the golden checkpoints' folder, where tower names are relative.
+
+    Each has a name, flags, and where it is not another scenario's run going on, an output folder of its name.
+    """
     folder = tmp_path_factory.mktemp("ranks")
 
     def run(scenarios: list[dict]) -> Path:
@@ -80,7 +83,8 @@ def run_ranks(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             **TRIM,
         }  # fmt: skip
         for scenario in scenarios:
-            flags = common | {"output_dir": folder / scenario["name"]} | scenario["flags"]
+            place = folder / scenario.get("folder", scenario["name"])
+            flags = common | {"output_dir": place} | scenario["flags"]
             scenario["flags"] = {key: str(value) for key, value in flags.items() if value is not None}
         file = folder / "scenarios.json"
         file.write_text(json.dumps(scenarios))
