@@ -91,6 +91,14 @@ def test_every_variable_can_be_set_from_outside():
     assert "DS_ACCELERATOR=cpu" in command
 
 
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "finetune_lora", "finetune_8gpu_TRIM"])
+def test_the_other_engine_changes_nothing_else(name: str):
+    (_, usual), (command, flags) = dry_run(name), dry_run(name, ENGINE="fsdp2")
+    assert (flags.pop("fsdp"), flags.pop("fsdp_config")) == ("True", "scripts/fsdp2.json")
+    assert usual.pop("deepspeed") and flags == usual
+    assert (ROOT / "scripts/fsdp2.json").is_file() and "deepspeed.launcher.runner" in command
+
+
 def test_flags_after_two_dashes_win():
     _, flags = dry_run("finetune", "--", "--learning_rate", "1e-9", "--max_steps", "3")
     assert (flags["learning_rate"], flags["max_steps"]) == ("1e-9", "3")
@@ -202,6 +210,8 @@ def test_machines_that_do_not_fit_are_refused_in_one_line(variables: dict, says:
         ({"NUM_GPUS": "2", "DATA": "{file}", "IMAGES": "{folder}"}, "PROJECTOR: no file checkpoints/"),
         ({"NUM_GPUS": "2", "MODEL": "./nowhere"}, "MODEL: nothing at ./nowhere"),
         ({"NUM_GPUS": "2", "ZERO": "none.json"}, "ZERO: no DeepSpeed settings at none.json"),
+        ({"NUM_GPUS": "2", "ZERO": ""}, "ZERO is empty"),
+        ({"NUM_GPUS": "2", "ENGINE": "fsdp"}, "ENGINE=fsdp: expected deepspeed or fsdp2"),
         ({"NUM_GPUS": "3", "DRY_RUN": "1"}, "GLOBAL_BATCH=128 is not a multiple of 48"),
         ({"NUM_GPUS": "2", "DRY_RUN": "1", "PRECISION": "fp8"}, "PRECISION=fp8: expected bf16, fp16 or fp32"),
         ({"NUM_NODES": "2", "NUM_GPUS": "8", "BATCH_SIZE": "8", "DRY_RUN": "1"}, "NUM_NODES=2 needs HOSTFILE"),

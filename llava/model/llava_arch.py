@@ -91,7 +91,7 @@ class LlavaMetaModel:
     def initialize_vision_modules(self, model_args: VisionArguments, fsdp: object = None) -> None:
         """Give a language model its vision parts before training, or change those of a LLaVA checkpoint.
 
-        `fsdp` is accepted because LLaVA's callers pass it; FSDP is not used.
+        `fsdp` is accepted because LLaVA's callers pass it, and changes nothing.
 
         Raises:
             InputError: for a tower, setting or projector file that does not fit.
@@ -482,8 +482,9 @@ class LlavaMetaForCausalLM:
     def _projector_anchor(self, features: list[list[Tensor]]) -> Tensor | None:
         """Zero rows of projected features `[0, E]`, for the embeddings of a training batch; None outside training.
 
-        They change no value but keep the projector in the batch's graph: a rank whose batch holds no image still runs
-        tower and projector and takes part in their collectives (else distributed training hangs or crashes).
+        They change no value but keep projector and newline in the batch's graph: a rank whose batch holds no image, or
+        no row of tiles, still runs tower and projector and takes part in their collectives (else distributed training
+        hangs or crashes).
         """
         projector = getattr(self.get_model(), "mm_projector", None)
         if not (self.training and torch.is_grad_enabled()) or projector is None:
@@ -491,7 +492,8 @@ class LlavaMetaForCausalLM:
         first = next((image for own in features for image in own), None)
         if first is None:
             first = self.make_image_tokens([self._encode_blank()], [""])[0].features
-        return first[:0]
+        newline = getattr(self.get_model(), "image_newline", None)
+        return first[:0] if newline is None else torch.cat([first, newline[None].to(first)])[:0]
 
     def _encode_blank(self) -> ImageFeatures:
         """Encode an image of zeros, once while the token reduction needs the same of it."""

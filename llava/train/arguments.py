@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, Trainer, get_scheduler
 
 from llava.errors import InputError
 from llava.model.token_reduction import read_training_reduction
+from llava.train.engine_flags import read_fsdp
 from llava.train.flags import DataArguments, LlavaTrainingFlags, ModelArguments, OneLineParser, check_flags
 from llava.train.targets import check_version
 from llava.train.trackers import split_names
@@ -29,6 +30,11 @@ class TrainingArguments(LlavaTrainingFlags, transformers.TrainingArguments):
     def runs_deepspeed(self) -> bool:
         """Whether DeepSpeed trains: by `--deepspeed`, or by the launcher's own settings."""
         return self.deepspeed_plugin is not None
+
+    @property
+    def runs_fsdp(self) -> bool:
+        """Whether FSDP2 trains (`--fsdp`)."""
+        return bool(self.fsdp)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -50,6 +56,8 @@ class TrainingArguments(LlavaTrainingFlags, transformers.TrainingArguments):
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        self.fsdp_config = read_fsdp(self.fsdp, self.fsdp_config)
+        self.fsdp = None if self.fsdp_config is None else True
         super().__post_init__()
 
 

@@ -21,6 +21,7 @@ from llava.model.adapter import ADAPTER_CONFIG_FILE, NON_LORA_FILE
 from llava.model.checkpoint_folder import ARGUMENTS_FILE, PROJECTOR_FILE, portable_config, save_weights
 from llava.model.stored_weights import first_line
 from llava.train.engine import gathered
+from llava.train.fsdp import whole
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,11 @@ TOKEN_PARTS = ("embed_tokens", "lm_head")
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
+FSDP_FILES = ("pytorch_model_fsdp.bin", "optimizer.bin")  # FSDP2's masters and optimizer states, each of all ranks
+DEEPSPEED, FSDP = "DeepSpeed", "FSDP2"
+ENGINE_FLAGS = {DEEPSPEED: "--deepspeed", FSDP: "--fsdp"}
 TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
+ADVICE = "start with the same settings as before, or with another --output_dir"
 NO_OPTIMIZER = "has no optimizer state (optimizer.pt, scheduler.pt)"
 
 
@@ -51,23 +56,26 @@ def save_projector(model: PreTrainedModel, folder: Path, is_writer: bool = True)
     save_config(model, folder)
 
 
-def save_lora_rest(model: nn.Module, folder: Path, is_writer: bool) -> None:
+def save_lora_rest(
+    model: nn.Module, folder: Path, is_writer: bool, gathered_state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write what PEFT does not: config.json and `non_lora_trainables.bin`, the other weights that were trained.
 
     Args:
         model: wrapped by PEFT.
         folder: of the adapter.
         is_writer: whether this rank writes; all ranks have to call.
+        gathered_state: the model's, whole on the rank that writes, which may then call alone; None: gather it here.
     """
     added = TOKEN_PARTS if adds_tokens(model.get_base_model()) else ()
-    weights = copy_weights(
-        {
-            name: value
-            for name, value in model.named_parameters()
-            if any(part in name for part in ("mm_projector", *added)) or (value.requires_grad and "lora_" not in name)
-        }
-    )
+    chosen = {
+        name: value
+        for name, value in model.named_parameters()
+        if any(part in name for part in ("mm_projector", *added)) or (value.requires_grad and "lora_" not in name)
+    }
+    weights = copy_weights(chosen) if gathered_state is None else gathered_state
     if is_writer:
+        weights = {name: weights[name] for name in chosen}
         save_weights(weights, folder / NON_LORA_FILE)
         save_config(model.get_base_model(), folder)
 
@@ -86,7 +94,7 @@ def load_lora_rest(model: nn.Module, folder: Path) -> None:
 def save_config(model: PreTrainedModel, folder: Path) -> None:
     """Write config.json alone, as in a full checkpoint."""
     with portable_config(model, folder):
-        model.config.architectures = [type(model).__name__]
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
         model.config.save_pretrained(folder)
 
 
@@ -105,7 +113,7 @@ def get_mm_adapter_state_maybe_zero_3(
 def copy_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copy named parameters to the CPU, whole even if each rank holds a part; all ranks have to call."""
     with gathered(parameters.values()):
-        return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        return {name: whole(parameter.detach()).cpu().clone() for name, parameter in parameters.items()}
 
 
 def drop_second_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,15 +141,20 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def find_last_checkpoint(
-    folder: str | Path, num_ranks: int | None, is_lora: bool = False, resume_anyway: bool = False
+    folder: str | Path,
+    num_ranks: int | None,
+    is_lora: bool = False,
+    resume_anyway: bool = False,
+    engine: str = DEEPSPEED,
 ) -> str | None:
     """Find the checkpoint at which an interrupted run resumes; broken ones are named and passed over.
 
     Args:
         folder: the run's output folder.
-        num_ranks: number of DeepSpeed's ranks; None if it does not train.
+        num_ranks: number of the engine's ranks; None if the trainer alone trains.
         is_lora: whether adapters are trained.
         resume_anyway: take also a checkpoint without optimizer state, if there is no other.
+        engine: of this run, if it has one.
 
     Returns:
         The newest complete `checkpoint-<step>`, or None.
@@ -154,7 +167,8 @@ def find_last_checkpoint(
     for checkpoint in list_checkpoints(folder):
         fault = find_fault(checkpoint)
         if fault is None or (fault == NO_OPTIMIZER and resume_anyway):
-            _check_kind(checkpoint, num_ranks, is_lora)
+            _check_engine(checkpoint, None if num_ranks is None else engine, num_ranks)
+            _check_kind(checkpoint, is_lora)
             _refuse_code(checkpoint)
             logger.warning("resuming at %s", checkpoint)
             return str(checkpoint)
@@ -180,10 +194,20 @@ def find_fault(checkpoint: Path) -> str | None:
     return _find_weights_fault(checkpoint) or _find_cut_file(checkpoint) or _find_state_fault(checkpoint)
 
 
-def _find_weights_fault(checkpoint: Path) -> str | None:
+def _find_writer(checkpoint: Path) -> str | None:
+    """Return the engine that wrote a checkpoint; None: the trainer alone, or weights alone."""
     if (checkpoint / LATEST_FILE).is_file():
-        return None  # DeepSpeed's own folder holds them
-    if (checkpoint / ADAPTER_CONFIG_FILE).is_file():
+        return DEEPSPEED
+    return FSDP if any((checkpoint / name).is_file() for name in FSDP_FILES) else None
+
+
+def _find_weights_fault(checkpoint: Path) -> str | None:
+    writer = _find_writer(checkpoint)
+    if writer == DEEPSPEED:
+        return None  # its own folder holds them
+    if writer == FSDP:
+        needed = list(FSDP_FILES)
+    elif (checkpoint / ADAPTER_CONFIG_FILE).is_file():
         needed = [NON_LORA_FILE]
         if not any((checkpoint / name).is_file() for name in ADAPTER_FILES):
             needed += ADAPTER_FILES[:1]
@@ -231,28 +255,39 @@ def _find_state_fault(checkpoint: Path) -> str | None:
         if num_ranks and num_parts < num_ranks:
             return f"it holds the optimizer states of {num_parts} of {num_ranks} ranks"
         return None if num_ranks else "it has no random state (rng_state_0.pth)"
-    if not all((checkpoint / name).is_file() for name in OPTIMIZER_FILES):
+    if _find_writer(checkpoint) == FSDP:
+        if not (checkpoint / OPTIMIZER_FILES[1]).is_file():
+            return f"it has no {OPTIMIZER_FILES[1]}"
+    elif not all((checkpoint / name).is_file() for name in OPTIMIZER_FILES):
         return NO_OPTIMIZER
     return None if num_ranks else "it has no random state (rng_state.pth)"
 
 
-def _check_kind(checkpoint: Path, num_ranks: int | None, is_lora: bool) -> None:
-    """Refuse a checkpoint that another kind of run wrote."""
-    latest = checkpoint / LATEST_FILE
-    advice = "start with the same settings as before, or with another --output_dir"
-    if num_ranks is None:
-        if latest.is_file():
-            raise InputError(f"{checkpoint} was written by DeepSpeed, this run has no --deepspeed: {advice}")
-    elif not latest.is_file():
-        raise InputError(f"{checkpoint} was not written by DeepSpeed, this run has --deepspeed: {advice}")
-    else:
-        num_parts = len(list((checkpoint / read_text(latest).strip()).glob("*_optim_states.pt")))
-        if num_parts != num_ranks:
-            raise InputError(f"{checkpoint} was written by {num_parts} ranks, this run has {num_ranks}: {advice}")
+def _check_engine(checkpoint: Path, engine: str | None, num_ranks: int | None) -> None:
+    """Refuse a checkpoint that another engine, or another number of ranks, wrote."""
+    writer = _find_writer(checkpoint)
+    if writer is not None and writer != engine:
+        raise InputError(f"{checkpoint} was written by {writer}, this run has no {ENGINE_FLAGS[writer]}: {ADVICE}")
+    if engine is None:
+        return
+    if writer is None:
+        raise InputError(f"{checkpoint} was not written by {engine}, this run has {ENGINE_FLAGS[engine]}: {ADVICE}")
+    parts = (
+        checkpoint.glob("rng_state_*.pth")
+        if engine == FSDP
+        else (checkpoint / read_text(checkpoint / LATEST_FILE).strip()).glob("*_optim_states.pt")
+    )
+    num_parts = len(list(parts))
+    if num_parts != num_ranks:
+        raise InputError(f"{checkpoint} was written by {num_parts} ranks, this run has {num_ranks}: {ADVICE}")
+
+
+def _check_kind(checkpoint: Path, is_lora: bool) -> None:
+    """Refuse a checkpoint that another kind of training wrote."""
     was_lora = (checkpoint / ADAPTER_CONFIG_FILE).is_file()
     if was_lora != is_lora:
         before, now = ("with LoRA", "without") if was_lora else ("without LoRA", "with it")
-        raise InputError(f"{checkpoint} was trained {before}, this run trains {now}: {advice}")
+        raise InputError(f"{checkpoint} was trained {before}, this run trains {now}: {ADVICE}")
 
 
 # ------------------------------------------------------------------------------------------------ no code in files

@@ -1,6 +1,6 @@
-"""All that knows DeepSpeed: starting it, partitioned weights, and ending it.
+"""All that knows DeepSpeed: starting it, partitioned weights, and ending it; and what it shares with FSDP2.
 
-The same calls serve eight GPUs and two CPU ranks. Frozen towers stay outside the engine, see `detach_tower`.
+The same calls serve eight GPUs and two CPU ranks. Frozen towers stay outside either engine, see `detach_tower`.
 """
 
 import time
@@ -95,6 +95,11 @@ def is_partitioned() -> bool:
     return is_deepspeed_zero3_enabled()
 
 
+def calls_head_once(training_args: TrainingArguments) -> bool:
+    """Whether ranks gather the output head's weights together, and so have to call it equally often."""
+    return is_partitioned() or training_args.runs_fsdp
+
+
 @contextmanager
 def whole_weights() -> Iterator[None]:
     """Inside this context, models are loaded whole on every rank, also under ZeRO-3."""
@@ -129,8 +134,8 @@ def gathered(parameters: Iterable[nn.Parameter], writable: bool = False) -> Abst
 def detach_tower(model: LlavaCausalLM, device: torch.device) -> None:
     """Take the frozen tower out of the module tree, so that the engine does not find it; the model still uses it.
 
-    DeepSpeed would cast its weights to the run's dtype, and patches would be chosen by other scores than at inference;
-    under ZeRO-3 it would also partition them, and gather them again for every image.
+    DeepSpeed and FSDP2 would cast its weights to the run's dtype, and patches would be chosen by other scores than at
+    inference; ZeRO-3 and FSDP2 would also partition them, and gather them again for every image.
 
     Args:
         model: with a loaded tower.

@@ -11,7 +11,6 @@ import argparse
 import ast
 import difflib
 import importlib.util
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from llava.errors import InputError
-from llava.files import read_json, read_text
+from llava.files import read_text
+from llava.train.engine_flags import OFF, ON, check_engine
 from llava.train.noise import hide_noise
 from llava.train.score_command import check_command
 from llava.train.trackers import check_trackers, split_names
@@ -180,6 +180,9 @@ class LlavaTrainingFlags:
         default=False,
         metadata={"help": "Go on in an output folder with other settings, or without optimizer state."},
     )
+    fsdp_transformer_layer_cls_to_wrap: str | None = field(
+        default=None, metadata={"help": "Ignored; FSDP2 shards the decoder's layers, whatever their class."}
+    )
     warmup_ratio: float | None = field(default=None, metadata={"help": "Warmup as a share of all steps, in [0, 1)."})
 
 
@@ -259,13 +262,12 @@ def list_trainer_flags() -> dict[str, str]:
 
 
 _NUMBERS = {"int": int, "float": float}
-_YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def _parse_switch(text: str) -> bool:
-    if text.lower() not in _YES + _NO:
+    if text.lower() not in ON + OFF:
         raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-    return text.lower() in _YES
+    return text.lower() in ON
 
 
 def _add_own(section: argparse._ArgumentGroup, own: Field) -> None:
@@ -333,7 +335,7 @@ def _check_values(flags: argparse.Namespace) -> None:
     _check_looks(flags)
     _check_unserved(flags)
     check_trackers(split_names(flags.report_to or []), _only(flags.output_dir) or ".", _only(flags.trackio_space_id))
-    _check_engine(flags)
+    check_engine(flags)
 
 
 def _check_looks(flags: argparse.Namespace) -> None:
@@ -397,7 +399,7 @@ def _check_ranges(flags: argparse.Namespace) -> None:
             f"--max_steps {flags.max_steps}: expected a number from 1, at most {MAX_STEPS:g}, "
             "or -1 for --num_train_epochs"
         )
-    if flags.resume_from_checkpoint and flags.resume_from_checkpoint[0].lower() not in _YES + _NO:
+    if flags.resume_from_checkpoint and flags.resume_from_checkpoint[0].lower() not in ON + OFF:
         raise InputError(
             "--resume_from_checkpoint: a run resumes by itself at the newest complete checkpoint of --output_dir; "
             "leave it out"
@@ -435,15 +437,6 @@ def _to_number(value: object) -> float | None:
         return None
 
 
-def _check_engine(flags: argparse.Namespace) -> None:
-    """Refuse engines that this process cannot start."""
-    wants_fsdp = flags.fsdp is not None and " ".join(flags.fsdp).lower() not in _NO
-    if wants_fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise InputError("--fsdp needs several processes (torchrun --nproc_per_node 2 ...); one process trains without")
-    if flags.deepspeed:
-        _check_deepspeed(flags.deepspeed[0])
-
-
 def _check_lora(flags: argparse.Namespace) -> None:
     _check_choice("lora_bias", flags.lora_bias, ("none", "all", "lora_only"))
     _check_choice("quant_type", flags.quant_type, ("nf4", "fp4"))
@@ -453,16 +446,6 @@ def _check_lora(flags: argparse.Namespace) -> None:
     for name in ("tune_mm_mlp_adapter", "freeze_backbone"):
         if flags.lora_enable and getattr(flags, name):
             raise InputError(f"--lora_enable and --{name} together would freeze the adapters")
-
-
-def _check_deepspeed(settings: str) -> None:
-    """Check `--deepspeed`, a JSON file or the JSON itself, before anything is started with it."""
-    if not settings.lstrip().startswith("{"):
-        read_json(Path(settings), hint="--deepspeed takes zero2.json, zero3.json or zero3_offload.json of scripts/")
-    if "RANK" not in os.environ:
-        raise InputError(
-            "--deepspeed needs a launcher, also for one process: `deepspeed --num_gpus 1 llava/train/train_mem.py ...`"
-        )
 
 
 def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:

@@ -1,5 +1,6 @@
 """The trainer: transformers' `Trainer`, changed at its hooks.
 
+    create_accelerator_and_...    FSDP2: over ranks on the CPU too, with inputs as they are (`fsdp`)
     create_optimizer              `--mm_projector_lr`: the projector's parameters get groups of their own
     get_optimizer_cls_and_kwargs  ZeRO offload: DeepSpeed's Adam for states in main memory
     _get_train_sampler            `--group_by_modality_length`, `--group_by_reduced_length`: batches of similar lengths
@@ -59,9 +60,10 @@ from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_a
 from llava.train.collator import Batch
 from llava.train.console import Console
 from llava.train.dataset import ConversationDataset
-from llava.train.engine import is_partitioned
+from llava.train.engine import calls_head_once
 from llava.train.feature_cache import FeatureCache
 from llava.train.figures import DATA, LANGUAGE_MODEL, OPTIMIZER, OTHER, PAUSE, TOWER, Meter, Sums, gather
+from llava.train.fsdp import describe_ranks, ranks_of_any_device, reshard, settle_accelerator, whole
 from llava.train.held_out import PlacedSamples, deal_batches, undisturbed
 from llava.train.sampler import POOLED_GROUPS, ModalityLengthSampler, SetEpoch
 from llava.train.score_command import ScoreCommand
@@ -140,10 +142,27 @@ class LLaVATrainer(Trainer):
         self.score = score
         self._looked_at: int | None = None
         if not isinstance(unwrap(self.model), LlavaMetaForCausalLM):
-            take_only_loss(unwrap(self.model), None if is_partitioned() else MOST_LOGITS)
+            take_only_loss(unwrap(self.model), None if calls_head_once(self.args) else MOST_LOGITS)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(Console())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; with `--fsdp` one that shards, on any device.
+
+        Raises:
+            InputError: it would not.
+        """
+        if not self.args.runs_fsdp:
+            super().create_accelerator_and_postprocess()
+            return
+        with ranks_of_any_device():
+            super().create_accelerator_and_postprocess()
+        settle_accelerator(self.accelerator, self.args.compute_dtype)
+
+    def _build_accelerator_args(self, **options: object) -> dict[str, object]:
+        ranks = describe_ranks(self.args) if self.args.runs_fsdp else {}
+        return super()._build_accelerator_args(**options) | ranks
 
     def train(self, resume_from_checkpoint: str | None = None, **options: object) -> TrainOutput:
         """Train; files of a checkpoint that hold code are refused.
@@ -166,8 +185,8 @@ class LLaVATrainer(Trainer):
                 the run computed in, or with LoRA the adapter and the other weights that were trained.
         """
         self.save_state()
-        if not (only_projector or self.args.runs_deepspeed or self.args.lora_enable):
-            # The weights here are float32 masters; with DeepSpeed and LoRA they have the run's dtype already.
+        if not (only_projector or self.args.runs_deepspeed or self.args.runs_fsdp or self.args.lora_enable):
+            # The weights here are float32 masters; with an engine and LoRA what is saved has its dtype already.
             self.model.to(self.args.compute_dtype)
         self._write_weights(Path(self.args.output_dir), only_projector)
 
@@ -318,6 +337,7 @@ class LLaVATrainer(Trainer):
         self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *rest: object, **options: object
     ) -> None:
         self.meter.timeline.enter(OTHER)
+        grad_norm = whole(grad_norm)
         self._agree_to_go_on(tr_loss, grad_norm)
         self.meter.end_step(self.state.global_step)
         # Where a signal asks for a checkpoint, nothing may delay it: what is due is done when the run goes on.
@@ -383,6 +403,7 @@ class LLaVATrainer(Trainer):
                 self.tally.replaced.update(dict.fromkeys(batch.pop("replaced", ())))
                 outputs = self.model_wrapped(**self._prepare_inputs(batch))
                 self.meter.count_losses(outputs["loss_sums"], outputs["num_targets"])
+            reshard(self.model_wrapped)
             sums = Sums(*map(sum, zip(*gather(totals.read(), self.args.device), strict=True)))
         tokens = sums.image_tokens + sums.text_tokens
         if not tokens:
@@ -456,7 +477,10 @@ class LLaVATrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if self.args.lora_enable:
-            save_lora_rest(self.model, folder, is_writer=self.args.should_save)
+            gathered_state = state_dict if self.args.runs_fsdp else None
+            save_lora_rest(self.model, folder, self.args.should_save, gathered_state)
+        elif self.args.runs_fsdp:
+            state_dict = {name: value.to(self.args.compute_dtype) for name, value in state_dict.items()}
         # A LLaVA does it itself, and a plain language model or an adapter does not.
         is_llava = isinstance(self.model, LlavaMetaForCausalLM)
         with nullcontext() if is_llava else portable_config(self.model, folder):
@@ -468,7 +492,7 @@ class LLaVATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.lora_enable:
+        if self.args.lora_enable and not self.args.runs_fsdp:  # whose own file has all that is trained
             load_lora_rest(self.model, Path(resume_from_checkpoint))
 
     def _issue_warnings_after_load(self, load_result: _IncompatibleKeys) -> None:

@@ -24,7 +24,7 @@ from llava.model.token_reduction import CONFIG_KEY, RANGE_KEY, read_training_red
 from llava.model.tokenizer import load_tokenizer
 from llava.prompt import JOINED_TURNS, POOLED_TURNS, QUERY_KEY, end_of_turn
 from llava.train.arguments import TrainingArguments
-from llava.train.engine import detach_tower, gathered, is_partitioned, whole_weights
+from llava.train.engine import calls_head_once, detach_tower, gathered, is_partitioned, whole_weights
 from llava.train.flags import DataArguments, ModelArguments
 from llava.train.lora import quantisation_settings
 
@@ -261,9 +261,9 @@ def add_vision(
         setattr(config, flag, getattr(model_args, flag))
     config.mm_projector_lr = training_args.mm_projector_lr
     add_image_tokens(model, tokenizer, model_args)
-    if training_args.runs_deepspeed:
+    if training_args.runs_deepspeed or training_args.runs_fsdp:
         detach_tower(model, training_args.device)
-    if is_partitioned():
+    if calls_head_once(training_args):
         model.most_logits = None
 
 

@@ -19,6 +19,9 @@ NOISE = re.compile(
     | .*\ Unable\ to\ find\ hostfile,\ will\ proceed\ with.*          # the launcher, on one machine
     | \[Gloo\]\ Rank\ \d+\ is\ connected\ to\ .*                      # ranks on the CPU
     | .*\.py:\d+:\ (Future|Deprecation|PendingDeprecation)Warning:.*  # to the authors of libraries
+    | .*\.py:\d+:\ UserWarning:\ Slicing\ a\ flattened\ dim\ .*      # accelerate, of FSDP2's ranks
+    | \s+sliced_mesh_layout\ =\ .*                                    # and the line of code with it
+    | .*\ When\ using\ FSDP,\ prefer\ `.*\ over\ .*                   # which names layers anew
     | \s+warnings\.warn\(.*                                           # the line of code that Python shows with them
     | Failed\ to\ load\ CPU\ gemm_4bit_forward\ .*                    # bitsandbytes, of an optional package
     | .*\d+%\|.*\|\ \d+/\d+\ \[.*\]\s*(\x1b\[A)?                      # progress bars of saving

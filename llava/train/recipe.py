@@ -102,6 +102,7 @@ SETTINGS = {
     "BITS": Setting(_one_of("4", "8", "16"), ("bits",), may_be_empty=True),
     "PRECISION": Setting(_one_of("bf16", "fp16", "fp32"), ("bf16", "fp16", "tf32")),
     "GRADIENT_CHECKPOINTING": Setting(SWITCH, ("gradient_checkpointing",)),
+    "ENGINE": Setting(_one_of("deepspeed", "fsdp2"), ("fsdp", "fsdp_config")),
     "ZERO": Setting(TEXT, ("deepspeed",)),
     "SEED": Setting(SEED, ("seed",)),
     "SAVE_STEPS": Setting(COUNT, ("save_steps",)),

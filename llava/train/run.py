@@ -124,6 +124,7 @@ NEUTRAL = frozenset(
         "accelerator_config",
         "parallelism_config",
         "fsdp_config",
+        "fsdp_transformer_layer_cls_to_wrap",
         "full_determinism",
         "tf32",
         "torch_compile",

@@ -33,7 +33,7 @@ from llava.model.token_reduction import CONFIG_KEY, TEXT, read_training_reductio
 from llava.prompt import JOINED_TURNS, QUERY_KEY
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.train.arguments import TrainingArguments, explaining_refusals, parse_arguments
-from llava.train.checkpoint import find_last_checkpoint, list_checkpoints
+from llava.train.checkpoint import DEEPSPEED, FSDP, find_last_checkpoint, list_checkpoints
 from llava.train.checkpoint import get_mm_adapter_state_maybe_zero_3 as get_mm_adapter_state_maybe_zero_3
 from llava.train.collator import Collator
 from llava.train.dataset import ConversationDataset, ImageFormat, TextFormat, check_fit
@@ -169,8 +169,14 @@ def describe_end(run: Run, training_args: TrainingArguments) -> str | None:
 
 def find_start(run: Run, training_args: TrainingArguments) -> str | None:
     """Find the checkpoint that the run goes on from; None if it starts anew."""
-    num_ranks = training_args.world_size if training_args.runs_deepspeed else None
-    return find_last_checkpoint(run.folder, num_ranks, training_args.lora_enable, training_args.resume_anyway)
+    has_engine = training_args.runs_deepspeed or training_args.runs_fsdp
+    return find_last_checkpoint(
+        run.folder,
+        training_args.world_size if has_engine else None,
+        training_args.lora_enable,
+        training_args.resume_anyway,
+        FSDP if training_args.runs_fsdp else DEEPSPEED,
+    )
 
 
 def say(training_args: TrainingArguments, text: str) -> None:

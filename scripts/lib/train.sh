@@ -12,6 +12,7 @@
 #   ASPECT_RATIO, SAVE_STEPS, LOGGING_STEPS, GRADIENT_CHECKPOINTING, NUM_WORKERS, SEED, reduce_func, reduce_func_param,
 #   PROJECTOR_LEARNING_RATE, LORA_RANK, LORA_ALPHA, BITS
 #                   the trainer's flags of similar names; an empty VISION_TOWER, IMAGES or PROJECTOR leaves it out
+#   ENGINE          deepspeed (default), with the settings of ZERO; or fsdp2, with those of scripts/fsdp2.json
 #   NUM_GPUS        ranks on this machine (default: all visible GPUs). Without a GPU: ranks on the CPU
 #   GLOBAL_BATCH    samples per optimizer step; accumulation follows from it, or set GRADIENT_ACCUMULATION
 #   PRECISION       bf16, fp16 or fp32
@@ -88,6 +89,7 @@ read_recipe() {
 
 # What the recipes leave open: how this run is spread, saved and watched.
 set_common_defaults() {
+    default ENGINE deepspeed
     default NUM_GPUS ""
     default NODE_RANK ""
     default GRADIENT_ACCUMULATION ""
@@ -118,11 +120,12 @@ train_llava() {
     set_common_defaults
     check_numbers
     find_ranks
+    set_engine
     check_files
     set_batch
     set_launcher
     TRAINER=(llava/train/train_mem.py
-        --deepspeed "$ZERO"
+        "${ENGINE_FLAGS[@]}"
         --model_name_or_path "$MODEL"
         --version "$VERSION"
         --data_path "$DATA"
@@ -264,7 +267,7 @@ check_count() {
 # Name what is missing before anything loads.
 check_files() {
     local name
-    for name in MODEL DATA OUTPUT LEARNING_RATE ZERO; do
+    for name in MODEL DATA OUTPUT LEARNING_RATE; do
         [[ -n ${!name} ]] || die "$name is empty"
     done
     for name in MODEL DATA EVAL_DATA OUTPUT ZERO VISION_TOWER IMAGES PROJECTOR LOG; do
@@ -274,7 +277,7 @@ check_files() {
     [[ ! -e $OUTPUT || -d $OUTPUT ]] || die "OUTPUT: $OUTPUT is not a folder"
     [[ ! -e $LOG || -f $LOG || $LOG == /dev/null ]] || die "LOG: $LOG is not a regular file"
     [[ ${DRY_RUN:-0} == 1 ]] && return
-    [[ -f $ZERO ]] || die "ZERO: no DeepSpeed settings at $ZERO; scripts/ has zero2.json, zero3.json, zero3_offload.json"
+    [[ $ENGINE != deepspeed || -f $ZERO ]] || die "ZERO: no DeepSpeed settings at $ZERO; scripts/ has zero2.json, zero3.json, zero3_offload.json"
     check_source MODEL "a checkpoint folder"
     [[ $VISION_TOWER == open_clip:* || -z $VISION_TOWER ]] || check_source VISION_TOWER "a CLIP folder"
     check_source DATA "a .json, .jsonl or .parquet file"
@@ -298,6 +301,18 @@ set_batch() {
             die "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of $together (NUM_GPUS x NUM_NODES x BATCH_SIZE); change BATCH_SIZE, or set GRADIENT_ACCUMULATION"
         GRADIENT_ACCUMULATION=$((GLOBAL_BATCH / together))
     fi
+}
+
+# Set ENGINE_FLAGS: what shards the training over the ranks. Both are started by the same launcher.
+set_engine() {
+    case $ENGINE in
+    deepspeed)
+        [[ -n $ZERO ]] || die "ZERO is empty"
+        ENGINE_FLAGS=(--deepspeed "$ZERO")
+        ;;
+    fsdp2) ENGINE_FLAGS=(--fsdp True --fsdp_config scripts/fsdp2.json) ;;
+    *) die "ENGINE=$ENGINE: expected deepspeed or fsdp2" ;;
+    esac
 }
 
 set_precision() {

@@ -1,5 +1,7 @@
 """Multi-crop pictures (`image_aspect_ratio: anyres`) through the whole model, with and without reduction."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -98,3 +100,13 @@ def test_unknown_merge_type_says_so(model, golden):
     set_merge(model, "spatial_pad")
     with pytest.raises(InputError, match="use flat, spatial, spatial_unpad"):
         model.encode_images(make_crops(model, golden), ["a bus"], [PICTURE_SIZE])
+
+
+def test_a_training_batch_without_a_row_of_tiles_has_the_newline_in_its_graph(model, golden):
+    # Another rank's batch has rows, and ranks exchange the gradients of the same weights.
+    set_merge(model, "spatial_unpad")
+    tokens = model.encode_images(make_crops(model, golden), ["a bus"], [PICTURE_SIZE])[0]
+    ids = torch.tensor([[1, 5, -200, 7]])
+    rowless = replace(tokens, features=tokens.features.detach())
+    model.train().embed_prompts(ids, labels=ids, image_tokens=[rowless]).embeds.sum().backward()
+    assert model.get_model().image_newline.grad.abs().max() == 0

@@ -1,22 +1,32 @@
 """Run training scenarios on several CPU ranks: `python ranks.py SCENARIOS.json`; not a test itself.
 
 torch and DeepSpeed are imported once and every scenario's ranks are forked from here, which is several times cheaper
-than a launcher each. Each scenario leaves `<name>.json` (losses and log of rank 0, the error of a rank that failed)
-beside the scenarios' file, and `<name>.<rank>.log`.
+than a launcher each. Each scenario leaves `<name>.json` (losses and log of rank 0, the share of the weights that it
+holds, the scores of its images' patches; the error of a rank that failed) beside the scenarios' file, and
+`<name>.<rank>.log`. `stop_at` in a scenario is the step after which rank 1 gets SIGTERM.
 """
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
-import deepspeed  # noqa: F401 # imported once for all ranks
 import torch
+from torch.distributed.tensor import DTensor
 
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.token_reduction import ReducedTokens
+from llava.train import stopping
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import train
+
+with suppress(ModuleNotFoundError):
+    import deepspeed  # noqa: F401 # imported once for all ranks
 
 PATIENCE_SECONDS = 600  # for one scenario, which takes ten seconds where nothing else runs
 
@@ -25,6 +35,40 @@ def find_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def held_share(model: torch.nn.Module) -> float:
+    """The share of the weights that this rank holds, where FSDP2 shards them."""
+    weights = list(model.parameters())
+    held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in weights)
+    return held / max(1, sum(weight.numel() for weight in weights))
+
+
+def record_scores() -> list[list[float]]:
+    """Return a list that gets the scores of each image's patches, and which are kept, whenever the model chooses."""
+    recorded: list[list[float]] = []
+    choose = LlavaMetaForCausalLM.choose_tokens
+
+    def choose_and_record(*arguments: object, **options: object) -> list[ReducedTokens]:
+        chosen = choose(*arguments, **options)
+        recorded.extend([*image.scores.flatten().tolist(), *image.kept.flatten().tolist()] for image in chosen)
+        return chosen
+
+    LlavaMetaForCausalLM.choose_tokens = choose_and_record
+    return recorded
+
+
+def stop_at(step: int) -> None:
+    """Send SIGTERM to this process when a step has been logged."""
+    stopping.install()
+    log = LLaVATrainer.log
+
+    def log_and_stop(trainer: LLaVATrainer, logs: dict, *rest: object) -> None:
+        log(trainer, logs, *rest)
+        if trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    LLaVATrainer.log = log_and_stop
 
 
 def run_rank(rank: int, num_ranks: int, port: int, scenario: dict, folder: Path) -> None:
@@ -36,13 +80,18 @@ def run_rank(rank: int, num_ranks: int, port: int, scenario: dict, folder: Path)
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    code = 0
+    code, scores = 0, record_scores()
+    if rank == 1 and "stop_at" in scenario:
+        stop_at(scenario["stop_at"])
     try:
         words = [word for key, value in scenario["flags"].items() for word in (f"--{key}", str(value))]
         trainer = train([word.replace("{rank}", str(rank)) for word in words])  # what lies elsewhere on each machine
         if rank == 0:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            result = {"losses": losses, "log": trainer.state.log_history}
+            result = {
+                "losses": losses, "log": trainer.state.log_history, "held_share": held_share(trainer.model),
+                "scores": scores,
+            }  # fmt: skip
             (folder / f"{scenario['name']}.json").write_text(json.dumps(result))
         torch.distributed.barrier()
     except BaseException as error:

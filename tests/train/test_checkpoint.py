@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava.errors import InputError
-from llava.train.checkpoint import data_only, drop_second_names, find_last_checkpoint
+from llava.train.checkpoint import FSDP, data_only, drop_second_names, find_last_checkpoint
 from tests.families import build_language_model
 
 
@@ -78,6 +78,64 @@ def test_a_checkpoint_of_another_engine_is_refused(
 def test_a_checkpoint_of_as_many_ranks_is_taken(leave: Callable, tmp_path: Path):
     folder = leave("checkpoint-4", ranks=2)
     assert find_last_checkpoint(str(tmp_path), 2) == str(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- FSDP2's
+@pytest.fixture
+def leave_sharded(leave: Callable) -> Callable[..., Path]:
+    """Make a checkpoint folder as two ranks of FSDP2 leave it."""
+
+    def make(name: str) -> Path:
+        folder = leave(name)
+        (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+        torch.save({"lm_head.weight": torch.zeros(9)}, folder / "pytorch_model_fsdp.bin")
+        (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+        torch.save({"python": (3, (1, 2), None)}, folder / "rng_state_1.pth")
+        return folder
+
+    return make
+
+
+def test_fsdps_checkpoint_is_taken_by_as_many_ranks_of_it(leave_sharded: Callable, tmp_path: Path):
+    folder = leave_sharded("checkpoint-4")
+    assert find_last_checkpoint(tmp_path, 2, engine=FSDP) == str(folder)
+    with pytest.raises(InputError, match=r"checkpoint-4 was written by 2 ranks, this run has 4: start with"):
+        find_last_checkpoint(tmp_path, 4, engine=FSDP)
+    with pytest.raises(InputError, match=r"checkpoint-4 was written by FSDP2, this run has no --fsdp: start with"):
+        find_last_checkpoint(tmp_path, 2)
+    with pytest.raises(InputError, match=r"checkpoint-4 was written by FSDP2, this run has no --fsdp: start with"):
+        find_last_checkpoint(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "line"),
+    [
+        (0, "was not written by FSDP2, this run has --fsdp"),
+        (2, "was written by DeepSpeed, this run has no --deepspeed"),
+    ],
+)
+def test_fsdp_goes_on_from_no_other_checkpoint(ranks: int, line: str, leave: Callable, tmp_path: Path):
+    leave("checkpoint-4", ranks=ranks)
+    with pytest.raises(InputError, match=rf"checkpoint-4 {line}: start with the same settings as before, or"):
+        find_last_checkpoint(tmp_path, 2, engine=FSDP)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt"])
+def test_what_fsdps_checkpoint_lacks_is_named(
+    name: str, leave_sharded: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    whole, broken = leave_sharded("checkpoint-4"), leave_sharded("checkpoint-8")
+    (broken / name).unlink()
+    assert find_last_checkpoint(tmp_path, 2, engine=FSDP) == str(whole)
+    assert f"{broken} is not used: it has no {name}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp.bin", "optimizer.bin"])
+def test_a_payload_in_fsdps_checkpoint_does_not_run(name: str, leave_sharded: Callable, tmp_path: Path):
+    torch.save({"state": Payload(tmp_path / "ran")}, leave_sharded("checkpoint-4") / name)
+    with pytest.raises(InputError, match=rf"{name} holds code \(posix.mkdir\) and is not loaded"):
+        find_last_checkpoint(tmp_path, 2, engine=FSDP)
+    assert not (tmp_path / "ran").exists()
 
 
 # ------------------------------------------------------------------------------------- broken ones are passed over

@@ -5,7 +5,6 @@ import os
 import random
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,92 +15,16 @@ from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
 from llava.train.checkpoint import data_only
+from tests.train.scenarios import LIMIT_SECONDS, LLM, LORA, ROOT, furthest, losses, read_result, stage_1, weights
 
 pytest.importorskip("deepspeed")
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
-LLM = "lmsys/vicuna-tiny-v1.5"
-TRIM = {"mm_vision_token_reduce_func": "TRIM:-1"}
 NUM_STEPS = 20
 # A fixed draw, so that a failure can be repeated.
 INTERRUPTED_AT = random.Random(20240916).randrange(3, NUM_STEPS - 2)
-LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 
-# Limits are for runs that hang: two minutes are usual, a slow or busy machine takes several times that.
-LIMIT_SECONDS = 1800
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_SECONDS)]
-
-
-def losses(folder: Path, name: str) -> list[float]:
-    return read_result(folder, name)["losses"]
-
-
-def read_result(folder: Path, name: str) -> dict:
-    result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    assert "error" not in result, (
-        f"{name}: {result['error']}\n{(folder / f'{name}.0.log').read_text(encoding='utf-8')[-3000:]}"
-    )
-    return result
-
-
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / name / "model.safetensors")
-
-
-def furthest(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-    """The largest difference of any weight."""
-    assert left.keys() == right.keys()
-    return max((left[name].float() - right[name].float()).abs().max().item() for name in left)
-
-
-@pytest.fixture(scope="module")
-def run_ranks(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict]], Path]:
-    """Run scenarios one after the other; in the golden checkpoints' folder, where tower names are relative."""
-    folder = tmp_path_factory.mktemp("ranks")
-
-    def run(scenarios: list[dict]) -> Path:
-        common = {
-            "model_name_or_path": LLM, "vision_tower": "openai/clip-vit-tiny-patch14-84",
-            "pretrain_mm_mlp_adapter": "liuhaotian/llava-v1.5-mlp2x-tiny-pretrain/mm_projector.bin",
-            "image_folder": golden / "data/images", "image_aspect_ratio": "pad", "logging_steps": 1,
-            "per_device_train_batch_size": 1, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True,
-            **TRIM,
-        }  # fmt: skip
-        for scenario in scenarios:
-            flags = common | {"output_dir": folder / scenario["name"]} | scenario["flags"]
-            scenario["flags"] = {key: str(value) for key, value in flags.items() if value is not None}
-        file = folder / "scenarios.json"
-        file.write_text(json.dumps(scenarios))
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("ranks.py")), str(file)],
-            cwd=golden / "checkpoints", capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
-                              "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return folder
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def data(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Training files: the six records over and over; images and texts in turn; captions alone."""
-    records = json.loads((golden / "data/questions/train6.json").read_text(encoding="utf-8"))
-    images = [raw for raw in records if "image" in raw]
-    text = next(raw for raw in records if "image" not in raw)
-    more = [{"from": "human", "value": "Are you sure?"}, {"from": "gpt", "value": "Yes."}]
-    contents = {
-        "mixed": records * 5,  # two epochs are begun: the order of the second is made anew
-        "in_turn": [raw for image in images[:3] for raw in (image, text)],
-        "captions": [raw for raw in images if len(raw["conversations"]) == 2] * 2,
-        "held_out": [raw | {"conversations": [*raw["conversations"], *more]} for raw in records],
-    }
-    folder = tmp_path_factory.mktemp("data")
-    for name, content in contents.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return {name: folder / f"{name}.json" for name in contents}
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +68,6 @@ def runs(run_ranks: Callable, data: dict[str, Path]) -> Path:
         {"name": "from-llava", "flags": few | engines["zero3"] | llava},
     ]
     return run_ranks(scenarios)
-
-
-def stage_1(data: dict[str, Path]) -> dict:
-    return {"data_path": data["captions"], "version": "plain", "tune_mm_mlp_adapter": True, "max_steps": 3}
 
 
 class Payload:

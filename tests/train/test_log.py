@@ -182,6 +182,9 @@ def test_the_screen_has_one_row_per_logging_step(run_training: Callable, capsys:
         "training with local resources only.",
         "/x/transformers/training_args.py:1541: FutureWarning: `gradient_checkpointing` is deprecated",
         "  warnings.warn(f'`{old}` is deprecated', FutureWarning)",
+        "/x/device_mesh.py:746: UserWarning: Slicing a flattened dim from root mesh will be deprecated in PT 2.11. ",
+        "  sliced_mesh_layout = self._get_slice_mesh_layout(mesh_dim_names)",
+        "[transformers] When using FSDP, prefer `activation_checkpointing` in `fsdp_config` over `gradient_check...`",
         "\rWriting model shards: 100%|██████████| 1/1 [00:00<00:00, 156.30it/s]\n",
     ],
 )

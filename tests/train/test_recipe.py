@@ -19,7 +19,7 @@ PUBLISHED = ("pretrain", "finetune", "finetune_lora", "finetune_qlora", "finetun
 OPTIONAL = {"PROJECTOR_LEARNING_RATE", "LORA_RANK", "LORA_ALPHA", "BITS"}
 LEFT_OPEN = {  # how a run is spread, saved and watched
     "NUM_GPUS", "NUM_NODES", "GRADIENT_ACCUMULATION", "SAVE_STEPS", "LOGGING_STEPS", "NUM_WORKERS", "REPORT_TO",
-    "STOP_SECONDS", "LOG", "EVAL_DATA", "EVAL_STEPS", "VERBOSE",
+    "STOP_SECONDS", "LOG", "ENGINE", "EVAL_DATA", "EVAL_STEPS", "VERBOSE",
 }  # fmt: skip
 
 
@@ -98,6 +98,8 @@ def test_every_script_reads_a_recipe_and_none_is_left_over():
             "my.yaml: flags line 2: learning_rate is set by LEARNING_RATE: write that instead",
         ),
         ("flags:\n  --deepspeed: x", "--deepspeed is set by ZERO: write that instead"),
+        ("flags:\n  fsdp: True", "fsdp is set by ENGINE: write that instead"),
+        ("ENGINE: fsdp", "my.yaml line 1: ENGINE: expected deepspeed or fsdp2, not 'fsdp'"),
         (
             "flags:\n  weight_decya: 0.",
             "my.yaml: flags: --weight_decya: no such training argument; did you mean --weight_decay?",
