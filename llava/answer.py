@@ -85,7 +85,9 @@ class Answer:
             None if values is None else values[0].reshape(self._grid).numpy()
             for values in (tokens.kept, tokens.scores, tokens.centres)
         )
-        panels = [Panel(f"{kept.sum()} of {kept.size} patches kept", kept, centres)]
+        num_made = tokens.num_tokens - int(tokens.kept.sum())
+        made = f" + {num_made} merged" if num_made and len(tokens.kept) == 1 else ""
+        panels = [Panel(f"{kept.sum()} of {kept.size} patches kept{made}", kept, centres)]
         if scores is not None:
             panels.append(Panel("score per patch", kept, centres, scores=scores))
         return View(shown, box, panels)

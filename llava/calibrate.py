@@ -278,7 +278,8 @@ def main() -> None:
     options = [f"--{name.replace('_', '-')}" for name in wanted]
     if set(given) != set(wanted):
         both = "--vision-tower and --pictures measure the sign, --model-path, --task and --average fit the fence"
-        raise InputError(f"{', '.join(options)} go together, without others: {both}")
+        told = f"{', '.join(options)} go together, without others" if given else "nothing to measure"
+        raise InputError(f"{told}: {both}")
     if wanted == SIGN_OPTIONS:
         measure_sign(arguments)
     else:

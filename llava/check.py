@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.errors import InputError, run_command
@@ -73,6 +74,8 @@ class CheckpointCheck:
                 continue
             except InputError as error:
                 yield Finding(subject, " ".join(str(error).split()), is_fault=True)
+                if check == self.describe_config and not Path(self.path).is_dir():
+                    return  # nothing is there, or the hub cannot be reached
 
     @cached_property
     def _config(self) -> "PreTrainedConfig":

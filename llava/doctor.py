@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from llava.efficiency.shapes import read_source
 from llava.errors import InputError, one_line, run_command
-from llava.packages import NEEDED, NEEDED_BY_SOME, tell_install
+from llava.packages import NEEDED, NEEDED_BY_SOME, explain_missing, list_missing, tell_install
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,11 @@ def examine(checkpoint: str | None = None) -> Iterator[Finding]:
         "memory": lambda: look_at_memory(checkpoint),
         "disk": look_at_disk,
     }
+    missing = list_missing()
+    if missing:
+        yield from look_at_python()
+        yield Finding("packages", FAULT, f"this Python {explain_missing(missing)}")
+        return  # the other looks need them
     for subject, look in looks.items():
         try:
             yield from look()

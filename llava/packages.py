@@ -7,6 +7,7 @@ A Python that is too old for llava can read this module and `llava/__init__.py`,
 
 import os
 import sys
+import sysconfig
 from importlib.util import find_spec
 
 OLDEST_PYTHON = (3, 11)
@@ -78,12 +79,24 @@ def refuse_old_python():
 def refuse_missing(names):
     """Leave if names to import are given: tell in one line what to install where."""
     if names:
-        packages = [name_package(name) for name in names]
-        extra = "".join(sorted({f"[{EXTRAS[name][1]}]" for name in names if name in EXTRAS}))
-        if not is_repository():
-            leave(f"lacks {', '.join(packages)}; run '{sys.executable} -m pip install {' '.join(packages)}'")
-        install = f"{sys.executable} -m pip install -c constraints.txt -e .{extra}"
-        leave(f"lacks {', '.join(packages)}; run '{install}' in the repository, or set PYTHON to one that has them")
+        leave(explain_missing(names))
+
+
+def explain_missing(names):
+    """Tell what this Python lacks, by names to import, and how to install it."""
+    packages = [name_package(name) for name in names]
+    lacks = f"lacks {', '.join(packages)}"
+    if not is_repository():
+        return f"{lacks}; run '{sys.executable} -m pip install {' '.join(packages)}'"
+    extra = "".join(sorted({f"[{EXTRAS[name][1]}]" for name in names if name in EXTRAS}))
+    install = f"pip install -c constraints.txt -e .{extra}"
+    if not is_managed():
+        return f"{lacks}; run '{sys.executable} -m {install}' in the repository, or set PYTHON to one that has them"
+    # pip refuses to install into the system's Python (PEP 668).
+    has_own = os.path.isfile(os.path.join(REPOSITORY, ".venv", "pyvenv.cfg"))
+    activate = "source .venv/bin/activate"
+    first = activate if has_own else f"python3 -m venv .venv && {activate} && {install}"
+    return f"{lacks}; run '{first}' in the repository, then this command again"
 
 
 def name_package(name):
@@ -94,6 +107,12 @@ def name_package(name):
 def is_repository():
     """Whether this package lies in its repository; a wheel leaves pyproject.toml behind."""
     return os.path.isfile(os.path.join(REPOSITORY, "pyproject.toml"))
+
+
+def is_managed():
+    """Whether this is a Python that the system's package manager keeps to itself (PEP 668)."""
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    return sys.prefix == sys.base_prefix and os.path.isfile(marker)
 
 
 def tell_install(name):

@@ -8,6 +8,8 @@
 # LLaVA-Bench and MM-Vet need a language model as judge; here an offline stand-in compares texts, as the table notes.
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+show_help "$@"
+[[ $# -eq 0 ]] || die "demo.sh takes no arguments, not $1: DEMO_IMAGES, DEMO_OUT and BENCHMARKS are set before it"
 prefer_active_environment matplotlib
 use_environment
 
@@ -20,6 +22,7 @@ TRIMMED=$CHECKPOINTS/llava-shapes-trim
 DATA=$OUT/data
 LOGS=$OUT/logs
 export LLAVA_EVAL_ROOT=$DATA/eval HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+pass_signals_on
 mkdir -p "$OUT" "$LOGS"
 
 # Names of the runs in the table.
@@ -59,7 +62,10 @@ for benchmark in $BENCHMARKS; do
     answer_and_score plain-trim "$benchmark" "$PLAIN" TRIM:-1 & first=$!
     answer_and_score finetuned-random "$benchmark" "$TRIMMED" "Random:$budget" & second=$!
     both "$first" "$second"
-    [[ $benchmark != pope ]] || answer_and_score plain-random pope "$PLAIN" "Random:$budget"
+    if [[ $benchmark == pope ]]; then
+        answer_and_score plain-random pope "$PLAIN" "Random:$budget" &
+        wait $!
+    fi
     FILES+=("$NONE=$OUT/plain/$benchmark.json" "$FREE=$OUT/plain-trim/$benchmark.json"
         "$TUNED=$OUT/finetuned-trim/$benchmark.json" "$RANDOM_RUN=$OUT/finetuned-random/$benchmark.json")
 done

@@ -6,6 +6,7 @@
 # LLaVA-Bench and MM-Vet need a language model as judge; here an offline stand-in compares texts.
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+show_help "$@"
 use_environment
 
 OUT=$(absolute_path "${1:?use: bash scripts/results.sh OUT}")
@@ -29,6 +30,7 @@ compare() { # RUN CHECKPOINT
         { tail -n 5 "$OUT/$1.log" >&2; echo "error: $1: see $OUT/$1.log" >&2; return 1; }
 }
 
+pass_signals_on
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two comparisons at a time, one core each
 compare plain llava-shapes & first=$!
 compare finetuned llava-shapes-trim & second=$!

@@ -4,6 +4,7 @@
 #   bash scripts/test.sh -m "not slow" -k splice     arguments go to pytest
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+show_help "$@"
 use_environment
 
 "$PYTHON" -m ruff check .

@@ -74,6 +74,13 @@ def test_7b_weighs_what_its_tensors_weigh_and_says_what_fits():
     assert tight.state == NOTE and "does not fit" in tight.text and "--load-4bit" in tight.text
 
 
+def test_a_python_without_the_packages_is_told_at_once_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(doctor, "list_missing", lambda: ["torch", "yaml"])
+    python, packages = doctor.examine()
+    assert python.subject == "python" and packages.state == doctor.FAULT
+    assert packages.text.startswith("this Python lacks torch, pyyaml; run '")
+
+
 def test_packages_that_are_missing_or_too_old_are_named_with_the_mend(monkeypatch):
     real = metadata.version
     versions = {"transformers": "4.37.2"}

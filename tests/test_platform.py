@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llava import packages
 from llava.packages import EXTRAS, NEEDED, NEEDED_BY_SOME, OLDEST_PYTHON
 from llava.signals import is_alive
 
@@ -203,6 +204,23 @@ def test_an_installed_package_names_what_to_install_without_the_repository(bare:
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "constraints" not in done.stderr and f"run '{bare} -m pip install torch " in done.stderr
     assert done.stderr.endswith("tqdm deepspeed'\n")
+
+
+@pytest.mark.parametrize("has_environment", [False, True])
+def test_a_python_of_the_system_is_told_to_use_an_environment(
+    has_environment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pyproject.toml").touch()
+    if has_environment:
+        (tmp_path / ".venv").mkdir()
+        (tmp_path / ".venv/pyvenv.cfg").touch()
+    monkeypatch.setattr(packages, "REPOSITORY", str(tmp_path))
+    monkeypatch.setattr(packages, "is_managed", lambda: True)
+    make = "" if has_environment else "python3 -m venv .venv && "
+    then = "" if has_environment else " && pip install -c constraints.txt -e ."
+    assert f"lacks torch; run '{make}source .venv/bin/activate{then}' in the repository" in packages.explain_missing(
+        ["torch"]
+    )
 
 
 OWN_ENVIRONMENTS = {"demo", "vllm"}

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from llava.signals import is_alive
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "playground" / "shapes" / "checkpoints"
@@ -83,6 +86,33 @@ def test_demo_ends_with_a_command_that_works_as_it_is_printed(demo):
     done = run(["bash", "-c", printed.splitlines()[-1]])
     assert done.returncode == 0, done.stderr
     assert "full model" in done.stdout and (folder / "coffee.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_script_ends_what_it_has_started(number):
+    # A function in the background, as in demo.sh, with a command of its own below it.
+    script = """
+        source scripts/lib/common.sh; pass_signals_on
+        work() { bash -c 'echo $$; sleep 600; :'; }
+        work & wait $!
+    """
+    with subprocess.Popen(["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        below = int(running.stdout.readline())
+        running.send_signal(number)
+        _, told = running.communicate(timeout=20)
+    assert running.returncode == 128 + number and told.decode().endswith("stopped by a signal\n")
+    assert not is_alive(below)
+
+
+@pytest.mark.parametrize("name", ["demo", "test", "results"])
+def test_a_script_explains_itself_and_starts_nothing(name):
+    done = run(["bash", f"scripts/{name}.sh", "--help"], PYTHON="/bin/false")
+    assert done.returncode == 0 and f"bash scripts/{name}.sh" in done.stdout and done.stderr == ""
+
+
+def test_the_demo_refuses_what_it_would_not_read():
+    done = run(["bash", "scripts/demo.sh", "--images", "3"], PYTHON="/bin/false")
+    assert done.returncode == 2 and "takes no arguments, not --images: DEMO_IMAGES" in done.stderr
 
 
 @pytest.mark.parametrize(("has_packages", "used"), [(True, "bin/python"), (False, "none")])

@@ -14,6 +14,7 @@ CHECKPOINTS=${CHECKPOINTS:-playground/shapes/checkpoints}
 CLIP=$CHECKPOINTS/shapes-clip
 LOGS=$WORK/logs
 mkdir -p "$WORK" "$CHECKPOINTS" "$LOGS"
+pass_signals_on
 export NUM_GPUS=${NUM_GPUS:-2} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Small models: float32 (bfloat16 is slower on processors without AMX), ZeRO-2, nothing recomputed, pictures read in place.
 export PRECISION=fp32 ZERO=scripts/zero2.json GRADIENT_CHECKPOINTING=False NUM_WORKERS=0 MAX_LENGTH=512 LOGGING_STEPS=50
@@ -25,7 +26,8 @@ step() { # RESULT COMMAND...: run a step unless its result is there; its output 
     LOG=$LOGS/$(basename "$(dirname "$result")").log
     export LOG
     echo "== $result (log: $LOG)"
-    "$@" >"$LOG.out" 2>&1 || { tail -n 20 "$LOG.out" >&2; exit 1; }
+    "$@" >"$LOG.out" 2>&1 &
+    wait $! || { tail -n 20 "$LOG.out" >&2; exit 1; }
     echo "   $((SECONDS - started)) s"
 }
 

@@ -17,6 +17,31 @@ note() {
     printf '%s\n' "$*" >&2
 }
 
+# Where the first argument asks for help, print the comment at the top of the running script: show_help "$@"
+show_help() {
+    [[ ${1:-} == -h || ${1:-} == --help ]] || return 0
+    sed -n -e '1d' -e '/^[^#]/q' -e '/^# shellcheck/q' -e 's/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
+    exit 0
+}
+
+# From here on a signal to this script ends what it has started in the background, each in a process group of its own, and
+# then the script. Start what takes long with `&`, and `wait` for it: bash hears no signal while another command runs.
+pass_signals_on() {
+    set -m
+    trap 'end_jobs 1' HUP
+    trap 'end_jobs 2' INT
+    trap 'end_jobs 15' TERM
+}
+
+end_jobs() { # NUMBER of the signal
+    local group
+    trap '' HUP INT TERM
+    for group in $(jobs -p); do kill -TERM -- "-$group" 2>/dev/null || true; done
+    { wait || true; } 2>/dev/null
+    note "stopped by a signal"
+    exit $((128 + $1))
+}
+
 # A path resolved from the user's folder; it need not exist.
 absolute_path() {
     if [[ $1 == /* ]]; then
