@@ -6,11 +6,14 @@ checkpoint, and tokens.svg from what `bash scripts/results.sh OUT` has measured.
 
 import argparse
 import base64
+import io
 import json
 import sys
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from llava.errors import InputError, run_command
 from llava.files import write_text
@@ -18,8 +21,9 @@ from llava.files import write_text
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs/figures"
 CHECKPOINT = ROOT / "playground/shapes/checkpoints/llava-shapes"
-IMAGE = FIGURES / "shapes.png"
-QUESTIONS = ("What color is the circle?", "What color is the cross?", "Where is the circle?")
+SCENE = (1, 0, 314)
+"""A yellow circle and a green cross of the world of shapes: a clear case, found among the first 500 scenes."""
+QUESTIONS = ("What shape is the yellow object?", "What shape is the green object?", "Where is the yellow circle?")
 INSIDE = ("FastV", "PyramidDrop", "SparseVLM", "DART")
 """Methods inside the language model, whose tokens are those of an average layer: another scale."""
 INK, PALE, KEPT, ACCENT = "#24292f", "#d0d7de", "#ffd60a", "#1a7f37"
@@ -28,17 +32,20 @@ SIDE, TOP = 144, 58
 
 
 # ---------------------------------------------------------------------------------------------------------- the method
-def draw_method(answer: Any) -> str:
+def draw_method(answer: Any, image: Image.Image) -> str:
     """Return an SVG of TRIM at work: a real image, its real scores and kept patches.
 
     Args:
-        answer: a `llava.Answer` about `IMAGE`.
+        answer: a `llava.Answer` about the image.
+        image: what was asked about.
     """
     (kept,), (scores,) = answer.kept, answer.scores
     rows, cols = kept.shape
     cell = SIDE / cols
     middle = TOP + SIDE / 2
-    content = base64.b64encode(IMAGE.read_bytes()).decode("ascii")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    content = base64.b64encode(buffer.getvalue()).decode("ascii")
 
     def picture(x: float, opacity: float = 1.0) -> str:
         return (
@@ -65,8 +72,8 @@ def draw_method(answer: Any) -> str:
         _box(188, middle - 24, 92, 48, "CLIP", "vision tower"),
         _arrow(282, middle, 312),
     ]
-    parts += [_box(20, 246, 190, 34, f"“{answer.question}”"), _arrow(212, 263, 232)]
-    parts += [_box(234, 246, 112, 34, "CLIP text tower"), _path(f"M 348 263 H 386 V {TOP + SIDE + 6}")]
+    parts += [_box(12, 246, 220, 34, f"“{answer.question}”"), _arrow(234, 263, 250)]
+    parts += [_box(252, 246, 112, 34, "CLIP text tower"), _path(f"M 366 263 H 386 V {TOP + SIDE + 6}")]
     order = scores.argsort(axis=None).argsort().reshape(scores.shape)
     parts += [
         square(314, row, col, f'fill="{_shade(order[row, col] / (rows * cols - 1))}"')
@@ -190,15 +197,16 @@ def main() -> None:
         draw_tokens(results, FIGURES / "tokens.svg")
 
     from llava import Llava
-    from llava.image import load_image
     from llava.looks import ask_else, look_at, prepare
     from llava.visualize import draw_questions, read_reductions
+    from playground.shapes.world import draw_scene
 
     llava = Llava.from_pretrained(CHECKPOINT, reduce="TRIM:-1")
-    answers = [llava.ask(IMAGE, question) for question in QUESTIONS]
-    write_text(FIGURES / "method.svg", draw_method(answers[0]))
+    image, _ = draw_scene(*SCENE)
+    answers = [llava.ask(image, question) for question in QUESTIONS]
+    write_text(FIGURES / "method.svg", draw_method(answers[0], image))
     reductions = read_reductions(llava.model, [])
-    case = prepare(llava.model, llava.image_processor, load_image(str(IMAGE)), QUESTIONS[0], reductions)
+    case = prepare(llava.model, llava.image_processor, image, QUESTIONS[0], reductions)
     cases = [case, *(ask_else(llava.model, case, question) for question in QUESTIONS[1:])]
     looks = [look_at(llava.model, each, reductions[0]) for each in cases]
     draw_questions(llava.model, cases, looks, [answer.text for answer in answers]).write(FIGURES / "questions.png")

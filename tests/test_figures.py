@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava.errors import InputError
 from scripts.draw_figures import KEPT, draw_method, draw_tokens, read_means
@@ -18,7 +19,7 @@ def test_the_figure_of_the_method_outlines_the_kept_patches_and_shades_every_sco
     kept[2, 3] = kept[4, 5] = kept[7, 0] = True
     scores = np.arange(64, dtype=float).reshape(8, 8)
     answer = SimpleNamespace(kept=(kept,), scores=(scores,), question="Is it <red> & round?", text="No")
-    figure = ElementTree.fromstring(draw_method(answer))
+    figure = ElementTree.fromstring(draw_method(answer, Image.new("RGB", (8, 8))))
     outlined = [rect for rect in figure.iter(f"{SVG}rect") if rect.get("stroke") == KEPT]
     side = float(outlined[0].get("width"))
     left = min(float(rect.get("x")) for rect in outlined)
