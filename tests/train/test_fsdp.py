@@ -155,6 +155,7 @@ def test_what_cannot_be_is_one_line(flags: str, line: str, monkeypatch: pytest.M
 
 def test_an_older_accelerate_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("llava.train.engine_flags.version", lambda name: "1.15.0")
     check_flags([*REQUIRED, "--fsdp", "True"])
     monkeypatch.setattr("llava.train.engine_flags.version", lambda name: "1.14.0")
     with pytest.raises(InputError, match=r"--fsdp needs accelerate 1\.15, here is 1\.14\.0: pip install -U accelerate"):
