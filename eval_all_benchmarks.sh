@@ -106,18 +106,6 @@ check_data() {
     ((found == 1)) || die "nothing to do: see above"
 }
 
-# End the benchmark under way, then this script.
-stop() { # NUMBER NAME
-    local children
-    trap '' INT TERM HUP
-    children=$(jobs -p)
-    # shellcheck disable=SC2086
-    [[ -z $children ]] || kill -TERM $children 2>/dev/null || true
-    wait
-    note "error: stopped by SIG$2; the same command goes on where it stopped"
-    exit $((128 + $1))
-}
-
 # Run every benchmark for every model; set FILES (NAME=JSON of each score), FAILED and UNSCORED (server only).
 run_all() {
     local benchmark index json
@@ -151,9 +139,7 @@ report_all() {
     run "${command[@]}"
 }
 
-trap 'stop 1 HUP' HUP
-trap 'stop 2 INT' INT
-trap 'stop 15 TERM' TERM
+pass_signals_on
 read_models "$@"
 BENCHMARKS=${BENCHMARKS:-$ALL_BENCHMARKS}
 RESULTS=$(absolute_path "${RESULTS:-results/eval}")

@@ -5,8 +5,6 @@ checkpoint, and tokens.svg from what `bash scripts/results.sh OUT` has measured.
 """
 
 import argparse
-import base64
-import io
 import json
 import sys
 from html import escape
@@ -17,6 +15,7 @@ from PIL import Image
 
 from llava.errors import InputError, run_command
 from llava.files import write_text
+from llava.image import to_data_url
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs/figures"
@@ -43,14 +42,12 @@ def draw_method(answer: Any, image: Image.Image) -> str:
     rows, cols = kept.shape
     cell = SIDE / cols
     middle = TOP + SIDE / 2
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    content = base64.b64encode(buffer.getvalue()).decode("ascii")
+    address = to_data_url(image)
 
     def picture(x: float, opacity: float = 1.0) -> str:
         return (
             f'<image x="{x}" y="{TOP}" width="{SIDE}" height="{SIDE}" opacity="{opacity}" '
-            f'preserveAspectRatio="none" href="data:image/png;base64,{content}"/>'
+            f'preserveAspectRatio="none" href="{address}"/>'
         )
 
     def square(x: float, row: int, col: int, style: str) -> str:

@@ -28,17 +28,17 @@ show_help() {
 # then the script. Start what takes long with `&`, and `wait` for it: bash hears no signal while another command runs.
 pass_signals_on() {
     set -m
-    trap 'end_jobs 1' HUP
-    trap 'end_jobs 2' INT
-    trap 'end_jobs 15' TERM
+    trap 'end_jobs 1 HUP' HUP
+    trap 'end_jobs 2 INT' INT
+    trap 'end_jobs 15 TERM' TERM
 }
 
-end_jobs() { # NUMBER of the signal
+end_jobs() { # NUMBER NAME of the signal
     local group
     trap '' HUP INT TERM
     for group in $(jobs -p); do kill -TERM -- "-$group" 2>/dev/null || true; done
     { wait || true; } 2>/dev/null
-    note "stopped by a signal"
+    note "error: stopped by SIG$2; the same command goes on where it stopped"
     exit $((128 + $1))
 }
 

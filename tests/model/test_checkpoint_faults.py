@@ -139,7 +139,8 @@ def test_the_model_types_of_released_checkpoints_load(place: Path):
             place / NAME / "config.json", model_type=kind, mm_resampler_type=None, unfreeze_mm_vision_tower=True,
             image_grid_pinpoints=None, pretraining_tp=1, use_mm_proj=True, anything_else={"a": [1]},
         )  # fmt: skip
-        load_pretrained_model(NAME, device="cpu")
+        model = load_pretrained_model(NAME, device="cpu")[1]
+        assert type(model).__name__ == "LlavaLlamaForCausalLM" and model.config.anything_else == {"a": [1]}
 
 
 # ----------------------------------------------------------------------------------------------------------- tensors
@@ -185,8 +186,10 @@ def test_tensors_of_towers_and_rotary_tables_are_expected_and_ignored(place: Pat
         "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding": torch.zeros(64),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
     }
+    before = load_pretrained_model(NAME, device="cpu")[1].state_dict()
     edit_tensors(place / NAME, lambda weights: weights.update(extra))
-    load_pretrained_model(NAME, device="cpu")
+    after = load_pretrained_model(NAME, device="cpu")[1].state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("number", [2, 4, 1000])
