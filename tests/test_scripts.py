@@ -12,8 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "playground" / "shapes" / "checkpoints"
 DEMO = (ROOT / "scripts" / "demo.sh").read_text(encoding="utf-8")
-LISTED = re.search(r"^BENCHMARKS=\$\{BENCHMARKS:-(.*)\}$", DEMO, re.MULTILINE)[1].split()
+ALL = re.search(r"^BENCHMARKS=\$\{BENCHMARKS:-(.*)\}$", DEMO, re.MULTILINE)[1]
 """The benchmarks that the demo runs; the package may have more."""
+LISTED = os.environ.get("LLAVA_DEMO_BENCHMARKS", "pope gqa mmbench mmvet").replace("all", ALL).split()
+"""Those that are run here, one of each form of answer: yes or no, a word, a letter, a sentence. New weights are tried
+on all of them: LLAVA_DEMO_BENCHMARKS=all. `eval/test_all_benchmarks.py` runs all scripts."""
 IMAGES = 60  # per benchmark; POPE asks 18 questions about a picture with three objects
 
 
@@ -26,7 +29,13 @@ def run(command: list[str], timeout: int = 900, **environment: str) -> subproces
 def demo(tmp_path_factory) -> tuple[Path, str]:
     """The output folder of one run of the demo, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    done = run(["bash", "scripts/demo.sh"], timeout=1500, DEMO_OUT=str(folder), DEMO_IMAGES=str(IMAGES))
+    done = run(
+        ["bash", "scripts/demo.sh"],
+        timeout=1500,
+        DEMO_OUT=str(folder),
+        DEMO_IMAGES=str(IMAGES),
+        BENCHMARKS=" ".join(LISTED),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
 
@@ -127,7 +136,7 @@ def test_finetuned_trim_keeps_at_least_95_percent_of_the_plain_average(runs):
 
 
 @pytest.mark.slow
-def test_finetuned_trim_beats_random_patches_on_at_least_three_of_four_benchmarks(runs):
+def test_finetuned_trim_beats_random_patches_on_three_quarters_of_the_benchmarks(runs):
     ahead = [task for task in LISTED
              if runs["finetuned-trim"][task]["headline"] > runs["finetuned-random"][task]["headline"]]  # fmt: skip
     assert len(ahead) >= 0.75 * len(LISTED), ahead
@@ -138,7 +147,7 @@ CHANCE = {"sqa": 100 / 3, "mmbench": 100 / 27, "mmbench_cn": 100 / 27, "seed": 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", CHANCE)
+@pytest.mark.parametrize("task", sorted(set(CHANCE) & set(LISTED)))
 def test_options_are_named_by_letter_well_above_chance(runs, task):
     assert runs["finetuned-trim"][task]["headline"] >= CHANCE[task] + 15
 
