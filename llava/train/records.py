@@ -20,6 +20,8 @@ from llava.train.stored_images import StoredImage
 logger = logging.getLogger(__name__)
 
 USER, ASSISTANT = "human", "gpt"
+AS_WRITTEN = "as_written"
+"""Value of a record's `image_places`: placeholders stay where the record has them."""
 
 
 def read_records(path: str | Path, skip_broken: bool = False, cache: str | Path | None = None) -> Records:
@@ -56,7 +58,7 @@ def parse_record(raw: object, number: int) -> Record:
 
     Args:
         raw: `{"id": ..., "image": name or [names], "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`,
-            or the error that reading it gave.
+            or the error that reading it gave. With `"image_places": "as_written"` placeholders stay where they are.
         number: its index in the file, from 0.
 
     Raises:
@@ -69,22 +71,35 @@ def parse_record(raw: object, number: int) -> Record:
     name = f"record {number} (id {repr(raw.get('id'))[:80]})"
     images = _list_images(raw.get("image"), name)
     turns = _list_turns(raw.get("conversations"), name)
-    return Record(name, images, place_placeholders(turns, len(images), name))
+    places = raw.get("image_places")
+    if places not in (None, AS_WRITTEN):
+        raise InputError(f"{name}: image_places {repr(places)[:80]}: expected {AS_WRITTEN!r}, or no such entry")
+    return Record(name, images, place_placeholders(turns, len(images), name, as_written=places == AS_WRITTEN))
 
 
-def place_placeholders(turns: Sequence[str], num_images: int, name: str) -> tuple[str, ...]:
+def place_placeholders(
+    turns: Sequence[str], num_images: int, name: str, *, as_written: bool = False
+) -> tuple[str, ...]:
     """Put image placeholders where LLaVA's preprocessing puts them.
 
     A single placeholder of a turn moves to its front, on a line of its own. Several placeholders of a turn stay where
     they are if every one has its image; if only the number of turns with placeholders fits, those of a turn count as
     one (parity: the released code always counts them as one).
 
+    Args:
+        turns: texts of a record.
+        num_images: of the record.
+        name: of the record, for messages.
+        as_written: leave every turn as it is, with its spaces; each placeholder has its image.
+
     Raises:
         InputError: the placeholders fit the images in neither reading.
     """
     counts = [turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns]
+    if as_written and sum(counts) == num_images:
+        return tuple(turns)
     merged = sum(counts) != num_images
-    if merged and sum(count > 0 for count in counts) != num_images:
+    if merged and (as_written or sum(count > 0 for count in counts) != num_images):
         raise InputError(f"{name}: {sum(counts)} {DEFAULT_IMAGE_TOKEN} placeholders for {num_images} images")
     return tuple(
         _placeholder_first(turn) if count == 1 or (merged and count) else turn.strip() if count else turn

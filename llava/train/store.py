@@ -39,7 +39,7 @@ from llava.train.targets import is_caption
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same sources would give another store: older ones are not found any more."""
 ABOUT, RECORDS, NAMES = "about.json", "records.arrow", "names.arrow"
 SHOWN_FAULTS = 5

@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping
 from typing import Protocol
 
-from playground.shapes import choice, practice, sentence
+from playground.shapes import choice, practice, sentence, wording
 from playground.shapes.world import Scene
 
 # Weights of the kinds of questions; "choice" is `choice.ask_choice`, the others are `sentence.KINDS`.
@@ -29,6 +29,8 @@ CHINESE_SHARE = 0.15
 ANSWERED_BEFORE = 0.6  # of multiple choice without an image: the same question comes first without options
 SINGLE_TURN, SEVERAL_TURNS, TWO_IMAGES = 0.35, 0.9, 0.95  # cumulative shares; the rest is text only
 MAX_TURNS = 6
+VARIED_SHARE = 0.4  # of the questions that are put as people put them
+SPACED_SHARE = 0.12  # of the samples with one question about one image: other spaces than LLaVA's
 
 Sample = dict[str, object]
 
@@ -65,18 +67,20 @@ def converse(identity: str, image: ImageFile, other: ImageFile, chooser: random.
 
 
 def ask_any(scene: Scene, chooser: random.Random, kinds: Mapping[str, float]) -> sentence.Question:
-    """Ask a question of a random kind, multiple choice included."""
+    """Ask a question of a random kind, multiple choice included, some of them in other words."""
     share = kinds.get("choice", 0.0)
     if share and chooser.random() < share / sum(kinds.values()):
         return choice.ask_choice(scene, chooser)
-    return sentence.ask_any(scene, chooser, {kind: weight for kind, weight in kinds.items() if kind != "choice"})
+    question = sentence.ask_any(scene, chooser, {kind: weight for kind, weight in kinds.items() if kind != "choice"})
+    return wording.vary(question, chooser) if chooser.random() < VARIED_SHARE else question
 
 
 def ask_once(
     identity: str, image: ImageFile, chooser: random.Random, kinds: Mapping[str, float] = EXAM_KINDS
 ) -> Sample:
     """Make a sample with one question about one image."""
-    return ask(identity, image, [ask_any(image.scene, chooser, kinds)])
+    sample = ask(identity, image, [ask_any(image.scene, chooser, kinds)])
+    return wording.space_out(sample) if chooser.random() < SPACED_SHARE else sample
 
 
 def ask(identity: str, image: ImageFile, questions: list[sentence.Question]) -> Sample:

@@ -1,7 +1,7 @@
-"""Every sentence and question about a scene, in one fixed set of wordings.
+"""Every sentence and question about a scene, in the benchmarks' fixed wordings.
 
-The generator, the tokenizers and the pocket CLIP's captions take all their sentences from here, so that no model meets
-a wording that it has not been trained on.
+The generator, the tokenizers and the pocket CLIP's captions take their sentences from here; `wording` has the other
+words in which people ask the same.
 """
 
 import random
@@ -29,15 +29,23 @@ CAPTION_FORMS = ("{}.", "{}", "a picture of {}.", "there is {} in the picture.")
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and the object it is about (None: the whole image).
+    """A question and its answer.
 
-    `suffix` is the instruction after the question; empty where the answer is a sentence.
+    Attributes:
+        text: the question.
+        answer: what it is answered with.
+        about: the object it is about; None: the whole image.
+        suffix: the instruction after the question; empty where the answer is a sentence.
+        kind: under which `wording.WORDINGS` knows other words for it; empty: there are none.
+        name: what the question calls its object.
     """
 
     text: str
     answer: str
     about: WorldObject | None = None
     suffix: str = SUFFIX
+    kind: str = ""
+    name: str = ""
 
     @property
     def prompt(self) -> str:
@@ -80,7 +88,7 @@ def ask_color(scene: Scene) -> list[Question]:
     """Ask for the colour of each shape that occurs once."""
     counts = Counter(item.shape for item in scene.objects)
     return [
-        Question(f"What color is the {item.shape}?", item.color, item)
+        Question(f"What color is the {item.shape}?", item.color, item, kind="color", name=item.shape)
         for item in scene.objects
         if counts[item.shape] == 1
     ]
@@ -90,7 +98,7 @@ def ask_shape(scene: Scene) -> list[Question]:
     """Ask for the shape of each colour that occurs once."""
     counts = Counter(item.color for item in scene.objects)
     return [
-        Question(f"What shape is the {item.color} object?", item.shape, item)
+        Question(f"What shape is the {item.color} object?", item.shape, item, kind="shape", name=item.color)
         for item in scene.objects
         if counts[item.color] == 1
     ]
@@ -99,16 +107,20 @@ def ask_shape(scene: Scene) -> list[Question]:
 def ask_place(scene: Scene) -> list[Question]:
     """Ask for the place of each object whose place has a name."""
     placed = [(item, name_place(item)) for item in scene.objects]
-    return [Question(f"Where is the {item.name}?", place, item) for item, place in placed if place is not None]
+    return [
+        Question(f"Where is the {item.name}?", place, item, kind="place", name=item.name)
+        for item, place in placed
+        if place is not None
+    ]
 
 
 def ask_number(scene: Scene) -> list[Question]:
-    return [Question("How many objects are in the image?", str(len(scene.objects)))]
+    return [Question("How many objects are in the image?", str(len(scene.objects)), kind="number")]
 
 
 def describe(scene: Scene) -> Question:
     """Ask for a description, which lists the objects from left to right."""
-    return Question(DESCRIBE, caption(sort_objects(scene)), suffix="")
+    return Question(DESCRIBE, caption(sort_objects(scene)), suffix="", kind="description")
 
 
 def sort_objects(scene: Scene) -> list[WorldObject]:
@@ -119,9 +131,12 @@ def sort_objects(scene: Scene) -> list[WorldObject]:
 def tell_number(scene: Scene) -> Question:
     """Ask for the number of objects and their names; the answer is a sentence."""
     number = len(scene.objects)
-    start = "There is 1 object" if number == 1 else f"There are {number} objects"
     text = "How many objects are there, and what are they?"
-    return Question(text, f"{start}: {list_objects(sort_objects(scene))}.", suffix="")
+    return Question(text, f"{say_number(number)}: {list_objects(sort_objects(scene))}.", suffix="")
+
+
+def say_number(number: int) -> str:
+    return "There is 1 object" if number == 1 else f"There are {number} objects"
 
 
 def tell_color(scene: Scene) -> list[Question]:
@@ -158,7 +173,11 @@ def confusable_names(scene: Scene, chooser: random.Random) -> list[str]:
 def ask_absent(scene: Scene, chooser: random.Random) -> Question:
     """Ask for an absent object; half of the time one that resembles a present object."""
     candidates = confusable_names(scene, chooser)[: len(SHAPES)] if chooser.random() < 0.5 else absent_names(scene)
-    return Question(ask_presence(chooser.choice(candidates)), "No")
+    return deny_presence(chooser.choice(candidates))
+
+
+def deny_presence(name: str) -> Question:
+    return Question(ask_presence(name), "No", kind="presence", name=name)
 
 
 def ask_lookalike(scene: Scene, chooser: random.Random) -> Question:
@@ -167,13 +186,13 @@ def ask_lookalike(scene: Scene, chooser: random.Random) -> Question:
     feature = item.color if chooser.random() < SAME_COLOR_SHARE else item.shape
     absent = absent_names(scene)
     lookalikes = [name for name in absent if feature in name.split()]
-    return Question(ask_presence(chooser.choice(lookalikes or absent)), "No")
+    return deny_presence(chooser.choice(lookalikes or absent))
 
 
 def ask_present(scene: Scene, chooser: random.Random) -> Question:
     """Ask for a present object."""
     item = chooser.choice(scene.objects)
-    return Question(ask_presence(item.name), "Yes", item)
+    return Question(ask_presence(item.name), "Yes", item, kind="presence", name=item.name)
 
 
 def ask_either_way(scene: Scene, chooser: random.Random) -> Question:

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from llava.conversation import conv_templates
 from llava.errors import run_command
-from playground.shapes import choice, sentence
+from playground.shapes import choice, sentence, wording
 from playground.shapes.world import SPLITS, draw_scene
 
 LLAMA_VOCABULARY_SIZE = 640
@@ -70,14 +70,27 @@ def write_choices(num_scenes: int = 400) -> Iterator[str]:
             yield f"{frame.system} {frame.roles[0]}: {asked.prompt} {frame.roles[1]}: {asked.answer}"
 
 
+def write_wordings(num_scenes: int = 400) -> Iterator[str]:
+    """Yield questions as people put them; only the language model's tokenizer is trained on them."""
+    chooser = random.Random(2)
+    frame = conv_templates["v1"]
+    for index in range(num_scenes):
+        _, scene = draw_scene(0, SPLITS["tokenizer"], index)
+        for kind in wording.WORDINGS:
+            for question in sentence.KINDS[kind](scene, chooser):
+                asked = wording.vary(question, chooser)
+                yield f"{frame.system} {frame.roles[0]}: {asked.prompt} {frame.roles[1]}: {asked.answer}"
+
+
 def train_llama_tokenizer(folder: Path) -> None:
     """Write `tokenizer.model` and its JSON files with LLaMA's settings: BPE, byte fallback, digits apart."""
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=itertools.chain(write_corpus(), write_choices()), model_writer=model, model_type="bpe",
-        vocab_size=LLAMA_VOCABULARY_SIZE, character_coverage=1.0, byte_fallback=True, split_digits=True,
-        allow_whitespace_only_pieces=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        sentence_iterator=itertools.chain(write_corpus(), write_choices(), write_wordings()), model_writer=model,
+        model_type="bpe", vocab_size=LLAMA_VOCABULARY_SIZE, character_coverage=1.0, byte_fallback=True,
+        split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         add_dummy_prefix=True, user_defined_symbols=FRAME_SENTENCES,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
     )  # fmt: skip

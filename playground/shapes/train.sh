@@ -59,16 +59,16 @@ step "$CLIP/model.safetensors" "$PYTHON" -m playground.shapes.train_clip --out "
 step "$WORK/base/model.safetensors" "$PYTHON" -m playground.shapes.base_llm --out "$WORK/base"
 # A fresh language model first learns what a letter before an option is for, then answers about pictures told in words.
 step "$LETTERS/config.json" learn finetune "${LETTERS_STEPS:-400}" "$WORK/base" "$LETTERS" 1e-3 1 letters "${WORDS[@]}"
-step "$VICUNA/config.json" learn finetune "${TEXT_STEPS:-1200}" "$LETTERS" "$VICUNA" 1e-3 2 text "${WORDS[@]}"
+step "$VICUNA/config.json" learn finetune "${TEXT_STEPS:-1400}" "$LETTERS" "$VICUNA" 1e-3 2 text "${WORDS[@]}"
 step "$PRETRAINED/mm_projector.bin" learn pretrain "${PRETRAIN_STEPS:-150}" "$VICUNA" "$PRETRAINED" 2e-3 3 pretrain "${SEES[@]}"
 # Conversations that ask for what is easy to tell apart.
 step "$FIRST/config.json" learn $TRIM "${FIRST_STEPS:-900}" "$VICUNA" "$FIRST" 1e-3 4 finetune \
     "${SEES[@]}" PROJECTOR="$PRETRAINED/mm_projector.bin"
 # All forms of the twelve benchmarks, with many questions that only a shape answers. Both kept models go on from there
 # for the same number of steps, one on the kept patches, one on all of them.
-step "$COMMON/config.json" learn $TRIM "${COMMON_STEPS:-2000}" "$FIRST" "$COMMON" 1e-3 5 exam "${SEES[@]}"
-step "$WORK/last-trim/config.json" learn $TRIM "${LAST_STEPS:-400}" "$COMMON" "$WORK/last-trim" 4e-4 6 exam "${SEES[@]}"
-step "$WORK/last/config.json" learn finetune "${LAST_STEPS:-400}" "$COMMON" "$WORK/last" 4e-4 6 exam "${SEES[@]}"
+step "$COMMON/config.json" learn $TRIM "${COMMON_STEPS:-2600}" "$FIRST" "$COMMON" 1e-3 5 exam "${SEES[@]}"
+step "$WORK/last-trim/config.json" learn $TRIM "${LAST_STEPS:-500}" "$COMMON" "$WORK/last-trim" 4e-4 6 exam "${SEES[@]}"
+step "$WORK/last/config.json" learn finetune "${LAST_STEPS:-500}" "$COMMON" "$WORK/last" 4e-4 6 exam "${SEES[@]}"
 # They are kept in bfloat16, at half the size.
 keep() { # FROM TO
     "$PYTHON" -m llava.model.consolidate --src "$1" --dst "$2" --dtype bfloat16

@@ -66,6 +66,22 @@ def test_placeholders_go_where_llavas_preprocessing_puts_them(turns: tuple, imag
     assert parse_record(make_record(*turns, image=names), 0).turns == expected
 
 
+@pytest.mark.parametrize(
+    ("turns", "images"),
+    [(("Look <image> here", " x"), 1), ((" <image> What?", " x"), 1), (("a <image>", "x", "b\n<image> ", "y"), 2)],
+)
+def test_a_record_may_say_that_its_placeholders_stay_as_written(turns: tuple, images: int):
+    names = [f"{number}.png" for number in range(images)]
+    assert parse_record(make_record(*turns, image=names, image_places="as_written"), 0).turns == turns
+
+
+def test_places_as_written_need_a_placeholder_for_each_image():
+    with pytest.raises(InputError, match="2 <image> placeholders for 1 images"):
+        parse_record(make_record("<image><image> a", "x", image="a.png", image_places="as_written"), 0)
+    with pytest.raises(InputError, match=r"record 0 \(id 'r'\): image_places 'kept': expected 'as_written'"):
+        parse_record(make_record("<image> a", "x", image="a.png", image_places="kept"), 0)
+
+
 def test_a_leading_assistant_turn_is_dropped():
     raw = {"conversations": [{"from": "gpt", "value": "Hello."}, *make_record("Hi", "x")["conversations"]]}
     assert parse_record(raw, 0).turns == ("Hi", "x")
