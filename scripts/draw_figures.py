@@ -22,7 +22,7 @@ FIGURES = ROOT / "docs/figures"
 CHECKPOINT = ROOT / "playground/shapes/checkpoints/llava-shapes"
 SCENE = (1, 0, 314)
 """A yellow circle and a green cross of the world of shapes: a clear case, found among the first 500 scenes."""
-QUESTIONS = ("What shape is the yellow object?", "What shape is the green object?", "Where is the yellow circle?")
+QUESTIONS = ("What shape is the yellow object?", "What shape is the green object?", "What color is the cross?")
 INSIDE = ("FastV", "PyramidDrop", "SparseVLM", "DART")
 """Methods inside the language model, whose tokens are those of an average layer: another scale."""
 INK, PALE, KEPT, ACCENT = "#24292f", "#d0d7de", "#ffd60a", "#1a7f37"

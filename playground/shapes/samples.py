@@ -19,13 +19,17 @@ SEED = 7
 SAMPLES = {
     13: (
         "What shape is the purple object?",
-        "What color is the circle?",
+        "What shape is the green object?",
         "Is there a white triangle in the image?",
         "How many objects are in the image?",
     ),
-    9: ("What color is the triangle?", "What shape is the blue object?", "Is there a red circle in the image?"),
+    9: ("What color is the circle?", "What shape is the blue object?", "Is there a red circle in the image?"),
     14: ("What color is the square?", "What color is the triangle?", "Is there a white triangle in the image?"),
-    19: ("What color is the circle?", "Is there a yellow cross in the image?", "How many objects are in the image?"),
+    19: (
+        "What shape is the white object?",
+        "Is there a yellow cross in the image?",
+        "How many objects are in the image?",
+    ),
 }
 """Number of each scene, and its questions."""
 

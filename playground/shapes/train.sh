@@ -42,6 +42,7 @@ VICUNA=$WORK/vicuna-shapes
 PRETRAINED=$WORK/llava-shapes-pretrain
 FIRST=$WORK/llava-shapes-first
 COMMON=$WORK/llava-shapes-common
+AGAIN=$WORK/llava-shapes-again
 PLAIN=$CHECKPOINTS/llava-shapes
 TRIMMED=$CHECKPOINTS/llava-shapes-trim
 TRIM=finetune_8gpu_TRIM
@@ -64,11 +65,12 @@ step "$PRETRAINED/mm_projector.bin" learn pretrain "${PRETRAIN_STEPS:-150}" "$VI
 # Conversations that ask for what is easy to tell apart.
 step "$FIRST/config.json" learn $TRIM "${FIRST_STEPS:-900}" "$VICUNA" "$FIRST" 1e-3 4 finetune \
     "${SEES[@]}" PROJECTOR="$PRETRAINED/mm_projector.bin"
-# All forms of the twelve benchmarks, with many questions that only a shape answers. Both kept models go on from there
-# for the same number of steps, one on the kept patches, one on all of them.
+# All forms of the twelve benchmarks, with many questions that only a shape answers, twice in another order. Both kept
+# models go on from there for the same number of steps, one on the kept patches, one on all of them.
 step "$COMMON/config.json" learn $TRIM "${COMMON_STEPS:-2600}" "$FIRST" "$COMMON" 1e-3 5 exam "${SEES[@]}"
-step "$WORK/last-trim/config.json" learn $TRIM "${LAST_STEPS:-500}" "$COMMON" "$WORK/last-trim" 4e-4 6 exam "${SEES[@]}"
-step "$WORK/last/config.json" learn finetune "${LAST_STEPS:-500}" "$COMMON" "$WORK/last" 4e-4 6 exam "${SEES[@]}"
+step "$AGAIN/config.json" learn $TRIM "${AGAIN_STEPS:-2600}" "$COMMON" "$AGAIN" 1e-3 7 exam "${SEES[@]}"
+step "$WORK/last-trim/config.json" learn $TRIM "${LAST_STEPS:-500}" "$AGAIN" "$WORK/last-trim" 4e-4 6 exam "${SEES[@]}"
+step "$WORK/last/config.json" learn finetune "${LAST_STEPS:-500}" "$AGAIN" "$WORK/last" 4e-4 6 exam "${SEES[@]}"
 # They are kept in bfloat16, at half the size.
 keep() { # FROM TO
     "$PYTHON" -m llava.model.consolidate --src "$1" --dst "$2" --dtype bfloat16
