@@ -37,7 +37,7 @@ def test_the_readme_begins_with_the_object(clone):
     names = {}
     exec(compile(first, "README.md", "exec"), names)
     answer = names["answer"]
-    assert isinstance(answer, Answer) and "blue" in answer.text and 0 < answer.num_tokens < answer.num_patches
+    assert isinstance(answer, Answer) and "white" in answer.text and 0 < answer.num_tokens < answer.num_patches
     assert (clone / "kept.png").is_file()
 
 

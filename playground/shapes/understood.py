@@ -2,7 +2,7 @@
 
 python -m playground.shapes.understood playground/shapes/checkpoints/llava-shapes-trim
 """
-# ruff: noqa: T201
+# ruff: noqa: E402, T201
 
 import argparse
 import random
@@ -10,10 +10,27 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
+from llava.cli import LoadedModel, ModelSpec, positive
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m playground.shapes.understood",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("--images", type=positive, default=100, help="up to six questions each (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    make_parser().parse_args()
+
 import torch
 from PIL import Image
 
-from llava.cli import LoadedModel, ModelSpec, positive
 from llava.conversation import conv_templates
 from llava.errors import run_command
 from llava.eval.report import format_table
@@ -100,14 +117,7 @@ def measure(loaded: LoadedModel, num_images: int) -> dict[str, dict[str, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m playground.shapes.understood",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint")
-    parser.add_argument("--images", type=positive, default=100, help="up to six questions each (default: %(default)s)")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     shares = measure(ModelSpec(args.checkpoint, device="cpu").load(quiet=True), args.images)
     print(format_table([{"right, %": name, **by_kind} for name, by_kind in shares.items()]))
 
