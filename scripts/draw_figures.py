@@ -22,7 +22,11 @@ FIGURES = ROOT / "docs/figures"
 CHECKPOINT = ROOT / "playground/shapes/checkpoints/llava-shapes"
 SCENE = (1, 0, 314)
 """A yellow circle and a green cross of the world of shapes: a clear case, found among the first 500 scenes."""
-QUESTIONS = ("What shape is the yellow object?", "What shape is the green object?", "What color is the cross?")
+QUESTIONS = (
+    "What shape is the yellow object?",
+    "What shape is the green object?",
+    "Is there a yellow circle in the image?",
+)
 INSIDE = ("FastV", "PyramidDrop", "SparseVLM", "DART")
 """Methods inside the language model, whose tokens are those of an average layer: another scale."""
 INK, PALE, KEPT, ACCENT = "#24292f", "#d0d7de", "#ffd60a", "#1a7f37"
@@ -95,10 +99,10 @@ def draw_method(answer: Any, image: Image.Image) -> str:
     parts += [_arrow(642, middle, 676), _path(f"M 652 263 H 720 V {middle + 27}")]
     parts += [_box(678, middle - 24, 84, 48, "projector", "unchanged"), _arrow(764, middle, 786)]
     parts += [_box(788, middle - 24, 84, 48, "Vicuna", "unchanged"), _path(f"M 830 {middle + 26} V 243")]
-    parts.append(_box(752, 246, 156, 34, f"“{answer.text}”"))
+    parts.append(_box(734, 246, 196, 34, f"“{answer.text}”"))
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 926 300" font-family="system-ui, sans-serif" '
-        'role="img" aria-label="How TRIM chooses the patches of an image"><rect width="926" height="300" fill="white"/>'
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 942 300" font-family="system-ui, sans-serif" '
+        'role="img" aria-label="How TRIM chooses the patches of an image"><rect width="942" height="300" fill="white"/>'
         '<defs><marker id="head" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M 0 0 L 8 4 L 0 8 z" fill="{INK}"/></marker></defs>{"".join(parts)}</svg>\n'
     )
@@ -173,11 +177,11 @@ def draw_tokens(results: Path, out: Path) -> None:
             axes.plot(*zip(*means["TRIM"], strict=True), "o-", color=ACCENT, linewidth=2, markersize=4, label="TRIM")
             axes.plot(*means["TRIM:-1"][0], "*", color="#bc4c00", markersize=11, label="TRIM:-1")
             axes.axhline(100, color=INK, linewidth=0.7)
-            axes.set(title=title, xlabel="visual tokens per question", ylim=(66, 107))
+            axes.set(title=title, xlabel="visual tokens per question", ylim=(66, None))
             axes.spines[["top", "right"]].set_visible(False)
         full = means["none"][0][0]
         panels[0].annotate(
-            f"all {full:.0f} tokens", (0.99, 100), None, ("axes fraction", "data"), ha="right", va="bottom"
+            f"all {full:.0f} tokens", (0.01, 100), None, ("axes fraction", "data"), ha="left", va="bottom"
         )
         panels[0].set_ylabel("% of the full model's score,\nmean of 12 benchmarks")
         panels[1].legend(loc="lower right", frameon=False)
