@@ -97,5 +97,5 @@ echo "Next, a photograph:"
 [[ $CALLER_DIR == "$REPO_ROOT" ]] || printf 'cd %q && ' "$REPO_ROOT"
 echo "$(printf '%q' "${PYTHON#"$REPO_ROOT"/}") -m llava.visualize --model-path $TRIMMED" \
     "--image-file playground/photos/coffee.jpg" \
-    '--query "Is there a purple circle in the image? Answer the question using a single word or phrase."' \
+    '--query "Is there a purple circle in the image?"' \
     "--answer --out $(printf '%q' "${OUT#"$REPO_ROOT"/}/coffee.png")"
