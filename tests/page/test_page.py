@@ -148,7 +148,7 @@ def test_another_question_method_and_budget_move_the_kept_patches(address, visit
     shown = wait_for_a_new_map(tab)
     tab.locator("#questions button").nth(1).click()
     shown = wait_for_a_new_map(tab, shown)
-    expect(tab, "#answers", "purple")
+    expect(tab, "#answers", "triangle")
     drag(tab, 0.5)
     shown = wait_for_a_new_map(tab, shown)
     expect(tab, "#answers h3", "TRIM:3")
