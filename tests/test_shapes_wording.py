@@ -11,7 +11,7 @@ from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.train.records import parse_record
 from llava.train.targets import build_targets, render
-from playground.shapes import conversation, sentence, understood, wording
+from playground.shapes import conversation, measure_wordings, sentence, wording
 from playground.shapes.base_llm import write_base_llm
 from playground.shapes.world import draw_scene
 
@@ -80,7 +80,7 @@ def test_a_spaced_sample_is_learned_behind_the_prompt_of_a_client_that_sets_spac
 @pytest.mark.parametrize("name", ["llava-shapes", "llava-shapes-trim"])
 def test_pocket_models_answer_people_and_clients_as_they_answer_benchmarks(name: str) -> None:
     checkpoint = Path("playground/shapes/checkpoints", name)
-    measured = understood.measure(ModelSpec(str(checkpoint), device="cpu").load(quiet=True), 30)
+    measured = measure_wordings.measure(ModelSpec(str(checkpoint), device="cpu").load(quiet=True), 30)
     shares = {form: by_kind["all"] for form, by_kind in measured.items()}
     assert min(shares.values()) >= 60, shares
     assert min(shares.values()) >= max(shares.values()) - 12, shares
@@ -92,4 +92,4 @@ def test_pocket_models_answer_people_and_clients_as_they_answer_benchmarks(name:
      ("There are 2 objects.", "2", True), ("", "Yes", False), ("The circle is blue.", "red", False)],
 )  # fmt: skip
 def test_a_right_answer_is_a_word_or_a_sentence_that_holds_it(answer: str, expected: str, right: bool) -> None:
-    assert understood.is_right(answer, sentence.Question("?", expected)) is right
+    assert measure_wordings.is_right(answer, sentence.Question("?", expected)) is right

@@ -90,17 +90,17 @@ def place_placeholders(
         turns: texts of a record.
         num_images: of the record.
         name: of the record, for messages.
-        as_written: leave every turn as it is, with its spaces; each placeholder has its image.
+        as_written: change no turn, not even its spaces; there must be one placeholder for each image.
 
     Raises:
         InputError: the placeholders fit the images in neither reading.
     """
     counts = [turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns]
-    if as_written and sum(counts) == num_images:
-        return tuple(turns)
     merged = sum(counts) != num_images
     if merged and (as_written or sum(count > 0 for count in counts) != num_images):
         raise InputError(f"{name}: {sum(counts)} {DEFAULT_IMAGE_TOKEN} placeholders for {num_images} images")
+    if as_written:
+        return tuple(turns)
     return tuple(
         _placeholder_first(turn) if count == 1 or (merged and count) else turn.strip() if count else turn
         for turn, count in zip(turns, counts, strict=True)

@@ -113,6 +113,16 @@ def test_the_requests_of_evaluation_toolkits_get_the_runners_answers(pocket, fir
 
 
 # ------------------------------------------------------------------------------------------------------------- the end
+ENDLESS = {
+    "model": "pocket",
+    "messages": [{"role": "user", "content": "Hello?"}],
+    "stream": True,
+    "temperature": 100,
+    "max_tokens": 2000,
+}
+"""A request that goes on for seconds: at this temperature the token that ends an answer is one of 640 equals."""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_under_load_lets_answers_end_and_leaves_with_0(number):
     with Server() as server:
@@ -122,8 +132,7 @@ def test_a_signal_under_load_lets_answers_end_and_leaves_with_0(number):
 def test_a_second_signal_ends_the_server_at_once():
     async def run():
         async with server.client() as client:
-            options = {"messages": [{"role": "user", "content": "Hello?"}], "temperature": 5, "max_tokens": 2000}
-            stream = await client.chat.completions.create(model="pocket", stream=True, n=8, **options)
+            stream = await client.chat.completions.create(n=8, **ENDLESS)
             await anext(aiter(stream))
             server.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.3)
@@ -139,8 +148,7 @@ def test_a_second_signal_ends_the_server_at_once():
 def test_what_is_not_answered_when_the_drain_ends_is_cut_off_and_told():
     async def run():
         async with server.client() as client:
-            options = {"messages": [{"role": "user", "content": "Hello?"}], "temperature": 100, "max_tokens": 2000}
-            stream = await client.chat.completions.create(model="pocket", stream=True, n=16, **options)
+            stream = await client.chat.completions.create(n=16, **ENDLESS)
             await anext(aiter(stream))
             server.process.send_signal(signal.SIGTERM)
             await asyncio.to_thread(server.process.wait, SERVER_SECONDS)

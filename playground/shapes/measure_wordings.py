@@ -1,6 +1,6 @@
 """How many questions a pocket model answers rightly, put as benchmarks, people and clients put them.
 
-python -m playground.shapes.understood playground/shapes/checkpoints/llava-shapes-trim
+python -m playground.shapes.measure_wordings playground/shapes/checkpoints/llava-shapes-trim
 """
 # ruff: noqa: E402, T201
 
@@ -16,7 +16,7 @@ from llava.cli import LoadedModel, ModelSpec, positive
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m playground.shapes.understood",
+        prog="python -m playground.shapes.measure_wordings",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,17 +45,6 @@ AS_TRAINED = f"{SYSTEM} USER: <image>\n{{}} ASSISTANT:"
 AS_VLMEVALKIT = f"{SYSTEM} USER:  <image> {{}} ASSISTANT: "
 MAX_NEW_TOKENS = 24
 
-Change = Callable[[Question], str]
-FORMS: dict[str, tuple[str, Change]] = {
-    "the benchmarks' wording": (AS_TRAINED, lambda question: question.prompt),
-    "VLMEvalKit's spaces": (AS_VLMEVALKIT, lambda question: question.prompt),
-    "no instruction": (AS_TRAINED, lambda question: question.text),
-    "other words, no instruction": (AS_TRAINED, lambda question: reword(question)),
-    "colour, picture": (AS_TRAINED, lambda question: spell_otherwise(question.prompt)),
-    "small letters, no mark": (AS_TRAINED, lambda question: question.text.lower().rstrip("?") + question.suffix),
-}
-"""By name: the prompt around a question, and what becomes of the question."""
-
 
 def reword(question: Question) -> str:
     """Put a question in the first of its other words."""
@@ -65,6 +54,18 @@ def reword(question: Question) -> str:
 
 def spell_otherwise(text: str) -> str:
     return text.replace("color", "colour").replace("the image", "the picture")
+
+
+Change = Callable[[Question], str]
+FORMS: dict[str, tuple[str, Change]] = {
+    "the benchmarks' wording": (AS_TRAINED, lambda question: question.prompt),
+    "VLMEvalKit's spaces": (AS_VLMEVALKIT, lambda question: question.prompt),
+    "no instruction": (AS_TRAINED, lambda question: question.text),
+    "other words, no instruction": (AS_TRAINED, reword),
+    "colour, picture": (AS_TRAINED, lambda question: spell_otherwise(question.prompt)),
+    "small letters, no mark": (AS_TRAINED, lambda question: question.text.lower().rstrip("?") + question.suffix),
+}
+"""By name: the prompt around a question, and what becomes of the question."""
 
 
 def list_questions(num_images: int) -> Iterator[tuple[Image.Image, Question]]:
