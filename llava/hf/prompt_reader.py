@@ -16,7 +16,14 @@ from llava.hf.host_tower import HostTower
 from llava.hf.placeholders import Prompt, collapse_images
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.crops import layout_tiles
-from llava.model.image_tokens import CropMerge, ImageTokens, keep_everything, project_tokens, reduce_patches
+from llava.model.image_tokens import (
+    CropMerge,
+    ImageTokens,
+    keep_everything,
+    project_tokens,
+    reduce_patches,
+    spread_texts,
+)
 from llava.model.splice import PromptEmbeds, pad_batch, splice_sample, strip_padding
 from llava.model.token_reduction import TEXT, TokenReducer
 from llava.prompt import decode_prompt, recover_query
@@ -89,10 +96,7 @@ class PromptReader:
         """Refuse what the model itself would take, but a reduced prompt cannot."""
         if arguments.get("input_ids") is None or arguments.get("inputs_embeds") is not None:
             raise InputError("token reduction reads input_ids with pixel_values; inputs_embeds hide where images are")
-        mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
-        if mask is not None and mask.shape != arguments["input_ids"].shape:
-            shapes = f"{tuple(mask.shape)} for input_ids of shape {tuple(arguments['input_ids'].shape)}"
-            raise InputError(f"attention_mask has shape {shapes}: give one number per id")
+        cache = arguments.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise InputError("images come with an empty cache: give the whole dialogue, without past_key_values")
         for name in FIXED:
@@ -122,10 +126,7 @@ class PromptReader:
             return [recover_query(prompt.ids, self._tokenizer, conv_mode) for prompt in prompts]
         if callable(self._texts):
             return [self._texts(decode_prompt(prompt.ids, self._tokenizer)) for prompt in prompts]
-        texts = [self._texts] * len(prompts) if isinstance(self._texts, str) else list(self._texts)
-        if len(texts) != len(prompts):
-            raise InputError(f"{len(texts)} texts for {len(prompts)} prompts: give one query per prompt, or one string")
-        return texts
+        return spread_texts(self._texts, len(prompts), "prompt")
 
     # -------------------------------------------------------------------------------------- images of several crops
     @property

@@ -34,6 +34,7 @@ from llava.hf.host_tower import HostTower
 from llava.hf.placeholders import write_ids
 from llava.hf.prompt_reader import FIXED, Model, PromptReader, Texts
 from llava.model.image_tokens import ImageTokens
+from llava.model.language_model.causal import IN_PIECES, find_setting, refuse_in_pieces, refuse_other_cache
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.splice import PromptEmbeds
 from llava.model.token_reduction import REDUCERS, TEXT, Reduction, parse_reduction
@@ -45,9 +46,6 @@ PROMPT = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_
 """Arguments that are made anew."""
 COLUMNS = ("token_type_ids", "mm_token_type_ids")
 """What a processor adds per prompt id, and these models do not read."""
-
-IN_PIECES = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
-"""Settings of `generate` under which transformers reads a prompt by its ids, in pieces or with guesses behind it."""
 
 
 def reduce_tokens(
@@ -222,11 +220,9 @@ class ReducedModel:
             return self._generate_unreduced(**arguments)
         inputs = arguments.pop("inputs", None)
         input_ids = arguments.setdefault("input_ids", inputs)
-        for name in IN_PIECES:
-            if self._setting(arguments, name) is not None:
-                raise InputError(f"a reduced prompt is read in one piece, and alone: leave out {name}")
+        refuse_in_pieces(self._model, arguments, (*IN_PIECES, "prompt_lookup_num_tokens"))
         # 1. The prompts without the tokens that leave, as embeddings and as ids.
-        pad_id = self._setting(arguments, "pad_token_id")
+        pad_id = find_setting(self._model, arguments, "pad_token_id")
         prompts, batch = self._reader.read(arguments, pad_id, side="left")
         lengths = [image.num_tokens for image in self.image_tokens]
         ids = write_ids(prompts, lengths, self._model.config.image_token_id, pad_id or 0).to(batch.embeds.device)
@@ -234,15 +230,12 @@ class ReducedModel:
         # 2. Limits that count the prompt count the shorter one.
         num_left_out = input_ids.shape[1] - ids.shape[1]
         for limit in ("max_length", "min_length"):
-            value = self._setting(arguments, limit)
+            value = find_setting(self._model, arguments, limit)
             if value is not None:
                 rest[limit] = max(0, value - num_left_out)
         # 3. Where tokens leave between layers, the cache sees to it.
         if self._reduction.inside is not None:
-            if self._setting(arguments, "cache_implementation") is not None:
-                raise InputError(
-                    f"{self._reduction.inside.spec_name} has its own cache: leave out cache_implementation"
-                )
+            refuse_other_cache(self._model, arguments, self._reduction.inside.spec_name)
             rest["past_key_values"] = self._make_cache(batch, rest)
         # 4. Decode, and put the whole prompts back.
         output = self._generate_unreduced(
@@ -297,13 +290,6 @@ class ReducedModel:
         if arguments.get("past_key_values") is not None:
             raise InputError(f"{self._reduction.inside.spec_name} has its own cache: leave out past_key_values")
         return ReducedCache(self._model.config.text_config, self._reduction.inside, batch.image_of, batch.position_ids)
-
-    def _setting(self, arguments: Mapping[str, object], name: str) -> object:
-        """A setting of `generate`, where transformers looks for it: the call, its config, the model's config."""
-        places = [arguments.get(name)]
-        places += [getattr(arguments.get("generation_config"), name, None)]
-        places += [getattr(self._model.generation_config, name, None)]
-        return next((value for value in places if value is not None), None)
 
 
 def _has_images(arguments: Mapping[str, object]) -> bool:

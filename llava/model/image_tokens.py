@@ -4,6 +4,7 @@ Shape letters: `C` crops of one image (1 in LLaVA-1.5), `I` crops of all images,
 width, `M` tokens of the image, `E` LLM width, `P` joint width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -116,6 +117,30 @@ class CropMerge:
             )
         unpad_size = image_size if self.kind == "spatial_unpad" else None
         return merge_crops(crops, kept, layout_tiles(grid, (rows, cols), unpad_size), newline)
+
+
+def spread_texts(texts: object, count: int, owner: str) -> list[str | TextIds]:
+    """Give each prompt or image its query: as given, or one for all.
+
+    Args:
+        texts: a text, or one for each.
+        count: how many there are.
+        owner: what they are, "prompt" or "image".
+
+    Raises:
+        InputError: another number of texts, or what is no text.
+    """
+    if isinstance(texts, str | TextIds):
+        return [texts] * count
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise InputError(f"texts: expected a text or a list of texts, not {type(texts).__name__}")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str | TextIds):
+            raise InputError(f"texts[{number}]: expected a text, not {type(text).__name__}")
+    if len(texts) != count:
+        raise InputError(f"{len(texts)} texts for {count} {owner}s: give one query per {owner}, or one string")
+    return texts
 
 
 def embed_distinct(tower: VisionTower, texts: list[str | TextIds]) -> Tensor:

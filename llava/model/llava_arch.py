@@ -25,6 +25,7 @@ from llava.model.image_tokens import (
     keep_everything,
     project_tokens,
     reduce_patches,
+    spread_texts,
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import ImageFeatures, VisionTower
@@ -33,6 +34,7 @@ from llava.model.packing import check_packing, find_even_width, pack_batch
 from llava.model.splice import (
     PromptEmbeds,
     assign_images,
+    check_shape,
     count_placeholders,
     pad_batch,
     splice_sample,
@@ -237,32 +239,38 @@ class LlavaMetaForCausalLM:
         Returns:
             One record per image: patches `[C, N, D]` (C = 1 for single-crop models) in the tower's dtype, and what else
             the token reduction needs of the tower.
+
+        Raises:
+            InputError: no pixel values, or those of another size.
         """
         if isinstance(images, list) and all(isinstance(image, ImageFeatures) for image in images):
             return images
+        _check_pixels(images)
         crops = [image[None] if image.dim() == 3 else image for image in images]
         if not crops:
             return []
         features = self.ready_tower().extract(torch.cat(crops), self.needs if needs is None else needs)
         return features.split([image.shape[0] for image in crops])
 
-    def embed_queries(self, texts: list[str], reduction: Reduction | None = None) -> Tensor | None:
+    def embed_queries(self, texts: str | list[str], reduction: Reduction | None = None) -> Tensor | None:
         """Run the CLIP text tower, for callers that meet the same query again; equal texts are embedded once.
 
         Args:
-            texts: I queries.
+            texts: I queries, or a single one.
             reduction: see `make_image_tokens`.
 
         Returns:
             `float32[I, P]`, one row per text; None where the token reduction reads no text.
         """
         reducer = self._reducer(reduction)
-        return embed_distinct(self.ready_tower(), texts) if reducer is not None and TEXT in reducer.needs else None
+        if reducer is None or TEXT not in reducer.needs:
+            return None
+        return embed_distinct(self.ready_tower(), [texts] if isinstance(texts, str) else texts)
 
     def choose_tokens(
         self,
         images: list[ImageFeatures],
-        texts: list[str],
+        texts: str | list[str],
         text_embeds: Tensor | None = None,
         reduction: Reduction | None = None,
     ) -> list[ReducedTokens]:
@@ -271,6 +279,7 @@ class LlavaMetaForCausalLM:
         Returns:
             One record per image, over its crops, before the projector.
         """
+        texts = spread_texts(texts, len(images), "image")
         reducer = self._reducer(reduction)
         if reducer is None:
             return keep_everything(images)
@@ -295,7 +304,7 @@ class LlavaMetaForCausalLM:
     def make_image_tokens(
         self,
         images: list[ImageFeatures],
-        texts: list[str],
+        texts: str | list[str],
         image_sizes: list[tuple[int, int]] | None = None,
         *,
         text_embeds: Tensor | None = None,
@@ -305,19 +314,24 @@ class LlavaMetaForCausalLM:
 
         Args:
             images: one record per image, from `encode_patches`.
-            texts: one query per image, for the CLIP text tower; not looked at where the reducer needs no text.
+            texts: one query per image, or one for all, for the CLIP text tower; not read where the reducer needs no
+                text.
             image_sizes: (width, height) of each image in pixels, needed for spatial merges of crops only.
             text_embeds: `float32[I, P]` the queries as `embed_queries` gives them; None: they are embedded here.
             reduction: from `read_reduction`, its method before the language model; the images are encoded with what it
                 needs. None: the model's own.
+
+        Raises:
+            InputError: another number of texts or sizes than of images.
         """
+        _check_sizes(image_sizes, len(images))
         if not images:
             return []
         return self.project_chosen(self.choose_tokens(images, texts, text_embeds, reduction), image_sizes, reduction)
 
     @overload
     def encode_images(
-        self, images: Tensor | list[Tensor], texts: list[str], image_sizes: list[tuple[int, int]] | None = None
+        self, images: Tensor | list[Tensor], texts: str | list[str], image_sizes: list[tuple[int, int]] | None = None
     ) -> list[ImageTokens]: ...
 
     @overload
@@ -328,14 +342,15 @@ class LlavaMetaForCausalLM:
     def encode_images(
         self,
         images: Tensor | list[Tensor],
-        texts: list[str] | None = None,
+        texts: str | list[str] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
     ) -> list[ImageTokens] | Tensor | list[Tensor]:
         """`encode_patches` and `make_image_tokens` in one.
 
         Args:
             images: see `encode_patches`.
-            texts: one query per image; None, as in LLaVA's clients: for a token reduction that reads none.
+            texts: one query per image, or one for all; None, as in LLaVA's clients: for a token reduction that reads
+                none.
             image_sizes: see `make_image_tokens`.
 
         Returns:
@@ -343,13 +358,13 @@ class LlavaMetaForCausalLM:
             `[M, E]` where the images have different numbers of tokens.
 
         Raises:
-            InputError: no texts, and the token reduction reads them.
+            InputError: no texts, and the token reduction reads them; or images, texts and sizes that do not fit.
         """
         if texts is not None:
             return self.make_image_tokens(self.encode_patches(images), texts, image_sizes)
         if TEXT in self.needs:
             raise InputError(f"{self.token_reducer.spec()} reads the question: give texts=, one for each image")
-        tokens = self.encode_images(images, [""] * len(images), image_sizes)
+        tokens = self.encode_images(images, "", image_sizes)
         features = [image.features for image in tokens]
         is_even = len({image.num_tokens for image in tokens}) == 1
         return torch.stack(features) if is_even else features
@@ -371,15 +386,9 @@ class LlavaMetaForCausalLM:
 
     def _sample_texts(self, texts: str | list[str] | None, input_ids: Tensor, real: Tensor) -> list[str]:
         """One query per sample: as given, one for all, or recovered from the ids."""
-        num_samples = input_ids.shape[0]
-        if TEXT not in self.needs:
-            return [""] * num_samples
-        if texts is None:
-            return self.recover_queries(input_ids, real)
-        texts = [texts] * num_samples if isinstance(texts, str) else list(texts)
-        if len(texts) != num_samples:
-            raise InputError(f"{len(texts)} texts for {num_samples} prompts: give one query per prompt, or one string")
-        return texts
+        if texts is not None:
+            return spread_texts(texts, len(input_ids), "prompt")
+        return self.recover_queries(input_ids, real) if TEXT in self.needs else [""] * len(input_ids)
 
     def embed_prompts(
         self,
@@ -418,6 +427,11 @@ class LlavaMetaForCausalLM:
         """
         if packing:
             check_packing(self.config._attn_implementation, self.token_reducer)
+        _check_ids(input_ids)
+        if padding_side not in (None, "left", "right"):
+            raise InputError(f'padding_side {padding_side!r}: expected "left" or "right"')
+        if labels is not None:
+            check_shape("labels", labels, input_ids)
         # 1. Leave out padding. Ids are looked at one by one: on the host, with one wait for the device, not many.
         real = strip_padding(input_ids, attention_mask, pad_token_id).cpu()  # bool[S, T]
         input_ids = input_ids.cpu()
@@ -428,6 +442,7 @@ class LlavaMetaForCausalLM:
         if image_tokens is None and any(owners):
             queries = self._sample_texts(texts, input_ids, real)
             pairs = [(query, index) for query, indices in zip(queries, owners, strict=True) for index in indices]
+            _check_sizes(image_sizes, len(images))
             sizes = None if image_sizes is None else [image_sizes[index] for _, index in pairs]
             encoded = self.encode_images([images[index] for _, index in pairs], [query for query, _ in pairs], sizes)
             image_tokens = {index: tokens for (_, index), tokens in zip(pairs, encoded, strict=True)}
@@ -519,3 +534,36 @@ class LlavaMetaForCausalLM:
         self.resize_token_embeddings(num_tokens, mean_resizing=False)
         for weights in (self.get_input_embeddings().weight.data, self.get_output_embeddings().weight.data):
             weights[num_known:] = weights[:num_known].mean(dim=0, keepdim=True)
+
+
+def _check_ids(input_ids: object) -> None:
+    """Check that a batch of prompts is `int64[S, T]` (or int32)."""
+    if not isinstance(input_ids, Tensor):
+        raise InputError(f"input_ids: expected a tensor [prompts, ids], not {type(input_ids).__name__}")
+    if input_ids.dim() != 2:
+        hint = "; input_ids[None] makes a batch of one prompt" if input_ids.dim() == 1 else ""
+        raise InputError(f"input_ids of shape {tuple(input_ids.shape)}: expected [prompts, ids]{hint}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"input_ids of {str(input_ids.dtype).removeprefix('torch.')}: expected int64")
+
+
+def _check_pixels(images: object) -> None:
+    """Check that images are pixel values, or a list or tuple of them; the tower checks their sizes."""
+    wanted = "pixel values, as process_images makes them, [images, 3, height, width] or a list of [3, height, width]"
+    if isinstance(images, Tensor):
+        if images.dim() not in (4, 5):
+            raise InputError(f"images of shape {tuple(images.shape)}: expected {wanted}")
+        return
+    if not isinstance(images, list | tuple):
+        raise InputError(f"images: expected {wanted}, not {type(images).__name__}")
+    for number, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise InputError(f"images[{number}]: expected {wanted}, not {type(image).__name__}")
+        if image.dim() not in (3, 4):
+            raise InputError(f"images[{number}] of shape {tuple(image.shape)}: expected {wanted}")
+
+
+def _check_sizes(image_sizes: object, num_images: int) -> None:
+    """Check that there is a size for each image, where any are given."""
+    if image_sizes is not None and len(image_sizes) != num_images:
+        raise InputError(f"{len(image_sizes)} image_sizes for {num_images} images: give (width, height) of each")

@@ -225,6 +225,20 @@ def pad_batch(
     )
 
 
+def check_shape(name: str, values: object, prompts: Tensor) -> None:
+    """Check that there is a value for each of the ids `int64[S, T]`, or of the embeddings `[S, L, E]`, of a batch.
+
+    Raises:
+        InputError: there is not; names both shapes.
+    """
+    of, each = ("input_ids", "id") if prompts.dim() == 2 else ("inputs_embeds", "embedding")
+    if not isinstance(values, Tensor):
+        raise InputError(f"{name}: expected a tensor [prompts, {each}s], not {type(values).__name__}")
+    if values.shape != prompts.shape[:2]:
+        shapes = f"{tuple(values.shape)} for {of} of shape {tuple(prompts.shape)}"
+        raise InputError(f"{name} has shape {shapes}: give one number per {each}")
+
+
 def strip_padding(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> Tensor:
     """Find out which ids of a batch are not padding.
 
@@ -236,8 +250,12 @@ def strip_padding(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
 
     Returns:
         `bool[S, T]`.
+
+    Raises:
+        InputError: a mask of another shape.
     """
     if attention_mask is not None:
+        check_shape("attention_mask", attention_mask, input_ids)
         return attention_mask.to(device=input_ids.device, dtype=torch.bool)
     if pad_token_id is None or input_ids.shape[0] == 1:
         return torch.ones_like(input_ids, dtype=torch.bool)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 
 CHECKPOINT = "llava-v1.5-tiny84-TRIM"
@@ -71,3 +72,81 @@ def test_the_projector_of_a_text_only_training_batch_takes_part(model):
     finally:
         model.eval()
         model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("call", ["encode_images", "make_image_tokens", "embed_queries"])
+def test_one_text_is_the_query_of_every_image_not_a_list_of_letters(model, images, call):
+    if call == "embed_queries":
+        assert torch.equal(model.embed_queries("hi"), model.embed_queries(["hi"]))
+        return
+    given = images if call == "encode_images" else model.encode_patches(images)
+    one, both, letters = (getattr(model, call)(given, texts) for texts in ("hi", ["hi", "hi"], ["h", "i"]))
+    assert all(map(torch.equal, (each.scores for each in one), (each.scores for each in both)))
+    assert not torch.equal(one[0].scores, letters[0].scores)
+
+
+WRONG_TEXTS = [
+    (["a"], "1 texts for 2 {}s: give one query per {}, or one string"),
+    (["a"] * 3, "3 texts for 2 {}s"),
+    (["a", 5], "texts[1]: expected a text, not int"),
+    (5, "texts: expected a text or a list of texts, not int"),
+    (b"hi", "texts: expected a text or a list of texts, not bytes"),
+]
+
+
+@pytest.mark.parametrize(("texts", "reason"), WRONG_TEXTS)
+def test_texts_that_are_no_queries_are_refused_in_words(model, images, texts, reason):
+    with pytest.raises(InputError) as caught:
+        model.encode_images(images, texts)
+    assert reason.format("image", "image") in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        model.generate(IDS, attention_mask=MASK, images=images, texts=texts)
+    assert reason.format("prompt", "prompt") in str(caught.value)
+
+
+@pytest.mark.parametrize("images", ["ab", None, [[1.0]], torch.zeros(3, 84, 84), [torch.zeros(84, 84)]])
+def test_what_are_no_pixel_values_is_refused_in_words(model, images):
+    with pytest.raises(InputError, match=r"images.*: expected pixel values, as process_images makes them"):
+        model.encode_images(images, "a bus")
+
+
+WRONG_ARGUMENTS = [
+    ({"inputs": IDS[0]}, "input_ids of shape (5,): expected [prompts, ids]; input_ids[None] makes a batch"),
+    ({"inputs": IDS.tolist()}, "input_ids: expected a tensor [prompts, ids], not list"),
+    ({"inputs": IDS.float()}, "input_ids of float32: expected int64"),
+    ({"attention_mask": MASK[:, :3]}, "attention_mask has shape (2, 3) for input_ids of shape (2, 5)"),
+    ({"attention_mask": MASK.tolist()}, "attention_mask: expected a tensor [prompts, ids], not list"),
+    ({"image_sizes": [(84, 84)]}, "1 image_sizes for 2 images"),
+    ({"prefill_chunk_size": 8}, "read in one piece, and alone: leave out prefill_chunk_size"),
+    ({"assistant_model": "self"}, "read in one piece, and alone: leave out assistant_model"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), WRONG_ARGUMENTS, ids=[reason for _, reason in WRONG_ARGUMENTS])
+def test_arguments_of_generate_that_do_not_fit_are_refused_in_words(model, images, changes, reason):
+    arguments = {"inputs": IDS, "attention_mask": MASK, "images": images, "texts": "a bus", "max_new_tokens": 2}
+    assert len(model.generate(**arguments)) == 2
+    with pytest.raises(InputError) as caught:
+        model.generate(**arguments | changes)
+    assert reason in str(caught.value)
+
+
+def test_arguments_of_embed_prompts_and_forward_that_do_not_fit_are_refused_in_words(model, images):
+    arguments = {"input_ids": IDS, "attention_mask": MASK, "images": images, "texts": "a bus"}
+    with pytest.raises(InputError, match=r"padding_side 'up': expected \"left\" or \"right\""):
+        model.embed_prompts(**arguments, padding_side="up")
+    with pytest.raises(InputError, match=r"labels has shape \(2, 3\) for input_ids of shape \(2, 5\)"):
+        model(**arguments, labels=IDS[:, :3])
+    batch = model.embed_prompts(**arguments, padding_side="left")
+    with pytest.raises(InputError, match=r"attention_mask has shape \(2, 5\) for inputs_embeds of shape \(2, "):
+        model.generate(inputs_embeds=batch.embeds, attention_mask=MASK)
+
+
+def test_a_method_inside_the_language_model_refuses_a_cache_of_another_kind(model, images):
+    spec = model.token_reducer.spec()
+    model.set_token_reduction("FastV:0.5,layer=1")
+    try:
+        with pytest.raises(InputError, match="FastV has its own cache: leave out cache_implementation"):
+            model.generate(IDS, attention_mask=MASK, images=images, cache_implementation="static")
+    finally:
+        model.set_token_reduction(spec)

@@ -22,11 +22,13 @@ from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.packing import mark_borders
 from llava.model.splice import TEXT as NO_IMAGE
-from llava.model.splice import PromptEmbeds, Targets
+from llava.model.splice import PromptEmbeds, Targets, check_shape
 from llava.model.token_reduction import CONFIG_KEY, TEXT, Reduction, parse_reduction
 
 TOWER_PREFIX = "model.vision_tower."
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
+IN_PIECES = ("prefill_chunk_size", "assistant_model")
+"""Settings of `generate` under which transformers reads a prompt in pieces, or by its ids alone."""
 
 
 class LlavaDecoder(LlavaMetaModel):
@@ -217,9 +219,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
         Raises:
             InputError: when images, placeholders and texts do not fit, the prompt is longer than the model's positions,
-                or a cache holds image tokens that this question would choose anew.
+                a cache holds image tokens that this question would choose anew, or a setting would read the prompt in
+                pieces.
         """
         input_ids = kwargs.pop("input_ids", inputs)
+        refuse_in_pieces(self, kwargs, IN_PIECES)
         if kwargs.get("inputs_embeds") is not None:
             if any(given is not None for given in (input_ids, images, texts, image_tokens)):
                 raise InputError("inputs_embeds hold the whole prompt: leave out ids, images, texts and image_tokens")
@@ -227,6 +231,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         kwargs.pop("inputs_embeds", None)
         if input_ids is None:
             raise InputError("nothing to answer: give input ids, or inputs_embeds from embed_prompts")
+        if self.layer_reducer is not None:
+            refuse_other_cache(self, kwargs, self.layer_reducer.spec_name)
         # 1. Which ids are padding.
         kwargs.pop("position_ids", None)  # counted anew behind the splice
         pad_token_id = kwargs.pop("pad_token_id", None)
@@ -270,6 +276,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
                 f"{self.layer_reducer.spec()} has to know which embeddings are image tokens: give input ids with "
                 "images or image_tokens instead of inputs_embeds"
             )
+        for name, values in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if values is not None:
+                check_shape(name, values, inputs_embeds)
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise InputError(
                 'inputs_embeds padded on the right: make them with embed_prompts(..., padding_side="left")'
@@ -327,6 +336,27 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             super().save_pretrained(save_directory, state_dict=own, **kwargs)
         if isinstance(tower, StoredVisionTower):
             tower.save_image_processor(Path(save_directory))
+
+
+def find_setting(model: PreTrainedModel, arguments: Mapping[str, object], name: str) -> object:
+    """A setting of `generate`, where transformers looks for it: the call, its config, the model's config."""
+    places = [arguments.get(name)]
+    places += [getattr(arguments.get("generation_config"), name, None)]
+    places += [getattr(model.generation_config, name, None)]
+    return next((value for value in places if value is not None), None)
+
+
+def refuse_in_pieces(model: PreTrainedModel, arguments: Mapping[str, object], names: Sequence[str]) -> None:
+    """Refuse those settings of `generate` under which a prompt with image tokens would not be read in one piece."""
+    for name in names:
+        if find_setting(model, arguments, name) is not None:
+            raise InputError(f"a reduced prompt is read in one piece, and alone: leave out {name}")
+
+
+def refuse_other_cache(model: PreTrainedModel, arguments: Mapping[str, object], method: str) -> None:
+    """Refuse a kind of cache beside the one that a method inside the language model brings."""
+    if find_setting(model, arguments, "cache_implementation") is not None:
+        raise InputError(f"{method} has its own cache: leave out cache_implementation")
 
 
 def _settle_contradictions(settings: dict[str, object]) -> dict[str, object]:
