@@ -66,7 +66,7 @@ class Answer:
         """Draw question, answer, and of each image the kept patches and their scores.
 
         Raises:
-            InputError: an image of `ask_many`, which keeps no copies, is not there any more.
+            InputError: a file of `ask_many`, which keeps no copies of files, is not there any more.
         """
         return self._draw().image()
 

@@ -8,7 +8,7 @@ the same answers. docs/python.md shows what to do with it.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from llava.errors import InputError
 from llava.eval.benchmark import Question
 from llava.eval.predict import Predictor, Settings, choose_unit_size, plan_units
 from llava.model.token_reduction import CONFIG_KEY
-from llava.picture import Picture, to_pictures
+from llava.picture import Picture, Snapshots, to_pictures
 from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode, end_of_turn, find_template, place_images
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.sampling import Sampling
@@ -221,7 +221,8 @@ class Llava:
         Each image is encoded once, however many questions it has: name it by the same path, or give the same object.
 
         Args:
-            pairs: (images, question) each, as for `ask`.
+            pairs: (images, question) each, as for `ask`. Images in memory are copied as their pair is taken: a
+                generator may yield the same buffer again, with another image in it.
             batch_size: questions that the language model reads at once; None: as many as memory allows.
             progress: whether a bar on standard error counts the answers.
             **sampling: see the class; what is drawn with a temperature depends on the batch.
@@ -235,11 +236,12 @@ class Llava:
                 and the error has their answers.
         """
         # 1. What is wrong with a pair is told before any work.
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        is_number = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+        if batch_size is not None and (not is_number or batch_size < 1):
             raise InputError(f"batch_size {batch_size!r}: expected a whole number from 1 on, or None")
         end = end_of_turn(find_template(self.conv_mode, self.tokenizer))
         settings = Settings("llava", make_sampling(sampling), self.conv_mode, batch_size, end=end)
-        asked = [_to_question(number, pair) for number, pair in enumerate(_list_pairs(pairs))]
+        asked = list(_read_pairs(pairs))
         # 2. The loop of the evaluation: units in which equal images meet, batches of like length.
         answers: list[Answer | None] = [None] * len(asked)
         reasons: dict[int, str] = {}
@@ -312,10 +314,14 @@ def make_sampling(settings: Mapping[str, object]) -> Sampling:
     return Sampling(**settings)
 
 
-def _list_pairs(pairs: object) -> list[object]:
+def _read_pairs(pairs: object) -> Iterator[Question]:
+    """Read and check `ask_many`'s pairs, each as it is when its turn comes: a generator may reuse its buffer."""
     if isinstance(pairs, (str, Mapping)) or not isinstance(pairs, Iterable):
         raise InputError(f"pairs: expected a list of (images, question), not {type(pairs).__name__}")
-    return list(pairs)
+    snapshots = Snapshots(is_frozen=isinstance(pairs, (list, tuple)))
+    for number, pair in enumerate(pairs):
+        question = _to_question(number, pair)
+        yield replace(question, images=tuple(map(snapshots.take, question.images)))
 
 
 def _to_question(number: int, pair: object) -> Question:

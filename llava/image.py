@@ -9,6 +9,7 @@ fit into memory.
 import base64
 import http
 import http.client
+import os
 import re
 import socket
 import threading
@@ -34,13 +35,17 @@ MAX_SIDE = 2**18
 
 FILE_BYTES = 2**31
 
+SHOWN_LETTERS = 60
+"""Of an address that is refused; one of `data:` may be megabytes long."""
+
 DOWNLOAD_SECONDS = 20.0
 DOWNLOAD_BYTES = 64 * 2**20
 _CHUNK_BYTES = 2**16
 
 # 65535 / 257 is 255: the exact ratio of the full scales of 16 and 8 bit.
 _SIXTEEN_TO_EIGHT_BIT = 257
-_SIXTEEN_BIT_MAX = 2**16 - 1
+_SIXTEEN_BIT_FILES = ("PPM",)
+"""Files, by Pillow's names, whose 16-bit grey Pillow opens in mode "I"; it does not scale any other "I" to 16 bit."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,24 @@ def load_image(source: str | Path | EmbeddedImage, upright: bool = False, trust:
     elif address.lower().startswith(("http://", "https://")):
         content, address = _download(address, trust.connect), _hide_secrets(address)
     else:
+        check_path(address)
         content = _refuse_empty(read_bytes(Path(source), limit=FILE_BYTES), address)
     with _explain_damage(address, trust.formats), Image.open(BytesIO(content), formats=trust.formats) as image:
         return _read_pixels(image, address, upright, trust.max_pixels)
+
+
+def check_path(address: str) -> None:
+    """Refuse what is no file's path by its looks.
+
+    Raises:
+        InputError: it is empty, or an address of another kind than http(s).
+    """
+    if not address:
+        raise InputError("the path of an image is empty: give a file or an http(s) address")
+    scheme = re.match(r"data:|[a-z][a-z0-9+.-]*://", address, re.IGNORECASE)
+    if scheme and not os.path.exists(address):
+        shown = address if len(address) <= SHOWN_LETTERS else f"{address[:SHOWN_LETTERS]}..."
+        raise InputError(f"image {shown}: {scheme[0]} is not read; give the path of a file or an http(s) address")
 
 
 def _refuse_empty(content: bytes, address: str) -> bytes:
@@ -285,7 +305,7 @@ def _read_pixels(image: Image.Image, address: str, upright: bool, max_pixels: in
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise InputError(f"image {address}: {image.width} x {image.height} pixels; at most {max_pixels:,} are taken")
     image.load()
-    return to_rgb(ImageOps.exif_transpose(image) if upright else image, address)
+    return to_rgb(ImageOps.exif_transpose(image) if upright else image, address, image.format)
 
 
 @contextmanager
@@ -312,31 +332,38 @@ def _explain_damage(address: str, formats: tuple[str, ...] | None = None) -> Ite
         raise InputError(f"image {address}: damaged or truncated ({error})") from error
 
 
-def to_rgb(image: Image.Image, address: str = "given as an object") -> Image.Image:
+def to_rgb(image: Image.Image, address: str = "given as an object", file_format: str | None = None) -> Image.Image:
     """Convert an image of any mode to RGB.
+
+    Mode "I;16", of PNG, TIFF and JPEG 2000 files or made in memory, is 16-bit grey: white is 65,535. Mode "I", whole
+    numbers of 32 bit, has this scale in a PGM file, where Pillow sees to it, and no known one elsewhere.
 
     Args:
         image: not changed.
         address: how an error names it.
+        file_format: of the file that it comes from, by Pillow's name; None: as the image says. Copies do not say.
 
     Raises:
         InputError: pixel values without a known scale.
     """
     if image.mode == "F":
         raise InputError(f"image {address}: floating-point pixels have no known scale; save it with 8 or 16 bit")
+    if image.mode == "I" and (file_format or image.format) not in _SIXTEEN_BIT_FILES:
+        raise InputError(
+            f'image {address}: whole numbers of 32 bit (mode "I") have no known scale; make it 8 bit (mode "L") or 16 '
+            'bit (mode "I;16")'
+        )
     if image.mode.startswith("I"):
-        image = _scale_to_eight_bit(image, address)
+        image = _scale_to_eight_bit(image)
     if image.mode == "P" and "transparency" in image.info:
         # The same colours as converting directly, without Pillow's warning about per-entry transparency.
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def _scale_to_eight_bit(image: Image.Image, address: str) -> Image.Image:
-    """Scale 16-bit grey ("I;16", or "I" as older formats give it) so that full white stays full white."""
+def _scale_to_eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey so that full white stays full white."""
     values = np.asarray(image)
-    if values.size and (values.min() < 0 or values.max() > _SIXTEEN_BIT_MAX):
-        raise InputError(f"image {address}: grey values outside 0..{_SIXTEEN_BIT_MAX}; save it with 8 or 16 bit")
     rounded = (values.astype(np.uint32) + _SIXTEEN_TO_EIGHT_BIT // 2) // _SIXTEEN_TO_EIGHT_BIT
     return Image.fromarray(rounded.astype(np.uint8))
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import InputError
-from llava.image import load_image, read_image
+from llava.image import check_path, load_image, read_image
 
 KNOWN_TYPES = "a path, an http(s) address, a Pillow image, a NumPy array or a tensor"
 CHANNELS = (1, 3, 4)
@@ -39,14 +39,19 @@ class Picture:
     source: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.source, (str, PathLike)):
+        if self.is_named:
             _check_path(self)
         elif not isinstance(self.source, Image.Image):
             _check_array(self.source)
 
     @property
+    def is_named(self) -> bool:
+        """Whether it is a path or an address, not an object in memory."""
+        return isinstance(self.source, (str, PathLike))
+
+    @property
     def _key(self) -> object:
-        return str(self.source) if isinstance(self.source, (str, PathLike)) else id(self.source)
+        return str(self.source) if self.is_named else id(self.source)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Picture) and self._key == other._key
@@ -55,7 +60,7 @@ class Picture:
         return hash(self._key)
 
     def __str__(self) -> str:
-        return str(self.source) if isinstance(self.source, (str, PathLike)) else f"given as {_name(self.source)}"
+        return str(self.source) if self.is_named else f"given as {_name(self.source)}"
 
     def load(self) -> Image.Image:
         """Read the image: a new one of mode RGB.
@@ -65,11 +70,43 @@ class Picture:
         """
         if isinstance(self.source, str) and self.source.lower().startswith(("http://", "https://")):
             return load_image(self.source, upright=True)
-        if isinstance(self.source, (str, PathLike)):
+        if self.is_named:
             return load_image(Path(self.source).expanduser(), upright=True)
         if isinstance(self.source, Image.Image):
             return read_image(self.source, str(self), upright=True)
         return read_image(Image.fromarray(_to_bytes(self.source)), str(self))
+
+
+class Snapshots:
+    """Copies of images in memory, so that they stay what they were, whatever their owner writes into them.
+
+    Paths and addresses stay what they are. An object that has not changed since it was last copied gets the same copy.
+    """
+
+    def __init__(self, is_frozen: bool):
+        """Begin.
+
+        Args:
+            is_frozen: nothing is written into the images meanwhile: an object is copied once.
+        """
+        self._is_frozen = is_frozen
+        self._copies: dict[int, Picture] = {}
+
+    def take(self, picture: Picture) -> Picture:
+        """Copy an image as it is now; one that cannot be read comes back as it is, and reading it will say why."""
+        if picture.is_named:
+            return picture
+        known = self._copies.get(id(picture.source))
+        if known is not None and self._is_frozen:
+            return known
+        try:
+            copy = Picture(picture.load())
+        except InputError:
+            return picture
+        if known is not None and known.source == copy.source:
+            return known
+        self._copies[id(picture.source)] = copy
+        return copy
 
 
 def to_pictures(images: object) -> tuple[Picture, ...]:
@@ -102,6 +139,7 @@ def _check_path(picture: Picture) -> None:
     text = str(picture.source)
     if text.lower().startswith(("http://", "https://")):
         return
+    check_path(text)
     try:
         is_there = Path(text).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # a name that no system has; reading it says what is wrong

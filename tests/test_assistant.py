@@ -227,6 +227,46 @@ def test_ask_many_encodes_each_image_once_and_shares_its_time_out(model, files, 
     assert all(list(answer.seconds) == ["read", "encode", "reduce", "generate"] for answer in answers)
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor", "float tensor", "Pillow image"])
+def test_a_generator_may_reuse_its_buffer(model, scenes, kind):
+    pytest.importorskip("matplotlib")
+    buffer = np.zeros_like(np.asarray(scenes[0][0]))
+    tensor = torch.zeros(buffer.transpose(2, 0, 1).shape, dtype=torch.float32 if "float" in kind else torch.uint8)
+    picture = Image.new("RGB", scenes[0][0].size)
+
+    def frames():
+        for image, question, _ in scenes:
+            buffer[:] = np.asarray(image)
+            values = torch.from_numpy(buffer.transpose(2, 0, 1).copy())
+            tensor.copy_(values / 255 if "float" in kind else values)
+            picture.paste(image)
+            yield {"array": buffer, "Pillow image": picture}.get(kind, tensor), question
+
+    answers = model.ask_many(frames(), progress=False)
+    apart = model.ask_many([(image, question) for image, question, _ in scenes], progress=False)
+    assert [answer.text for answer in answers] == [answer.text for answer in apart]
+    assert len({answer.text for answer in answers}) > 2
+    assert answers[0].figure().tobytes() == apart[0].figure().tobytes()
+
+
+def test_an_object_that_a_generator_gives_again_unchanged_is_encoded_once(model, scenes, monkeypatch):
+    encoded = []
+    encode = model.model.encode_patches
+    monkeypatch.setattr(model.model, "encode_patches", lambda images: encoded.extend(images) or encode(images))
+    array = np.asarray(scenes[0][0]).copy()
+    model.ask_many(((array, question) for _, question, _ in scenes), progress=False)
+    assert len(encoded) == 1
+
+
+def test_figures_show_the_image_that_the_question_was_about(model, scenes):
+    pytest.importorskip("matplotlib")
+    array, question = np.asarray(scenes[0][0]).copy(), scenes[0][1]
+    answers = [model.ask(array, question), *model.ask_many([(array, question)], progress=False)]
+    drawn = [answer.figure().tobytes() for answer in answers]
+    array[:] = 0
+    assert [answer.figure().tobytes() for answer in answers] == drawn
+
+
 def test_ask_many_counts_on_standard_error_unless_told_not_to(model, scenes, capsys):
     model.ask_many([(scenes[0][0], scenes[0][1])] * 2)
     shown = capsys.readouterr()
@@ -326,6 +366,9 @@ IMAGE_MISTAKES = [
     (torch.randn(3, 4, 4), "values outside [0, 1]"),
     (torch.full((3, 4, 4), torch.nan), "values outside [0, 1]"),
     (Image.new("F", (4, 4)), "floating-point pixels"),
+    (Image.new("I", (4, 4)), "no known scale; make it 8 bit"),
+    ("", "the path of an image is empty"),
+    ("ftp://a.example/b.png", "ftp:// is not read; give the path of a file or an http(s) address"),
 ]
 
 
@@ -373,6 +416,7 @@ def test_wrong_arguments_are_refused_in_words(model, scenes):
     assert "expected a list of (images, question), not str" in refusal(model.ask_many, "bus.jpg")
     assert "pairs[0]: expected (images, question), not str" in refusal(model.ask_many, ["bus.jpg"])
     assert "batch_size 0" in refusal(model.ask_many, [], batch_size=0)
+    assert "batch_size True" in refusal(model.ask_many, [], batch_size=True)
     assert "stream 3: expected True" in refusal(model.ask, scenes[0][0], "Why?", stream=3)
     assert "beam search" in refusal(model.ask, scenes[0][0], "Why?", stream=True, num_beams=2)
     assert 'did you mean "TRIM"' in refusal(model.set_token_reduction, "TRIMM:-1")

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 import llava.image
 from llava.errors import InputError
-from llava.image import Trust, load_image, scale_window
+from llava.image import Trust, load_image, scale_window, to_rgb
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -54,16 +54,32 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path):
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     values = np.array([[0, 257, 1000, 32768, 65535]], dtype=np.uint16)
-    for name in ("a.png", "a.tif"):
+    for name in ("a.png", "a.tif", "a.pgm"):
         Image.fromarray(values).save(tmp_path / name)
         pixels = np.asarray(load_image(tmp_path / name))
         assert pixels[0, :, 0].tolist() == [0, 1, 4, 128, 255]
         assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
 
 
-def test_integers_beyond_sixteen_bit_and_floats_are_refused(tmp_path):
-    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "wide.tif")
-    assert "outside 0..65535" in refusal(tmp_path / "wide.tif")
+def test_grey_of_another_depth_in_a_pgm_file_is_scaled_to_its_white(tmp_path):
+    (tmp_path / "ten_bit.pgm").write_bytes(b"P5 2 1 1023\n" + b"\0\0" + (1023).to_bytes(2, "big"))
+    assert Image.open(tmp_path / "ten_bit.pgm").mode == "I"
+    for upright in (False, True):
+        assert np.asarray(load_image(tmp_path / "ten_bit.pgm", upright))[0, :, 0].tolist() == [0, 255]
+
+
+def test_sixteen_bit_grey_in_memory_is_scaled_and_thirty_two_bit_grey_is_refused():
+    grey = np.array([[0, 32768, 65535]], dtype=np.uint16)
+    assert np.asarray(to_rgb(Image.fromarray(grey)))[0, :, 0].tolist() == [0, 128, 255]
+    for image in (Image.new("L", (2, 2), 200).convert("I"), Image.fromarray(grey).convert("I")):
+        with pytest.raises(InputError, match=r'mode "I"\) have no known scale; make it 8 bit \(mode "L"\)'):
+            to_rgb(image)
+
+
+def test_integers_of_thirty_two_bit_and_floats_are_refused(tmp_path):
+    for largest in (255, 70000):
+        Image.fromarray(np.array([[0, largest]], dtype=np.int32)).save(tmp_path / "wide.tif")
+        assert "no known scale" in refusal(tmp_path / "wide.tif")
     Image.fromarray(np.array([[0.0, 0.5]], dtype=np.float32)).save(tmp_path / "float.tif")
     assert "floating-point" in refusal(tmp_path / "float.tif")
 
@@ -142,6 +158,25 @@ def test_what_is_no_image_is_refused(tmp_path):
     assert "folder" in refusal(tmp_path)
     with pytest.raises(InputError, match=r"cannot read 'a\\x00b.png': the name holds a null byte"):
         load_image("a\0b.png")
+
+
+@pytest.mark.parametrize(
+    ("address", "scheme"),
+    [
+        ("ftp://a.example/b.png", "ftp://"),
+        ("FILE:///b.png", "FILE://"),
+        ("data:image/png;base64,iVB" + "x" * 10**6, "data:"),
+    ],
+)
+def test_an_address_that_is_not_of_the_web_is_refused_by_its_scheme(address, scheme):
+    with pytest.raises(InputError) as caught:
+        load_image(address)
+    line = str(caught.value)
+    assert f": {scheme} is not read; give the path of a file or an http(s) address" in line and len(line) < 200
+
+
+def test_an_empty_path_is_no_folder():
+    assert refusal("") == "the path of an image is empty: give a file or an http(s) address"
 
 
 def test_what_may_never_end_is_not_read(tmp_path):
