@@ -3,6 +3,7 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ class Answer:
 
     Attributes:
         text: the answer.
-        question: as it was asked.
+        question: as it was asked; bytes that are not UTF-8 are replaced as for the model.
         num_tokens: visual tokens that the language model read, over all images.
         num_patches: visual tokens before reduction, over all images.
         kept: bool per image, the patches that the language model read; None where the method blends patches. With a
@@ -96,8 +97,10 @@ class Answer:
         """Write the figure as a PNG, PDF or SVG, as the file's ending says.
 
         Raises:
-            InputError: another ending, or the file cannot be written.
+            InputError: no path, another ending, or the file cannot be written.
         """
+        if not isinstance(path, (str, PathLike)):
+            raise InputError(f"path {path!r}: expected a file such as kept.png, not {type(path).__name__}")
         self._draw().write(Path(path).expanduser())
 
     def _repr_html_(self) -> str:

@@ -20,13 +20,13 @@ from transformers import TextStreamer
 
 from llava.answer import Answer, make_answer
 from llava.chat import ChatSession, read_question
-from llava.cli import ModelSpec, guess_template
+from llava.cli import DTYPES, ModelSpec, guess_template
 from llava.errors import InputError
 from llava.eval.benchmark import Question
 from llava.eval.predict import Predictor, Settings, choose_unit_size, plan_units
 from llava.model.token_reduction import CONFIG_KEY
 from llava.picture import Picture, Snapshots, to_pictures
-from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode, end_of_turn, find_template, place_images
+from llava.prompt import DEFAULT_CONV_MODE, check_conv_mode, end_of_turn, find_template, place_images, recover_text
 from llava.protocols import ImageProcessor, Tokenizer
 from llava.sampling import Sampling
 
@@ -143,8 +143,8 @@ class Llava:
             base=None if base is None else _to_path("base", base),
             reduce=reduce,
             device=None if device is None else str(device),
-            dtype=_to_dtype_name(dtype),
-            tower_dtype=_to_dtype_name(tower_dtype),
+            dtype=_to_dtype_name("dtype", dtype),
+            tower_dtype=_to_dtype_name("tower_dtype", tower_dtype),
             attn_implementation=attn_implementation,
             load_8bit=load_8bit,
             load_4bit=load_4bit,
@@ -165,7 +165,10 @@ class Llava:
         return getattr(self.model.config, CONFIG_KEY, None) or "none"
 
     def set_token_reduction(self, reduce: str, calibrated: str | os.PathLike | None = None) -> None:
-        """Reduce in another way from the next question on; chats that are open show their images anew first.
+        """Reduce in another way from the next question on.
+
+        A chat that is open goes on where the new reduction looks at nothing else of the vision tower than the old one;
+        for others `chat.show(images)` begins anew.
 
         Args:
             reduce: as in `from_pretrained`; "none": none.
@@ -295,7 +298,7 @@ class Chat:
         """Ask the next question with settings and a streamer that are objects already."""
         turn = self._session.ask(question, sampling, streamer)
         pictures, model = self._pictures, self._owner.model
-        answer = make_answer(model, turn.text, question, pictures, turn.image_tokens, turn.seconds)
+        answer = make_answer(model, turn.text, recover_text(question), pictures, turn.image_tokens, turn.seconds)
         self.turns.append(answer)
         return answer
 
@@ -305,12 +308,15 @@ def make_sampling(settings: Mapping[str, object]) -> Sampling:
     """Read the settings of a search from keyword arguments.
 
     Raises:
-        InputError: one that is unknown, of another type or out of range.
+        InputError: one that is unknown, of another type or out of range, or that needs a temperature.
     """
     known = [each.name for each in fields(Sampling)]
     for name in settings:
         if name not in known:
             raise InputError(f"there is no setting {name}: expected {', '.join(known)}")
+    for name in ("top_p", "seed"):
+        if settings.get(name) is not None and "temperature" not in settings:
+            raise InputError(f"{name} {settings[name]!r}: nothing is drawn without temperature=; give one as well")
     return Sampling(**settings)
 
 
@@ -356,8 +362,11 @@ def _to_file(name: str, value: object) -> Path | None:
     return None if value is None else Path(value).expanduser()
 
 
-def _to_dtype_name(dtype: object) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+def _to_dtype_name(name: str, dtype: object) -> str | None:
+    found = None if dtype is None else str(dtype).removeprefix("torch.")
+    if found not in (None, *DTYPES):
+        raise InputError(f"{name} {found}: expected {', '.join(DTYPES)}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming

@@ -122,7 +122,7 @@ def find_budget(spec: str | None, model_path: str, base: str | None, calibrated:
     """
     target = read_target(spec)
     if calibrated is not None and (target is None or target.kind != "avg"):
-        raise InputError(f"--calibrated goes with --reduce METHOD:avg=X, not with {spec or 'no --reduce'}")
+        raise InputError(f"--calibrated (calibrated=) goes with the reduction METHOD:avg=X, not with {spec or 'none'}")
     if target is None:
         return None
     if target.kind == "flops":

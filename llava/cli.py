@@ -146,7 +146,7 @@ def complete_options(parser: argparse.ArgumentParser, args: object) -> argparse.
         args: parsed options, or any object with some of them as attributes.
 
     Raises:
-        InputError: one that the command requires is missing.
+        InputError: one that the command requires is missing, or one is no text that has to be.
     """
     options = argparse.Namespace(usual_conv_mode=parser.get_default("usual_conv_mode"))
     for action in parser._actions:
@@ -155,10 +155,18 @@ def complete_options(parser: argparse.ArgumentParser, args: object) -> argparse.
         if action.required and getattr(args, action.dest, None) is None:
             raise InputError(f"{action.dest} is missing: {action.help}")
         value = getattr(args, action.dest, action.default)
+        if not (value is None or _takes_value(action, value)):
+            raise InputError(f"{action.dest} {value!r}: expected a text, not {type(value).__name__}")
         if action.type is user_path and isinstance(value, str):
             value = user_path(value)  # scripts give paths as text
         setattr(options, action.dest, value)
     return options
+
+
+def _takes_value(action: argparse.Action, value: object) -> bool:
+    """Whether a script's value is a text where the option of the command line is one; others are checked where read."""
+    is_text = type(action) is argparse._StoreAction and action.type is None and action.nargs is None
+    return not is_text or isinstance(value, (str, os.PathLike))
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -387,10 +395,20 @@ def list_image_sources(image_files: str | Sequence[str], sep: str) -> list[str]:
     """List the single images named by one or several option values.
 
     A value that is itself the name of a file is not split.
+
+    Raises:
+        InputError: one is neither a text nor a path.
     """
-    values = [image_files] if isinstance(image_files, str) else image_files
+    values = image_files if isinstance(image_files, (list, tuple)) else [image_files]
     sources: list[str] = []
     for value in values:
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not isinstance(value, str):
+            raise InputError(
+                f"image_file: expected a path or an http(s) address, or a list of these, not {type(value).__name__}; "
+                "llava.Llava takes images of every kind"
+            )
         sources += [value] if not sep or os.path.isfile(value) else value.split(sep)
     return sources
 

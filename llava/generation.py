@@ -7,7 +7,8 @@ Shape letters: `S` samples, `T` prompt ids, `L` spliced length, `P` positions of
 `E` width of the language model.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -103,16 +104,32 @@ class Generator:
             options["stopping_criteria"] = StoppingCriteriaList([criterion])
         if streamer is not None:
             options["streamer"] = streamer
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
-        return self._model.generate(
-            input_ids.to(self._model.device),
-            attention_mask=attention_mask.to(self._model.device),
-            image_tokens=[image for own in image_tokens for image in own],
-            use_cache=True,
-            **sampling.as_arguments(),
-            **options,
-        )
+        with seeded(sampling.seed, self._model.device):
+            return self._model.generate(
+                input_ids.to(self._model.device),
+                attention_mask=attention_mask.to(self._model.device),
+                image_tokens=[image for own in image_tokens for image in own],
+                use_cache=True,
+                **sampling.as_arguments(),
+                **options,
+            )
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from a seed; afterwards the caller's own draws, on every device, go on as if nothing was drawn.
+
+    Args:
+        seed: None: nothing is changed, and what is drawn moves the caller's draws on.
+        device: of the model.
+    """
+    if seed is None:
+        yield
+        return
+    accelerators = () if device.type == "cpu" else range(torch.accelerator.device_count())
+    with torch.random.fork_rng(accelerators, device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def is_end_token(end: str, model: VisionLanguageModel, tokenizer: Tokenizer) -> bool:

@@ -146,6 +146,8 @@ def check_conv_mode(conv_mode: str) -> None:
     Raises:
         InputError: there is no template of that name; lists those there are, and the closest.
     """
+    if not isinstance(conv_mode, str):
+        raise InputError(f"conv_mode {conv_mode!r}: expected the name of a template, not {type(conv_mode).__name__}")
     names = (*conv_templates, CHAT_TEMPLATE)
     if conv_mode not in names:
         closest = difflib.get_close_matches(conv_mode, names, n=1)

@@ -9,6 +9,7 @@ import threading
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +150,26 @@ def test_answers_are_greedy_unless_a_temperature_is_given_and_a_seed_repeats_a_d
     assert len({model.ask(image, question).text for _ in range(3)}) == 1
     draws = [model.ask(image, question, temperature=5.0, max_new_tokens=6, seed=seed).text for seed in (1, 1, 2, 3)]
     assert draws[0] == draws[1] and len(set(draws)) > 1
+
+
+def test_a_seeded_draw_leaves_the_random_numbers_of_the_caller_as_they_are(model, scenes):
+    torch.manual_seed(5)
+    model.ask(scenes[0][0], "Why?", temperature=1.0, max_new_tokens=4, seed=1)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_a_chat_that_another_reduction_cannot_go_on_with_is_told_to_show_its_images_anew(model, scenes):
+    image, question, _ = scenes[0]
+    chat = model.chat(image)
+    try:
+        model.set_token_reduction("FasterVLM:20")
+        assert "in a chat: chat.show(images)" in refusal(chat.ask, question)
+        chat.show(image)
+        assert chat.ask(question).num_tokens == 20
+    finally:
+        model.set_token_reduction("TRIM:-1")
 
 
 def test_a_chat_keeps_its_turns_and_reads_its_images_once(model, scenes):
@@ -295,6 +316,14 @@ def test_a_figure_is_saved_and_a_notebook_shows_it_without_another_file(model, s
     assert Image.open(BytesIO(base64.b64decode(content))).tobytes() == saved.tobytes()
     assert answer.text in shown and "http" not in shown
     assert "kept.jpg: a drawing is written as .png, .pdf, .svg, not .jpg" in refusal(answer.save, "kept.jpg")
+    assert refusal(answer.save, 5) == "path 5: expected a file such as kept.png, not int"
+
+
+def test_a_question_with_bytes_of_another_encoding_is_drawn(model, scenes):
+    pytest.importorskip("matplotlib")
+    answer = model.ask(scenes[0][0], "Is it a b\udcfcs?", max_new_tokens=2)
+    assert answer.question == "Is it a b\ufffds?"
+    assert "b\ufffds" in answer._repr_html_().encode().decode()
 
 
 def test_html_shows_questions_and_answers_as_text_whatever_is_in_them(model, scenes):
@@ -404,7 +433,9 @@ def test_what_is_no_question_is_refused_in_words_by_ask_and_ask_many(model, scen
         ({"max_new_tokens": 2.5}, "max_new_tokens 2.5: expected a whole number"),
         ({"max_new_tokens": None}, "max_new_tokens None: expected a whole number"),
         ({"top_k": 3}, "there is no setting top_k: expected temperature, top_p, num_beams, max_new_tokens, seed"),
-        ({"seed": True}, "seed True: expected a whole number"),
+        ({"seed": True, "temperature": 1}, "seed True: expected a whole number"),
+        ({"seed": 3}, "seed 3: nothing is drawn without temperature=; give one as well"),
+        ({"top_p": 0.5, "num_beams": 2}, "top_p 0.5: nothing is drawn without temperature="),
     ],
 )
 def test_settings_of_the_search_are_refused_in_words(model, scenes, settings, reason):
@@ -429,7 +460,11 @@ def test_wrong_arguments_are_refused_in_words(model, scenes):
     [
         (SHAPES, {"reduce": 0.25}, 'reduce 0.25: expected a token reduction such as "TRIM:-1", not float'),
         (SHAPES, {"reduce": "TRIMM:-1"}, 'did you mean "TRIM"'),
-        (SHAPES, {"dtype": "float8"}, "float8"),
+        (SHAPES, {"dtype": "float8"}, "dtype float8: expected float16"),
+        (SHAPES, {"tower_dtype": 8}, "tower_dtype 8: expected float16"),
+        (SHAPES, {"load_8bit": "yes"}, "load_8bit 'yes': expected True or False"),
+        (SHAPES, {"attn_implementation": 5}, "attn_implementation 5: expected a name"),
+        (SHAPES, {"conv_mode": 5}, "conv_mode 5: expected the name of a template, not int"),
         (SHAPES, {"device": "gpu7"}, "gpu7"),
         (SHAPES, {"conv_mode": "vicuna"}, 'did you mean "vicuna_v1"'),
         (7, {}, "checkpoint 7: expected a folder or a hub id, not int"),
@@ -472,3 +507,21 @@ def test_types_and_devices_of_torch_are_taken_by_their_names(monkeypatch):
     monkeypatch.setattr(ModelSpec, "load", load)
     refusal(Llava.from_pretrained, SHAPES, dtype=torch.bfloat16, tower_dtype="float32", device=torch.device("cpu"))
     assert (seen[0].dtype, seen[0].tower_dtype, seen[0].device) == ("bfloat16", "float32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"image_file": Image.new("RGB", (4, 4))},
+            "image_file: expected a path or an http(s) address, or a list of these",
+        ),
+        ({"image_file": ["a.png", 5]}, "not int; llava.Llava takes images of every kind"),
+        ({"query": 5}, "query 5: expected a text, not int"),
+        ({"model_path": 5}, "model_path 5: expected a text, not int"),
+        ({"conv_mode": 5}, "conv_mode 5: expected a text, not int"),
+    ],
+)
+def test_what_eval_model_cannot_read_is_refused_in_words(changes, reason):
+    arguments = {"model_path": str(SHAPES), "query": "Why?", "image_file": "a.png"} | changes
+    assert reason in refusal(eval_model, SimpleNamespace(**arguments))

@@ -185,9 +185,9 @@ def test_what_is_no_target_stays_as_it_is(reduce: str | None) -> None:
         ("TRIM:avg=12", {"mean": "many"}, "is no calibration of `python -m llava.calibrate`: no mean"),
         ("TRIM:avg=12", {"spec": "TRIMM:-1"}, 'unknown token reducer "TRIMM"'),
         ("TRIM:avg=12", {"interval": 3}, "no interval"),
-        ("TRIM:-1", {}, "--calibrated goes with --reduce METHOD:avg=X, not with TRIM:-1"),
-        ("TRIM:flops=0.5", {}, "--calibrated goes with"),
-        (None, {}, "not with no --reduce"),
+        ("TRIM:-1", {}, "--calibrated (calibrated=) goes with the reduction METHOD:avg=X, not with TRIM:-1"),
+        ("TRIM:flops=0.5", {}, "--calibrated (calibrated=) goes with"),
+        (None, {}, "METHOD:avg=X, not with none"),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_one_line(

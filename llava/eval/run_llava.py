@@ -36,8 +36,8 @@ def eval_model(args: object) -> str:
         InputError: an option, the checkpoint, an image or the question is not usable.
     """
     # 1. What needs no library: options out of range, unknown templates, an empty question.
-    spec = ModelSpec.from_options(args)
-    args = complete_options(build_parser(), args)
+    options, args = args, complete_options(build_parser(), args)
+    spec = ModelSpec.from_options(options)
     sampling = Sampling(
         temperature=args.temperature or 0.0,
         top_p=args.top_p,

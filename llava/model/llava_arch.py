@@ -196,12 +196,12 @@ class LlavaMetaForCausalLM:
     def note_budget(self) -> None:
         """Warn of a budget that this tower's images cannot meet as it is written."""
         reducer, tower = self.token_reducer, self.get_vision_tower()
-        if reducer is None or tower is None or reducer.budget.is_automatic:
+        if reducer is None or tower is None:
             return
         budget, num_patches = reducer.budget, tower.num_patches
-        if budget.value > num_patches:
+        if max(budget.value, getattr(reducer, "min_keep", 0)) > num_patches:
             logger.warning("%s: an image has %d patches; all of them are kept", reducer.spec(), num_patches)
-        elif budget.count(num_patches) == 0:
+        elif not budget.is_automatic and budget.count(num_patches) == 0:
             least = "%s: less than one of an image's %d patches; the least that %s allows is kept"
             logger.warning(least, reducer.spec(), num_patches, reducer.spec_name)
 

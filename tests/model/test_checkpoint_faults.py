@@ -630,6 +630,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_in_the_way(place: Path, modu
     ("spec", "says"),
     [
         ("TRIM:1000", "TRIM:1000: an image has 36 patches; all of them are kept"),
+        ("TRIM:-1,min_keep=100", "TRIM:-1,min_keep=100: an image has 36 patches; all of them are kept"),
         ("Random:0.001", "Random:0.001: less than one of an image's 36 patches; the least that Random allows is kept"),
         ("TRIM:0.25", None),
         ("TRIM:36", None),

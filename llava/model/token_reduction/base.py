@@ -139,7 +139,7 @@ class VisualTokens:
         if need not in self.intermediates:
             raise InputError(
                 f"these image features hold no {need}: they were encoded for another token reduction; "
-                "encode the images again after set_token_reduction"
+                "encode the images again after set_token_reduction (in a chat: chat.show(images))"
             )
         return self.intermediates[need]
 
