@@ -6,7 +6,7 @@ docs/parity.md lists what each entry point sends.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llava.chat_template import CHAT_TEMPLATE, read_chat_template
@@ -53,6 +53,27 @@ def recover_text(text: str) -> str:
     return re.sub(
         "[\udc80-\udcff]+", lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), text
     )
+
+
+def list_texts(texts: object, num_prompts: int) -> list:
+    """List what the CLIP text tower reads for each prompt, where a caller says it.
+
+    Args:
+        texts: one text for all prompts, or one for each: strings, or what a tower's `text_reader` made of them.
+        num_prompts: of the batch.
+
+    Raises:
+        InputError: anything else.
+    """
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"texts is a {type(texts).__name__}: give one text per prompt in a list, or one string")
+    texts = [texts] * num_prompts if isinstance(texts, str) else list(texts)
+    for text in texts:
+        if not isinstance(text, str) and not hasattr(text, "ids"):
+            raise InputError(f"texts hold a {type(text).__name__}: give a string for each prompt")
+    if len(texts) != num_prompts:
+        raise InputError(f"{len(texts)} texts for {num_prompts} prompts: give one query per prompt, or one string")
+    return texts
 
 
 def check_text(text: str) -> None:

@@ -50,7 +50,7 @@ from llava.model.token_reduction import (
     parse_reduction,
 )
 from llava.model.tokenizer import load_tokenizer
-from llava.prompt import POOLED_TURNS, QUERY_KEY, recover_query
+from llava.prompt import POOLED_TURNS, QUERY_KEY, list_texts, recover_query
 from llava.protocols import Tokenizer, VisionArguments
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "get_anyres_image_grid_shape", "unpad_image"]
@@ -376,10 +376,7 @@ class LlavaMetaForCausalLM:
             return [""] * num_samples
         if texts is None:
             return self.recover_queries(input_ids, real)
-        texts = [texts] * num_samples if isinstance(texts, str) else list(texts)
-        if len(texts) != num_samples:
-            raise InputError(f"{len(texts)} texts for {num_samples} prompts: give one query per prompt, or one string")
-        return texts
+        return list_texts(texts, num_samples)
 
     def embed_prompts(
         self,
