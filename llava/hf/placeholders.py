@@ -75,14 +75,15 @@ def _list_few(counts: list[int]) -> str:
     return ", ".join(shown) or "no"
 
 
-def write_ids(prompts: list[Prompt], lengths: list[int], image_id: int, pad_id: int) -> Tensor:
-    """Put a batch together again, with one placeholder per token that is left of an image, padded on the left.
+def write_ids(prompts: list[Prompt], lengths: list[int], image_id: int, pad_id: int, *, side: str) -> Tensor:
+    """Put a batch together again, with one placeholder per token that is left of an image.
 
     Args:
         prompts: the samples.
         lengths: M of each image of the batch, at least 1.
         image_id: the placeholder's id.
         pad_id: for padding.
+        side: where the padding goes.
 
     Returns:
         `int64[S, T]`, on the CPU.
@@ -93,4 +94,4 @@ def write_ids(prompts: list[Prompt], lengths: list[int], image_id: int, pad_id: 
         repeats = torch.ones_like(prompt.ids)
         repeats[is_image] = torch.tensor([lengths[image] for image in prompt.images], dtype=torch.int64)
         rows.append(prompt.ids.masked_fill(is_image, image_id).repeat_interleave(repeats))
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)

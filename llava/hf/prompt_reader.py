@@ -40,7 +40,7 @@ class PromptReader:
     """Reads batches of prompts for one model: its tower, projector, embeddings and config, and our reduction.
 
     Attributes:
-        image_tokens: of the latest batch with images, one record per image.
+        image_tokens: of the latest batch with images, one record per image; with several threads, of any of theirs.
     """
 
     image_tokens: list[ImageTokens]
@@ -58,7 +58,7 @@ class PromptReader:
 
     def read(
         self, arguments: Mapping[str, object], pad_token_id: int | None, *, side: str
-    ) -> tuple[list[Prompt], PromptEmbeds]:
+    ) -> tuple[list[Prompt], list[ImageTokens], PromptEmbeds]:
         """Reduce a batch's images, and put what is left of them into its prompts.
 
         Args:
@@ -77,7 +77,7 @@ class PromptReader:
         counts = [self._count_whole(size) for size in sizes]
         prompts = collapse_images(input_ids.cpu(), real, self._model.config.image_token_id, counts)
         # 2. Each image's tokens, for its prompt's query.
-        self.image_tokens = self._make_tokens(self._crops(arguments["pixel_values"], sizes), sizes, prompts)
+        images = self._make_tokens(self._crops(arguments["pixel_values"], sizes), sizes, prompts)
         # 3. Text and images in order.
         embed = self._model.get_input_embeddings()
         ids = torch.cat([prompt.ids for prompt in prompts])
@@ -87,10 +87,11 @@ class PromptReader:
             targets = torch.full_like(prompt.ids, IGNORE_INDEX)
             if labels is not None:
                 targets = labels[row].cpu()[prompt.places]
-            features = [self.image_tokens[image].features for image in prompt.images]
+            features = [images[image].features for image in prompt.images]
             rows.append(splice_sample(prompt.ids, embeds, targets, features))
         batch = pad_batch(*(list(column) for column in zip(*rows, strict=True)), side=side)
-        return prompts, batch if labels is not None else replace(batch, labels=None)
+        self.image_tokens = images
+        return prompts, images, batch if labels is not None else replace(batch, labels=None)
 
     def _check(self, arguments: Mapping[str, object]) -> None:
         """Refuse what the model itself would take, but a reduced prompt cannot."""
@@ -124,9 +125,10 @@ class PromptReader:
         if self._texts is None:
             conv_mode = getattr(self._model.config, "conv_mode", None)
             return [recover_query(prompt.ids, self._tokenizer, conv_mode) for prompt in prompts]
-        if callable(self._texts):
-            return [self._texts(decode_prompt(prompt.ids, self._tokenizer)) for prompt in prompts]
-        return spread_texts(self._texts, len(prompts), "prompt")
+        texts = self._texts
+        if callable(texts):
+            texts = [texts(decode_prompt(prompt.ids, self._tokenizer)) for prompt in prompts]
+        return spread_texts(texts, len(prompts), "prompt")
 
     # -------------------------------------------------------------------------------------- images of several crops
     @property

@@ -7,13 +7,13 @@ all of it away. Prompts are put together by the functions that our own model use
 Shape letters: `S` samples, `T` prompt ids, `L` spliced length.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from types import TracebackType
 from typing import Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from llava.errors import InputError
+from llava.hf.cached_prompt import CachedPrompt, Switch, find_prompt, take_prompt
 from llava.hf.host_tower import HostTower
-from llava.hf.placeholders import write_ids
+from llava.hf.placeholders import Prompt, write_ids
 from llava.hf.prompt_reader import FIXED, Model, PromptReader, Texts
-from llava.model.image_tokens import ImageTokens
+from llava.model.image_tokens import ImageTokens, spread_texts
 from llava.model.language_model.causal import IN_PIECES, find_setting, refuse_in_pieces, refuse_other_cache
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.splice import PromptEmbeds
@@ -51,7 +52,7 @@ COLUMNS = ("token_type_ids", "mm_token_type_ids")
 def reduce_tokens(
     model: Model,
     spec: str | None,
-    clip: str | None = None,
+    clip: str | Path | None = None,
     *,
     texts: Texts = None,
     tokenizer: Tokenizer | None = None,
@@ -91,18 +92,21 @@ def reduce_tokens(
                 f"{reduction.before.spec_name} compares patches with the question, and {name} holds no text half of a "
                 'CLIP: give clip=, for LLaVA-1.5 "openai/clip-vit-large-patch14-336"'
             )
-        if tokenizer is None and (texts is None or callable(texts)):
-            tokenizer = _find_tokenizer(model)
-        tower.take_text_half(clip)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+        if not isinstance(clip, str | Path):
+            raise InputError(f"clip is a {type(clip).__name__}: give the name of a CLIP, a folder or a hub id")
+        tokenizer = _check_texts(texts, tokenizer, model)
+        tower.take_text_half(str(clip))
     return ReducedModel(model, reduction, PromptReader(model, reduction.before, tower, texts, tokenizer))
 
 
 def _check_model(model: Model, reduction: Reduction) -> None:
     if not isinstance(model, LlavaForConditionalGeneration | LlavaNextForConditionalGeneration):
+        other = "models of load_pretrained_model have set_token_reduction"
+        if hasattr(model, "get_base_model"):  # of PEFT
+            other = "give its get_base_model()"
         raise InputError(
             f"reduce_tokens takes a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration, not a "
-            f"{type(model).__name__}; models of load_pretrained_model have set_token_reduction"
+            f"{type(model).__name__}; {other}"
         )
     config = model.config
     if not isinstance(model.model.vision_tower, CLIPVisionModel):
@@ -130,23 +134,21 @@ def _check_model(model: Model, reduction: Reduction) -> None:
         )
 
 
-def _find_tokenizer(model: Model) -> Tokenizer:
-    if not model.name_or_path:
-        raise InputError("the question is in the prompt's ids: give tokenizer= (or the processor), or texts=")
-    return load_tokenizer(model.name_or_path)
-
-
-@dataclass(frozen=True)
-class Shortened:
-    """How a cache was filled, for loops that go on from it as if the whole prompts were in it.
-
-    Attributes:
-        num_ids: T of the prompts as they were given.
-        mask: `bool[S, L]` of the prompts as they were read.
-    """
-
-    num_ids: int
-    mask: Tensor
+def _check_texts(texts: Texts, tokenizer: object, model: Model) -> Tokenizer | None:
+    """Check where queries come from; return the tokenizer that decodes prompts, if they come from these."""
+    if texts is not None and not callable(texts):
+        if isinstance(texts, str) and not texts.strip():
+            raise InputError("texts is empty: give what the patches are compared with, or leave it out")
+        spread_texts(texts, len(texts) if isinstance(texts, list | tuple) else 1, "prompt")
+        return None
+    if tokenizer is None:
+        if not model.name_or_path:
+            raise InputError("the question is in the prompt's ids: give tokenizer= (or the processor), or texts=")
+        return load_tokenizer(model.name_or_path)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    if not hasattr(tokenizer, "decode") or isinstance(tokenizer, bytes):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}: give the language model's, or its processor")
+    return tokenizer
 
 
 class ReducedModel:
@@ -158,11 +160,14 @@ class ReducedModel:
         self._reduction = reduction
         self._reader = reader
         self._undo: list[Callable[[], None]] = []
-        self._shortened: WeakKeyDictionary[Cache, Shortened] = WeakKeyDictionary()
+        self._switch = Switch()
 
     @property
     def image_tokens(self) -> list[ImageTokens]:
-        """Of the latest call that read images, one record per image: kept patches, scores, features."""
+        """Of the latest call that read images, one record per image: kept patches, scores, features.
+
+        Where several threads call, it is the latest of any of them.
+        """
         return self._reader.image_tokens
 
     # ------------------------------------------------------------------------------------------------------ on and off
@@ -179,10 +184,12 @@ class ReducedModel:
         self._forward_signature = inspect.signature(self._model.forward)
         self._generate_unreduced = self._model.generate
         self._replace(self._model, "generate", self._generate)
+        self._replace(self._model, "__deepcopy__", self._copy_model)
         self._undo.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
         if self._reduction.inside is not None:
             decoder = self._model.model.language_model
             self._replace(decoder, "forward", _read_in_stretches(decoder))
+        self._switch.is_on = True
         return self
 
     def remove(self) -> None:
@@ -193,6 +200,7 @@ class ReducedModel:
         """
         if not self._undo:
             raise InputError("this token reduction is not applied: apply() comes before remove()")
+        self._switch.is_on = False
         while self._undo:
             self._undo.pop()()
 
@@ -211,39 +219,83 @@ class ReducedModel:
         self._undo.append(lambda: own.pop(name) if before is None else own.update({name: before}))
         own[name] = method
 
+    def _copy_model(self, memo: dict) -> Model:
+        """Copy the model without the reduction, which nobody could remove from the copy."""
+        self.remove()
+        try:
+            return copy.deepcopy(self._model, memo)
+        finally:
+            self.apply()
+
     # ------------------------------------------------------------------------------------------ what is called instead
     @torch.no_grad()
     def _generate(self, *args, **kwargs) -> Tensor | ModelOutput:
         """transformers' `generate`; what it returns begins with the whole prompts, as they were given."""
         arguments = _name_arguments(inspect.signature(self._generate_unreduced), args, kwargs)
-        if not _has_images(arguments):
+        has_images, cache = _has_images(arguments), arguments.get("past_key_values")
+        prompt = find_prompt(cache, self._switch)
+        if not has_images and prompt is None:
             return self._generate_unreduced(**arguments)
         inputs = arguments.pop("inputs", None)
-        input_ids = arguments.setdefault("input_ids", inputs)
+        arguments.setdefault("input_ids", inputs)
         refuse_in_pieces(self._model, arguments, (*IN_PIECES, "prompt_lookup_num_tokens"))
+        return self._answer(arguments) if has_images else self._go_on(arguments, cache, prompt)
+
+    def _answer(self, arguments: dict) -> Tensor | ModelOutput:
+        """Generate from prompts with images."""
         # 1. The prompts without the tokens that leave, as embeddings and as ids.
-        pad_id = find_setting(self._model, arguments, "pad_token_id")
-        prompts, batch = self._reader.read(arguments, pad_id, side="left")
-        lengths = [image.num_tokens for image in self.image_tokens]
-        ids = write_ids(prompts, lengths, self._model.config.image_token_id, pad_id or 0).to(batch.embeds.device)
-        rest = _without_prompt(arguments)
-        # 2. Limits that count the prompt count the shorter one.
-        num_left_out = input_ids.shape[1] - ids.shape[1]
+        pad_id, whole_ids = find_setting(self._model, arguments, "pad_token_id"), arguments.get("input_ids")
+        prompts, images, batch = self._reader.read(arguments, pad_id, side="left")
+        ids = self._write_ids(prompts, images, pad_id or 0, side="left").to(batch.embeds.device)
+        # 2. Where tokens leave between layers, the cache sees to it.
+        cache = arguments.get("past_key_values")
+        if self._reduction.inside is not None:
+            refuse_other_cache(self._model, arguments, self._reduction.inside.spec_name)
+            cache = self._make_cache(batch, arguments)
+        # 3. Decode. Whoever holds the cache then may go on from it, also if the answer was interrupted.
+        short = {"input_ids": ids, "inputs_embeds": batch.embeds, "attention_mask": batch.attention_mask.long()}
+        try:
+            output = self._decode(whole_ids, short, arguments | {"past_key_values": cache})
+            cache = getattr(output, "past_key_values", cache)
+            return output
+        finally:
+            if cache is not None:
+                CachedPrompt(whole_ids, ids, batch.attention_mask, self._switch).keep_on(cache)
+
+    def _go_on(self, arguments: dict, cache: Cache, prompt: CachedPrompt) -> Tensor | ModelOutput:
+        """Generate from a dialogue whose first prompts, with their images, are in the cache."""
+        ids, mask = prompt.shorten_dialogue(arguments, cache)
+        take_prompt(cache)  # the passes of transformers' `generate` are over the shorter dialogue already
+        try:
+            return self._decode(arguments["input_ids"], {"input_ids": ids, "attention_mask": mask.long()}, arguments)
+        finally:
+            prompt.keep_on(cache)
+
+    def _decode(
+        self, whole_ids: Tensor, short: Mapping[str, Tensor], arguments: Mapping[str, object]
+    ) -> Tensor | ModelOutput:
+        """Run transformers' `generate` on shorter prompts, and put the whole ones back.
+
+        Args:
+            whole_ids: `int64[S, T]` the prompts as they were given.
+            short: how they are read; `input_ids` among it.
+            arguments: of the caller.
+        """
+        rest, length = _without_prompt(arguments), short["input_ids"].shape[1]
+        # 1. Limits that count the prompt count the shorter one.
+        limit = arguments.get("max_length")
+        if limit is not None and arguments.get("max_new_tokens") is None and limit <= whole_ids.shape[1]:
+            raise InputError(f"max_length={limit} leaves no place behind prompts of {whole_ids.shape[1]} ids")
         for limit in ("max_length", "min_length"):
             value = find_setting(self._model, arguments, limit)
             if value is not None:
-                rest[limit] = max(0, value - num_left_out)
-        # 3. Where tokens leave between layers, the cache sees to it.
-        if self._reduction.inside is not None:
-            refuse_other_cache(self._model, arguments, self._reduction.inside.spec_name)
-            rest["past_key_values"] = self._make_cache(batch, rest)
-        # 4. Decode, and put the whole prompts back.
-        output = self._generate_unreduced(
-            input_ids=ids, inputs_embeds=batch.embeds, attention_mask=batch.attention_mask.long(), **rest
-        )
+                rest[limit] = max(0, value - whole_ids.shape[1] + length)
+        # 2. Decode.
+        output = self._generate_unreduced(**short, **rest)
+        # 3. The whole prompts, and what was generated.
         found = output if isinstance(output, Tensor) else output.sequences
-        whole = input_ids.repeat_interleave(len(found) // len(input_ids), dim=0).to(found)
-        found = torch.cat([whole, found[:, ids.shape[1] :]], dim=1)
+        whole = whole_ids.repeat_interleave(len(found) // len(whole_ids), dim=0).to(found)
+        found = torch.cat([whole, found[:, length:]], dim=1)
         if isinstance(output, Tensor):
             return found
         output.sequences = found
@@ -255,8 +307,8 @@ class ReducedModel:
         if _has_images(arguments):
             return (), self._shorten(arguments)
         cache = arguments.get("past_key_values")
-        shortened = None if cache is None else self._shortened.get(cache)
-        return None if shortened is None else ((), _go_on(arguments, cache, shortened))
+        prompt = find_prompt(cache, self._switch)
+        return None if prompt is None else ((), prompt.shorten_pass(arguments, cache))
 
     def _shorten(self, arguments: dict) -> dict:
         """Make the arguments of a pass over prompts with images."""
@@ -266,7 +318,8 @@ class ReducedModel:
         # As the caller pads, where the caller does. Else without padding before a label, or where new tokens go.
         is_padded = mask is not None and not bool(mask.all())
         pads_right = not bool(mask[:, -1].all()) if is_padded else labels is not None
-        _, batch = self._reader.read(arguments, None, side="right" if pads_right else "left")
+        side = "right" if pads_right else "left"
+        prompts, images, batch = self._reader.read(arguments, None, side=side)
         new = _without_prompt(arguments) | {
             "inputs_embeds": batch.embeds,
             "attention_mask": batch.attention_mask,
@@ -283,8 +336,13 @@ class ReducedModel:
         elif cache is None and use_cache:
             cache = DynamicCache(config=config)
         if cache is not None:
-            self._shortened[cache] = Shortened(arguments["input_ids"].shape[1], batch.attention_mask)
+            ids = self._write_ids(prompts, images, 0, side=side)
+            CachedPrompt(arguments["input_ids"], ids, batch.attention_mask, self._switch).keep_on(cache)
         return new | {"past_key_values": cache}
+
+    def _write_ids(self, prompts: list[Prompt], images: list[ImageTokens], pad_id: int, *, side: str) -> Tensor:
+        lengths = [image.num_tokens for image in images]
+        return write_ids(prompts, lengths, self._model.config.image_token_id, pad_id, side=side)
 
     def _make_cache(self, batch: PromptEmbeds, arguments: Mapping[str, object]) -> ReducedCache:
         if arguments.get("past_key_values") is not None:
@@ -312,25 +370,6 @@ def _name_arguments(signature: inspect.Signature, args: tuple, kwargs: Mapping[s
 
 def _without_prompt(arguments: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if name not in (*PROMPT, *COLUMNS, *FIXED)}
-
-
-def _go_on(arguments: dict[str, object], cache: Cache, shortened: Shortened) -> dict[str, object]:
-    """Make the arguments of a pass that goes on from a shortened prompt."""
-    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    new = arguments.get("inputs_embeds") if ids is None else ids
-    num_behind = int(cache.get_seq_length()) - shortened.mask.shape[1] + new.shape[1]
-    if mask is None:
-        behind = torch.ones(len(new), num_behind, dtype=torch.bool, device=new.device)
-    elif mask.shape == (len(new), shortened.num_ids + num_behind):
-        behind = mask[:, shortened.num_ids :].bool()
-    else:
-        expected = (len(new), shortened.num_ids + num_behind)
-        raise InputError(
-            f"attention_mask has shape {tuple(mask.shape)}: this prompt and what follows it take {expected}"
-        )
-    mask = torch.cat([shortened.mask, behind.to(shortened.mask.device)], dim=1)
-    positions = (mask.cumsum(dim=1) - 1)[:, -new.shape[1] :]
-    return arguments | {"attention_mask": mask, "position_ids": positions}
 
 
 def _read_in_stretches(decoder: LlamaModel | MistralModel) -> Callable[..., BaseModelOutputWithPast]:

@@ -4,7 +4,7 @@ Shape letters: `C` crops of one image (1 in LLaVA-1.5), `I` crops of all images,
 width, `M` tokens of the image, `E` LLM width, `P` joint width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -132,7 +132,7 @@ def spread_texts(texts: object, count: int, owner: str) -> list[str | TextIds]:
     """
     if isinstance(texts, str | TextIds):
         return [texts] * count
-    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
         raise InputError(f"texts: expected a text or a list of texts, not {type(texts).__name__}")
     texts = list(texts)
     for number, text in enumerate(texts):

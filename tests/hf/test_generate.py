@@ -145,7 +145,7 @@ def test_limits_that_count_the_prompt_mean_the_whole_prompt(reduced, samples, la
     assert torch.equal(reduced.generate(**inputs, **limits), expected)
     config = GenerationConfig(**limits, eos_token_id=2, pad_token_id=1001)
     assert torch.equal(reduced.generate(**inputs, generation_config=config), expected)
-    with pytest.raises(ValueError, match="max_length"):
+    with pytest.raises(InputError, match=f"max_length={length} leaves no place behind prompts of {length} ids"):
         reduced.generate(**inputs, max_length=length)
 
 

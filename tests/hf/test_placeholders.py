@@ -44,9 +44,11 @@ def test_placeholders_and_images_that_do_not_fit_are_refused(counts, says):
 
 def test_whole_images_give_the_batch_again_and_shorter_ones_a_shorter_batch():
     prompts = collapse_images(BATCH, REAL, IMAGE, [3, 2, 3])
-    assert torch.equal(write_ids(prompts, [3, 2, 3], IMAGE, 0), BATCH)
-    shorter = write_ids(prompts, [1, 2, 1], IMAGE, 0)
+    assert torch.equal(write_ids(prompts, [3, 2, 3], IMAGE, 0, side="left"), BATCH)
+    shorter = write_ids(prompts, [1, 2, 1], IMAGE, 0, side="left")
     assert shorter.tolist() == [[0, 0, 1, 9, 5], [1, 9, 9, 6, 9], [0, 0, 1, 7, 8]]
+    right = write_ids(prompts, [1, 2, 1], IMAGE, 0, side="right")
+    assert right.tolist() == [[1, 9, 5, 0, 0], [1, 9, 9, 6, 9], [1, 7, 8, 0, 0]]
 
 
 TEMPLATES = {

@@ -2,9 +2,11 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from llava.errors import InputError
@@ -138,6 +140,39 @@ def test_two_models_in_one_process_do_not_touch_each_other(pair, samples, lay_ou
             assert ask(held, samples[:4], lay_out) == trim
     assert len({str(plain), str(trim), str(fast)}) == 3
     assert ask(held, samples[:4], lay_out) == ask(other, samples[:4], lay_out) == plain
+
+
+def test_calls_that_overlap_read_their_own_images(pair, samples, lay_out, clip):
+    held, _, tokenizer = pair
+    first, second = (lay_out.inputs(held, [samples[index]]) for index in (0, 1))
+    with reduce_tokens(held, "TRIM:0.25", clip=clip, tokenizer=tokenizer):
+        expected = [held.generate(**inputs, max_new_tokens=6, do_sample=False) for inputs in (first, second)]
+        found = []
+
+        def call_meanwhile(*_) -> None:
+            handle.remove()
+            found.append(held.generate(**second, max_new_tokens=6, do_sample=False))
+
+        # As a thread may: behind the first call's images, before they are put into its prompt.
+        handle = held.get_input_embeddings().register_forward_hook(call_meanwhile)
+        found.insert(0, held.generate(**first, max_new_tokens=6, do_sample=False))
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("spec", ["FasterVLM:9", "FastV:0.5,layer=1"])
+def test_a_copy_made_inside_the_block_is_not_reduced_and_is_its_own(pair, samples, lay_out, spec):
+    held = pair[0]
+    inputs = lay_out.inputs(held, samples[:2])
+    with torch.no_grad():
+        whole = held(**inputs).logits
+        with reduce_tokens(held, spec):
+            reduced = held(**inputs).logits
+            copied = copy.deepcopy(held)
+            assert torch.equal(held(**inputs).logits, reduced)
+            assert torch.equal(copied(**inputs).logits, whole)
+            with reduce_tokens(copied, spec):
+                assert torch.equal(copied(**inputs).logits, reduced)
+        assert torch.equal(copied(**inputs).logits, whole)
 
 
 def test_apply_and_remove_are_the_block_in_two_calls(pair, samples, lay_out, clip):
@@ -275,6 +310,37 @@ def test_without_tokenizer_and_texts_it_says_what_to_give(held, clip):
 
 
 # --------------------------------------------------------------------------------------------- what does not fit
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"clip": 5}, "clip is a int: give the name of a CLIP"),
+        ({"tokenizer": "a-folder"}, "tokenizer is a str: give the language model's, or its processor"),
+        ({"texts": 5}, "expected a text or a list of texts, not int"),
+        ({"texts": {"a": 1}}, "expected a text or a list of texts, not dict"),
+        ({"texts": b"a bus"}, "expected a text or a list of texts, not bytes"),
+        ({"texts": [5]}, r"texts\[0\]: expected a text, not int"),
+        ({"texts": " "}, "texts is empty"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_at_once_in_one_line(pair, clip, wrong, says):
+    with pytest.raises(InputError, match=says) as raised:
+        reduce_tokens(pair[0], "TRIM:-1", **{"clip": clip, "tokenizer": pair[2]} | wrong)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_function_that_gives_no_text_is_refused(pair, samples, lay_out, clip):
+    reduction = reduce_tokens(pair[0], "TRIM:-1", clip=Path(clip), texts=len, tokenizer=pair[2])
+    with reduction, pytest.raises(InputError, match=r"texts\[0\]: expected a text, not int"):
+        ask(pair[0], samples[:1], lay_out)
+
+
+def test_a_model_of_peft_is_pointed_to_the_one_inside(held):
+    wrapped = get_peft_model(copy.deepcopy(held), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(InputError, match=r"not a PeftModel; give its get_base_model\(\)"):
+        reduce_tokens(wrapped, "FasterVLM:9")
+    reduce_tokens(wrapped.get_base_model(), "FasterVLM:9")
+
+
 def test_our_own_model_is_pointed_to_its_own_switch(pair):
     with pytest.raises(InputError, match="set_token_reduction"):
         reduce_tokens(pair[1], "TRIM:-1")
