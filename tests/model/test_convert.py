@@ -222,6 +222,28 @@ def test_processor_gives_our_ids_and_pixels_for_20_prompts_and_images(place):
         assert torch.equal(theirs["pixel_values"], process_images([image], image_processor, model.config))
 
 
+def test_both_layouts_processors_give_the_same_ids_for_every_shape_of_dialogue(place):
+    convert(str(SHAPES / "llava-shapes"), "there", "llava-hf")
+    ours = AutoProcessor.from_pretrained(SHAPES / "llava-shapes")
+    theirs = AutoProcessor.from_pretrained("there", backend="pil")
+    look, what = ({"type": "text", "text": text} for text in ("look", "what?"))
+    image = {"type": "image", "image": make_image(1)}
+    there = {"type": "text", "text": "here: <image>"}
+    users = ["what?", [look, what], [look, image, what], [image, look, image, what], [image, there, what]]
+    for content in users:
+        for others in ([], [[look, what], [image, what, look]]):
+            for system in ([], ["Be brief."], [[look, what]]):
+                roles = ["system"] * len(system) + ["user", "assistant", "user"]
+                contents = [*system, content, *others]
+                dialogue = [{"role": role, "content": part} for role, part in zip(roles, contents, strict=False)]
+                options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+                expected = theirs.apply_chat_template(dialogue, **options)["input_ids"][0].tolist()
+                found = ours.apply_chat_template(dialogue, **options)["input_ids"][0].tolist()
+                assert [
+                    i for id_ in found for i in ([theirs.image_token_id] * 64 if id_ == -200 else [id_])
+                ] == expected
+
+
 VISION = CLIPVisionConfig(
     hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=84, patch_size=14,
     projection_dim=24,
