@@ -26,7 +26,7 @@ from llava.model.config_rules import CONFIG_FILE, is_hf_layout, read_settings
 from llava.model.language_model.families import FAMILIES
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
-from llava.model.tokenizer import load_tokenizer
+from llava.model.tokenizer import SETTINGS_FILE, load_tokenizer
 from llava.picture import to_pictures
 from llava.prompt import find_template, place_images
 from llava.protocols import ImageProcessor, Tokenizer
@@ -121,6 +121,9 @@ class LlavaProcessor(ProcessorMixin):
             values = json.loads(self._config.to_json_string())
             values["mm_vision_tower"] = locate_tower(values["mm_vision_tower"], self._config._name_or_path, folder)
         self.tokenizer.save_pretrained(folder)
+        settings, _ = read_settings(str(folder), SETTINGS_FILE, "tokenizer")
+        if settings.pop("processor_class", None):  # a llava-hf folder's; AutoProcessor would go by it
+            write_json(folder / SETTINGS_FILE, settings, indent=2)
         copy_sentencepiece_model(self.tokenizer, folder)
         tower = build_vision_tower(self._config, delay_load=True)
         if isinstance(tower, StoredVisionTower):

@@ -31,6 +31,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.hf_layout import NAMES, rename
 from llava.model.stored_weights import iterate_tensors, list_weight_files
 from llava.model.tokenizer import load_tokenizer
+from llava.processor import LlavaProcessor
 from tests.families import write_checkpoint
 
 NAME = "llava-v1.5-tiny84"
@@ -242,6 +243,17 @@ def test_both_layouts_processors_give_the_same_ids_for_every_shape_of_dialogue(p
                 assert [
                     i for id_ in found for i in ([theirs.image_token_id] * 64 if id_ == -200 else [id_])
                 ] == expected
+
+
+def test_a_processor_of_a_checkpoint_that_holds_its_tower_is_saved_with_its_image_processor(place):
+    convert(str(SHAPES / "llava-shapes"), "there", "llava-hf")
+    given = LlavaProcessor.from_pretrained("there")
+    given.save_pretrained("alone")
+    found, image = AutoProcessor.from_pretrained("alone"), make_image(1)
+    assert type(found) is LlavaProcessor
+    assert torch.equal(found(image, "<image>")["images"], given(image, "<image>")["images"])
+    with pytest.raises(InputError, match="in the layout of llava-hf, which has its own processor"):
+        given.save_pretrained("there")
 
 
 VISION = CLIPVisionConfig(
