@@ -244,8 +244,8 @@ class LlavaProcessor(ProcessorMixin):
         ]
         prompts = [prompt for prompt, _ in written]
         options = {**(processor_kwargs or {}), **options}
+        _check_options("pt", True, {name: value for name, value in options.items() if name not in CALL_OPTIONS})
         if not tokenize:
-            _check_options("pt", True, {name: value for name, value in options.items() if name not in CALL_OPTIONS})
             return prompts if is_batch else prompts[0]
         images = [image for _, given in written for image in given]
         if any(image is None for image in images):
@@ -286,7 +286,7 @@ class LlavaProcessor(ProcessorMixin):
 
     def batch_decode(self, ids: Tensor | Sequence[Sequence[int]], **options: object) -> list[str]:
         """Decode answers, which `generate` returns without their prompts; or prompts, whose images are left out."""
-        return self.tokenizer.batch_decode([_drop_placeholders(row) for row in ids], **options)
+        return self.tokenizer.batch_decode(_drop_placeholders(ids), **options)
 
     def decode(self, ids: Tensor | Sequence[int], **options: object) -> str:
         """Decode one answer, or one prompt."""
@@ -308,6 +308,8 @@ def _check_options(return_tensors: object, padding: object, others: Mapping[str,
 
 
 def _check_lengths(rows: list[list[int]], limit: int | None, padding: bool | str) -> None:
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise InputError(f"max_length {limit!r}: expected a number of ids, or None")
     longest = max(map(len, rows))
     if limit is not None and longest > limit:
         raise InputError(
@@ -361,8 +363,12 @@ def _find_image(part: Mapping[str, Any]) -> object:
     return load_image_from_base64(str(image).rpartition(",")[2]) if is_embedded else image
 
 
-def _drop_placeholders(ids: Tensor | Sequence[int]) -> list[int]:
-    return [token for token in (ids.tolist() if isinstance(ids, Tensor) else ids) if token != IMAGE_TOKEN_INDEX]
+def _drop_placeholders(ids: object) -> object:
+    """Leave image placeholders out of ids: one, a row of them, or rows."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(ids, int):
+        return ids
+    return [_drop_placeholders(item) for item in ids if not (isinstance(item, int) and item == IMAGE_TOKEN_INDEX)]
 
 
 class NoBareModel:

@@ -258,6 +258,14 @@ def test_a_batch_of_dialogues_is_what_the_dialogues_are(processor):
         assert row[mask].tolist() == alone["input_ids"][0].tolist()
 
 
+def test_prompts_are_decoded_without_their_images(processor):
+    ids = processor(draw_scene(3, 1, 0)[0], "look <image> here")["input_ids"]
+    text = processor.decode(ids[0], skip_special_tokens=True)
+    assert text.split() == ["look", "here"]
+    assert processor.batch_decode(ids, skip_special_tokens=True) == [text]
+    assert processor.decode(ids, skip_special_tokens=True) == [text]
+
+
 def test_pixel_values_stay_float32_whatever_dtype_a_batch_is_cast_to(processor):
     batch = processor(draw_scene(3, 1, 0)[0], "<image>")
     assert batch.to(torch.float16).to("cpu", torch.float16).to(dtype=torch.float16)["images"].dtype == torch.float32
@@ -369,6 +377,11 @@ def test_a_saved_processor_is_read_again(loaded, tmp_path, with_model):
         (lambda processor: processor(None, "word " * 600, truncation=True), "where 512 are allowed"),
         (lambda processor: processor(None, ["a", "a b c"], padding=False), "different lengths"),
         (lambda processor: processor(None, "a", padding="max_length"), "leave out return_tensors and padding"),
+        (lambda processor: processor(None, "a", max_length=0), "max_length 0: expected a number of ids"),
+        (
+            lambda processor: processor.apply_chat_template(make_dialogue(["a"]), tokenize=True, images=[1]),
+            "images: this processor has no such option",
+        ),
         (lambda processor: processor(None, "a", videos=[1]), "videos: this processor has no such option"),
         (lambda processor: AutoProcessor.from_pretrained(TRIM, conv_mode="vicuna"), 'did you mean "vicuna_v1"'),
     ],
