@@ -5,7 +5,9 @@ its end token. Here it is run on a dialogue of probes: what stands around them o
 works with LLaVA's templates works with it: prompts, masks, recovered questions.
 """
 
-from llava.conversation import Conversation, SeparatorStyle
+import dataclasses
+
+from llava.conversation import Conversation, SeparatorStyle, conv_templates, take_parts, to_jinja
 from llava.errors import InputError
 from llava.protocols import Tokenizer
 
@@ -14,6 +16,7 @@ CHAT_TEMPLATE = "chat_template"
 
 PROBES = ("Probe 1 asks", "Probe 1 answers", "Probe 2 asks", "Probe 2 answers", "Probe 3 asks")
 """Texts without markup, and without white space at the ends, which some templates strip."""
+SYSTEM_PROBE = "Probe 0 rules"
 
 _ADVICE = "name a conversation template, such as vicuna_v1"
 
@@ -46,7 +49,18 @@ def read_chat_template(tokenizer: Tokenizer) -> Conversation:
         raise InputError(
             f"{where}: its chat template ends an answer with {template.sep2!r}, not with one special token: {_ADVICE}"
         )
-    return template
+    return dataclasses.replace(template, around_system=_read_system(tokenizer, template))
+
+
+def write_jinja(conv_mode: str, tokenizer: Tokenizer) -> str | None:
+    """Write a conversation template, by its name, as Jinja that takes messages of parts.
+
+    Returns:
+        The source, see `to_jinja`; None for a template that is no dialogue.
+    """
+    if conv_mode == CHAT_TEMPLATE:
+        return take_parts(tokenizer.chat_template)
+    return to_jinja(conv_templates[conv_mode])
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:
@@ -58,8 +72,23 @@ def _render(tokenizer: Tokenizer, count: int, *, is_open: bool) -> str:
     """Run the chat template on the first probes; `is_open`: with the beginning of the answer's turn."""
     roles = ("user", "assistant")
     messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(PROBES[:count])]
+    return _run(tokenizer, messages, is_open=is_open)
+
+
+def _run(tokenizer: Tokenizer, messages: list[dict[str, str]], *, is_open: bool = False) -> str:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
     return text.removeprefix(tokenizer.bos_token) if adds_start(tokenizer) else text
+
+
+def _read_system(tokenizer: Tokenizer, template: Conversation) -> tuple[str, str] | None:
+    """Read what stands around a system message; None where the chat template refuses it, or puts it into a turn."""
+    try:
+        text = _run(tokenizer, [{"role": "system", "content": SYSTEM_PROBE}, {"role": "user", "content": PROBES[0]}])
+    except Exception:  # a program of the tokenizer's authors: most that take no such message raise one of Jinja's
+        return None
+    opening, found, rest = text.partition(SYSTEM_PROBE)
+    turn = template.roles[0] + PROBES[0] + template.sep
+    return (opening, rest.removesuffix(turn)) if found and rest.endswith(turn) else None
 
 
 def _read_turns(whole: list[str], opened: list[str]) -> Conversation | None:

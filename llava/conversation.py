@@ -17,6 +17,7 @@ from io import BytesIO
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import InputError
 from llava.gone import look_up
 
 __getattr__ = look_up(__name__)
@@ -57,6 +58,8 @@ class Conversation:
         sep2: separator after an assistant's turn; None if it is `sep`.
         version: family of the template; training and image placement depend on it.
         skip_next: unused here; LLaVA's clients set it.
+        around_system: what a tokenizer's chat template puts before and behind a system message, up to the first turn;
+            None: it takes none, or this is no such template.
     """
 
     system: str
@@ -68,15 +71,27 @@ class Conversation:
     sep2: str | None = None
     version: str = "Unknown"
     skip_next: bool = False
+    around_system: tuple[str, str] | None = None
 
     def copy(self) -> "Conversation":
         """Return a conversation with its own list of turns; images are shared, not copied."""
         return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
 
     def with_system(self, text: str) -> "Conversation":
-        """Return a copy with another system message; what opens it in ChatML stays."""
-        opening = CHATML_SYSTEM if self.system.startswith(CHATML_SYSTEM) else ""
-        return dataclasses.replace(self.copy(), system=opening + text)
+        """Return a copy with another system message; the markup around it stays.
+
+        Raises:
+            InputError: a tokenizer's chat template that takes none.
+        """
+        if self.sep_style is not SeparatorStyle.CHAT:
+            return dataclasses.replace(self.copy(), system=self._opens_system() + text)
+        if self.around_system is None:
+            raise InputError("the tokenizer's chat template takes no system message: put its text before the question")
+        opening, close = self.around_system
+        return dataclasses.replace(self.copy(), system=opening + text + close)
+
+    def _opens_system(self) -> str:
+        return CHATML_SYSTEM if self.system.startswith(CHATML_SYSTEM) else ""
 
     def append_message(self, role: str, message: Message) -> None:
         """Add a turn; None as the message leaves the turn open for the model."""
@@ -202,19 +217,21 @@ _RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], str]] = {
 
 
 # ------------------------------------------------------------------------------------------------- as a Jinja template
-_JINJA_IMAGE = f"{DEFAULT_IMAGE_TOKEN}\n"
 _JINJA_SHOW = """\
 {%- macro show(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
-{%- for part in content if part.type == "image" -%}{{ IMAGE }}{%- endfor -%}
-{%- for part in content if part.type == "text" -%}{{ part.text }}{%- endfor -%}
+{%- set text = content | selectattr("type", "equalto", "text") | map(attribute="text") | join("\\n") -%}
+{%- if MARK not in text -%}
+{%- for part in content if part.type == "image" -%}{{ MARK + "\\n" }}{%- endfor -%}
+{%- endif -%}
+{{- text -}}
 {%- endif -%}
 {%- endmacro -%}
 """
 _JINJA_SYSTEM = """\
 {%- set system = SYSTEM -%}
 {%- if messages[0].role == "system" -%}
-{%- set system = show(messages[0].content) -%}{%- set messages = messages[1:] -%}
+{%- set system = OPENING + show(messages[0].content) -%}{%- set messages = messages[1:] -%}
 {%- endif -%}
 """
 _JINJA_TAKE_PARTS = """\
@@ -245,8 +262,8 @@ _JINJA_LLAMA_2 = """\
 def to_jinja(conv: Conversation) -> str | None:
     """Write a template as Jinja, in which transformers' processors render a list of messages.
 
-    A message is a text, or a list of parts, of which the images come first, each followed by a line break. A system
-    message at the start takes the place of the template's.
+    A message is a text, or a list of parts, each on a line of its own: first the images, unless the texts have
+    `<image>` where images go, then the texts. A system message at the start takes the place of the template's.
 
     Returns:
         The Jinja source, without the start token, which the tokenizer adds; None for a template without roles, and for
@@ -257,8 +274,9 @@ def to_jinja(conv: Conversation) -> str | None:
     user, assistant = conv.roles
     colon = "" if conv.sep_style is SeparatorStyle.MPT else ": "
     values = {
-        "IMAGE": _JINJA_IMAGE,
+        "MARK": DEFAULT_IMAGE_TOKEN,
         "SYSTEM": conv.system,
+        "OPENING": conv._opens_system(),
         "SEP": conv.sep,
         "END": conv.sep if conv.sep2 is None else conv.sep2,
         "USER": f"{user}{colon}",
@@ -275,7 +293,7 @@ def take_parts(source: str) -> str:
     Args:
         source: the Jinja of a template that takes texts.
     """
-    return _fill_in(_JINJA_SHOW + _JINJA_TAKE_PARTS, {"IMAGE": _JINJA_IMAGE}) + source
+    return _fill_in(_JINJA_SHOW + _JINJA_TAKE_PARTS, {"MARK": DEFAULT_IMAGE_TOKEN}) + source
 
 
 def _fill_in(source: str, values: Mapping[str, str]) -> str:

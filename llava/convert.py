@@ -17,14 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.chat_template import CHAT_TEMPLATE, read_chat_template
-from llava.conversation import (
-    conv_templates,
-    conversation_name_for,
-    get_model_name_from_path,
-    take_parts,
-    to_jinja,
-)
+from llava.chat_template import CHAT_TEMPLATE, read_chat_template, write_jinja
+from llava.conversation import conversation_name_for, get_model_name_from_path
 from llava.errors import InputError, run_command
 
 if TYPE_CHECKING:
@@ -180,7 +174,7 @@ def write_card(source: str, values: dict, settings: dict, tokenizer: "PreTrained
 
     name = get_model_name_from_path(source)
     template = values.get("conv_mode") or conversation_name_for(name)
-    jinja = take_parts(tokenizer.chat_template) if template == CHAT_TEMPLATE else to_jinja(conv_templates[template])
+    jinja = write_jinja(template, tokenizer)
     if jinja is not None:
         write_text(folder / "chat_template.jinja", jinja)
     shown = template if jinja is not None else f"none (the template {template} is no dialogue)"

@@ -137,6 +137,31 @@ def test_text_behind_an_image_loses_no_token_where_prompts_begin_with_the_sequen
     assert ids == [*tokenizer(first).input_ids, -200, *tokenizer(second).input_ids]
 
 
+@pytest.mark.parametrize("name", ["chatml", "headers"])
+def test_another_system_message_is_written_as_by_the_chat_template(name: str, tokenizer: PreTrainedTokenizerFast):
+    tokenizer.chat_template = USABLE[name]
+    conversation = read_chat_template(tokenizer).with_system("Be brief.")
+    for number, text in enumerate(DIALOGUE):
+        conversation.append_message(conversation.roles[number % 2], text)
+    messages = [{"role": "system", "content": "Be brief."}, *to_messages(DIALOGUE)]
+    assert conversation.get_prompt() == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "refusal", ["", "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"]
+)
+def test_a_system_message_that_the_chat_template_leaves_out_or_refuses_is_refused(
+    refusal: str, tokenizer: PreTrainedTokenizerFast
+):
+    source = "{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}"
+    tokenizer.chat_template = (
+        f"{refusal}{source}{{% endfor %}}{{% if add_generation_prompt %}}<|assistant|>{{% endif %}}"
+    )
+    template = read_chat_template(tokenizer)
+    with pytest.raises(InputError, match="takes no system message"):
+        template.with_system("Be brief.")
+
+
 def test_a_processor_gets_it_with_parts(tokenizer: PreTrainedTokenizerFast):
     source = jinja2.Environment().from_string(take_parts(CHATML))
     parts = [{"type": "text", "text": "What is red?"}, {"type": "image"}]

@@ -60,6 +60,15 @@ def test_a_jinja_template_renders_what_the_template_does(name, turns):
     assert template.render(messages=messages, add_generation_prompt=True) == conversation.get_prompt()
 
 
+def test_another_system_message_keeps_chatmls_markup_in_jinja_too():
+    conversation = conv_templates["qwen_2"].with_system("Be brief.")
+    conversation.append_message(conversation.roles[0], "Hello?")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+    rendered = ImmutableSandboxedEnvironment().from_string(to_jinja(conv_templates["qwen_2"])).render(messages=messages)
+    assert rendered == conversation.get_prompt()
+    assert rendered.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+
+
 @pytest.mark.parametrize("name", RECORDED)
 def test_template_fields_are_llavas(name):
     template, recorded = conv_templates[name], RECORDED[name]

@@ -31,6 +31,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.hf_layout import NAMES, rename
 from llava.model.stored_weights import iterate_tensors, list_weight_files
 from llava.model.tokenizer import load_tokenizer
+from llava.processor import LlavaProcessor
 from tests.families import write_checkpoint
 
 NAME = "llava-v1.5-tiny84"
@@ -220,6 +221,39 @@ def test_processor_gives_our_ids_and_pixels_for_20_prompts_and_images(place):
         spread = [token for own in ours for token in ([image_token] * num_patches if own == -200 else [own])]
         assert theirs["input_ids"][0].tolist() == spread
         assert torch.equal(theirs["pixel_values"], process_images([image], image_processor, model.config))
+
+
+def test_both_layouts_processors_give_the_same_ids_for_every_shape_of_dialogue(place):
+    convert(str(SHAPES / "llava-shapes"), "there", "llava-hf")
+    ours = AutoProcessor.from_pretrained(SHAPES / "llava-shapes")
+    theirs = AutoProcessor.from_pretrained("there", backend="pil")
+    look, what = ({"type": "text", "text": text} for text in ("look", "what?"))
+    image = {"type": "image", "image": make_image(1)}
+    there = {"type": "text", "text": "here: <image>"}
+    users = ["what?", [look, what], [look, image, what], [image, look, image, what], [image, there, what]]
+    for content in users:
+        for others in ([], [[look, what], [image, what, look]]):
+            for system in ([], ["Be brief."], [[look, what]]):
+                roles = ["system"] * len(system) + ["user", "assistant", "user"]
+                contents = [*system, content, *others]
+                dialogue = [{"role": role, "content": part} for role, part in zip(roles, contents, strict=False)]
+                options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+                expected = theirs.apply_chat_template(dialogue, **options)["input_ids"][0].tolist()
+                found = ours.apply_chat_template(dialogue, **options)["input_ids"][0].tolist()
+                assert [
+                    i for id_ in found for i in ([theirs.image_token_id] * 64 if id_ == -200 else [id_])
+                ] == expected
+
+
+def test_a_processor_of_a_checkpoint_that_holds_its_tower_is_saved_with_its_image_processor(place):
+    convert(str(SHAPES / "llava-shapes"), "there", "llava-hf")
+    given = LlavaProcessor.from_pretrained("there")
+    given.save_pretrained("alone")
+    found, image = AutoProcessor.from_pretrained("alone"), make_image(1)
+    assert type(found) is LlavaProcessor
+    assert torch.equal(found(image, "<image>")["images"], given(image, "<image>")["images"])
+    with pytest.raises(InputError, match="in the layout of llava-hf, which has its own processor"):
+        given.save_pretrained("there")
 
 
 VISION = CLIPVisionConfig(

@@ -170,7 +170,12 @@ def test_a_chat_template_goes_to_transformers_and_back(tmp_path, monkeypatch):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     theirs = AutoProcessor.from_pretrained("there", backend="pil")
     assert theirs.apply_chat_template(messages, add_generation_prompt=True) == expected
-    assert AutoProcessor.from_pretrained(folder).apply_chat_template(messages, add_generation_prompt=True) == expected
+    ours = AutoProcessor.from_pretrained(folder)
+    assert ours.apply_chat_template(messages, add_generation_prompt=True) == expected
+    messages = [{"role": "system", "content": "Be brief."}, *messages]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True)
+    assert ours.apply_chat_template(messages, add_generation_prompt=True) == rendered
+    assert rendered.startswith("<|im_start|>system\nBe brief.<|im_end|>")
     convert("there", "back", "llava")
     assert wrap_prompt(QUESTION, 1, "chat_template", tokenizer=load_tokenizer("back")) == expected
 

@@ -5,6 +5,7 @@ The decoder has `embed_tokens`, `layers`, `norm` and `rotary_emb`, and its layer
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -204,8 +205,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
         Args:
             inputs: `int64[S, T]` with IMAGE_TOKEN_INDEX at placeholders (also as `input_ids=`), padded on either side.
-            images: one per placeholder; see `encode_patches`. None for text-only prompts.
-            image_sizes: (width, height) per image.
+            images: one per placeholder; see `encode_patches`. None for text-only prompts. A list for each prompt, as
+                transformers' pipelines join what they batch, is the same.
+            image_sizes: (width, height) per image; lists as for `images`.
             texts: the query of each sample for the CLIP text tower; None: recovered from the ids.
             image_tokens: instead of `images`: records from `encode_images`.
             **kwargs: transformers' generation arguments, `attention_mask` among them. `past_key_values` may hold the
@@ -233,6 +235,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             raise InputError("nothing to answer: give input ids, or inputs_embeds from embed_prompts")
         if self.layer_reducer is not None:
             refuse_other_cache(self, kwargs, self.layer_reducer.spec_name)
+        images, image_sizes = _join_lists(images, Tensor), _join_lists(image_sizes, (list, tuple))
         # 1. Which ids are padding.
         kwargs.pop("position_ids", None)  # counted anew behind the splice
         pad_token_id = kwargs.pop("pad_token_id", None)
@@ -357,6 +360,15 @@ def refuse_other_cache(model: PreTrainedModel, arguments: Mapping[str, object], 
     """Refuse a kind of cache beside the one that a method inside the language model brings."""
     if find_setting(model, arguments, "cache_implementation") is not None:
         raise InputError(f"{method} has its own cache: leave out cache_implementation")
+
+
+def _join_lists(values: object, kind: type | tuple[type, ...]) -> object:
+    """Make one list of a list of lists of `kind`, one list per prompt; others come back as they are."""
+    if isinstance(values, list) and all(
+        isinstance(own, list) and all(isinstance(value, kind) for value in own) for own in values
+    ):
+        return list(chain.from_iterable(values))
+    return values
 
 
 def _settle_contradictions(settings: dict[str, object]) -> dict[str, object]:
