@@ -4,16 +4,23 @@ Reading touches regular files only: a pipe or a device may never end. Writing is
 all. It follows links, and never replaces anything but a regular file.
 """
 
+import errno
+import glob
 import json
 import os
+import platform
 import shutil
 import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
+from llava.signals import is_alive
+
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 class FileError(InputError):
@@ -198,8 +205,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with explain_errors("write", path):
         target = find_target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        start = os.fsencode(target.name)[:200].decode(errors="ignore")  # names have 255 bytes at most
-        partial = target.with_name(f".{start}.{os.getpid()}.partial")
+        partial = partial_of(target)
         try:
             yield partial
             with partial.open("rb+") as file:
@@ -216,6 +222,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to write into, which becomes `path` when the block ends without an error.
 
+    What a killed process of this machine left of an earlier attempt is deleted first.
+
     Args:
         path: not there yet, or an empty folder.
 
@@ -228,15 +236,53 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists() and not path.is_dir():
             raise FileError(f"{path} is not a folder: name another place")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        remove_leftovers(path)
+        partial = partial_of(path)
         try:
             partial.mkdir()
             yield partial
-            if path.exists():
-                path.rmdir()
-            partial.rename(path)
+            _publish(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Name what this process writes before it becomes `path`: no other process, of no machine, has the same name."""
+    return path.with_name(f"{_opening(path)}{os.getpid()}.partial")
+
+
+def _opening(path: Path) -> str:
+    start = os.fsencode(path.name)[:200].decode(errors="ignore")  # names have 255 bytes at most
+    return f".{start}.{_MACHINE}-"
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what processes of this machine that are gone have left unfinished of a file or folder."""
+    opening = _opening(path)
+    for partial in path.parent.glob(f"{glob.escape(opening)}*.partial"):
+        process = partial.name.removeprefix(opening).removesuffix(".partial")
+        if process.isdecimal() and (int(process) == os.getpid() or not is_alive(int(process))):
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    partial.unlink()
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Rename a folder that is complete.
+
+    Raises:
+        FileError: another process has written one there meanwhile.
+    """
+    try:
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileError(f"{path} was written by another process meanwhile, and is kept: name another folder") from None
 
 
 def write_bytes(path: Path, content: bytes) -> Path:

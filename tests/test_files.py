@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -16,6 +18,7 @@ from llava.files import (
     make_folder,
     parse_json,
     parse_natural,
+    partial_of,
     read_bytes,
     read_json,
     read_jsonl,
@@ -250,6 +253,34 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert [path.name for path in place.parent.iterdir()] == ["folder"]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_writes_stays(tmp_path, monkeypatch):
+    place, ended = tmp_path / "new [1]", subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getppid()):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda process=process: process)
+            partial_of(place).mkdir()
+            partial_of(tmp_path / "new").mkdir()
+    strange = tmp_path / f".new [1].00000000-{ended.pid}.partial"  # of another machine, where it may run
+    strange.mkdir()
+    before = set(tmp_path.iterdir())
+    with atomic_folder(place) as partial:
+        (partial / "a").touch()
+    after = set(tmp_path.iterdir())
+    assert after - before == {place}
+    (gone,) = before - after
+    assert gone.name.startswith(".new [1].") and gone.name.endswith(f"-{ended.pid}.partial")
+
+
+def test_of_two_processes_that_write_one_folder_the_second_is_told_so(tmp_path):
+    with pytest.raises(FileError, match="place was written by another process meanwhile"):  # noqa: SIM117
+        with atomic_folder(tmp_path / "place") as partial:
+            (partial / "mine").touch()
+            (tmp_path / "place").mkdir()
+            (tmp_path / "place/theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["place", "theirs"]
 
 
 def test_a_folder_takes_the_place_of_an_empty_one_and_of_nothing_else(tmp_path):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llava.download.transfer import require_space
 from llava.errors import InputError
-from llava.files import explain_errors
+from llava.files import explain_errors, partial_of, remove_leftovers
 
 MAX_RATIO = 200
 """Bytes that come out of an archive, for each of its own; annotations as JSON have up to 30."""
@@ -244,7 +244,8 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        remove_leftovers(target)
+        partial = partial_of(target)
         copy = shutil.copytree if source.is_dir() else shutil.copyfile
         copy(source, partial)
         partial.replace(target)

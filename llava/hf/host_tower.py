@@ -4,20 +4,16 @@ A llava-hf folder holds CLIP's vision half without its projection into the joint
 come from another CLIP, of which the tower must be the vision half.
 """
 
-import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from llava.errors import InputError
 from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.origin import check_origin
 from llava.model.multimodal_encoder.text_reader import TextIds, TextReader
 from llava.model.multimodal_encoder.tower import JointMap, VisionTower
 from llava.model.token_reduction import TEXT
-
-SAME_FEATURES = 0.1
-"""Difference of two towers' patch features, as a share of what varies between patches, up to which they are one tower:
-rounding to 16 bits stays below, other weights do not."""
 
 
 class HostTower(CLIPVisionTower):
@@ -61,26 +57,9 @@ class HostTower(CLIPVisionTower):
         """
         other = build_named_tower(clip, select_layer=self.select_layer, needs={TEXT})
         other.load_model(device=self.device)
-        read = [(tower.image_size, tower.grid, tower.hidden_size, tower.num_layers) for tower in (self, other)]
-        if read[0] != read[1]:
-            sizes = ["{} pixels, {} patches, width {}, {} layers".format(*each) for each in read]
-            raise InputError(f"clip={clip} is another tower ({sizes[1]}) than that of {self.name} ({sizes[0]})")
-        difference = self.differs_from(other)
-        if not difference <= SAME_FEATURES:
-            raise InputError(
-                f"clip={clip} is not the CLIP that the vision tower of {self.name} comes from: their patch features "
-                f"differ by {difference:.0%} on a probe image; name that CLIP, or use a method that reads no text"
-            )
+        check_origin(self, other, f"clip={clip}")
         del other.layers[:]
         self.text_half = other
-
-    def differs_from(self, other: VisionTower) -> float:
-        """Compare two towers' patches of one image of noise: their difference, over what varies between patches."""
-        side = self.image_size
-        probe = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-        own, others = (tower.extract(probe).patches.float() for tower in (self, other))  # [1, N, D]
-        varying = own - own.mean(dim=1, keepdim=True)
-        return float((own - others).norm() / varying.norm())
 
     def load_text_tower(self) -> None:
         """Have the text half at hand, on the device that the model is on by now."""

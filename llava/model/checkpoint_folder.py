@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from llava.files import atomic_write, make_folder
+from llava.files import atomic_write, make_folder, remove_leftovers
 from llava.model.multimodal_encoder.builder import OPEN_CLIP_PREFIX
 from llava.model.multimodal_encoder.loading import resolve_name
 from llava.protocols import Tokenizer
@@ -110,6 +110,7 @@ def tidy_checkpoint(folder: Path) -> None:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write named tensors as a `.bin` file, atomically."""
+    """Write named tensors as a `.bin` file, atomically; what a killed process left of one is deleted."""
+    remove_leftovers(path)
     with atomic_write(path) as partial:
         torch.save(dict(weights), partial)

@@ -495,23 +495,26 @@ def check_model_type(values: Values, file: str, role: str) -> None:
         is_known = is_known and "text_config" not in values and _are_of(family_of(kind), architectures)
     if not is_known:
         given = "has no model_type" if kind is None else f'has model_type "{kind}"'
-        raise InputError(f"{file} {given}{_describe(kind, values, architectures)}; the {role} must be {ROLES[role]}")
+        raise InputError(
+            f"{file} {given}{_describe(kind, values, architectures, role)}; the {role} must be {ROLES[role]}"
+        )
 
 
 def _are_of(family: str, architectures: list[str]) -> bool:
     return all(_ARCHITECTURE_WORDS[family] in name for name in architectures)
 
 
-def _describe(kind: str | None, values: Values, architectures: list[str]) -> str:
+def _describe(kind: str | None, values: Values, architectures: list[str], role: str) -> str:
     """Say what a foreign model is, as far as its config tells."""
     names = " ".join(architectures)
     kind = kind or ""
     if "text_config" in values and kind.startswith(("llava", "vipllava", "video_llava")):
-        advice = (
-            "convert it first (python -m llava.convert --to llava)"
-            if is_hf_layout(values)
-            else "take the original checkpoint instead"
-        )
+        if role == "vision tower":
+            advice = "it holds no text half; name the full CLIP that its own tower comes from"
+        elif is_hf_layout(values):
+            advice = "convert it first (python -m llava.convert --to llava)"
+        else:
+            advice = "take the original checkpoint instead"
         return f", transformers' own LLaVA format ({names or 'LlavaForConditionalGeneration'}): {advice}"
     if kind.startswith(("llava_", "llava-")) and kind not in LANGUAGE_TYPES:
         return f", a LLaVA on another language model ({kind[6:]})"

@@ -38,6 +38,12 @@ class Dialogue:
     def encode(tokenizer, text):
         return tokenizer_image_token(text, tokenizer, return_tensors="pt")[None]
 
+    def continue_cache(self, **images):
+        """Answer the first turn; give what the second one needs, with the cache of the first."""
+        cache = DynamicCache(config=self.model.config)
+        answer = self.model.generate(self.first, past_key_values=cache, **GREEDY, **images)
+        return torch.cat([self.first, answer, self.second], dim=1), cache
+
     def ask_twice(self, **images):
         """Answer the second turn with the cache of the first, and without one."""
         cache = DynamicCache(config=self.model.config)
@@ -87,3 +93,48 @@ def test_a_cache_of_text_alone_takes_an_image_after_it(parts):
     both = torch.cat([opening, answer, dialogue.first[:, 1:]], dim=1)
     with_cache = model.generate(both, images=dialogue.images, past_key_values=cache, **GREEDY)
     assert with_cache.tolist() == model.generate(both, images=dialogue.images, **GREEDY).tolist()
+
+
+@pytest.mark.parametrize(
+    "specs", [("FasterVLM:9", "FasterVLM:20"), ("FasterVLM:9", "Random:9"), ("none", "FasterVLM:9")]
+)
+@pytest.mark.parametrize("form", ["images", "image_tokens"])
+def test_a_cache_is_refused_after_the_reduction_changed(parts, specs, form):
+    dialogue, asked = Dialogue(parts, 0), []
+    for spec in specs:
+        parts[0].set_token_reduction(spec)
+        images = dialogue.images
+        asked.append({form: images if form == "images" else parts[0].encode_images(images, [dialogue.question])})
+    parts[0].set_token_reduction(specs[0])
+    both, cache = dialogue.continue_cache(**asked[0])
+    parts[0].set_token_reduction(specs[1])
+    length = cache.get_seq_length()
+    with pytest.raises(InputError, match=r"past_key_values holds other image tokens .* another token reduction"):
+        parts[0].generate(both, past_key_values=cache, **GREEDY, **asked[1])
+    parts[0].set_token_reduction(specs[0])
+    assert cache.get_seq_length() == length
+    parts[0].generate(both, past_key_values=cache, **GREEDY, **asked[0])  # it is as good as before
+
+
+@pytest.mark.parametrize("spec", ["none", "FasterVLM:9"])
+def test_a_cache_is_refused_with_another_image_or_another_number_of_images(parts, spec):
+    parts[0].set_token_reduction(spec)
+    dialogue = Dialogue(parts, 0)
+    for number in range(1, 6):
+        both, cache = dialogue.continue_cache(images=dialogue.images)
+        with pytest.raises(InputError, match="past_key_values holds other image tokens"):
+            parts[0].generate(both, images=Dialogue(parts, number).images, past_key_values=cache, **GREEDY)
+    ids = torch.cat([dialogue.first[:, :2], dialogue.first[dialogue.first < 0][None], both], dim=1)
+    with pytest.raises(InputError, match="past_key_values holds other image tokens"):
+        parts[0].generate(ids, images=dialogue.images.repeat(2, 1, 1, 1), past_key_values=cache, **GREEDY)
+
+
+def test_a_second_image_goes_behind_a_cache_with_one(parts):
+    model, tokenizer, _ = parts
+    model.set_token_reduction("FasterVLM:16")
+    dialogue = Dialogue(parts, 0)
+    images = torch.cat([dialogue.images, Dialogue(parts, 1).images])
+    both, cache = dialogue.continue_cache(images=dialogue.images)
+    both = torch.cat([both, Dialogue.encode(tokenizer, "USER: <image>\nAnd here? ASSISTANT:")[:, 1:]], dim=1)
+    found = model.generate(both, images=images, past_key_values=cache, **GREEDY)
+    assert found.tolist() == model.generate(both, images=images, **GREEDY).tolist()

@@ -1,6 +1,7 @@
 """Checkpoints in transformers' layout: read as they are, written and converted back, and equal to transformers' own."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from transformers import LlavaConfig as HfConfig
 from transformers import LlavaNextConfig as HfNextConfig
 
 from llava import convert as convert_module
+from llava.check import CheckpointCheck
 from llava.conversation import conv_templates
 from llava.convert import convert
 from llava.errors import InputError
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.hf_layout import NAMES, rename
+from llava.model.multimodal_encoder import stored_encoder
 from llava.model.stored_weights import iterate_tensors, list_weight_files
 from llava.model.tokenizer import load_tokenizer
 from llava.processor import LlavaProcessor
@@ -417,7 +420,54 @@ def test_a_clip_of_another_joint_space_is_refused(place):
         file.unlink()
     save_file({name: value.contiguous() for name, value in weights.items()}, Path(CLIP) / "model.safetensors")
     message = refused(lambda: load_pretrained_model("there", device="cpu", reduce="TRIM:-1"))
-    assert "visual_projection.weight has shape [5, 64]" in message
+    assert "has no fitting visual_projection.weight: text-guided token reduction needs a full CLIP" in message
+
+
+def disturb_tower(file: Path | str, share: float) -> None:
+    """Move the layers of the vision half that a weight file holds, by a share of their deviation."""
+    weights, generator = load_file(file), torch.Generator().manual_seed(0)
+    for name, value in weights.items():
+        if "vision_model.encoder" in name and value.dim() == 2:
+            weights[name] = value + share * value.std() * torch.randn(value.shape, generator=generator).to(value)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", ["llava-hf", "llava"])
+def test_a_clip_with_other_weights_than_the_tower_is_refused_where_text_is_read(place, layout):
+    convert(NAME, "there", "llava-hf")
+    disturb_tower("there/model.safetensors", 4)
+    if layout == "llava":
+        convert("there", "back", "llava")
+    folder = "there" if layout == "llava-hf" else "back"
+    words = (
+        f"mm_vision_tower .*{CLIP} is not the CLIP that the vision tower of {folder} comes from: .* differ by \\d{{3}}%"
+    )
+    with pytest.raises(InputError, match=words):
+        load_pretrained_model(folder, device="cpu", reduce="TRIM:-1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_encoder, "check_origin", None)  # not looked at
+        model = load_pretrained_model(folder, device="cpu", reduce="FasterVLM:0.25")[1]
+    with pytest.raises(InputError, match=words):
+        model.set_token_reduction("TRIM:-1")
+    finding = next(each for each in CheckpointCheck(folder).findings() if each.subject == "text tower")
+    assert "is not the CLIP that" in finding.text
+
+
+def test_a_tower_that_was_trained_further_reads_text_with_one_warning_that_says_how_far_it_is(place, caplog):
+    convert(NAME, "there", "llava-hf")
+    disturb_tower("there/model.safetensors", 0.1)
+    model = load_pretrained_model("there", device="cpu", reduce="TRIM:-1")[1]
+    for question in ("a bus", "a cat"):
+        model.get_vision_tower().embed_text([question])
+    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("origin")]
+    assert re.search(r"the vision tower of there differs from mm_vision_tower .* by \d\d % on a probe image", line)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rounding_to_16_bits_is_no_other_tower(place, dtype, caplog):
+    convert(NAME, "there", "llava-hf")
+    load_pretrained_model("there", device="cpu", reduce="TRIM:-1", tower_dtype=dtype)
+    assert not [record for record in caplog.records if record.name.endswith("origin")]
 
 
 def test_a_tower_that_was_trained_with_the_model_is_the_one_that_is_used(place):

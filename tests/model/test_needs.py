@@ -12,7 +12,7 @@ from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.builder import build_named_tower
 from llava.model.multimodal_encoder.tower import ImageFeatures
-from llava.model.token_reduction import TEXT, Need, ReducedTokens, TokenReducer
+from llava.model.token_reduction import TEXT, Need, ReducedTokens, TokenReducer, parse_reduction
 from llava.model.token_reduction.base import PROJECTED, gather_kept
 
 LAYERS = [-4, -2, -1, 1, 3]
@@ -263,3 +263,9 @@ def test_a_tower_without_a_text_half_serves_fastervlm(tmp_path, checkpoints, mon
     with pytest.raises(InputError):
         model.set_token_reduction("TRIM:-1")
     assert model.token_reducer.spec() == "FasterVLM:9"
+
+
+def test_a_layer_that_is_not_there_is_named_with_the_option_that_chose_it(clips):
+    tower = load(clips, "hf")
+    with pytest.raises(InputError, match=r"received\[9\] does not exist: .* 4 layers; give object_layer= of the token"):
+        tower.provide(parse_reduction("HiPrune:9").before.needs)

@@ -401,7 +401,7 @@ def test_a_vision_half_alone_serves_methods_that_read_no_text(siglips, tmp_path,
     shutil.copy(siglips / "hf/preprocessor_config.json", folder)
     tower = load_tower(str(folder))
     assert tower.encode(pixels()).shape == (2, NUM_PATCHES, WIDTH)
-    words = "SigLIP text tower" if has_head else r"has no head\.probe: .* needs a full SigLIP"
+    words = "SigLIP text tower" if has_head else r"has no fitting head\.probe: .* needs a full SigLIP"
     with pytest.raises(InputError, match=words):
         tower.provide({TEXT})
     assert tower.needs == frozenset()

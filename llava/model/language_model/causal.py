@@ -17,6 +17,7 @@ from llava.errors import InputError
 from llava.model.checkpoint_folder import portable_config
 from llava.model.hf_layout import NAMES, STORED_PREFIX
 from llava.model.image_tokens import ImageTokens
+from llava.model.language_model.cached_images import keep_images
 from llava.model.language_model.label_loss import MOST_LOGITS, pass_for_loss
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
@@ -211,8 +212,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             texts: the query of each sample for the CLIP text tower; None: recovered from the ids.
             image_tokens: instead of `images`: records from `encode_images`.
             **kwargs: transformers' generation arguments, `attention_mask` among them. `past_key_values` may hold the
-                earlier turns of the same prompts; where the reduction reads the question, their images then come as the
-                `image_tokens` that the cache was made with. A method inside the language model reads all turns anew.
+                earlier turns of the same prompts, with the same image tokens: another reduction or other images are
+                refused. Where the reduction reads the question, the images come as the `image_tokens` that the cache
+                was made with. A method inside the language model reads all turns anew.
                 `inputs_embeds` of `embed_prompts`, with their `attention_mask` and `position_ids`, stand for ids and
                 images.
 
@@ -221,8 +223,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
         Raises:
             InputError: when images, placeholders and texts do not fit, the prompt is longer than the model's positions,
-                a cache holds image tokens that this question would choose anew, or a setting would read the prompt in
-                pieces.
+                a cache holds other image tokens, or ones that this question would choose anew, or a setting would read
+                the prompt in pieces.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         refuse_in_pieces(self, kwargs, IN_PIECES)
@@ -253,10 +255,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             pad_token_id=pad_token_id,
         )
         self._check_length(int(batch.position_ids.max()) + 1)
-        if image_tokens is None:
-            self._check_cache(kwargs.get("past_key_values"), batch)
+        cache = kwargs.get("past_key_values")
         if self.layer_reducer is not None:
             kwargs["past_key_values"] = self.make_cache(batch)
+        elif cache is not None:
+            if image_tokens is None:
+                self._check_cache(cache, batch)
+            keep_images(cache, batch)
         # 3. Decode. With embeddings as input, what comes back is the answer alone.
         return super().generate(
             inputs_embeds=batch.embeds,
@@ -301,9 +306,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             return DynamicCache(config=self.config)
         return ReducedCache(self.config, self.layer_reducer, batch.image_of, batch.position_ids)
 
-    def _check_cache(self, cache: Cache | None, batch: PromptEmbeds) -> None:
+    def _check_cache(self, cache: Cache, batch: PromptEmbeds) -> None:
         """Refuse a cache with tokens of images that were just reduced anew: for this question others may be kept."""
-        length = 0 if cache is None else int(cache.get_seq_length())
+        length = int(cache.get_seq_length())
         if TEXT in self.needs and bool((batch.image_of[:, :length] != NO_IMAGE).any()):
             raise InputError(
                 f"past_key_values holds image tokens that {self.token_reducer.spec()} chose for an earlier question: "

@@ -129,8 +129,8 @@ class HuggingFaceTower(VisionTower):
             return
         if not self.has_joint_head:
             raise InputError(
-                f"vision tower {self.name} has no {self.head_weights[0]}: text-guided token reduction needs a full "
-                f"{self.full_model}"
+                f"vision tower {self.name} has no fitting {self.head_weights[0]}: "
+                f"text-guided token reduction needs a full {self.full_model}"
             )
         self.text_tower = self.read_text_half()
         self.freeze()

@@ -103,14 +103,14 @@ def load_quietly(
         module: the class to load.
         name: folder or hub id.
         what: the role, for messages.
-        optional: weights that may be missing (the caller then must not use them).
+        optional: weights that may be missing, or of another shape (the caller then must not use them).
         ignored: patterns of stored weights that are for something else; those that the class ignores are known.
         config: of the model; None: the one beside the weights.
         names: the stored weights' names into the model's, as in `hf_layout`; None: those that the class reads.
         **kwargs: passed on.
 
     Returns:
-        The loaded module, in evaluation mode, and the optional weights that are missing.
+        The loaded module, in evaluation mode, and the optional weights that are missing or of another shape.
 
     Raises:
         InputError: when there is nothing of that name, the weights can't be read, some are missing, have no place in
@@ -144,7 +144,7 @@ def load_quietly(
     refuse_unknown({key for key in report["unexpected_keys"] if not is_ignored(key, ignored)}, subject)
     check_finite(loaded.named_parameters(), subject)
     clean_generation_config(loaded)
-    return loaded.eval(), set(report["missing_keys"])
+    return loaded.eval(), set(report["missing_keys"]) | {weight for weight, *_ in report["mismatched_keys"]}
 
 
 def clean_generation_config(model: PreTrainedModel) -> None:

@@ -11,10 +11,11 @@ from llava.files import write_json
 from llava.model.config_rules import PREPROCESSOR_FILE, PREPROCESSOR_RULES, check_preprocessor
 from llava.model.hf_layout import NAMES, read_preprocessor, rename
 from llava.model.multimodal_encoder.clip_encoder import JOINT_WEIGHT, CLIPVisionTower
-from llava.model.multimodal_encoder.clip_text import CLIPTextTower, read_reader
+from llava.model.multimodal_encoder.clip_text import read_reader
 from llava.model.multimodal_encoder.loading import resolve_name
+from llava.model.multimodal_encoder.origin import check_origin
 from llava.model.multimodal_encoder.text_reader import TextReader
-from llava.model.stored_weights import first_line, iterate_tensors, list_weight_files, read_shapes, refuse_shape
+from llava.model.stored_weights import first_line, list_weight_files, read_shapes, refuse_shape
 
 # From the names of either layout to those of a CLIP's vision half; one after the other.
 VISION_NAMES = NAMES | {
@@ -58,30 +59,30 @@ class StoredVisionTower(CLIPVisionTower):
         if "text_tower" in self._modules:
             return
         try:
-            clip = resolve_name(self.clip, self.name)
-            if not self.has_joint_head:
-                self._read_projection(clip)
-            self.text_tower = CLIPTextTower.load(clip, device=self.device, dtype=self.dtype)
+            clip = CLIPVisionTower(
+                resolve_name(self.clip, self.name), select_layer=self.select_layer, select_feature=self.select_feature
+            )
+            clip.load_model(device=self.device, dtype=self.dtype)
+            clip.load_text_tower()
         except InputError as error:
             raise InputError(
                 f"text-guided token reduction reads the text half of a CLIP, which {self.name} does not hold: set "
                 f"mm_vision_tower in its config.json to the CLIP that its vision tower comes from ({error})"
             ) from error
+        check_origin(self, clip, f"mm_vision_tower {self.clip}")
+        self._take_projection(clip)
+        self.text_tower = clip.text_tower
         self.freeze()
 
     def read_text_reader(self) -> TextReader:
         return read_reader(resolve_name(self.clip, self.name))
 
-    def _read_projection(self, clip: str) -> None:
-        own = self.vision_tower.visual_projection.weight
-        for file in list_weight_files(clip, containing=JOINT_WEIGHT):
-            for _, value in iterate_tensors(file, containing=JOINT_WEIGHT):
-                if value.shape != own.shape:
-                    refuse_shape(JOINT_WEIGHT, value.shape, own.shape, f"CLIP {clip}", "the checkpoint's vision tower")
-                own.data.copy_(value)
-                self.has_joint_head = True
+    def _take_projection(self, clip: CLIPVisionTower) -> None:
+        own, other = (tower.vision_tower.visual_projection for tower in (self, clip))
         if not self.has_joint_head:
-            raise InputError(f"{clip} has no {JOINT_WEIGHT}: is it a full CLIP?")
+            self.vision_tower.visual_projection, self.has_joint_head = other, True
+        elif own.weight.shape != other.weight.shape:
+            refuse_shape(JOINT_WEIGHT, own.weight.shape, other.weight.shape, f"checkpoint {self.name}", "its CLIP")
 
     def read_image_processor(self) -> CLIPImageProcessorPil:
         if self.vision_config is None:

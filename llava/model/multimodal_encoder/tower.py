@@ -251,7 +251,8 @@ class VisionTower(nn.Module, ABC):
         """
         number = need.layer if need.layer > 0 else self.num_layers + 1 + need.layer
         if not 1 <= number <= self.num_layers:
-            raise InputError(f"{need} does not exist: {self.name} has {self.num_layers} layers")
+            way_out = f"; give {need.option}= of the token reduction one of them" if need.option else ""
+            raise InputError(f"{need} does not exist: {self.name} has {self.num_layers} layers{way_out}")
         return number
 
     def number_of_selected_layer(self) -> int:

@@ -46,10 +46,12 @@ class Need:
         kind: one of them.
         layer: which layer, counted as `mm_vision_select_layer` counts hidden states: the layer whose output is hidden
             state `layer`. -2 is number 22 of 0 to 23 in CLIP ViT-L; 0 (the embeddings) is the output of no layer.
+        option: of the reducer, which names the layer, for messages; "" where none does.
     """
 
     kind: str
     layer: int | None = None
+    option: str = field(default="", compare=False, repr=False)
 
     KINDS_OF_A_LAYER: ClassVar[tuple[str, ...]] = ("cls_attention", "cls_query", "keys", "attention", "received", "cls")
 
@@ -431,7 +433,7 @@ class ClsAttentionReducer(TokenReducer):
 
     @property
     def cls_attention(self) -> Need:
-        return Need("cls_attention", self.layer)
+        return Need("cls_attention", self.layer, "layer")
 
     @property
     def needs(self) -> frozenset[Need]:

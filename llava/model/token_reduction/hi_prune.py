@@ -81,7 +81,7 @@ class HiPrune(TokenReducer):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({Need("received", self.object_layer), Need("received", self.layer)})
+        return frozenset({Need("received", self.object_layer, "object_layer"), Need("received", self.layer, "layer")})
 
     def __call__(self, tokens: VisualTokens) -> ReducedTokens:
         """Keep anchors and the most attended patches of each image."""

@@ -93,7 +93,7 @@ class VisionZip(ClsAttentionReducer):
     @property
     def needs(self) -> frozenset[Need]:
         kinds = ("cls_attention", "cls", "keys") if self.contextual else ("cls_attention", "cls")
-        return frozenset(Need(kind, self.layer) for kind in kinds)
+        return frozenset(Need(kind, self.layer, "layer") for kind in kinds)
 
     def at_budget(self, num_tokens: int) -> Self:
         """Compose a setting of so many tokens as the authors do."""
