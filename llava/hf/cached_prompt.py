@@ -148,8 +148,10 @@ def take_prompt(cache: Cache) -> None:
 
 def _update_while_on(cache: Cache, *args, **kwargs) -> tuple[Tensor, Tensor]:
     if not cache.reduced_prompt.switch.is_on:
-        raise InputError(
-            "this cache holds a prompt that reduce_tokens shortened: go on inside the block that filled it, or start "
-            "from an empty cache"
-        )
+        if cache.get_seq_length() > 0:
+            raise InputError(
+                "this cache holds a prompt that reduce_tokens shortened: go on inside the block that filled it, or "
+                "start from an empty cache"
+            )
+        take_prompt(cache)  # it was reset
     return type(cache).update(cache, *args, **kwargs)

@@ -194,6 +194,10 @@ def test_a_cache_that_was_reset_is_like_a_new_one(held, plain, samples, lay_out)
         held.generate(**inputs, **GREEDY, past_key_values=cache)
         cache.reset()
         assert torch.equal(held.generate(**text, **GREEDY, past_key_values=cache), expected)
+        cache.reset()
+        held.generate(**inputs, **GREEDY, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(held.generate(**text, **GREEDY, past_key_values=cache), expected)
 
 
 def test_text_in_the_cache_goes_on_as_without_reduction(held, plain):
