@@ -314,9 +314,8 @@ def make_sampling(settings: Mapping[str, object]) -> Sampling:
     for name in settings:
         if name not in known:
             raise InputError(f"there is no setting {name}: expected {', '.join(known)}")
-    for name in ("top_p", "seed"):
-        if settings.get(name) is not None and "temperature" not in settings:
-            raise InputError(f"{name} {settings[name]!r}: nothing is drawn without temperature=; give one as well")
+    if settings.get("top_p") not in (None, 1) and "temperature" not in settings:
+        raise InputError(f"top_p {settings['top_p']!r}: nothing is drawn without temperature=; give one as well")
     return Sampling(**settings)
 
 

@@ -35,6 +35,8 @@ CONFIGS = {family.config.model_type: family.config for family in FAMILIES.values
 """The config classes that transformers' table holds gates for, by model type."""
 
 CALL_OPTIONS = ("padding", "truncation", "max_length", "return_tensors")
+OPEN_END = "\x1e"
+"""In place of a text that an answer goes on from: no template has it."""
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 """Where a part of a message may have its image: one of transformers' names, or OpenAI's."""
 
@@ -277,12 +279,12 @@ class LlavaProcessor(ProcessorMixin):
             images += given
         if is_open:
             template.append_message(template.roles[1], None)
-        prompt = template.get_prompt()
-        if is_continued:
-            if len(turns) % 2 or not text:
-                raise InputError("continue_final_message: the last message has to be a text of the assistant")
-            prompt = prompt[: prompt.rindex(text) + len(text)]
-        return prompt, images
+        if not is_continued:
+            return template.get_prompt(), images
+        if len(turns) % 2 or not text:
+            raise InputError("continue_final_message: the last message has to be a text of the assistant")
+        template.messages[-1][1] = OPEN_END  # what stands before the text, whatever the text is
+        return template.get_prompt().partition(OPEN_END)[0] + text, images
 
     def batch_decode(self, ids: Tensor | Sequence[Sequence[int]], **options: object) -> list[str]:
         """Decode answers, which `generate` returns without their prompts; or prompts, whose images are left out."""
@@ -368,7 +370,7 @@ def _drop_placeholders(ids: object) -> object:
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(ids, int):
         return ids
-    return [_drop_placeholders(item) for item in ids if not (isinstance(item, int) and item == IMAGE_TOKEN_INDEX)]
+    return [item for item in map(_drop_placeholders, ids) if item != IMAGE_TOKEN_INDEX]
 
 
 class NoBareModel:

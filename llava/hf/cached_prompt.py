@@ -9,8 +9,8 @@ Shape letters: `S` samples, `T` prompt ids, `L` ids of the shorter prompts, `N` 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MethodType
 from typing import Self
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from llava.errors import InputError
 
 
 class Switch:
-    """Whether a reduction is applied; copies of what holds it are the same switch."""
+    """Whether a reduction is applied; copies of what holds it are the same switch, one from a file is off."""
 
     def __init__(self):
         """Start off."""
@@ -28,6 +28,9 @@ class Switch:
 
     def __deepcopy__(self, memo: dict) -> Self:
         return self
+
+    def __reduce__(self) -> tuple:
+        return Switch, ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class CachedPrompt:
     def keep_on(self, cache: Cache) -> None:
         """Keep this record on a cache, which then takes new keys and values only while the reduction is applied."""
         cache.reduced_prompt = self
-        cache.update = MethodType(_update_while_on, cache)  # a copy of the cache gets one of its own
+        cache.update = GuardedUpdate(cache)
 
     def expand(self, num_rows: int) -> Self:
         """Repeat a single prompt, or each of several, as `generate` does for several sequences of one prompt."""
@@ -146,12 +149,31 @@ def take_prompt(cache: Cache) -> None:
     del cache.reduced_prompt, cache.update
 
 
-def _update_while_on(cache: Cache, *args, **kwargs) -> tuple[Tensor, Tensor]:
-    if not cache.reduced_prompt.switch.is_on:
-        if cache.get_seq_length() > 0:
-            raise InputError(
-                "this cache holds a prompt that reduce_tokens shortened: go on inside the block that filled it, or "
-                "start from an empty cache"
-            )
-        take_prompt(cache)  # it was reset
-    return type(cache).update(cache, *args, **kwargs)
+class GuardedUpdate:
+    """A cache's `update` while its record is kept. It does not keep the cache, which goes with its last user."""
+
+    def __init__(self, cache: Cache):
+        """Guard one cache."""
+        self._cache = ref(cache)
+
+    def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Take keys and values in.
+
+        Raises:
+            InputError: the reduction that shortened the prompts is not applied.
+        """
+        cache = self._cache()
+        if not cache.reduced_prompt.switch.is_on:
+            if cache.get_seq_length() > 0:
+                raise InputError(
+                    "this cache holds a prompt that reduce_tokens shortened: go on inside the block that filled it, or "
+                    "start from an empty cache"
+                )
+            take_prompt(cache)  # it was reset
+        return type(cache).update(cache, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> "GuardedUpdate":
+        return GuardedUpdate(memo[id(self._cache())])  # of the copy, which is being made
+
+    def __reduce__(self) -> tuple:
+        return GuardedUpdate, (self._cache(),)

@@ -248,7 +248,7 @@ class ReducedModel:
         prompts, images, batch = self._reader.read(arguments, pad_id, side="left")
         ids = self._write_ids(prompts, images, pad_id or 0, side="left").to(batch.embeds.device)
         # 2. Where tokens leave between layers, the cache sees to it.
-        cache = arguments.get("past_key_values")
+        held = cache = arguments.get("past_key_values")
         if self._reduction.inside is not None:
             refuse_other_cache(self._model, arguments, self._reduction.inside.spec_name)
             cache = self._make_cache(batch, arguments)
@@ -256,11 +256,11 @@ class ReducedModel:
         short = {"input_ids": ids, "inputs_embeds": batch.embeds, "attention_mask": batch.attention_mask.long()}
         try:
             output = self._decode(whole_ids, short, arguments | {"past_key_values": cache})
-            cache = getattr(output, "past_key_values", cache)
+            held = getattr(output, "past_key_values", held)
             return output
         finally:
-            if cache is not None:
-                CachedPrompt(whole_ids, ids, batch.attention_mask, self._switch).keep_on(cache)
+            if held is not None:
+                CachedPrompt(whole_ids, ids, batch.attention_mask, self._switch).keep_on(held)
 
     def _go_on(self, arguments: dict, cache: Cache, prompt: CachedPrompt) -> Tensor | ModelOutput:
         """Generate from a dialogue whose first prompts, with their images, are in the cache."""

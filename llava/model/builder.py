@@ -95,7 +95,7 @@ def load_pretrained_model(
     settings = _loading_settings(device, device_map, dtype or torch_dtype, load_8bit, load_4bit)
     attention = "flash_attention_2" if use_flash_attn else attn_implementation
     if attention:
-        if not isinstance(attention, str):
+        if not isinstance(attention, (str, dict)):
             raise InputError(f'attn_implementation {attention!r}: expected a name such as "sdpa" or "eager"')
         settings["attn_implementation"] = attention
     config = read_config(model_path, customized_config, reduce)
@@ -260,7 +260,7 @@ def _loading_settings(
     if is_accelerate_available():  # device maps are its work
         settings["device_map"] = device_map if spread else {"": device}
     for name, value in (("load_8bit", load_8bit), ("load_4bit", load_4bit)):
-        if not isinstance(value, bool):
+        if value not in (None, True, False):
             raise InputError(f"{name} {value!r}: expected True or False")
     if load_8bit and load_4bit:
         raise InputError("a model is quantised to 8 or to 4 bit, not to both: give one of load_8bit and load_4bit")

@@ -1,6 +1,9 @@
 """Caches that outlive a call under `reduce_tokens`: dialogues go on from them, or they are refused."""
 
 import copy
+import gc
+import pickle
+from weakref import ref
 
 import pytest
 import torch
@@ -198,6 +201,34 @@ def test_a_cache_that_was_reset_is_like_a_new_one(held, plain, samples, lay_out)
         held.generate(**inputs, **GREEDY, past_key_values=cache)
     cache.reset()
     assert torch.equal(held.generate(**text, **GREEDY, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("spec", ["FasterVLM:9", "FastV:0.5,layer=1"])
+def test_a_cache_is_freed_with_its_last_user(held, samples, lay_out, spec):
+    """Not only when Python looks for cycles: it may hold gigabytes of a device."""
+    inputs = lay_out.inputs(held, samples[:1])
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), reduce_tokens(held, spec):
+            caches = [ref(held(**inputs, use_cache=True).past_key_values)]
+            caches.append(ref(held.generate(**inputs, **GREEDY, return_dict_in_generate=True).past_key_values))
+            before = sum(isinstance(each, DynamicCache) for each in gc.get_objects())
+            held.generate(**inputs, **GREEDY)
+            assert sum(isinstance(each, DynamicCache) for each in gc.get_objects()) == before
+        assert [each() for each in caches] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_cache_from_a_file_is_refused_in_words(held, plain, samples, lay_out):
+    inputs = lay_out.inputs(held, samples[:1])
+    with plain:
+        first = held.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        cache = pickle.loads(pickle.dumps(first.past_key_values))
+        assert cache.get_seq_length() == first.past_key_values.get_seq_length()
+        with pytest.raises(InputError, match="go on inside the block that filled it"):
+            held.generate(**go_on(first.sequences, inputs), **GREEDY, past_key_values=cache)
 
 
 def test_text_in_the_cache_goes_on_as_without_reduction(held, plain):

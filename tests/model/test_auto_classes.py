@@ -246,6 +246,13 @@ def test_an_image_of_a_message_may_be_an_object_a_file_or_base64(processor, tmp_
     assert len(batch["images"]) == len(parts) and all(torch.equal(pixels, expected) for pixels in batch["images"])
 
 
+@pytest.mark.parametrize("begun", ["<", "s", "/", "The circle", "</s"])
+def test_an_answer_that_is_gone_on_with_ends_the_prompt_as_it_is(processor, begun):
+    opened = processor.apply_chat_template(make_dialogue(["Why?"]), add_generation_prompt=True)
+    gone_on = processor.apply_chat_template(make_dialogue(["Why?", begun]), continue_final_message=True)
+    assert gone_on == f"{opened} {begun}"
+
+
 def test_a_batch_of_dialogues_is_what_the_dialogues_are(processor):
     image = {"type": "image", "image": draw_scene(3, 1, 0)[0]}
     dialogues = [make_dialogue([[image, MORE]]), make_dialogue([[image, TEXT, image, MORE], "yes", "why?"])]
@@ -256,6 +263,13 @@ def test_a_batch_of_dialogues_is_what_the_dialogues_are(processor):
     for row, mask, dialogue in zip(batch["input_ids"], batch["attention_mask"], dialogues, strict=True):
         alone = processor.apply_chat_template(dialogue, tokenize=True, processor_kwargs={"max_length": 200}, **options)
         assert row[mask].tolist() == alone["input_ids"][0].tolist()
+
+
+def test_ids_of_any_kind_are_decoded_without_their_images(processor):
+    row = processor.tokenizer("a circle").input_ids
+    expected = processor.decode(row)
+    for ids in (np.array([*row, -200]), [*np.array([*row, -200])], [*torch.tensor([*row, -200])]):
+        assert processor.decode(ids) == expected
 
 
 def test_prompts_are_decoded_without_their_images(processor):

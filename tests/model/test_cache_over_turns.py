@@ -138,3 +138,24 @@ def test_a_second_image_goes_behind_a_cache_with_one(parts):
     both = torch.cat([both, Dialogue.encode(tokenizer, "USER: <image>\nAnd here? ASSISTANT:")[:, 1:]], dim=1)
     found = model.generate(both, images=images, past_key_values=cache, **GREEDY)
     assert found.tolist() == model.generate(both, images=images, **GREEDY).tolist()
+
+
+@pytest.mark.parametrize("change", ["repeated", "selected"])
+def test_a_cache_whose_samples_were_repeated_or_selected_goes_on(parts, change):
+    model = parts[0]
+    model.set_token_reduction("FasterVLM:9")
+    dialogue, count = Dialogue(parts, 0), 2
+    cache = DynamicCache(config=model.config)
+    first, images = dialogue.first, dialogue.images
+    if change == "selected":
+        first, images = first.repeat(count, 1), images.repeat(count, 1, 1, 1)
+    answer = model.generate(first, images=images, past_key_values=cache, **GREEDY)
+    if change == "selected":
+        cache.batch_select_indices(torch.tensor([1]))
+        first, images, answer = first[:1], images[:1], answer[:1]
+    else:
+        cache.batch_repeat_interleave(count)
+        first, images, answer = first.repeat(count, 1), images.repeat(count, 1, 1, 1), answer.repeat(count, 1)
+    both = torch.cat([first, answer, first[:, -4:]], dim=1)
+    found = model.generate(both, images=images, past_key_values=cache, **GREEDY)
+    assert found.tolist() == model.generate(both, images=images, **GREEDY).tolist()

@@ -30,21 +30,34 @@ class CachedImages:
     position_ids: Tensor
 
     def fit(self, batch: PromptEmbeds, length: int) -> bool:
-        """Whether prompts begin with the images that a cache of this length holds, in their places."""
+        """Whether prompts begin with the images that a cache of this length holds, in their places.
+
+        The cache's samples may have been repeated, or some of them selected, since it was filled.
+        """
+        num_own, num_given = len(self.image_of), len(batch.image_of)
+        repeats, rest = divmod(num_given, num_own)
+        for row in range(num_given):
+            candidates = range(num_own) if rest else [row // repeats]
+            if not any(self._fit_sample(own, batch, row, length) for own in candidates):
+                return False
+        return True
+
+    def _fit_sample(self, number: int, batch: PromptEmbeds, row: int, length: int) -> bool:
         known = min(length, self.image_of.shape[1])
-        own, given = self.image_of[:, :known], batch.image_of[:, :length]
+        own, given = self.image_of[number, :known], batch.image_of[row, :length]
         holds = (own != NO_IMAGE, given != NO_IMAGE)
         if not any(bool(each.any()) for each in holds):
             return True
         is_laid_out_alike = (
-            own.shape == given[:, :known].shape
-            and bool((own == given[:, :known]).all())
-            and not bool(holds[1][:, known:].any())
-            and bool((self.position_ids[:, :known] == batch.position_ids[:, :known]).all())
+            own.shape == given[:known].shape
+            and bool((own == given[:known]).all())
+            and not bool(holds[1][known:].any())
+            and bool((self.position_ids[number, :known] == batch.position_ids[row, :known]).all())
         )
         if not is_laid_out_alike:
             return False
-        before, now = (embeds[:, :known][holds[0].to(embeds.device)].float() for embeds in (self.embeds, batch.embeds))
+        pairs = ((self.embeds[number], holds[0]), (batch.embeds[row], holds[0]))
+        before, now = (embeds[:known][is_image.to(embeds.device)].float() for embeds, is_image in pairs)
         return bool((before - now).norm() <= SAME_TOKENS * before.norm())
 
 
