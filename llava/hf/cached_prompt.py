@@ -52,11 +52,6 @@ class CachedPrompt:
     def __deepcopy__(self, memo: dict) -> Self:
         return self
 
-    @property
-    def num_left_out(self) -> int:
-        """T - L."""
-        return self.whole_ids.shape[1] - self.ids.shape[1]
-
     def keep_on(self, cache: Cache) -> None:
         """Keep this record on a cache, which then takes new keys and values only while the reduction is applied."""
         cache.reduced_prompt = self

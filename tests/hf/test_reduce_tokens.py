@@ -220,9 +220,10 @@ def disturb(clip, tmp_path, share) -> str:
     return str(tmp_path / "clip")
 
 
-def test_a_clip_with_other_weights_is_refused(held, clip, tmp_path):
+@pytest.mark.parametrize("share", [0.5, 3.0])
+def test_a_clip_with_other_weights_is_refused(held, clip, tmp_path, share):
     with pytest.raises(InputError, match=r"is not the CLIP that the vision tower .* comes from: .* differ by"):
-        reduce_tokens(held, "TRIM:-1", clip=disturb(clip, tmp_path, 4), texts="a bus")
+        reduce_tokens(held, "TRIM:-1", clip=disturb(clip, tmp_path, share), texts="a bus")
 
 
 def test_a_clip_that_the_tower_was_trained_away_from_is_taken_with_a_warning(held, clip, tmp_path, caplog):
@@ -231,8 +232,9 @@ def test_a_clip_that_the_tower_was_trained_away_from_is_taken_with_a_warning(hel
 
 
 def test_the_clip_is_not_read_where_no_text_is(held):
-    with reduce_tokens(held, "Random:0.5", clip="/nowhere"):
-        pass
+    with pytest.raises(InputError, match="/nowhere"):
+        reduce_tokens(held, "TRIM:-1", clip="/nowhere", texts="a bus")
+    assert reduce_tokens(held, "Random:0.5", clip="/nowhere").image_tokens == []
 
 
 def test_of_the_clip_only_the_text_half_and_the_joint_space_stay(held, clip):
@@ -253,9 +255,10 @@ def test_a_checkpoint_whose_config_pools_turns_reads_a_long_question_whole(held,
     assert not torch.allclose(pooled[0], pooled[1], atol=1e-4)
 
 
-def test_rounding_to_16_bits_does_not_make_another_tower(pair, clip):
+def test_rounding_to_16_bits_does_not_make_another_tower(pair, clip, caplog):
     for dtype in (torch.float16, torch.bfloat16):
         reduce_tokens(copy.deepcopy(pair[0]).to(dtype), "TRIM:-1", clip=clip, texts="a bus")
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
