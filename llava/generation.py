@@ -20,7 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 from llava.chat_template import find_end_token
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import KeywordsStoppingCriteria
-from llava.model.language_model.causal import list_tokens, sliding_window
+from llava.model.language_model.causal import sliding_window
+from llava.model.language_model.generation_settings import list_tokens
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.splice import PromptEmbeds
 from llava.protocols import ImageTokens, Tokenizer, VisionLanguageModel

@@ -35,7 +35,7 @@ from llava.hf.host_tower import HostTower
 from llava.hf.placeholders import Prompt, write_ids
 from llava.hf.prompt_reader import FIXED, Model, PromptReader, Texts
 from llava.model.image_tokens import ImageTokens, spread_texts
-from llava.model.language_model.causal import IN_PIECES, find_setting, refuse_in_pieces, refuse_other_cache
+from llava.model.language_model.generation_settings import IN_PIECES, find_setting, refuse_in_pieces, refuse_other_cache
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.splice import PromptEmbeds
 from llava.model.token_reduction import REDUCERS, TEXT, Reduction, parse_reduction

@@ -23,8 +23,9 @@ from llava.model.config_rules import (
     read_settings,
     require,
 )
-from llava.model.language_model.causal import LlavaCausalLM, add_end_tokens
+from llava.model.language_model.causal import LlavaCausalLM
 from llava.model.language_model.families import classes_of
+from llava.model.language_model.generation_settings import add_end_tokens
 from llava.model.multimodal_encoder.loading import build_empty, load_quietly, resolve_name
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX
 from llava.model.stored_weights import (

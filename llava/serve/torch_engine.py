@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llava.errors import InputError
 from llava.generation import PLAIN_KEYS
-from llava.model.language_model.causal import list_tokens
+from llava.model.language_model.generation_settings import list_tokens
 from llava.protocols import Tokenizer
 from llava.sampling import Sampling
 from llava.serve.answer_text import AnswerText, TokenNames, find_ends

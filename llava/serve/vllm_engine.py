@@ -23,7 +23,7 @@ from llava.errors import InputError, one_line
 from llava.files import read_json
 from llava.model.builder import read_config
 from llava.model.config_rules import GENERATION_FILE
-from llava.model.language_model.causal import list_tokens
+from llava.model.language_model.generation_settings import list_tokens
 from llava.serve.answer_text import AnswerText, TokenNames, find_ends
 from llava.serve.engine import FINISHED_BY_LENGTH, FINISHED_BY_STOP, Piece, Prompt, Search, TokenLogprob
 from llava.serve.export import export_language_model

@@ -13,8 +13,9 @@ from llava.errors import InputError
 from llava.model.adapter import EMBEDDING_KEY
 from llava.model.builder import make_config
 from llava.model.config_rules import CONFIG_FILE, check_config, read_settings
-from llava.model.language_model.causal import LlavaCausalLM, add_end_tokens
+from llava.model.language_model.causal import LlavaCausalLM
 from llava.model.language_model.families import classes_of
+from llava.model.language_model.generation_settings import add_end_tokens
 from llava.model.multimodal_encoder.loading import load_quietly
 from llava.model.multimodal_encoder.stored_encoder import StoredVisionTower
 from llava.model.multimodal_projector.builder import PROJECTOR_PREFIX

@@ -4,13 +4,13 @@ The decoder has `embed_tokens`, `layers`, `norm` and `rotary_emb`, and its layer
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llava.errors import InputError
@@ -18,6 +18,12 @@ from llava.model.checkpoint_folder import portable_config
 from llava.model.hf_layout import NAMES, STORED_PREFIX
 from llava.model.image_tokens import ImageTokens
 from llava.model.language_model.cached_images import keep_images
+from llava.model.language_model.generation_settings import (
+    IN_PIECES,
+    refuse_in_pieces,
+    refuse_other_cache,
+    settle_contradictions,
+)
 from llava.model.language_model.label_loss import MOST_LOGITS, pass_for_loss
 from llava.model.language_model.layer_reduction import ReducedCache, read
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
@@ -28,9 +34,6 @@ from llava.model.splice import PromptEmbeds, Targets, check_shape
 from llava.model.token_reduction import CONFIG_KEY, TEXT, Reduction, parse_reduction
 
 TOWER_PREFIX = "model.vision_tower."
-SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
-IN_PIECES = ("prefill_chunk_size", "assistant_model")
-"""Settings of `generate` under which transformers reads a prompt in pieces, or by its ids alone."""
 
 
 class LlavaDecoder(LlavaMetaModel):
@@ -268,7 +271,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             pad_token_id=pad_token_id,
-            **_settle_contradictions(kwargs),
+            **settle_contradictions(kwargs),
         )
 
     def _continue_embeds(
@@ -297,7 +300,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             raise InputError("position_ids=original leaves gaps: give the position_ids of embed_prompts as well")
         self._check_length(inputs_embeds.shape[1] if position_ids is None else int(position_ids.max()) + 1)
         kwargs.setdefault("pad_token_id", self.config.pad_token_id if self.config.pad_token_id is not None else 0)
-        kwargs = _settle_contradictions(kwargs)
+        kwargs = settle_contradictions(kwargs)
         return super().generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
     def make_cache(self, batch: PromptEmbeds) -> DynamicCache:
@@ -346,27 +349,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             tower.save_image_processor(Path(save_directory))
 
 
-def find_setting(model: PreTrainedModel, arguments: Mapping[str, object], name: str) -> object:
-    """A setting of `generate`, where transformers looks for it: the call, its config, the model's config."""
-    places = [arguments.get(name)]
-    places += [getattr(arguments.get("generation_config"), name, None)]
-    places += [getattr(model.generation_config, name, None)]
-    return next((value for value in places if value is not None), None)
-
-
-def refuse_in_pieces(model: PreTrainedModel, arguments: Mapping[str, object], names: Sequence[str]) -> None:
-    """Refuse those settings of `generate` under which a prompt with image tokens would not be read in one piece."""
-    for name in names:
-        if find_setting(model, arguments, name) is not None:
-            raise InputError(f"a reduced prompt is read in one piece, and alone: leave out {name}")
-
-
-def refuse_other_cache(model: PreTrainedModel, arguments: Mapping[str, object], method: str) -> None:
-    """Refuse a kind of cache beside the one that a method inside the language model brings."""
-    if find_setting(model, arguments, "cache_implementation") is not None:
-        raise InputError(f"{method} has its own cache: leave out cache_implementation")
-
-
 def _join_lists(values: object, kind: type | tuple[type, ...]) -> object:
     """Make one list of a list of lists of `kind`, one list per prompt; others come back as they are."""
     if isinstance(values, list) and all(
@@ -374,34 +356,6 @@ def _join_lists(values: object, kind: type | tuple[type, ...]) -> object:
     ):
         return list(chain.from_iterable(values))
     return values
-
-
-def _settle_contradictions(settings: dict[str, object]) -> dict[str, object]:
-    """Leave out generation arguments that contradict others, of which transformers would warn."""
-    if not settings.get("do_sample"):
-        # LLaVA's callers pass temperature=0 with greedy decoding.
-        settings = {key: value for key, value in settings.items() if key not in SAMPLING_ARGUMENTS}
-    if settings.get("max_new_tokens") is not None:
-        # Released generation configs set max_length too; the call's own limit counts.
-        settings = {"max_length": None} | settings
-    return settings
-
-
-def add_end_tokens(model: PreTrainedModel, tokens: int | Sequence[int] | None) -> None:
-    """Let generation stop at some tokens too, besides those at which it stops already; saved checkpoints say so.
-
-    Args:
-        model: a causal language model; its config and generation config are changed where a token is new.
-        tokens: one id, several or none.
-    """
-    known, new = list_tokens(model.generation_config.eos_token_id), list_tokens(tokens)
-    if not set(new) <= set(known):
-        model.generation_config.eos_token_id = model.config.eos_token_id = list(dict.fromkeys(known + new))
-
-
-def list_tokens(tokens: int | Sequence[int] | None) -> list[int]:
-    """Return the ids of an entry of a generation config, which is one id, several or none, as a list."""
-    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
