@@ -183,7 +183,10 @@ def read_demo_table(document: Path) -> dict[str, list[float]]:
     text = document.read_text(encoding="utf-8")
     rows = re.search(r"^\| benchmark \(metric\) \| no reduction .*\n\| ---.*\n((?:\|.*\n)+)", text, re.MULTILINE)[1]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows.splitlines()]
-    return {name: [float(number.removesuffix(" of 64")) for number in numbers] for name, *numbers in cells}
+    return {
+        name.removesuffix(" [judge: exact]"): [float(number.removesuffix(" of 64")) for number in numbers]
+        for name, *numbers in cells
+    }
 
 
 COLUMNS = ("plain", "plain-trim", "finetuned-trim", "finetuned-random")
